@@ -1,0 +1,235 @@
+"""Every setting and every default, once.
+
+The dataclasses at the end of this file *are* the command line: each field is a flag
+(``seq_length`` is ``--seq-length``) and a key of the YAML file given with ``--config``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from ee_tuning.errors import UserError
+
+Arch = Literal["embedding", "norm", "mlp", "layer"]
+Init = Literal["copy", "random"]
+Head = Literal["own", "shared"]
+Mode = Literal["full", "fixed", "threshold"]
+ARCHS: tuple[str, ...] = ("embedding", "norm", "mlp", "layer")
+HEADS: tuple[str, ...] = ("own", "shared")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; lists get a fresh copy each."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """One exit: after which layer it sits (counted from 1) and what it is made of."""
+
+    layer: int
+    arch: str
+    head: str
+
+
+@dataclass
+class ExitConfig:
+    """Which exits a model gets.
+
+    layers: exit layers counted from 1. Numbers, fractions of the depth (``"1/8"``),
+        ``"every:4"``, or one string with commas between them.
+    arch: one of `ARCHS` for all exits, or one per exit.
+    init: ``copy`` from the backbone's own modules, or ``random``.
+    head: ``own`` trainable head per exit or the backbone's frozen one, ``shared``;
+        one for all exits or one per exit.
+    seed: seed of the random initialisation.
+    """
+
+    layers: list[int | str] | str
+    arch: str | list[str] = "mlp"
+    init: str = "copy"
+    head: str | list[str] = "own"
+    seed: int = 0
+
+    def specs(self, num_layers: int) -> list[ExitSpec]:
+        """The exits of a backbone with `num_layers` layers, in order of depth.
+
+        Raises:
+            UserError: a layer outside 1..num_layers or given twice, an unknown
+                architecture or head, or lists of different lengths.
+        """
+        layers = parse_layers(self.layers, num_layers)
+        archs = _one_per_exit("arch", self.arch, ARCHS, len(layers))
+        heads = _one_per_exit("head", self.head, HEADS, len(layers))
+        if self.init not in ("copy", "random"):
+            raise UserError(f"init {self.init!r} is unknown: use copy or random")
+        return sorted(map(ExitSpec, layers, archs, heads), key=lambda spec: spec.layer)
+
+
+def parse_layers(layers: list[int | str] | str | int, num_layers: int) -> list[int]:
+    """Exit layers as numbers, from ``"8,16"``, ``[8, 16]``, ``"1/8,2/8"`` or ``"every:4"``."""
+    given = layers.split(",") if isinstance(layers, str) else layers
+    items = list(given) if isinstance(given, (list, tuple)) else [given]
+    found = [layer for item in items for layer in _parse_layer(item, num_layers)]
+    if not found:
+        raise UserError("no exit layers given: name some with --layers, for example 8,16 or every:4")
+    for layer in found:
+        if not 1 <= layer <= num_layers:
+            raise UserError(
+                f"exit layer {layer} does not exist: the backbone has layers 1 to {num_layers}"
+            )
+        if found.count(layer) > 1:
+            raise UserError(f"exit layer {layer} is given twice in {layers!r}")
+    return found
+
+
+def _parse_layer(item: int | str, num_layers: int) -> list[int]:
+    text = str(item).strip()
+    try:
+        if text.startswith("every:"):
+            step = int(text.removeprefix("every:"))
+            return list(range(step, num_layers + 1, step)) if step > 0 else [step]
+        if "/" in text:
+            return [round(Fraction(text) * num_layers)]
+        return [int(text)]
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"exit layer {text!r} is not understood: give numbers (8,16), fractions of the "
+            "depth (1/4,1/2) or every:N"
+        ) from None
+
+
+def _one_per_exit(name: str, value: str | list[str], known: tuple[str, ...], n: int) -> list[str]:
+    values = value.split(",") if isinstance(value, str) else list(value)
+    for v in values:
+        if v not in known:
+            raise UserError(f"{name} {v!r} is unknown: use one of {', '.join(known)}")
+    if len(values) not in (1, n):
+        raise UserError(f"{len(values)} values of {name} for {n} exits: give one, or one per exit")
+    return values * n if len(values) == 1 else values
+
+
+@dataclass
+class InitConfig:
+    """Add exits to a backbone, untuned, and save them."""
+
+    model: str = option("", "backbone: a local folder or a hub id")
+    layers: str = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
+    arch: str = option("mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer")
+    init: Init = option("copy", "copy the backbone's own modules, or random")
+    head: str = option("own", "own (trainable, per exit) or shared (the backbone's, frozen)")
+    out: str = option("", "folder for the exits")
+    seed: int = option(0, "seed of the random initialisation")
+    overwrite: bool = option(False, "replace what is in --out")
+
+
+@dataclass
+class TuneConfig:
+    """Tune the exits of a backbone on text; the backbone stays as it is."""
+
+    model: str = option("", "backbone: a local folder or a hub id")
+    exits: str = option("", "exits to go on tuning, instead of --layers and --arch")
+    layers: str = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
+    arch: str = option("mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer")
+    init: Init = option("copy", "copy the backbone's own modules, or random")
+    head: str = option("own", "own (trainable, per exit) or shared (the backbone's, frozen)")
+    out: str = option("", "folder for the exits, checkpoints and metrics")
+    overwrite: bool = option(False, "replace what is in --out")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+
+    data: list[str] = option([], "tuning data: files, folders or hub ids, each with an optional weight: a.jsonl=0.7")
+    valid_data: list[str] = option([], "held-out data; without it, --valid-fraction of --data is held out")
+    valid_fraction: float = option(0.01, "share of the packed sequences held out of --data for validation")
+    tokenizer: str = option("", "tokenizer folder or hub id; default: the backbone's")
+    skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
+
+    steps: int = option(1000, "optimizer steps")
+    seq_length: int = option(2048, "tokens per packed sequence")
+    micro_batch_size: int = option(1, "sequences per forward pass")
+    global_batch_size: int = option(16, "sequences per optimizer step")
+    lr: float = option(1e-4, "peak learning rate")
+    min_lr: float = option(1e-5, "learning rate at the end")
+    warmup: float = option(0.01, "warm-up: steps, or a share of the steps if below 1")
+    decay: Literal["cosine", "linear"] = option("cosine", "learning-rate decay")
+    beta1: float = option(0.9, "AdamW beta 1")
+    beta2: float = option(0.95, "AdamW beta 2")
+    eps: float = option(1e-5, "AdamW epsilon")
+    weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
+    clip: float = option(1.0, "largest gradient norm of an exit; 0 switches clipping off")
+
+    loss: Literal["ce", "kl", "mixed"] = option("ce", "next-token cross-entropy, distillation from the final exit, or both")
+    kl_temperature: float = option(1.0, "temperature of the distillation")
+    kl_weight: float = option(0.5, "share of distillation in --loss mixed")
+    dynamic_weights: bool = option(False, "weight each token's loss by the exit's own confidence")
+    loss_weights: list[float] = option([], "loss weight per exit, by depth; default 1 each")
+    loss_weight_start: float = option(1.0, "factor on the loss weights at step 0")
+    loss_weight_warmup: int = option(0, "steps over which that factor goes to 1")
+
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: bf16 backbone and autocast, fp32 master weights; auto: bf16 on a GPU, fp32 on CPU")
+    device: str = option("auto", "cpu, cuda or auto")
+    seed: int = option(0, "seed of the data order and of random initialisation")
+
+    save_every: int = option(500, "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "checkpoints kept")
+    eval_every: int = option(500, "steps between validations; 0: only before and after")
+    eval_batches: int = option(16, "validation micro-batches at most")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    log_to: Literal["none", "tensorboard", "wandb"] = option("none", "a second place for the metrics")
+
+
+@dataclass
+class SamplingConfig:
+    """What `generate` and `evaluate` share."""
+
+    exits: str = option("", "folder or hub id of the exits")
+    model: str = option("", "backbone; default: the one named in exit_config.json")
+    exit_layers: str = option("", "active exits, for example 8,16; default: all")
+    device: str = option("auto", "cpu, cuda or auto")
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU")
+    max_new_tokens: int = option(64, "tokens to generate")
+    max_pending: int = option(8, "tokens that may wait for their deeper K/V before a full pass")
+    seed: int = option(0, "seed of the sampling")
+
+
+@dataclass
+class GenerateConfig(SamplingConfig):
+    """Generate text; tokens are coloured by the depth at which they left."""
+
+    prompt: str = option("", "the prompt; - reads standard input")
+    mode: Mode = option("threshold", "full depth, a fixed exit layer, or the first confident exit")
+    threshold: float = option(0.8, "confidence from which a token leaves; 1 switches exits off")
+    do_sample: bool = option(False, "sample instead of taking the likeliest token")
+    temperature: float = option(1.0, "sampling temperature")
+    top_k: int = option(50, "sample among the k likeliest tokens; 0: all")
+    top_p: float = option(1.0, "sample among the likeliest tokens up to this probability")
+    stop_strings: list[str] = option([], "end the text at one of these strings")
+    chat: bool = option(False, "wrap the prompt in the tokenizer's chat template")
+
+
+@dataclass
+class EvaluateConfig(SamplingConfig):
+    """Measure the exits: losses, agreement, speed; a table, JSON and an HTML report."""
+
+    data: list[str] = option([], "held-out data, as for tune")
+    thresholds: str = option("1,0.9,0.8,0.6,0.4,0.2", "thresholds to generate with")
+    seq_length: int = option(512, "tokens per packed sequence")
+    micro_batch_size: int = option(1, "sequences per forward pass")
+    max_tokens: int = option(50_000, "tokens of data read for the losses at most")
+    prompts: int = option(8, "prompts taken from the data to generate from")
+    prompt_length: int = option(64, "tokens per prompt")
+    rounds: int = option(3, "timed rounds; the median and the spread are reported")
+    skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
+    out: str = option("", "folder for evaluation.json and report.html; default: the exits' folder")
+
+
+@dataclass
+class InspectConfig:
+    """Describe a backbone or a folder of exits."""
+
+    path: str = option("", "folder or hub id of a backbone or of exits")
