@@ -1,4 +1,4 @@
-"""The demo's text: permissively licensed Python source installed on this machine.
+"""The demo's text and tokenizer: permissively licensed Python source installed on this machine.
 
 A part of the standard library is held out: it becomes the demo's tuning and validation data, and
 neither it nor files that repeat it are in the training text of the backbone.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import random
 import re
@@ -18,13 +19,20 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+os.environ["TOKENIZERS_PARALLELISM"] = "true"  # although processes were forked before
+CONTEXT, VOCABULARY, EOS = 1024, 4096, "<|endoftext|>"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 STDLIB_NAME = "CPython standard library"
 NEVER_HELD_OUT = {"test", "tests", "idlelib", "encodings", "pydoc_data"}
 FOREIGN = {"_vendor", "_vendored", "vendor", "vendored", "third_party", "extern", "externals"}
-SPDX = set(
-    """0BSD Apache-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC0-1.0 CNRI-Python HPND ISC
-    LLVM-exception MIT MIT-0 MIT-CMU PSF-2.0 Python-2.0 Unlicense Zlib AND OR WITH""".split()
+SPDX = re.compile(
+    r"0BSD|Apache-2\.0|BSD-[23]-Clause|BSL-1\.0|CC0-1\.0|CNRI-Python|HPND|ISC|LLVM-exception|"
+    r"MIT(-0|-CMU)?|PSF-2\.0|Python-2\.0|Unlicense|Zlib|AND|OR|WITH"
 )
 PERMISSIVE = re.compile(
     r"(the )?((new|modified|simplified|revised|[23][- ]clause) )?"
@@ -50,7 +58,7 @@ def licence_of(metadata: importlib.metadata.PackageMetadata) -> str | None:
     if REFUSED.search("\n".join([expression, field, *classifiers])):
         return None
     if expression:
-        known = all(word in SPDX for word in re.findall(r"[\w.+-]+", expression))
+        known = all(SPDX.fullmatch(word) for word in re.findall(r"[\w.+-]+", expression))
         return expression if known else None
     names = [c.split(" :: ")[-1] for c in classifiers if c != "License :: OSI Approved"]
     names = names or field.strip().splitlines()[:1]
@@ -151,17 +159,58 @@ def write_data(folder: Path, held: dict[str, str]) -> None:
     """Write the held-out texts as the demo's tuning and validation data, with their licence."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, validation in (("train", False), ("validation", True)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as out:
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as out:
             for path, text in held.items():
                 if (share(f"validation:{path}") < 0.1) == validation:
                     out.write(json.dumps({"text": text, "path": path}, ensure_ascii=False) + "\n")
     places = STDLIB / "LICENSE.txt", Path(f"/usr/share/doc/{STDLIB.name}/copyright")
     found = next((p for p in places if p.is_file()), None)
     (folder / "LICENSE.md").write_text(
-        "# Licence of this data\n\n`train.jsonl` and `validation.jsonl` hold unmodified files of "
+        "# Licence of this data\n\n`train.jsonl` and `validation.jsonl` hold files of "
         f"the standard library of CPython {platform.python_version()}, copyright Python Software "
         "Foundation, under the PSF License Agreement (PSF-2.0). `path` is a file's place in the "
         "library. The full text is at <https://docs.python.org/3/license.html>"
         + (" and below.\n\n" + found.read_text("utf-8") if found else ".\n"),
         encoding="utf-8",
     )
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> Tokenizer:
+    """Train a byte-level BPE on at most 30 MB and save it as a `PreTrainedTokenizerFast`."""
+    sample, size = [], 0
+    for text in texts:
+        size += len(text)
+        if size > 30_000_000:
+            break
+        sample.append(text)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """All texts as one row of ids, each text followed by the end token (id 0)."""
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a file is plain text
+    parts = []
+    for i in range(0, len(texts), 1000):
+        for encoding in tokenizer.encode_batch_fast(texts[i : i + 1000]):
+            parts.append(np.array([*encoding.ids, 0], dtype=np.int32))
+    return torch.from_numpy(np.concatenate(parts))

@@ -4,7 +4,7 @@ The text is the Python source installed on the machine that runs the script (see
 held-out part of the standard library goes to ``--data-out`` for the demo to tune on.
 
     python demo/pretrain.py --minutes 6
-    python demo/pretrain.py --steps 20 --layers 2 --max-files 200 --batch-tokens 4096  # on a CPU
+    python demo/pretrain.py --steps 20 --layers 2 --max-files 200 --batch-tokens 4096 --evals 0
 """
 
 from __future__ import annotations
@@ -18,60 +18,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
-
-import numpy as np
 import tokenizers
 import torch
 import transformers
-from corpus import build_corpus, write_data
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from corpus import CONTEXT, VOCABULARY, build_corpus, encode, train_tokenizer, write_data
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 START = time.perf_counter()
-CONTEXT, VOCABULARY, EOS = 1024, 4096, "<|endoftext|>"
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> Tokenizer:
-    """Train a byte-level BPE on at most 30 MB and save it as a `PreTrainedTokenizerFast`."""
-    sample, size = [], 0
-    for text in texts:
-        size += len(text)
-        if size > 30_000_000:
-            break
-        sample.append(text)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        min_frequency=2,
-        special_tokens=[EOS],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=EOS,
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
-    return tokenizer
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
-    """All texts as one row of ids, each text followed by the end token (id 0)."""
-    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a file is plain text
-    parts = []
-    for i in range(0, len(texts), 1000):
-        for encoding in tokenizer.encode_batch_fast(texts[i : i + 1000]):
-            parts.append(np.array([*encoding.ids, 0], dtype=np.int32))
-    return torch.from_numpy(np.concatenate(parts))
 
 
 def batches(tokens: torch.Tensor, rows: int, seed: int) -> Iterator[torch.Tensor]:
@@ -130,7 +84,7 @@ def train(
     begin = logged = time.perf_counter()
     budget = max(args.minutes * 60 - (begin - START), 30.0)
     record: dict = {"steps": 0, "curve": [], "held_out_curve": []}
-    step, recent, next_eval = 0, torch.zeros((), device=device), 0.1
+    step, recent, next_eval = 0, torch.zeros((), device=device), 1
     while (done := step / args.steps if args.steps else (logged - begin) / budget) < 1:
         now = done if args.steps else (time.perf_counter() - begin) / budget
         scale = now / 0.02 if now < 0.02 else 0.55 + 0.45 * math.cos(math.pi * (now - 0.02) / 0.98)
@@ -152,12 +106,13 @@ def train(
             record["curve"].append([step, round(mean, 4)])
             print(f"step {step} loss {mean:.4f} tokens/s {speed:,.0f} ({done:.0%})", flush=True)
             recent.zero_()
-            if done >= next_eval:
+            if done * args.evals >= next_eval and args.evals:
                 with autocast:
                     point = held_out_loss(model, *held)
                 record["held_out_curve"].append([step, round(point["nats_per_token"], 4)])
                 print(f"step {step} held-out {point}", flush=True)
-                next_eval += 0.1
+                next_eval += 1
+                logged = time.perf_counter()  # so that the speed is that of training alone
     seconds, seen = time.perf_counter() - begin, step * args.batch_tokens
     record |= {"steps": step, "tokens": seen, "epochs": round(seen / len(tokens), 2)}
     return record | {"train_seconds": round(seconds, 1), "tokens_per_second": round(seen / seconds)}
@@ -210,11 +165,10 @@ def main() -> None:
     parser.add_argument("--holdout", type=float, default=0.4, help="share of the standard library")
     parser.add_argument("--max-files", type=int, help="train on at most so many files")
     parser.add_argument("--log-every", type=int, default=20)
+    parser.add_argument("--evals", type=int, default=10, help="held-out evaluations on the way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on CUDA")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def say(what: str) -> None:
@@ -223,7 +177,9 @@ def main() -> None:
     corpus, held, facts = build_corpus(args.holdout, args.max_files, args.seed)
     write_data(args.data_out, held)
     (args.out / "licences.json").write_text(json.dumps(facts.pop("licences"), indent=1) + "\n")
-    say(f"collected { ({k: v for k, v in facts.items() if k != 'near_copies'}) }")
+    say(f"collected {facts['train_files']:,} files, {facts['train_bytes']:,} bytes")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
     texts = list(corpus.values())
     tokenizer = train_tokenizer(texts, args.out)
     say(f"tokenizer of {tokenizer.get_vocab_size()} tokens")
@@ -257,27 +213,23 @@ def main() -> None:
     packages = (torch, transformers, tokenizers)
     versions = [f"{p.__name__} {p.__version__}" for p in packages]
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU {os.cpu_count()}"
-    record = (
-        record
-        | facts
-        | final
-        | {
-            "parameters": model.num_parameters(),
-            "layers": args.layers,
-            "vocabulary": VOCABULARY,
-            "corpus_tokens": len(tokens),
-            "held_out_tokens": len(held_tokens[0]),
-            "lr": args.lr,
-            "held_out_bytes": held_size,
-            "holdout": args.holdout,
-            "batch_tokens": args.batch_tokens,
-            "seed": args.seed,
-            "last_loss": record["curve"][-1][1],
-            "hardware": hardware,
-            "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-            "wall_seconds": round(time.perf_counter() - START, 1),
-        }
-    )
+    record |= {**facts, **final}
+    record |= {
+        "parameters": model.num_parameters(),
+        "layers": args.layers,
+        "vocabulary": VOCABULARY,
+        "corpus_tokens": len(tokens),
+        "held_out_tokens": len(held_tokens[0]),
+        "lr": args.lr,
+        "held_out_bytes": held_size,
+        "holdout": args.holdout,
+        "batch_tokens": args.batch_tokens,
+        "seed": args.seed,
+        "last_loss": record["curve"][-1][1],
+        "hardware": hardware,
+        "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
+        "wall_seconds": round(time.perf_counter() - START, 1),
+    }
     (args.out / "training.json").write_text(json.dumps(record) + "\n")
     (args.out / "README.md").write_text(CARD.format(**record))
 

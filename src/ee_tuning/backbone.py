@@ -1,0 +1,332 @@
+"""The backbone: any dense decoder-only causal LM of transformers, cut into segments.
+
+Nothing here knows a model family, except for the few lines of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ee_tuning.errors import UserError
+from ee_tuning.twin import twin
+
+
+class Zero(nn.Module):
+    """In place of a learned position embedding: later segments have it in their input already."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A zero that broadcasts."""
+        return torch.zeros(())
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the generic path cannot see about a model family.
+
+    later_parts: parts of the trunk to replace in every segment but the first.
+    later_attributes: attributes of the trunk to set in every segment but the first.
+    masks_packing: the trunk keeps packed documents apart by itself, from `position_ids`.
+    """
+
+    later_parts: dict[str, nn.Module] = field(default_factory=dict)
+    later_attributes: dict[str, Any] = field(default_factory=dict)
+    masks_packing: bool = True
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(later_parts={"wpe": Zero()}),
+    "opt": Family(later_parts={"embed_positions": Zero()}, masks_packing=False),
+    "granite": Family(later_attributes={"embedding_multiplier": 1.0}),
+    "falcon": Family(masks_packing=False),
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a causal LM keeps its parts: dotted paths from the model, or from the trunk.
+
+    The *trunk* is the module that owns the layers and runs them.
+    """
+
+    trunk: str
+    layers: str
+    norm: str
+    head: str
+
+
+def find_anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a causal LM by what they are, not by what they are called.
+
+    Raises:
+        UserError: the model is an encoder-decoder, has no output head, or its layers or
+            final norm are not where a decoder-only model has them.
+    """
+    config = model.config
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder model: exits need a decoder-only causal LM")
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(config, "num_hidden_layers"):
+        raise UserError(f"{name} is not a causal LM: it has no output head over a vocabulary")
+    lists = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if not lists:
+        raise UserError(f"{name} has no list of {config.num_hidden_layers} decoder layers")
+    trunk, _, layers = lists[0].rpartition(".")
+    norms = [
+        path
+        for path, module in model.get_submodule(trunk).named_children()
+        if "norm" in type(module).__name__.lower()
+    ]
+    if not norms:
+        raise UserError(f"{name} has no final norm after its layers: exits need a pre-norm model")
+    heads = [path for path, module in model.named_modules() if module is head]
+    return Anatomy(trunk, layers, norms[-1], heads[0])
+
+
+@dataclass
+class Call:
+    """What the last layer of a segment was called with, and what its attention gave.
+
+    An `mlp` exit runs that layer again from here, with its own MLP and without the attention.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    attention: Any = None
+
+
+@dataclass
+class State:
+    """The hidden state at an exit layer, and what an exit may need besides.
+
+    hidden: (B, T, H); position_ids: (B, T) int64; call: how the exit layer was called, if
+    it was recorded.
+    """
+
+    hidden: Tensor
+    position_ids: Tensor
+    call: Call | None = None
+
+
+class SegmentCache(Cache):
+    """The K/V cache of a run of layers, seen by a trunk that owns only these.
+
+    transformers asks cache layer 0 for the length and the mask sizes; a deep segment's first
+    layer is its own, at place 0 of `layers`, while its attention counts from the model's start.
+    """
+
+    def __init__(self, layers: list[Any], first: int) -> None:
+        super().__init__(layers=layers)
+        self.first = first
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append K/V of a layer counted from the model's start; gives all K/V it attends to."""
+        return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.layers[0].get_seq_length()
+
+
+class Segment:
+    """A run of layers `start`..`stop`-1 (counted from 0) that maps hidden states to hidden states.
+
+    It is the backbone's own trunk with `layers` cut to a slice and the final norm left out. The
+    first segment takes token ids, a later one the output of the segment before it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, layers: list[nn.Module], start: int, later: bool, record: bool
+    ) -> None:
+        """`layers` stand in for the backbone's from `start` on; `record` keeps the last one's call."""
+        self.start, self.stop = start, start + len(layers)
+        self.is_first = not later
+        self._backbone = backbone
+        self._call: Call | None = None
+        layers = [*layers[:-1], self._recorded(layers[-1])] if record else layers
+        parts: dict[str, nn.Module] = {
+            backbone.anatomy.layers: nn.ModuleList(layers),
+            backbone.anatomy.norm: nn.Identity(),
+        }
+        family = backbone.family
+        self.trunk = twin(backbone.trunk, parts | (family.later_parts if later else {}))
+        self.trunk.config = slice_config(backbone.config, self.start, self.stop)
+        for name, value in family.later_attributes.items() if later else ():
+            setattr(self.trunk, name, value)
+
+    def new_cache(self) -> SegmentCache:
+        """An empty K/V cache for this segment."""
+        layers = DynamicCache(config=self._backbone.config).layers
+        return SegmentCache(layers[self.start : self.stop], self.start)
+
+    def __call__(
+        self, inputs: Tensor, position_ids: Tensor, cache: SegmentCache | None = None
+    ) -> State:
+        """Run the layers on token ids (B, T) or hidden states (B, T, H).
+
+        With a cache, `inputs` follow the tokens already in it. Without one, positions that
+        start again mark packed documents, which do not see each other.
+        """
+        mask = None
+        if cache is None and not self._backbone.family.masks_packing:
+            mask = self._packing_mask(inputs, position_ids)
+        name = "input_ids" if self.is_first else "inputs_embeds"
+        output = self.trunk(
+            **{name: inputs},
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        call, self._call = self._call, None
+        return State(output.last_hidden_state, position_ids, call)
+
+    def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Tensor | None:
+        """The causal mask of packed documents, for trunks that do not pass positions to theirs."""
+        shape_only = torch.empty(*inputs.shape[:2], 1, device=inputs.device, dtype=self._backbone.dtype)
+        return create_causal_mask(
+            config=self._backbone.config,
+            inputs_embeds=shape_only,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+
+    def _recorded(self, layer: nn.Module) -> nn.Module:
+        """A twin of `layer` that leaves its call and its attention's output in `self._call`."""
+        name = attention_name(layer)
+        attention = twin(layer.get_submodule(name), {})
+        recorded = twin(layer, {name: attention})
+
+        def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._call = Call(args, kwargs)
+
+        def keep_attention(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            assert self._call is not None
+            self._call.attention = output
+
+        recorded.register_forward_pre_hook(keep_call, with_kwargs=True)
+        attention.register_forward_hook(keep_attention)
+        return recorded
+
+
+def slice_config(config: Any, start: int, stop: int) -> Any:
+    """`config` for a trunk that owns only the layers `start`..`stop`-1."""
+    sliced = copy.copy(config)
+    sliced.num_hidden_layers = stop - start
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
+            setattr(sliced, name, value[start:stop])
+    return sliced
+
+
+def attention_name(layer: nn.Module) -> str:
+    """The name of a layer's attention."""
+    names = [n for n, m in layer.named_children() if "attention" in type(m).__name__.lower()]
+    if not names:
+        raise UserError(f"{type(layer).__name__} has no attention: mlp exits cannot be added to it")
+    return names[0]
+
+
+def mlp_names(layer: nn.Module) -> list[str]:
+    """The names of what makes up a layer's MLP: its children with matrices, attention aside.
+
+    Raises:
+        UserError: the MLP is a mixture of experts.
+    """
+    attention = attention_name(layer)
+    names = [
+        name
+        for name, child in layer.named_children()
+        if name != attention and any(p.dim() >= 2 for p in child.parameters())
+    ]
+    if any("expert" in path for name in names for path, _ in layer.get_submodule(name).named_modules()):
+        raise UserError(
+            f"{type(layer).__name__} is a mixture of experts: mlp exits need a dense MLP; "
+            "use norm, layer or embedding"
+        )
+    return names
+
+
+class _TrunkOutput(BaseModelOutputWithPast):
+    """A trunk's output in which whatever a family adds (router logits, …) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class _Passthrough(nn.Module):
+    """In place of the trunk: hands `inputs_embeds` on to the head."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return _TrunkOutput(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+class Backbone:
+    """A frozen causal LM of transformers and its parts.
+
+    Raises:
+        UserError: see `find_anatomy`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config
+        self.anatomy = find_anatomy(model)
+        self.family = FAMILIES.get(model.config.model_type, Family())
+        self.trunk = model.get_submodule(self.anatomy.trunk)
+        self.layers = self.trunk.get_submodule(self.anatomy.layers)
+        self.norm = self.trunk.get_submodule(self.anatomy.norm)
+        self.head = model.get_submodule(self.anatomy.head)
+
+    @property
+    def num_layers(self) -> int:
+        """Depth L of the backbone, whether or not every layer is in memory."""
+        return self.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the backbone's weights."""
+        return self.model.dtype
+
+    def segment(self, start: int, stop: int, record: bool = False) -> Segment:
+        """The layers `start`..`stop`-1, counted from 0."""
+        layers = list(self.layers)[start:stop]  # type: ignore[call-overload]
+        for layer in layers:
+            assert any(True for _ in layer.parameters()), "a layer that was left out of memory"
+        return Segment(self, layers, start, later=start > 0, record=record)
+
+    def block(self, layer: nn.Module) -> Segment:
+        """A segment that is one layer, standing where the backbone's last layer stands."""
+        return Segment(self, [layer], self.num_layers - 1, later=True, record=False)
+
+    def output(self, head: nn.Module) -> nn.Module:
+        """The model's own way from normalised hidden states to logits, through `head`.
+
+        Call it with ``inputs_embeds=hidden``; scalings and soft-capping are the model's.
+        """
+        return twin(self.model, {self.anatomy.trunk: _Passthrough(), self.anatomy.head: head})
+
+    def final_logits(self, hidden: Tensor) -> Tensor:
+        """The final exit: (B, T, H) after the last layer → (B, T, V)."""
+        return self.output(self.head)(inputs_embeds=self.norm(hidden)).logits

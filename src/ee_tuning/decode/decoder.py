@@ -1,0 +1,112 @@
+"""One decoding step, for every mode.
+
+Each segment has an *inbox*: the hidden states of tokens it has not computed yet. A token goes
+down the segments until an exit lets it leave; what it leaves behind waits in the next segment's
+inbox and is computed there together with the next token that gets so far. That is KV
+recomputation (arXiv 2312.04916) of the missing layers only, and nothing else is needed: full
+depth is decoding in which no token leaves, a fixed depth is a model that ends at an exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ee_tuning.losses import confidence
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
+
+# Whether a token leaves at an exit, from the exit's layer and its confidence there.
+Policy = Callable[[int, float], bool]
+
+
+@dataclass
+class Token:
+    """The prediction of one step: logits (1, V), the layer it left at, its confidence there."""
+
+    logits: Tensor
+    exit_layer: int
+    confidence: float
+
+
+class Decoder:
+    """The state of one sequence being generated: K/V caches and inboxes of all segments.
+
+    exit_layers: the active exits, by depth. end: the layer every token stops at, the backbone's
+    last one or an exit. max_pending: how many tokens may wait in an inbox before the next one
+    has to go all the way. policy: which tokens leave at an exit before `end`.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        exit_layers: list[int],
+        end: int,
+        max_pending: int,
+        policy: Policy,
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.max_pending = max_pending
+        self.end = end
+        self.ends_at_exit = end in exit_layers
+        self.segments = model.segments(exit_layers, last=end)
+        self.caches = [segment.new_cache() for segment in self.segments]
+        self.exit_caches = {layer: model.exit(layer).new_cache() for layer in exit_layers}
+        self.inboxes: list[Tensor | None] = [None for _ in self.segments]
+        self.lengths = [0 for _ in self.segments]
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> Token:
+        """Read a prompt (1, T). It fills every cache, so its last token may as well go to the end."""
+        return self._descend(input_ids, may_leave=False)
+
+    @torch.inference_mode()
+    def step(self, input_ids: Tensor) -> Token:
+        """Read one token (1, 1) and predict the next."""
+        return self._descend(input_ids, may_leave=True)
+
+    def _descend(self, window: Tensor, may_leave: bool) -> Token:
+        """Send the newest tokens down the segments until their last one leaves."""
+        for i, segment in enumerate(self.segments):
+            state = self._run(i, window)
+            window = state.hidden
+            if segment.stop not in self.exit_caches:
+                continue
+            exit = self.model.exit(segment.stop)
+            features = exit.features(state, self.exit_caches[segment.stop])[:, -1:]
+            if segment.stop == self.end:
+                return self._token(exit.logits(features), self.end)
+            if may_leave and self._has_room(i + 1, window):
+                token = self._token(exit.logits(features), segment.stop)
+                if self.policy(segment.stop, token.confidence):
+                    self._put(i + 1, window)
+                    return token
+        return self._token(self.model.backbone.final_logits(window[:, -1:]), self.end)
+
+    def _run(self, i: int, window: Tensor):  # type: ignore[no-untyped-def]
+        """Segment `i` on what waits in its inbox and on `window`: (1, T) ids or (1, T, H)."""
+        self._put(i, window)
+        window, self.inboxes[i] = self.inboxes[i], None
+        first, self.lengths[i] = self.lengths[i], self.lengths[i] + window.shape[1]
+        position_ids = torch.arange(first, self.lengths[i], device=window.device)[None]
+        return self.segments[i](window, position_ids, self.caches[i])
+
+    def _put(self, i: int, window: Tensor) -> None:
+        """Add `window` to the inbox of segment `i`."""
+        waiting = self.inboxes[i]
+        self.inboxes[i] = window if waiting is None else torch.cat([waiting, window], dim=1)
+
+    def _has_room(self, i: int, window: Tensor) -> bool:
+        """Whether `window` may wait in the inbox of segment `i`."""
+        waiting = self.inboxes[i]
+        return window.shape[1] + (0 if waiting is None else waiting.shape[1]) <= self.max_pending
+
+    def _token(self, logits: Tensor, layer: int) -> Token:
+        logits = logits[:, -1].float()
+        return Token(logits, layer, confidence(logits).item())

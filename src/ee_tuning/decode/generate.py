@@ -1,0 +1,167 @@
+"""`generate`: transformers' own preparation, samplers, stopping and streaming around a `Decoder`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from ee_tuning.config import parse_layers
+from ee_tuning.decode.decoder import Decoder, Token
+from ee_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
+
+MODES = ("full", "fixed", "threshold")
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """What `generate` returns.
+
+    sequences: (1, P + N) int64, prompt and new tokens. exit_layers: (1, N) int64, the layer
+    each new token left at. confidences: (1, N) fp32, its largest softmax probability there.
+    """
+
+    sequences: Tensor | None = None
+    exit_layers: Tensor | None = None
+    confidences: Tensor | None = None
+
+
+def generate(
+    model: EarlyExitModel,
+    input_ids: Tensor,
+    *,
+    mode: str = "threshold",
+    threshold: float = 0.8,
+    exit_layers: str | list[int] | None = None,
+    max_pending: int = 8,
+    on_token: Callable[[Token], None] | None = None,
+    **kwargs: Any,
+) -> GenerateOutput:
+    """Generate from one prompt (1, P); `kwargs` are those of transformers' ``generate``.
+
+    mode: ``full`` is the backbone alone; ``fixed`` ends every token at the one exit in
+        `exit_layers`; ``threshold`` lets a token leave at the first active exit whose
+        confidence is at least `threshold`. Threshold 1 switches exits off.
+    exit_layers: the active exits; default: all.
+    max_pending: tokens that may wait for their deeper K/V before one has to go all the way.
+    on_token: called with every `Token`, before the next one is computed.
+
+    Raises:
+        UserError: an unknown mode or exit, a threshold outside [0, 1], an empty prompt, one
+            longer than the context, or more than one prompt.
+    """
+    _check_prompt(model, input_ids)
+    decoder = make_decoder(model, mode, threshold, exit_layers, max_pending)
+    tokens: list[Token] = []
+
+    def loop(_: Any, input_ids: Tensor, **prepared: Any) -> Tensor:
+        def seen(token: Token) -> None:
+            tokens.append(token)
+            if on_token:
+                on_token(token)
+
+        return _loop(decoder, input_ids, seen, **prepared)
+
+    # transformers prepares samplers, stopping criteria and the streamer, then calls `loop`.
+    sequences = model.backbone.model.generate(
+        input_ids.to(model.backbone.device), custom_generate=loop, use_cache=False, **kwargs
+    )
+    return GenerateOutput(
+        sequences=sequences,
+        exit_layers=torch.tensor([[token.exit_layer for token in tokens]]),
+        confidences=torch.tensor([[token.confidence for token in tokens]]),
+    )
+
+
+def make_decoder(
+    model: EarlyExitModel,
+    mode: str,
+    threshold: float = 1.0,
+    exit_layers: str | list[int] | None = None,
+    max_pending: int = 8,
+) -> Decoder:
+    """The decoder of a mode; see `generate` for the arguments and errors."""
+    depth = model.backbone.num_layers
+    active = _active(model, exit_layers)
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    if not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+        raise UserError(f"threshold {threshold!r} is outside [0, 1]")
+    if max_pending < 0:
+        raise UserError(f"max_pending {max_pending} is negative")
+    if mode == "fixed":
+        if len(active) != 1:
+            raise UserError(
+                f"mode fixed needs one exit, there are {active}: name it with exit_layers"
+            )
+        return Decoder(model, active, active[0], max_pending, lambda *_: True)
+    if mode == "full" or threshold == 1:
+        return Decoder(model, [], depth, max_pending, lambda *_: False)
+    inner = [layer for layer in active if layer < depth]
+    return Decoder(model, inner, depth, max_pending, lambda _, value: value >= threshold)
+
+
+def _active(model: EarlyExitModel, exit_layers: str | list[int] | None) -> list[int]:
+    if not exit_layers:
+        return model.exit_layers
+    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))  # type: ignore[arg-type]
+    for layer in layers:
+        if layer not in model.exit_layers:
+            raise UserError(f"there is no exit at layer {layer}: the exits are at {model.exit_layers}")
+    return layers
+
+
+def _check_prompt(model: EarlyExitModel, input_ids: Tensor) -> None:
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise UserError(
+            f"generate takes one prompt of shape (1, T), not {tuple(input_ids.shape)}: "
+            "call it once per prompt"
+        )
+    if input_ids.shape[1] == 0:
+        raise UserError("the prompt is empty: give at least one token")
+    context = getattr(model.backbone.config, "max_position_embeddings", None) or math.inf
+    if input_ids.shape[1] >= context:
+        raise UserError(
+            f"the prompt has {input_ids.shape[1]} tokens, the backbone's context is {context}: shorten it"
+        )
+
+
+def _loop(
+    decoder: Decoder,
+    input_ids: Tensor,
+    seen: Callable[[Token], None],
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **_: Any,
+) -> Tensor:
+    """Predict, choose, append, until a criterion stops it: transformers' own order of things."""
+    if generation_config.num_beams != 1:
+        raise UserError("beam search is not possible with early exits: leave num_beams at 1")
+    token = decoder.prefill(input_ids)
+    while True:
+        scores = logits_processor(input_ids, token.logits)
+        if generation_config.do_sample:
+            chosen = torch.multinomial(scores.softmax(-1), num_samples=1)
+        else:
+            chosen = scores.argmax(-1, keepdim=True)
+        input_ids = torch.cat([input_ids, chosen], dim=-1)
+        seen(token)
+        if streamer is not None:
+            streamer.put(chosen[0].cpu())
+        if stopping_criteria(input_ids, None).all():
+            break
+        token = decoder.step(chosen)
+    if streamer is not None:
+        streamer.end()
+    return input_ids

@@ -1,0 +1,318 @@
+"""EarlyExitModel: a frozen backbone with exits beside it; forward, saving, loading."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ee_tuning.backbone import Backbone, Segment, State
+from ee_tuning.card import model_card
+from ee_tuning.config import ExitConfig
+from ee_tuning.errors import UserError
+from ee_tuning.exits import Exit
+from ee_tuning.files import read_json, replacing, write_json, write_text
+from ee_tuning.loading import (
+    check_same,
+    config_values,
+    load_backbone,
+    load_config,
+    tensor_hashes,
+)
+from ee_tuning.losses import cross_entropy
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "exit_config.json"
+WEIGHTS_NAME = "exits.safetensors"
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """Result of a forward pass.
+
+    loss: sum of the exits' mean losses, if labels were given; logits: (B, T, V) of the final
+    exit, if asked for; exit_losses and exit_logits: by exit layer.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    exit_losses: dict[int, Tensor] | None = None
+    exit_logits: dict[int, Tensor] | None = None
+
+
+class EarlyExitModel(nn.Module):
+    """A causal LM of transformers, frozen, and its exits.
+
+    `exits` maps ``str(layer)`` to an `Exit`; `backbone` holds the model and its parts.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: ExitConfig) -> None:
+        """Add exits to a loaded model. Prefer `from_base` and `from_pretrained`.
+
+        Raises:
+            UserError: the model or the exits are not what this method can work with.
+        """
+        super().__init__()
+        self.backbone = Backbone(model)
+        self.config = config
+        specs = config.specs(self.backbone.num_layers)
+        self.exits = nn.ModuleDict({str(spec.layer): Exit(self.backbone, spec) for spec in specs})
+        if config.init == "random":
+            for exit in self.exits.values():
+                exit.reset_random(config.seed)  # type: ignore[operator]
+
+    @classmethod
+    def from_base(
+        cls,
+        model: str | PreTrainedModel,
+        config: ExitConfig,
+        *,
+        whole: bool = True,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+    ) -> EarlyExitModel:
+        """New exits on a backbone: a local folder, a hub id or a loaded model.
+
+        whole: False leaves out of memory the layers deeper than the deepest exit.
+        """
+        if isinstance(model, str):
+            model = load_backbone(model, None if whole else _needed(model, config), dtype, device)
+        return cls(model, config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        exits: str,
+        model: str | PreTrainedModel | None = None,
+        *,
+        whole: bool = True,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+    ) -> EarlyExitModel:
+        """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
+
+        Raises:
+            UserError: files missing or damaged, or exits made for another backbone.
+        """
+        folder = find_exits(exits)
+        saved = read_exit_config(folder)
+        config = ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
+        if model is None or isinstance(model, str):
+            path = model or saved["base_model"]
+            if not path:
+                raise UserError(f"{exits} does not name its backbone: give it with --model")
+            model = load_backbone(path, None if whole else _needed(path, config), dtype, device)
+        check_same(saved["backbone"]["config"], config_values(model.config), exits)
+        early_exit = cls(model, config)
+        tensors = tensor_hashes(early_exit.backbone, early_exit.exit_layers[-1])
+        check_same(saved["backbone"]["tensors"], tensors, exits)
+        early_exit.load_exits(folder / WEIGHTS_NAME)
+        early_exit.exits.to(device=early_exit.backbone.device, dtype=early_exit.backbone.dtype)
+        return early_exit
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Layers with an exit, counted from 1, in order of depth."""
+        return sorted(int(name) for name in self.exits)
+
+    def exit(self, layer: int) -> Exit:
+        """The exit after `layer`."""
+        return self.exits[str(layer)]  # type: ignore[return-value]
+
+    def segments(self, exit_layers: Sequence[int] | None = None, last: int | None = None) -> list[Segment]:
+        """The backbone up to layer `last` (default: its end), cut after each of `exit_layers`.
+
+        Raises:
+            UserError: a layer has no exit.
+        """
+        layers = self.exit_layers if exit_layers is None else sorted(exit_layers)
+        for layer in layers:
+            if str(layer) not in self.exits:
+                raise UserError(f"there is no exit at layer {layer}: the exits are at {self.exit_layers}")
+        last = self.backbone.num_layers if last is None else last
+        stops = sorted({*layers, last})
+        records = [k in layers and self.exit(k).spec.arch == "mlp" for k in stops]
+        starts = [0, *stops[:-1]]
+        return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
+
+    def states(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, *, to_end: bool = False
+    ) -> Iterator[tuple[int, State]]:
+        """Run the frozen backbone segment by segment, giving (exit layer, state) at each stop.
+
+        input_ids, position_ids: (B, T) int64; positions that start again mark packed documents.
+        Stops at the deepest exit, or with `to_end` after the last layer. Lazy: a segment runs
+        when the next item is asked for, so one exit can be finished before going deeper.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = position_ids.expand_as(input_ids)
+        inputs = input_ids
+        for segment in self.segments(last=None if to_end else self.exit_layers[-1]):
+            with torch.no_grad():
+                state = segment(inputs, position_ids)
+            inputs = state.hidden
+            yield segment.stop, state
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_exit_logits: bool = False,
+        output_logits: bool = False,
+    ) -> EarlyExitOutput:
+        """Losses and logits of every exit, with gradients for the exits alone.
+
+        input_ids, labels, position_ids: (B, T) int64; labels as in transformers: the same
+        tokens, shifted inside, −100 where there is no loss.
+        """
+        losses: dict[int, Tensor] = {}
+        exit_logits: dict[int, Tensor] = {}
+        final = None
+        for layer, state in self.states(input_ids, position_ids, to_end=output_logits):
+            if str(layer) in self.exits:
+                logits = self.exit(layer)(state)
+                if output_exit_logits:
+                    exit_logits[layer] = logits
+                if labels is not None:
+                    losses[layer] = cross_entropy(logits, labels).mean()
+            if output_logits and layer == self.backbone.num_layers:
+                with torch.no_grad():
+                    final = self.backbone.final_logits(state.hidden)
+        return EarlyExitOutput(
+            loss=torch.stack(list(losses.values())).sum() if losses else None,
+            logits=final,
+            exit_losses=losses or None,
+            exit_logits=exit_logits or None,
+        )
+
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Generate from one prompt; see `ee_tuning.decode.generate`."""
+        from ee_tuning.decode import generate
+
+        return generate(self, input_ids, **kwargs)
+
+    def train(self, mode: bool = True) -> EarlyExitModel:
+        """The exits' mode; the frozen backbone stays in evaluation, dropout off."""
+        super().train(mode)
+        self.backbone.model.eval()
+        return self
+
+    # -- saving and loading --------------------------------------------------------------------
+
+    def exit_state(self) -> dict[str, Tensor]:
+        """Every parameter of the exits by name: ``8.norm.weight``, ``8.head.weight``, …"""
+        return {name: p.detach().contiguous() for name, p in self.exits.named_parameters()}
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
+
+        dtype: what to store the weights in; default: as they are.
+        """
+        folder = Path(folder)
+        with replacing(folder / WEIGHTS_NAME) as path:
+            tensors = {k: v.to(dtype or v.dtype).cpu().clone() for k, v in self.exit_state().items()}
+            save_file(tensors, path, metadata={"format": "pt"})
+        write_json(folder / CONFIG_NAME, self.saved_config())
+        if not (folder / "README.md").exists():
+            write_text(folder / "README.md", model_card(self.saved_config()))
+
+    def saved_config(self) -> dict[str, Any]:
+        """What ``exit_config.json`` holds."""
+        specs = self.config.specs(self.backbone.num_layers)
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.backbone.model.name_or_path,
+            **asdict(self.config),
+            "layers": [spec.layer for spec in specs],
+            "arch": [spec.arch for spec in specs],
+            "head": [spec.head for spec in specs],
+            "backbone": {
+                "config": config_values(self.backbone.config),
+                "tensors": tensor_hashes(self.backbone, self.exit_layers[-1]),
+            },
+        }
+
+    def load_exits(self, path: Path) -> None:
+        """Read the exits' weights into place.
+
+        Raises:
+            UserError: the file is missing or damaged, or holds other tensors than these exits.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            self.exits.load_state_dict(tensors)
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{path} is damaged or holds other exits: {reason}") from error
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the exits to the hub; gives the address of the repository."""
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        folder = tempfile.mkdtemp()
+        try:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder)
+        finally:
+            shutil.rmtree(folder)
+        return str(url)
+
+
+def _needed(path: str, config: ExitConfig) -> set[int]:
+    """The layers (from 1) that tuning these exits needs: up to the deepest one, and the last
+    one if a `layer` exit is made from it."""
+    num_layers = load_config(path).num_hidden_layers
+    specs = config.specs(num_layers)
+    last = {num_layers} if any(spec.arch == "layer" for spec in specs) else set()
+    return set(range(1, specs[-1].layer + 1)) | last
+
+
+def find_exits(path: str) -> Path:
+    """The local folder of saved exits; a hub id is fetched.
+
+    Raises:
+        UserError: there are none.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/"):
+        raise UserError(f"the exits' folder {path!r} does not exist")
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except Exception as error:  # huggingface_hub has a dozen kinds: no network, no such repository, …
+        raise UserError(f"{path} is neither a folder nor to be had from the hub: {error}") from error
+
+
+def read_exit_config(folder: Path) -> dict[str, Any]:
+    """``exit_config.json`` of a folder.
+
+    Raises:
+        UserError: it is missing, damaged, or of a format newer than this version knows.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
+    saved = read_json(path)
+    missing = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"} - saved.keys()
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+    if saved["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}")
+    return saved
