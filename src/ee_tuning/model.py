@@ -98,9 +98,13 @@ class EarlyExitModel(nn.Module):
         *,
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
+        exit_dtype: torch.dtype | None = None,
         device: str = "cpu",
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
+
+        whole: False leaves out of memory the layers deeper than the deepest exit. exit_dtype:
+        default the backbone's.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
@@ -117,8 +121,8 @@ class EarlyExitModel(nn.Module):
         early_exit = cls(model, config)
         tensors = tensor_hashes(early_exit.backbone, early_exit.exit_layers[-1])
         check_same(saved["backbone"]["tensors"], tensors, exits)
+        early_exit.exits.to(exit_dtype or early_exit.backbone.dtype)
         early_exit.load_exits(folder / WEIGHTS_NAME)
-        early_exit.exits.to(device=early_exit.backbone.device, dtype=early_exit.backbone.dtype)
         return early_exit
 
     @property

@@ -69,7 +69,7 @@ def parse_source(text: str) -> Source:
             f"data file {name} is of a kind that is not read: use {', '.join(KINDS)} or a folder"
         )
     kind = KINDS.get(path.suffix.lower())
-    if kind == "megatron" or any(_with_suffix(path, end).exists() for end in (".bin", ".idx")):
+    if kind == "megatron" or (kind is None and _is_prefix(path)):
         return Source(name, weight, "megatron", _megatron_pair(name, path))
     if kind is not None:
         _check_file(name, path)
@@ -103,6 +103,10 @@ def _with_suffix(path: Path, suffix: str) -> Path:
     """`path` with `suffix` for its .bin or .idx, or appended: a prefix may have dots in it."""
     base = path.with_suffix("") if path.suffix.lower() in (".bin", ".idx") else path
     return base.with_name(base.name + suffix)
+
+
+def _is_prefix(path: Path) -> bool:
+    return any(_with_suffix(path, suffix).exists() for suffix in (".bin", ".idx"))
 
 
 def _megatron_pair(name: str, path: Path) -> tuple[Path, Path]:

@@ -1,0 +1,175 @@
+"""The command line: subcommand → function. Settings and their help are in `config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ee_tuning import config as settings
+from ee_tuning.errors import UserError
+
+
+def init(config: settings.InitConfig) -> None:
+    """Add exits to a backbone, untuned, and save them."""
+    from ee_tuning.model import EarlyExitModel
+    from ee_tuning.out import claim_folder
+
+    exits = settings.ExitConfig(config.layers, config.arch, config.init, config.head, config.seed)
+    folder = claim_folder(config.out, config.overwrite)
+    model = EarlyExitModel.from_base(config.model, exits, whole=False)
+    model.save_pretrained(folder)
+    print(f"exits after layers {model.exit_layers} saved in {folder}")
+
+
+def tune(config: settings.TuneConfig) -> None:
+    """Tune the exits of a backbone on text."""
+    from ee_tuning.tune import tune
+
+    tune(config)
+    print(f"exits saved in {config.out}")
+
+
+def generate(config: settings.GenerateConfig) -> None:
+    """Generate text, tokens coloured by the depth at which they left."""
+    from ee_tuning.decode.show import generate_and_show
+
+    generate_and_show(config)
+
+
+def evaluate(config: settings.EvaluateConfig) -> None:
+    """Measure losses, agreement and speed; write JSON and an HTML report."""
+    from ee_tuning.evaluate import evaluate
+
+    evaluate(config)
+
+
+def inspect(config: settings.InspectConfig) -> None:
+    """Describe a backbone or a folder of exits."""
+    from ee_tuning.inspect import inspect
+
+    inspect(config.path)
+
+
+COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
+    "init": (init, settings.InitConfig),
+    "tune": (tune, settings.TuneConfig),
+    "generate": (generate, settings.GenerateConfig),
+    "evaluate": (evaluate, settings.EvaluateConfig),
+    "inspect": (inspect, settings.InspectConfig),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a subcommand. A user's mistake is one line and exit status 2."""
+    args = sys.argv[1:] if args is None else list(args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _run(args)
+    except UserError as error:
+        _fail(str(error), debug, 2)
+    except KeyboardInterrupt:
+        _fail("stopped", debug, 130)
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        _fail(str(error), debug, 130)
+
+
+def _fail(message: str, debug: bool, status: int) -> typing.NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"ee-tuning: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if args[0] == "--version":
+        from ee_tuning import __version__
+
+        print(__version__)
+        return
+    if args[0] not in COMMANDS:
+        raise UserError(f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}; see ee-tuning --help")
+    function, config_class = COMMANDS[args[0]]
+    function(parse(args[0], config_class, args[1:]))
+
+
+def _overview() -> str:
+    lines = ["usage: ee-tuning COMMAND [--config FILE.yaml] [--FLAG VALUE ...]", ""]
+    lines += [f"  {name:10}{function.__doc__}" for name, (function, _) in COMMANDS.items()]
+    lines += ["", "ee-tuning COMMAND --help lists the flags; --debug shows tracebacks."]
+    return "\n".join(lines)
+
+
+def parse(command: str, config_class: type, args: list[str]) -> Any:
+    """An instance of `config_class` from flags and YAML: a flag beats the file, that the default.
+
+    The one positional argument of ``inspect`` is its path.
+
+    Raises:
+        UserError: an unknown flag or key (naming a near one) or a value of the wrong type.
+    """
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"ee-tuning {command}", description=config_class.__doc__, exit_on_error=False
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these keys")
+    hints = typing.get_type_hints(config_class)
+    fields = dataclasses.fields(config_class)
+    for field in fields:
+        name = f"--{field.name.replace('_', '-')}"
+        if config_class is settings.InspectConfig:
+            parser.add_argument(field.name, type=str, help=field.metadata["help"])
+            continue
+        kind: dict[str, Any] = {"type": hints[field.name]}
+        if typing.get_origin(hints[field.name]) is list:
+            kind = {"type": typing.get_args(hints[field.name])[0], "nargs": "*"}
+        if hints[field.name] is bool:
+            kind = {"type": bool, "nargs": "?", "const": True}
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        parser.add_argument(name, default=default, help=field.metadata["help"], **kind)
+    if command == "tune" and "--resume" in args and "--config" not in args:
+        args = _resumed(args)
+    try:
+        parsed = parser.parse_args(args)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), [field.name for field in fields])) from error
+    return config_class(**{field.name: parsed[field.name] for field in fields})
+
+
+def _resumed(args: list[str]) -> list[str]:
+    """``tune --out X --resume`` goes on with the settings that ``X/run.yaml`` keeps."""
+    out = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--out"]
+    saved = Path(out[-1]) / "run.yaml" if out else Path()
+    return ["--config", str(saved), *args] if saved.is_file() else args
+
+
+def _explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message as one line, with the nearest known name for an unknown one."""
+    message = " ".join(message.split()).removeprefix("error: ")
+    for mark in ("unrecognized arguments: ", "Option '"):
+        if mark in message:
+            unknown = message.split(mark)[1].split()[0].strip("'\"").split("=")[0]
+            name = unknown.removeprefix("--").replace("-", "_")
+            return f"unknown setting {unknown!r}{_nearest(name, known)}"
+    return message
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

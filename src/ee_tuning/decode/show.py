@@ -1,0 +1,135 @@
+"""`ee-tuning generate`: text in the terminal, each token coloured by the layer it left at."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from ee_tuning.config import GenerateConfig
+from ee_tuning.decode.decoder import Token
+from ee_tuning.devices import pick_device, pick_dtype
+from ee_tuning.errors import UserError
+from ee_tuning.loading import load_tokenizer
+from ee_tuning.model import EarlyExitModel
+
+
+def depth_colour(layer: int, depth: int) -> str:
+    """From green (early) over yellow to red (full depth), as ``#rrggbb``; shared with the report."""
+    share = layer / depth
+    red, green = min(1.0, 2 * share), min(1.0, 2 * (1 - share))
+    return f"#{int(60 + 160 * red):02x}{int(60 + 130 * green):02x}46"
+
+
+class DepthStreamer:
+    """Prints tokens as they come, in the colour of their depth.
+
+    Follows transformers' streamer convention (`put`, `end`); `on_token` tells it the depth of
+    the token that `put` brings next. Characters of several tokens wait until they are whole.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, depth: int) -> None:
+        self.tokenizer, self.console, self.depth = tokenizer, console, depth
+        self.ids: list[int] = []
+        self.printed = 0
+        self.layer = depth
+        self.layers: list[int] = []
+        self.prompt_seen = False
+
+    def on_token(self, token: Token) -> None:
+        """The next token left at ``token.exit_layer``."""
+        self.layer = token.exit_layer
+        self.layers.append(token.exit_layer)
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Print what `ids` add to the text; the first call brings the prompt."""
+        self.ids += ids.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if text.endswith("\ufffd"):
+            return
+        new, self.printed = text[self.printed :], len(text)
+        style = f"bold {depth_colour(self.layer, self.depth)}" if self.prompt_seen else "dim"
+        self.prompt_seen = True
+        self.console.print(Text(new, style=style), end="", soft_wrap=True)
+
+    def end(self) -> None:
+        """End the line."""
+        self.console.print()
+
+
+def generate_and_show(config: GenerateConfig, console: Console | None = None) -> None:
+    """Generate from ``config.prompt`` and print the coloured text, a legend and the mean depth.
+
+    Raises:
+        UserError: an empty prompt, or what `generate` raises.
+    """
+    console = console or Console()
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    if not prompt:
+        raise UserError("the prompt is empty: give one with --prompt, or - to read standard input")
+    model, tokenizer = load_for_decoding(config)
+    input_ids = encode_prompt(tokenizer, prompt, config.chat)
+    streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    set_seed(config.seed)
+    start = time.perf_counter()
+    model.generate(
+        input_ids,
+        mode=config.mode,
+        threshold=config.threshold,
+        exit_layers=config.exit_layers or None,
+        max_pending=config.max_pending,
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.do_sample,
+        stop_strings=config.stop_strings or None,
+        tokenizer=tokenizer,
+        streamer=streamer,
+        on_token=streamer.on_token,
+        **(sampling if config.do_sample else {}),
+    )
+    seconds = time.perf_counter() - start
+    _print_legend(console, streamer.layers, model.backbone.num_layers, seconds)
+
+
+def load_for_decoding(config) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:  # type: ignore[no-untyped-def]
+    """The model and tokenizer that a `SamplingConfig` names, ready to generate."""
+    if not config.exits:
+        raise UserError("no exits given: name their folder or hub id with --exits")
+    device = pick_device(config.device)
+    model = EarlyExitModel.from_pretrained(
+        config.exits,
+        config.model or None,
+        dtype=pick_dtype(config.precision, device),
+        device=str(device),
+    ).eval()
+    return model, load_tokenizer(model.backbone.model.name_or_path)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids (1, P) of a prompt, in the tokenizer's chat template if `chat`."""
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: leave --chat out")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    ).input_ids  # fmt: skip
+
+
+def _print_legend(console: Console, layers: list[int], depth: int, seconds: float) -> None:
+    legend = Text("left at layer")
+    for layer in sorted(set(layers)):
+        share = layers.count(layer) / len(layers)
+        legend.append(f"  {layer} ({share:.0%})", style=f"bold {depth_colour(layer, depth)}")
+    console.print(legend)
+    mean = sum(layers) / len(layers)
+    console.print(
+        f"{len(layers)} tokens, mean depth {mean:.1f} of {depth} layers, "
+        f"{len(layers) / seconds:.1f} tokens/s with the prompt",
+        highlight=False,
+    )

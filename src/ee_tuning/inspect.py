@@ -1,0 +1,56 @@
+"""`ee-tuning inspect`: what a backbone or a folder of exits is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+
+from ee_tuning.errors import UserError
+from ee_tuning.loading import config_values, load_config
+from ee_tuning.model import CONFIG_NAME, WEIGHTS_NAME, find_exits, read_exit_config
+
+
+def inspect(path: str) -> None:
+    """Print what is at `path`, a folder or a hub id of a backbone or of exits."""
+    is_exits = (Path(path) / CONFIG_NAME).is_file()
+    Console().print(_exits_table(path) if is_exits else _backbone_table(path))
+
+
+def _backbone_table(path: str) -> Table:
+    table = Table(title=f"backbone {path}", show_header=False)
+    for key, value in config_values(load_config(path)).items():
+        if value is not None:
+            table.add_row(key, str(value))
+    return table
+
+
+def _exits_table(path: str) -> Table:
+    folder = find_exits(path)
+    saved = read_exit_config(folder)
+    depth = saved["backbone"]["config"]["num_hidden_layers"]
+    table = Table(title=f"exits {path}\nfor {saved['base_model']} ({depth} layers)")
+    for column in ("exit layer", "architecture", "head", "parameters"):
+        table.add_column(column, justify="right")
+    sizes = _parameters(folder / WEIGHTS_NAME)
+    for layer, arch, head in zip(*(saved[k] for k in ("layers", "arch", "head")), strict=True):
+        table.add_row(str(layer), arch, head, f"{sizes.get(layer, 0):,}")
+    return table
+
+
+def _parameters(path: Path) -> dict[int, int]:
+    """Number of parameters per exit layer, from the file's header alone."""
+    sizes: dict[int, int] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                size = 1
+                for n in file.get_slice(name).get_shape():
+                    size *= n
+                layer = int(name.partition(".")[0])
+                sizes[layer] = sizes.get(layer, 0) + size
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+    return sizes

@@ -1,0 +1,104 @@
+"""Checkpoints: everything a run needs to go on bit for bit, in safetensors and JSON.
+
+A checkpoint is a folder ``checkpoints/step-000500/`` with the exits (fp32 master weights), the
+optimizer's state and the random state, and ``state.json``. The learning rate and the data's
+position are functions of the step alone, so the step is all there is to store of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+from ee_tuning.files import read_json, replacing, write_json
+from ee_tuning.model import WEIGHTS_NAME, EarlyExitModel
+
+# What may not change between a run and its continuation: the exits and the order of the data.
+FIXED = (
+    "model", "layers", "arch", "head", "exits", "data", "seq_length", "global_batch_size", "seed",
+    "valid_data", "valid_fraction", "steps",
+)  # fmt: skip
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: EarlyExitModel, optimizer: torch.optim.Optimizer, config: TuneConfig
+) -> Path:
+    """Write the checkpoint of `step` under `folder` and remove all but the last `config.keep`."""
+    path = folder / f"step-{step:06d}"
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        save_file(model.exit_state(), temporary / WEIGHTS_NAME)
+        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        settings = {key: getattr(config, key) for key in FIXED}
+        write_json(temporary / "state.json", {"step": step, "settings": settings})
+    for old in checkpoints(folder)[: -config.keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def load_checkpoint(
+    folder: Path, model: EarlyExitModel, optimizer: torch.optim.Optimizer, config: TuneConfig
+) -> int:
+    """Put the last checkpoint under `folder` into `model` and `optimizer`; gives its step.
+
+    Raises:
+        UserError: there is none, it is damaged, or a setting differs that may not.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"nothing to resume: {folder} holds no checkpoint")
+    state = read_json(found[-1] / "state.json")
+    now = dataclasses.asdict(config)
+    for key, value in state["settings"].items():
+        if now[key] != value:
+            raise UserError(
+                f"cannot resume {found[-1]}: {key} was {value!r} and is now {now[key]!r}; "
+                "start anew with --overwrite or give the same"
+            )
+    model.load_exits(found[-1] / WEIGHTS_NAME)
+    try:
+        tensors = load_file(found[-1] / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{found[-1]} is damaged ({error}): remove it and resume from the one before"
+        ) from error
+    _restore_optimizer(model, optimizer, tensors)
+    return state["step"]
+
+
+def _optimizer_tensors(
+    model: EarlyExitModel, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name, and torch's random state."""
+    tensors = {
+        f"{name}:{key}": value.contiguous()
+        for name, p in model.exits.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+    return tensors | {"random:cpu": torch.get_rng_state()}
+
+
+def _restore_optimizer(
+    model: EarlyExitModel, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    torch.set_rng_state(tensors.pop("random:cpu"))
+    parameters = dict(model.exits.named_parameters())
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        p = parameters[name]
+        state: dict[str, Any] = optimizer.state[p]
+        fused = optimizer.defaults.get("fused")
+        state[kind] = value if kind == "step" and not fused else value.to(p.device)

@@ -1,0 +1,254 @@
+"""A tuning run from its settings to saved exits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import platform
+import shlex
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from collections.abc import Iterator
+
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import ee_tuning
+from ee_tuning.config import ExitConfig, TuneConfig
+from ee_tuning.data import SampleOrder, collate, load_packed, split_validation
+from ee_tuning.devices import pick_device, pick_dtype
+from ee_tuning.errors import UserError
+from ee_tuning.files import write_text
+from ee_tuning.loading import load_tokenizer
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.out import claim_folder
+from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
+from ee_tuning.tune.metrics import Display, MetricsLog
+from ee_tuning.tune.optimizer import build_optimizer, clip_gradients, learning_rate, loss_weights
+from ee_tuning.tune.step import Batch, Objective, accumulate_gradients, mean_losses
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
+    """Tune exits as `config` says and save them to ``config.out``.
+
+    Raises:
+        UserError: a setting that cannot work, or a loss that is not finite.
+        Interrupted: after a first Ctrl-C or SIGTERM, once a checkpoint is written.
+    """
+    check(config)
+    out = claim_folder(config.out, config.overwrite, config.resume)
+    run = Run(config, out, console or Console(stderr=True))
+    run.go()
+    return run.model
+
+
+def check(config: TuneConfig) -> None:
+    """Refuse settings that cannot work before anything is loaded.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if not config.data:
+        raise UserError("no data given: name files, folders or hub ids with --data")
+    if bool(config.exits) == bool(config.layers):
+        raise UserError("give either --exits or --layers: one says which exits to tune")
+    for key in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "keep"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
+    if config.seq_length < 2:
+        raise UserError("seq_length is 1: a token needs another one before it")
+    for key in ("lr", "eps", "kl_temperature"):
+        if not getattr(config, key) > 0:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
+    for key in ("kl_weight", "valid_fraction"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
+
+
+class Run:
+    """The parts of one tuning run, wired together."""
+
+    def __init__(self, config: TuneConfig, out: Path, console: Console) -> None:
+        self.config, self.out, self.console = config, out, console
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.precision, self.device)
+        self.autocast = None if self.dtype == torch.float32 else self.dtype
+        self.objective = Objective(
+            config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
+        )
+        self.model = self._model()
+        self.layers = self.model.exit_layers
+        if config.loss_weights and len(config.loss_weights) != len(self.layers):
+            raise UserError(
+                f"{len(config.loss_weights)} loss_weights for {len(self.layers)} exits: give one each"
+            )
+        self.train_data, self.valid_data = self._data()
+        self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
+        self.optimizer = build_optimizer(self.model, config)
+        self.checkpoints = out / "checkpoints"
+
+    def _model(self) -> EarlyExitModel:
+        """Exits to tune in fp32, on a backbone that is in memory as deep as needed."""
+        config = self.config
+        load = {"whole": self.objective.needs_teacher, "dtype": self.dtype, "device": str(self.device)}
+        if config.exits:
+            model = EarlyExitModel.from_pretrained(
+                config.exits, config.model or None, exit_dtype=torch.float32, **load  # type: ignore[arg-type]
+            )
+        else:
+            exits = ExitConfig(config.layers, config.arch, config.init, config.head, config.seed)
+            model = EarlyExitModel.from_base(config.model, exits, **load)  # type: ignore[arg-type]
+        model.exits.float()
+        if not any(p.requires_grad for p in model.exits.parameters()):
+            raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
+        return model.train()
+
+    def _data(self):  # type: ignore[no-untyped-def]
+        config = self.config
+        tokenizer = load_tokenizer(config.tokenizer or self.model.backbone.model.name_or_path)
+        context = getattr(self.model.backbone.config, "max_position_embeddings", None)
+        if context and config.seq_length > context:
+            raise UserError(f"seq_length {config.seq_length} is beyond the backbone's context of {context}")
+        load = (tokenizer, config.seq_length, config.seed, config.skip_bad_records)
+        packed = load_packed(config.data, *load)
+        if config.valid_data:
+            return packed, load_packed(config.valid_data, *load)
+        return split_validation(packed, config.valid_fraction, config.seed)
+
+    def go(self) -> None:
+        """Every step from the first, or the last checkpoint's, to the end."""
+        config = self.config
+        first = 0
+        if config.resume:
+            first = load_checkpoint(self.checkpoints, self.model, self.optimizer, config)
+        write_text(self.out / "run.yaml", describe_run(config))
+        log = MetricsLog(self.out, config.log_to, first)
+        before = log.first_validation or self.validate(log, 0)
+        display = Display(self.console, first, config.steps)
+        with display.progress, stop_requests() as stopped:
+            for step in range(first, config.steps):
+                self.step(step, log, display)
+                done = step + 1
+                if stopped():
+                    self._save(done)
+                    raise Interrupted(f"stopped after step {done}; go on with --resume")
+                if done < config.steps and config.eval_every and done % config.eval_every == 0:
+                    self.validate(log, done)
+                if done == config.steps or (config.save_every and done % config.save_every == 0):
+                    self._save(done)
+        after = self.validate(log, config.steps)
+        self.model.save_pretrained(self.out, dtype=self.dtype)
+        log.close()
+        self.console.print(_table(before, after))
+
+    def step(self, step: int, log: MetricsLog, display: Display) -> None:
+        """One optimizer step, counted from 0."""
+        config = self.config
+        rate = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        weights = loss_weights(config, self.layers, step)
+        batches = self._micro_batches(step)
+        losses = accumulate_gradients(self.model, batches, self.objective, weights, self.autocast)
+        norms = clip_gradients(self.model, config.clip)
+        self._check_finite(step, losses, norms)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        display.update(done, config.global_batch_size * config.seq_length)
+        if done % config.log_every == 0 or done == config.steps:
+            values = {layer: loss.item() for layer, loss in losses.items()}
+            display.show(done, values)
+            log.write(
+                done, lr=rate, loss=values,
+                grad_norm={layer: norm.item() for layer, norm in norms.items()},
+                tokens=done * config.global_batch_size * config.seq_length,
+                tokens_per_second=round(display.tokens_per_second(), 1),
+            )  # fmt: skip
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        size = self.config.micro_batch_size
+        indices = self.order.indices(step)
+        return [collate(self.train_data, indices[i : i + size]) for i in range(0, len(indices), size)]
+
+    def _check_finite(
+        self, step: int, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor]
+    ) -> None:
+        for layer in self.layers:
+            value = losses[layer] + norms[layer]
+            if not math.isfinite(value.item()):
+                raise UserError(
+                    f"the loss of exit {layer} is {losses[layer].item()} with gradient norm "
+                    f"{norms[layer].item()} at step {step + 1}: stopped before it could spoil the "
+                    f"exits, checkpoints in {self.checkpoints} are good; try a lower --lr"
+                )
+
+    def validate(self, log: MetricsLog, step: int) -> dict[int, float]:
+        """Held-out loss per exit, recorded at `step`."""
+        size = self.config.micro_batch_size
+        rows = min(len(self.valid_data), self.config.eval_batches * size)
+        batches = [
+            collate(self.valid_data, list(range(i, min(i + size, rows)))) for i in range(0, rows, size)
+        ]
+        losses = mean_losses(self.model, batches, self.autocast)
+        log.write(step, valid_loss=losses)
+        text = "  ".join(f"exit {layer} {loss:.3f}" for layer, loss in losses.items())
+        self.console.print(f"held-out loss at step {step}: {text}", highlight=False, soft_wrap=True)
+        return losses
+
+    def _save(self, step: int) -> None:
+        save_checkpoint(self.checkpoints, step, self.model, self.optimizer, self.config)
+
+
+@contextmanager
+def stop_requests() -> Iterator:  # type: ignore[type-arg]
+    """Turns a first Ctrl-C or SIGTERM into a request, read by calling what this gives.
+
+    A second one stops at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe_run(config: TuneConfig) -> str:
+    """``run.yaml``: every setting as resolved; versions and command as comments."""
+    lines = [
+        f"# ee-tuning {ee_tuning.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}",
+        f"# {shlex.join(sys.argv)}",
+    ]
+    values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
+    return "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False)
+
+
+def _table(before: dict[int, float], after: dict[int, float]) -> Table:
+    table = Table(title="held-out loss per exit (nats per token)")
+    for column in ("exit layer", "before", "after"):
+        table.add_column(column, justify="right")
+    for layer in after:
+        table.add_row(str(layer), f"{before[layer]:.3f}", f"{after[layer]:.3f}")
+    return table
