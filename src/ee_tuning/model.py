@@ -209,9 +209,8 @@ class EarlyExitModel(nn.Module):
         return generate(self, input_ids, **kwargs)
 
     def train(self, mode: bool = True) -> EarlyExitModel:
-        """The exits' mode; the frozen backbone stays in evaluation, dropout off."""
-        super().train(mode)
-        self.backbone.model.eval()
+        """Exits and backbone stay in evaluation mode: dropout is off while tuning, too."""
+        super().train(False)
         return self
 
     # -- saving and loading --------------------------------------------------------------------

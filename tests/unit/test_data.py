@@ -298,13 +298,16 @@ def test_a_tokenizer_without_eos(tmp_path):
     assert row["input_ids"].tolist() == [*ids, 0, 0]
 
 
-@pytest.mark.parametrize("prompt", ["", "Say it: ", "Sag's,\n", "🦊 "])
+@pytest.mark.parametrize("prompt", ["Say it: ", "Sag's,\n", "🦊 "])
 @pytest.mark.parametrize("completion", ["the lazy dog", "🦊 naïve", "\n\nfox"])
 def test_a_completion_is_what_counts(tmp_path, prompt, completion):
     found = learned({"prompt": prompt, "completion": completion}, TOKENIZER, tmp_path)
-    # A token may hold the space that ends a prompt. Without a prompt the first cannot count.
-    wanted = completion + "<eos>"
-    assert found.lstrip(" ") == wanted if prompt else wanted.endswith(found)
+    assert found.lstrip(" ") == completion + "<eos>"  # a token may hold the prompt's last space
+
+
+def test_a_completion_without_a_prompt(tmp_path):
+    found = learned({"prompt": "", "completion": "a fox"}, TOKENIZER, tmp_path)
+    assert found == " fox<eos>"  # nothing predicts the first token
 
 
 def test_a_completion_may_be_cut_where_tokens_join(tmp_path):
@@ -482,7 +485,7 @@ def test_repeated_rows_do_not_leak_into_validation(tmp_path):
 
 
 def test_validation_split_of_few_rows(tmp_path):
-    two = load(jsonl(tmp_path / "a.jsonl", {"text": TEXT}))
+    two = load(jsonl(tmp_path / "a.jsonl", {"text": TEXT}), seq_length=8)
     assert len(two) == 2
     assert [len(part) for part in split_validation(two, 0.01, 0)] == [1, 1]
     one = load(tmp_path / "a.jsonl", seq_length=512)

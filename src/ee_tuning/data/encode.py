@@ -187,7 +187,7 @@ def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document
 
 def _encode_marked_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Document:
     """The template itself marks the assistant's tokens, with {% generation %}."""
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
     ids = np.array(encoded["input_ids"])
@@ -200,9 +200,10 @@ def _assistant_spans(
     """The chat as text, and the spans of characters a model would have to generate."""
 
     def render(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             messages[:count], tokenize=False, add_generation_prompt=prompt
         )
+        return text
 
     text, spans = render(len(messages), False), []
     for i, message in enumerate(messages):

@@ -246,15 +246,13 @@ def _on_disk(
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Keep the bars of `datasets` out of ours, unless its environment variable asks for them."""
-    if datasets.are_progress_bars_disabled() or datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS:
+    """Keep the bars of `datasets` off the terminal, unless its environment variable wants them."""
+    wanted = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is False
+    if wanted or datasets.are_progress_bars_disabled():
         yield
         return
-    asked_for = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is False
-    if not asked_for:
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not asked_for:
-            datasets.enable_progress_bars()
+        datasets.enable_progress_bars()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
 from ee_tuning.config import parse_layers
@@ -43,6 +44,7 @@ def generate(
     exit_layers: str | list[int] | None = None,
     max_pending: int = 8,
     on_token: Callable[[Token], None] | None = None,
+    streamer: Any = None,
     **kwargs: Any,
 ) -> GenerateOutput:
     """Generate from one prompt (1, P); `kwargs` are those of transformers' ``generate``.
@@ -52,7 +54,8 @@ def generate(
         confidence is at least `threshold`. Threshold 1 switches exits off.
     exit_layers: the active exits; default: all.
     max_pending: tokens that may wait for their deeper K/V before one has to go all the way.
-    on_token: called with every `Token`, before the next one is computed.
+    on_token: called with every `Token`, before the streamer gets it and the next is computed.
+    streamer: as in transformers.
 
     Raises:
         UserError: an unknown mode or exit, a threshold outside [0, 1], an empty prompt, one
@@ -62,17 +65,23 @@ def generate(
     decoder = make_decoder(model, mode, threshold, exit_layers, max_pending)
     tokens: list[Token] = []
 
+    def seen(token: Token) -> None:
+        tokens.append(token)
+        if on_token:
+            on_token(token)
+
     def loop(_: Any, input_ids: Tensor, **prepared: Any) -> Tensor:
-        def seen(token: Token) -> None:
-            tokens.append(token)
-            if on_token:
-                on_token(token)
+        return _loop(decoder, input_ids, seen, streamer, **prepared)
 
-        return _loop(decoder, input_ids, seen, **prepared)
-
-    # transformers prepares samplers, stopping criteria and the streamer, then calls `loop`.
+    # transformers prepares the configuration, samplers and stopping criteria and puts the prompt
+    # into the streamer. It hands neither streamer nor tokenizer on to a loop that is not its own.
     sequences = model.backbone.model.generate(
-        input_ids.to(model.backbone.device), custom_generate=loop, use_cache=False, **kwargs
+        input_ids.to(model.backbone.device),
+        custom_generate=loop,
+        use_cache=False,
+        streamer=streamer,
+        stopping_criteria=_stopping_criteria(kwargs),
+        **kwargs,
     )
     return GenerateOutput(
         sequences=sequences,
@@ -119,6 +128,17 @@ def _active(model: EarlyExitModel, exit_layers: str | list[int] | None) -> list[
     return layers
 
 
+def _stopping_criteria(kwargs: dict[str, Any]) -> StoppingCriteriaList:
+    """The caller's criteria and those for ``stop_strings``, both taken out of `kwargs`."""
+    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+    stop_strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if stop_strings:
+        if tokenizer is None:
+            raise UserError("stop_strings need the tokenizer: give it as tokenizer=")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return criteria
+
+
 def _check_prompt(model: EarlyExitModel, input_ids: Tensor) -> None:
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise UserError(
@@ -138,11 +158,11 @@ def _loop(
     decoder: Decoder,
     input_ids: Tensor,
     seen: Callable[[Token], None],
+    streamer: Any,
     *,
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    streamer: Any = None,
     **_: Any,
 ) -> Tensor:
     """Predict, choose, append, until a criterion stops it: transformers' own order of things."""
