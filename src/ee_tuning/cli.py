@@ -148,7 +148,10 @@ def parse(command: str, config_class: type, args: list[str]) -> Any:
     try:
         parsed = parser.parse_args(args)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), [field.name for field in fields])) from error
+        message = _explain(str(error), [field.name for field in fields])
+        if "parsing config" in message:
+            message = f"{args[args.index('--config') + 1]} is not valid YAML: {message}"
+        raise UserError(message) from error
     return config_class(**{field.name: parsed[field.name] for field in fields})
 
 

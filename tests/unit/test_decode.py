@@ -126,10 +126,11 @@ def test_eos_and_stop_strings_end_generation(base, tokenizer):
     new = free[ids.shape[1] :]
     stopped = model.generate(ids, mode="full", max_new_tokens=8, eos_token_id=new[2].item())
     assert stopped.sequences.shape[1] <= ids.shape[1] + 3
-    text = tokenizer.decode(new[3:5])
+    text = tokenizer.decode(new[1:3])  # spans two tokens
     out = model.generate(ids, mode="full", max_new_tokens=8, stop_strings=[text], tokenizer=tokenizer)
-    assert text in tokenizer.decode(out.sequences[0, ids.shape[1] :])
-    assert out.sequences.shape[1] < ids.shape[1] + 8
+    new_text = tokenizer.decode(out.sequences[0, ids.shape[1] :])
+    assert text in new_text
+    assert text not in tokenizer.decode(out.sequences[0, ids.shape[1] : -1])
 
 
 @pytest.mark.parametrize(

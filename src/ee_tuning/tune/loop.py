@@ -142,13 +142,13 @@ class Run:
             for step in range(first, config.steps):
                 self.step(step, log, display)
                 done = step + 1
-                if stopped():
-                    self._save(done)
-                    raise Interrupted(f"stopped after step {done}; go on with --resume")
-                if done < config.steps and config.eval_every and done % config.eval_every == 0:
+                last = done == config.steps
+                if not last and config.eval_every and done % config.eval_every == 0:
                     self.validate(log, done)
-                if done == config.steps or (config.save_every and done % config.save_every == 0):
+                if last or stopped() or (config.save_every and done % config.save_every == 0):
                     self._save(done)
+                if stopped() and not last:
+                    raise Interrupted(f"stopped after step {done}; go on with --resume")
         after = self.validate(log, config.steps)
         self.model.save_pretrained(self.out, dtype=self.dtype)
         log.close()

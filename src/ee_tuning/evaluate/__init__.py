@@ -1,0 +1,133 @@
+"""`ee-tuning evaluate`: what the exits cost in quality and bring in speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import ee_tuning
+from ee_tuning.config import EvaluateConfig
+from ee_tuning.data import load_packed
+from ee_tuning.decode.show import load_for_decoding
+from ee_tuning.errors import UserError
+from ee_tuning.evaluate.exits import measure_exits
+from ee_tuning.evaluate.report import write_report
+from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
+from ee_tuning.files import write_json
+from ee_tuning.out import claim_folder
+
+__all__ = ["evaluate"]
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
+    """Measure the exits, print two tables, write ``evaluation.json`` and ``report.html``.
+
+    Raises:
+        UserError: no data, no exits, or a threshold outside [0, 1].
+    """
+    console = console or Console()
+    if not config.data:
+        raise UserError("no data given: name held-out files, folders or hub ids with --data")
+    thresholds = parse_thresholds(config.thresholds)
+    model, tokenizer = load_for_decoding(config)
+    packed = load_packed(
+        config.data, tokenizer, config.seq_length, config.seed, config.skip_bad_records
+    )
+    with console.status("losses and agreement on the data"):
+        measured = measure_exits(model, packed, config, thresholds)
+    with console.status("speed and agreement of generated text"):
+        prompts = take_prompts(packed, config.prompts, config.prompt_length)
+        measured |= measure_thresholds(model, prompts, thresholds, config)
+    for row, next_token in zip(measured["threshold_rows"], measured.pop("next_token"), strict=True):
+        row["next_token_agreement"] = next_token["agreement"]
+        row["next_token_depth"] = next_token["mean_depth"]
+    result = {
+        "base_model": model.backbone.model.name_or_path,
+        "exits": model.exit_layers,
+        "depth": model.backbone.num_layers,
+        "machine": describe_machine(model.backbone.device),
+        "settings": dataclasses.asdict(config),
+        **measured,
+    }
+    folder = Path(config.out or config.exits)
+    claim_folder(str(folder), overwrite=False, resume=True)
+    write_json(folder / "evaluation.json", result)
+    write_report(folder / "report.html", result, tokenizer)
+    for table in tables(result):
+        console.print(table)
+    console.print(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}")
+    return result
+
+
+def parse_thresholds(text: str) -> list[float]:
+    """Thresholds from ``"1,0.8,0.4"``, highest first.
+
+    Raises:
+        UserError: one is not a number within [0, 1].
+    """
+    try:
+        values = sorted({float(item) for item in text.split(",")}, reverse=True)
+    except ValueError:
+        raise UserError(f"thresholds {text!r} are not numbers with commas between them") from None
+    for value in values:
+        if not 0 <= value <= 1:
+            raise UserError(f"threshold {value} is outside [0, 1]")
+    return values
+
+
+def describe_machine(device: torch.device) -> str:
+    """Hardware and versions, for every figure that is published."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"CPU ({_cpu_name()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return (
+        f"{hardware}; ee-tuning {ee_tuning.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+
+
+def _cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The exits' and the thresholds' figures for the terminal."""
+    exits = Table(title="exits, on held-out data")
+    for column in ("layer", "loss", "agrees with final exit", "mean confidence"):
+        exits.add_column(column, justify="right")
+    for row in result["exit_rows"]:
+        name = f"{row['layer']} (final)" if row["final"] else str(row["layer"])
+        exits.add_row(name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}")
+    speeds = Table(title=f"thresholds, greedy, batch 1, {result['tokens_per_prompt']} new tokens")
+    for column in ("threshold", "mean depth", "next token agrees", "text agrees", "tok/s", "vs full"):
+        speeds.add_column(column, justify="right")
+    for row in result["threshold_rows"]:
+        speeds.add_row(
+            f"{row['threshold']:g}",
+            f"{row['mean_depth']:.1f}",
+            f"{row['next_token_agreement']:.1%}",
+            f"{row['text_agreement']:.1%}",
+            speed_text(row["speed"]),
+            f"{row['speedup']:.2f}×",
+        )
+    theirs = result["transformers"]
+    speeds.add_row("transformers", "", "", "", speed_text(theirs["speed"]), f"{theirs['speedup']:.2f}×")
+    return [exits, speeds]
+
+
+def speed_text(speed: dict[str, float]) -> str:
+    """``35.2 (34.0–36.1)``: median, least and most tokens per second over the rounds."""
+    return f"{speed['median']:.1f} ({speed['min']:.1f}–{speed['max']:.1f})"

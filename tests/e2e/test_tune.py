@@ -1,0 +1,239 @@
+"""`ee-tuning tune` as a user runs it: files, resuming, reproducibility, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ee_tuning import EarlyExitModel
+from ee_tuning.cli import main
+
+
+def arguments(base, data, out, **changes):
+    """Flags of a small run; `changes` add to them or, with None, leave one out."""
+    values = {
+        "model": base, "layers": "1,3", "arch": "mlp", "data": data, "out": out, "steps": 6,
+        "seq-length": 32, "micro-batch-size": 2, "global-batch-size": 4, "lr": 1e-2,
+        "save-every": 2, "eval-every": 2, "log-every": 1, "valid-fraction": 0.1,
+    } | {name.replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
+    flags = []
+    for name, value in values.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def tune(*args, **changes):
+    main(["tune", *arguments(*args, **changes)])
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_files_metrics_and_falling_losses(base, data, tmp_path):
+    weights = load_file(Path(base) / "model.safetensors")
+    tune(base, data, tmp_path / "exits", log_to="tensorboard")
+    out = tmp_path / "exits"
+    names = {p.name for p in out.iterdir()}
+    assert names == {
+        "exits.safetensors", "exit_config.json", "README.md", "run.yaml", "metrics.jsonl",
+        "checkpoints", "tensorboard",
+    }  # fmt: skip
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    lines = records(out)
+    valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [0, 2, 4, 6]
+    assert all(valid[-1][layer] < valid[0][layer] for layer in ("1", "3"))
+    steps = [line for line in lines if "loss" in line]
+    assert [line["tokens"] for line in steps] == [128 * i for i in range(1, 7)]
+    assert {"lr", "loss", "grad_norm", "tokens_per_second"} <= steps[0].keys()
+    assert yaml.safe_load((out / "run.yaml").read_text())["seq_length"] == 32
+    after = load_file(Path(base) / "model.safetensors")
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    model = EarlyExitModel.from_pretrained(str(out))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (
+        300 * 32 + 32 + 3 * 32 * 48
+    )
+
+
+def test_two_runs_give_the_same_bits(base, data, tmp_path):
+    for name in ("a", "b"):
+        tune(base, data, tmp_path / name, loss="mixed", dynamic_weights=True, init="random")
+    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tuning_goes_on_from_saved_exits(base, data, tmp_path):
+    main(["init", "--model", base, "--layers", "2", "--arch", "norm", "--out", str(tmp_path / "new")])
+    tune(base, data, tmp_path / "exits", exits=tmp_path / "new", layers=None, model=None)
+    new, tuned = (load_file(tmp_path / n / "exits.safetensors") for n in ("new", "exits"))
+    assert new.keys() == tuned.keys()
+    assert not torch.equal(new["2.norm.weight"], tuned["2.norm.weight"])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
+    """Bit for bit, whether killed in the middle or stopped with Ctrl-C."""
+    common = {"steps": 40, "layers": "1,3", "arch": "layer"}
+    tune(base, data, tmp_path / "whole", **common)
+    flags = arguments(base, data, tmp_path / "cut", **common)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ee_tuning", "tune", *flags], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and '"step": 5' in metrics.read_text()):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "go on with --resume" in errors
+        assert "Traceback" not in errors
+    assert records(tmp_path / "cut")[-1]["step"] < 40
+    main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
+    whole, cut = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    kept = ("step", "loss", "valid_loss", "lr", "grad_norm")
+    curves = [
+        [{k: line.get(k) for k in kept} for line in records(tmp_path / n)] for n in ("whole", "cut")
+    ]
+    assert curves[0] == curves[1]
+
+
+def fails(capsys, *args, status=2):
+    """The one line a failing command leaves on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    assert stop.value.code == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ee-tuning:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+BAD = [
+    ({"layers": "0"}, "exit layer 0 does not exist"),
+    ({"layers": "5"}, "layers 1 to 4"),
+    ({"layers": "2,2"}, "given twice"),
+    ({"layers": None}, "either --exits or --layers"),
+    ({"model": "/nowhere"}, "cannot read the backbone /nowhere"),
+    ({"model": None}, "no backbone given"),
+    ({"data": []}, "no data given"),
+    ({"data": "nowhere.jsonl"}, "does not exist"),
+    ({"out": None}, "no output folder"),
+    ({"steps": 0}, "at least 1"),
+    ({"lr": -1}, "above 0"),
+    ({"seq_length": 4096}, "beyond the backbone's context of 128"),
+    ({"loss_weights": [1, 2, 3]}, "3 loss_weights for 2 exits"),
+    ({"device": "cuda:7"}, "cannot be used"),
+    ({"lr": "fast"}, "lr"),
+    ({"seq_lenght": 3}, "did you mean seq_length?"),
+    ({"resume": True}, "nothing to resume"),
+    ({"arch": "embedding", "head": "shared"}, "nothing to tune"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_settings(changes, message, base, data, tmp_path, capsys):
+    changes = {"out": tmp_path / "x", "data": data} | changes
+    flags = arguments(base, changes.pop("data"), changes.pop("out"), **changes)
+    assert message in fails(capsys, "tune", *flags)
+
+
+def test_bad_yaml(base, data, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    for text, message in (
+        ("seq_lenght: 3", "did you mean seq_length?"),
+        ("steps: many", "steps"),
+        ("steps: [", "run.yaml"),
+    ):
+        path.write_text(text)
+        assert message in fails(capsys, "tune", "--config", path)
+    assert "nowhere.yaml" in fails(capsys, "tune", "--config", "nowhere.yaml")
+
+
+def test_yaml_flag_default_order(base, data, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 5\nlog_every: 5\nlr: 0.5\n")
+    flags = arguments(base, data, tmp_path / "exits", lr=0.25, steps=None, log_every=None)
+    main(["tune", "--config", str(path), *flags])
+    saved = yaml.safe_load((tmp_path / "exits/run.yaml").read_text())
+    assert (saved["steps"], saved["lr"], saved["beta2"]) == (5, 0.25, 0.95)
+
+
+def test_output_folder_is_not_overwritten_by_accident(base, data, tmp_path, capsys):
+    tune(base, data, tmp_path / "exits")
+    (tmp_path / "exits/notes.txt").write_text("mine")
+    before = (tmp_path / "exits/exits.safetensors").read_bytes()
+    assert "not empty" in fails(capsys, "tune", *arguments(base, data, tmp_path / "exits"))
+    assert (tmp_path / "exits/exits.safetensors").read_bytes() == before
+    tune(base, data, tmp_path / "exits", overwrite=True, lr=1e-3)
+    assert (tmp_path / "exits/exits.safetensors").read_bytes() != before
+    assert (tmp_path / "exits/notes.txt").read_text() == "mine"
+
+
+def test_resume_refuses_other_exits_or_data(base, data, tmp_path, capsys):
+    tune(base, data, tmp_path / "exits")
+    flags = arguments(base, data, tmp_path / "exits", resume=True, layers="1,2")
+    assert "layers was '1,3' and is now '1,2'" in fails(capsys, "tune", *flags)
+
+
+def test_loss_that_is_not_finite_stops_the_run(base, data, tmp_path, capsys, monkeypatch):
+    import ee_tuning.tune.loop as loop
+
+    original = loop.accumulate_gradients
+    calls = []
+
+    def spoiled(*args):
+        losses = original(*args)
+        calls.append(1)
+        return losses | ({3: torch.tensor(float("nan"))} if len(calls) == 5 else {})
+
+    monkeypatch.setattr(loop, "accumulate_gradients", spoiled)
+    line = fails(capsys, "tune", *arguments(base, data, tmp_path / "exits"))
+    assert "exit 3 is nan" in line
+    assert "at step 5" in line
+    monkeypatch.undo()
+    main(["tune", "--out", str(tmp_path / "exits"), "--resume"])
+    tune(base, data, tmp_path / "whole")
+    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("exits", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_no_space_left_keeps_the_previous_checkpoint(base, data, tmp_path, capsys, monkeypatch):
+    import errno
+
+    import ee_tuning.tune.checkpoint as checkpoint
+
+    original = checkpoint.save_file
+
+    def full_disk(tensors, path, *args, **kwargs):
+        if "step-000004" in str(path) and "optimizer" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    line = fails(capsys, "tune", *arguments(base, data, tmp_path / "exits"))
+    assert "No space left on device" in line
+    found = [p.name for p in (tmp_path / "exits/checkpoints").iterdir()]
+    assert found == ["step-000002"]
+    monkeypatch.undo()
+    main(["tune", "--out", str(tmp_path / "exits"), "--resume"])
+
+
+def test_debug_shows_the_traceback(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--debug"])
+    assert "Traceback" in capsys.readouterr().err

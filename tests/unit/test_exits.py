@@ -1,0 +1,254 @@
+"""Exits: initialisation, independence, saving; backbones and their fingerprints; bad input."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from families import tiny
+from safetensors.torch import load_file
+
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.config import parse_layers
+from ee_tuning.loading import load_backbone
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("8,16", [8, 16]),
+        ([4, 8], [4, 8]),
+        ("1/8,2/8,1/1", [4, 8, 32]),
+        ("every:8", [8, 16, 24, 32]),
+        (["1/4", 12], [8, 12]),
+    ],
+)
+def test_layers_can_be_given_in_many_ways(given, expected):
+    assert parse_layers(given, 32) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("0", "exit layer 0 does not exist"),
+        ("33", "exit layer 33 does not exist"),
+        ("8,8", "given twice"),
+        ("1/4,8", "given twice"),
+        ("x", "not understood"),
+        ("1/0", "not understood"),
+        ("", "not understood"),
+        ([], "no exit layers"),
+        ("every:0", "does not exist"),
+    ],
+)
+def test_bad_layers(given, message):
+    with pytest.raises(UserError, match=message):
+        parse_layers(given, 32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"arch": "mpl"}, "use one of embedding, norm, mlp, layer"),
+        ({"arch": ["mlp", "norm", "mlp"]}, "3 values of arch for 2 exits"),
+        ({"head": "tied"}, "use one of own, shared"),
+        ({"init": "zero"}, "copy or random"),
+    ],
+)
+def test_bad_exit_config(kwargs, message):
+    with pytest.raises(UserError, match=message):
+        EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", **kwargs))
+
+
+def test_random_initialisation_has_the_stated_deviations():
+    """Tolerance: 5 % of the deviation, several standard errors for matrices of this size."""
+    model = tiny("llama", hidden_size=128, intermediate_size=256, vocab_size=512, num_hidden_layers=4)
+    early_exit = EarlyExitModel.from_base(model, ExitConfig("3", arch="layer", init="random"))
+    small = 0.02 / math.sqrt(2 * 3)
+    for name, p in early_exit.exit_state().items():
+        if "norm" in name:
+            assert (p == 1).all()
+            continue
+        expected = small if "o_proj" in name or "down_proj" in name else 0.02
+        assert p.std().item() == pytest.approx(expected, rel=0.05), name
+        assert abs(p.mean().item()) < 0.001, name
+    with_bias = EarlyExitModel.from_base(tiny("phi"), ExitConfig("3", arch="mlp", init="random"))
+    assert all((p == 0).all() for n, p in with_bias.exit_state().items() if "bias" in n)
+
+
+def test_random_initialisation_does_not_depend_on_the_other_exits():
+    model = tiny("llama")
+    both, alone = (
+        EarlyExitModel.from_base(model, ExitConfig(layers, init="random", seed=3)).exit_state()
+        for layers in ("1,3", "3")
+    )
+    assert all(torch.equal(both[name], p) for name, p in alone.items())
+
+
+def test_shared_head_is_the_backbones_and_adds_nothing():
+    model = tiny("llama")
+    early_exit = EarlyExitModel.from_base(model, ExitConfig("1,2", arch="norm", head="own,shared"))
+    assert set(early_exit.exit_state()) == {"1.head.weight", "1.norm.weight", "2.norm.weight"}
+    logits = early_exit(torch.tensor([[4, 5, 6]]), output_exit_logits=True).exit_logits
+    own = EarlyExitModel.from_base(model, ExitConfig("1,2", arch="norm"))
+    expected = own(torch.tensor([[4, 5, 6]]), output_exit_logits=True).exit_logits
+    assert torch.equal(logits[2], expected[2])
+
+
+def test_exit_after_the_last_layer_sits_beside_the_final_exit():
+    model = tiny("llama")
+    early_exit = EarlyExitModel.from_base(model, ExitConfig("4", arch="norm"))
+    out = early_exit(torch.tensor([[4, 5, 6]]), output_exit_logits=True, output_logits=True)
+    assert torch.equal(out.exit_logits[4], out.logits)
+    fixed = early_exit.generate(torch.tensor([[4, 5, 6]]), mode="fixed", max_new_tokens=5)
+    full = early_exit.generate(torch.tensor([[4, 5, 6]]), mode="full", max_new_tokens=5)
+    assert torch.equal(fixed.sequences, full.sequences)
+
+
+def test_the_exits_gradients_do_not_reach_the_backbone_or_each_other():
+    model = tiny("llama")
+    early_exit = EarlyExitModel.from_base(model, ExitConfig("1,2", arch="mlp"))
+    ids = torch.tensor([[4, 5, 6, 7]])
+    early_exit(ids, labels=ids).exit_losses[2].backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in early_exit.exit(1).parameters())
+    assert all(p.grad is not None for p in early_exit.exit(2).parameters())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A backbone and its exits on disk."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    early_exit = EarlyExitModel.from_base(str(tmp_path / "base"), ExitConfig("1,2", arch="mlp,layer"))
+    early_exit.save_pretrained(tmp_path / "exits")
+    return tmp_path
+
+
+def test_saved_files(saved):
+    assert sorted(p.name for p in (saved / "exits").iterdir()) == [
+        "README.md",
+        "exit_config.json",
+        "exits.safetensors",
+    ]
+    config = json.loads((saved / "exits/exit_config.json").read_text())
+    assert config["format_version"] == 1
+    assert config["layers"] == [1, 2]
+    assert config["arch"] == ["mlp", "layer"]
+    assert config["base_model"] == str(saved / "base")
+    assert "8.norm.weight" not in load_file(saved / "exits/exits.safetensors")
+    assert "| 2 | layer | own |" in (saved / "exits/README.md").read_text()
+
+
+def test_backbone_is_looked_up_or_given(saved):
+    ids = torch.tensor([[4, 5, 6]])
+    results = [
+        EarlyExitModel.from_pretrained(str(saved / "exits"), model=model, whole=whole)
+        for model in (None, str(saved / "base"), load_backbone(str(saved / "base")))
+        for whole in (True, False)
+    ]
+    logits = [m(ids, output_exit_logits=True).exit_logits[2] for m in results]
+    assert all(torch.equal(x, logits[0]) for x in logits)
+    low = EarlyExitModel.from_pretrained(str(saved / "exits"), dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+
+
+def test_another_backbone_is_refused(saved):
+    exits = str(saved / "exits")
+    with pytest.raises(UserError, match="hidden_size is 64 here and 32 there"):
+        EarlyExitModel.from_pretrained(exits, model=tiny("llama", hidden_size=64))
+    with pytest.raises(UserError, match="model_type is 'qwen2' here and 'llama' there"):
+        EarlyExitModel.from_pretrained(exits, model=tiny("qwen2"))
+    with pytest.raises(UserError, match="made for another backbone: embedding"):
+        EarlyExitModel.from_pretrained(exits, model=tiny("llama", seed=1))
+    changed = tiny("llama")
+    changed.model.layers[1].mlp.up_proj.weight.data *= 1.5
+    with pytest.raises(UserError, match="made for another backbone: layer 2"):
+        EarlyExitModel.from_pretrained(exits, model=changed)
+
+
+def test_hub_round_trip_against_a_local_folder(saved, monkeypatch):
+    """push_to_hub and loading by id, with the hub's two calls served from a folder."""
+    import ee_tuning.model as module
+
+    hub = saved / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **kwargs):
+            class Url(str):
+                pass
+
+            url = Url(f"https://hub/{repo_id}")
+            url.repo_id = repo_id
+            return url
+
+        def upload_folder(self, repo_id, folder_path):
+            shutil.copytree(folder_path, hub / repo_id)
+
+    monkeypatch.setattr(module, "HfApi", Api)
+    monkeypatch.setattr(module, "snapshot_download", lambda repo_id, **_: str(hub / repo_id))
+    model = EarlyExitModel.from_pretrained(str(saved / "exits"))
+    assert model.push_to_hub("me/exits") == "https://hub/me/exits"
+    again = EarlyExitModel.from_pretrained("me/exits")
+    assert all(torch.equal(v, again.exit_state()[k]) for k, v in model.exit_state().items())
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD_FILES = [
+    ("base/model.safetensors", _truncate, "cannot load the backbone"),
+    ("base/model.safetensors", lambda p: p.write_bytes(b"nonsense" * 40), "cannot load the backbone"),
+    ("base/model.safetensors", lambda p: p.unlink(), "cannot load the backbone"),
+    ("base/config.json", lambda p: p.unlink(), "has no config.json"),
+    ("base/config.json", lambda p: p.write_text("{"), "cannot read the backbone"),
+    ("exits/exits.safetensors", _truncate, "is damaged"),
+    ("exits/exits.safetensors", lambda p: p.unlink(), "does not exist"),
+    ("exits/exit_config.json", lambda p: p.write_text("{"), "is not valid JSON"),
+    ("exits/exit_config.json", lambda p: p.write_text("{}"), "lacks"),
+    ("exits/exit_config.json", lambda p: p.unlink(), "holds no exits"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), BAD_FILES)
+def test_damaged_files(saved, name, damage, message):
+    damage(saved / name)
+    with pytest.raises(UserError, match=message):
+        EarlyExitModel.from_pretrained(str(saved / "exits"))
+
+
+def test_a_tensor_missing_from_the_backbone(saved):
+    from safetensors.torch import save_file
+
+    path = saved / "base/model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+        EarlyExitModel.from_pretrained(str(saved / "exits"))
+
+
+def test_models_that_are_not_decoder_only(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 50}
+    bert = BertForMaskedLM(BertConfig(**small, intermediate_size=16))
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, vocab_size=50))
+    for model, message in ((bert, "not a causal LM"), (t5, "encoder-decoder")):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        with pytest.raises(UserError, match=message):
+            EarlyExitModel.from_base(str(folder), ExitConfig("1"))
+        with pytest.raises(UserError):
+            EarlyExitModel.from_base(model, ExitConfig("1"))
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere", "no/such/path", "nowhere"])
+def test_exits_that_are_not_there(path):
+    with pytest.raises(UserError, match="does not exist"):
+        EarlyExitModel.from_pretrained(path)

@@ -1,0 +1,155 @@
+"""Losses against formulas written out, and one step against one graph over everything."""
+
+import pytest
+import torch
+from families import tiny
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.config import TuneConfig
+from ee_tuning.losses import confidence, cross_entropy, distillation
+from ee_tuning.tune.optimizer import clip_gradients, learning_rate, loss_weights
+from ee_tuning.tune.step import Objective, accumulate_gradients, mean_losses
+
+
+def sample(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 5, 11, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 5), generator=generator)
+    labels[0, 2] = labels[1, 0] = labels[1, 4] = -100
+    return logits, labels
+
+
+def test_cross_entropy_is_a_masked_mean():
+    logits, labels = sample()
+    terms = [
+        -torch.log_softmax(logits[b, t], -1)[labels[b, t + 1]]
+        for b in range(2)
+        for t in range(4)
+        if labels[b, t + 1] != -100
+    ]
+    loss = cross_entropy(logits, labels)
+    assert loss.count == len(terms) == 6
+    torch.testing.assert_close(loss.mean(), torch.stack(terms).mean())
+
+
+def test_dynamic_weights_are_the_detached_confidence():
+    logits, labels = sample()
+    cross_entropy(logits, labels, dynamic=True).total.backward()
+    grad, logits.grad = logits.grad.clone(), None
+    weight = torch.softmax(logits, -1).amax(-1).detach()
+    torch.testing.assert_close(confidence(logits), weight)
+    total = sum(
+        weight[b, t] * -torch.log_softmax(logits[b, t], -1)[labels[b, t + 1]]
+        for b in range(2)
+        for t in range(4)
+        if labels[b, t + 1] != -100
+    )
+    total.backward()
+    torch.testing.assert_close(grad, logits.grad)
+
+
+def test_distillation_is_the_scaled_divergence():
+    logits, labels = sample()
+    teacher, _ = sample(1)
+    T = 2.0
+    p, q = torch.softmax(teacher / T, -1), torch.softmax(logits / T, -1)
+    kl = (p * (p / q).log()).sum(-1)[:, :-1] * T**2
+    expected = kl[labels[:, 1:] != -100].sum()
+    torch.testing.assert_close(distillation(logits, teacher, labels, T).total, expected)
+    assert distillation(teacher, teacher, labels, T).total.abs() < 1e-5
+
+
+def test_nothing_labelled_gives_a_zero_loss():
+    logits, labels = sample()
+    assert cross_entropy(logits, torch.full_like(labels, -100)).mean() == 0
+
+
+def batches():
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for unlabelled in (0, 5):
+        ids = torch.randint(3, 96, (2, 9), generator=generator)
+        labels = ids.clone()
+        labels[:, :unlabelled] = -100
+        positions = torch.arange(9).repeat(2, 1)
+        result.append({"input_ids": ids, "labels": labels, "position_ids": positions})
+    return result
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.exits.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(),
+        Objective(dynamic_weights=True),
+        Objective("kl", kl_temperature=2.0),
+        Objective("mixed", kl_weight=0.3, dynamic_weights=True),
+    ],
+)
+def test_exit_by_exit_equals_one_graph_over_the_global_batch(objective):
+    """Micro-batches with unequal numbers of labels count by their tokens.
+
+    Tolerance: the one graph sums all rows at once.
+    """
+    weights = {1: 1.0, 2: 0.5, 3: 2.0}
+    config = ExitConfig("1,2,3", arch="norm,mlp,layer")
+    model = EarlyExitModel.from_base(tiny("llama"), config)
+    means = accumulate_gradients(model, batches(), objective, weights)
+    ours = gradients(model)
+
+    model.zero_grad()
+    rows = {k: torch.cat([b[k] for b in batches()]) for k in batches()[0]}
+    out = model(rows["input_ids"], output_exit_logits=True, output_logits=True)
+    losses = {
+        layer: objective(logits, rows["labels"], out.logits).mean()
+        for layer, logits in out.exit_logits.items()
+    }
+    sum(weights[layer] * loss for layer, loss in losses.items()).backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+    for layer, loss in losses.items():
+        torch.testing.assert_close(means[layer], loss.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_exits_tuned_together_are_the_exits_tuned_alone():
+    """Bit for bit, clipping included."""
+
+    def tuned(layers):
+        model = EarlyExitModel.from_base(tiny("llama"), ExitConfig(layers, arch="mlp"))
+        optimizer = torch.optim.AdamW(model.exits.parameters(), lr=1e-2)
+        for _ in range(3):
+            accumulate_gradients(model, batches(), Objective(), dict.fromkeys(model.exit_layers, 1.0))
+            clip_gradients(model, 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model.exit_state()
+
+    together = tuned("1,3")
+    for alone in (tuned("1"), tuned("3")):
+        assert all(torch.equal(together[name], p) for name, p in alone.items())
+
+
+def test_mean_losses_are_the_forward_pass_losses():
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="mlp"))
+    batch = batches()[1]
+    expected = model(batch["input_ids"], labels=batch["labels"]).exit_losses
+    assert mean_losses(model, [batch]) == pytest.approx({k: v.item() for k, v in expected.items()})
+
+
+def test_schedules():
+    config = TuneConfig(steps=100, lr=1.0, min_lr=0.1, warmup=0.1, loss_weight_start=0.2, loss_weight_warmup=10)
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.1)
+    config.decay = "linear"
+    assert learning_rate(config, 55) == pytest.approx(0.55)
+    config.warmup = 20
+    assert learning_rate(config, 20) == 1.0
+    assert loss_weights(config, [4, 8], 0) == pytest.approx({4: 0.2, 8: 0.2})
+    config.loss_weights = [1.0, 2.0]
+    assert loss_weights(config, [4, 8], 5) == pytest.approx({4: 0.6, 8: 1.2})
+    assert loss_weights(config, [4, 8], 50) == {4: 1.0, 8: 2.0}
