@@ -139,7 +139,8 @@ def build_corpus(
             copies.append(f"{source.owner}: {source.path}")
         else:
             train[source] = text
-    assert not held & train.keys() and not {*held_texts.values()} & {*train.values()}
+    assert not held & train.keys()
+    assert not {*held_texts.values()} & {*train.values()}
     files = Counter(s.owner for s in train)
     size: Counter[str] = Counter()
     for source, text in train.items():

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 TEXT = "".join(
-    f"def function_{i}(value):\n    total = {i}\n    for item in value:\n        total += item * {i % 7}\n"
+    f"def function_{i}(value):\n    total = {i}\n    for item in value:\n"
+    f"        total += item * {i % 7}\n"
     f"    return total\n\n\nprint(function_{i}([1, 2, 3]))\n"
     for i in range(60)
 )

@@ -138,9 +138,6 @@ class SegmentCache(Cache):
         """Append K/V of a layer counted from the model's start; gives all K/V it attends to."""
         return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
 
-    def __len__(self) -> int:
-        return self.layers[0].get_seq_length()
-
 
 class Segment:
     """A run of layers `start`..`stop`-1 (counted from 0) that maps hidden states to hidden states.
@@ -152,7 +149,7 @@ class Segment:
     def __init__(
         self, backbone: Backbone, layers: list[nn.Module], start: int, later: bool, record: bool
     ) -> None:
-        """`layers` stand in for the backbone's from `start` on; `record` keeps the last one's call."""
+        """`layers` stand in for the backbone's from `start` on; `record` keeps the last's call."""
         self.start, self.stop = start, start + len(layers)
         self.is_first = not later
         self._backbone = backbone
@@ -195,9 +192,11 @@ class Segment:
         call, self._call = self._call, None
         return State(output.last_hidden_state, position_ids, call)
 
-    def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Tensor | None:
+    def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
         """The causal mask of packed documents, for trunks that do not pass positions to theirs."""
-        shape_only = torch.empty(*inputs.shape[:2], 1, device=inputs.device, dtype=self._backbone.dtype)
+        shape_only = torch.empty(
+            *inputs.shape[:2], 1, device=inputs.device, dtype=self._backbone.dtype
+        )
         return create_causal_mask(
             config=self._backbone.config,
             inputs_embeds=shape_only,
@@ -254,7 +253,9 @@ def mlp_names(layer: nn.Module) -> list[str]:
         for name, child in layer.named_children()
         if name != attention and any(p.dim() >= 2 for p in child.parameters())
     ]
-    if any("expert" in path for name in names for path, _ in layer.get_submodule(name).named_modules()):
+    if any(
+        "expert" in path for name in names for path, _ in layer.get_submodule(name).named_modules()
+    ):
         raise UserError(
             f"{type(layer).__name__} is a mixture of experts: mlp exits need a dense MLP; "
             "use norm, layer or embedding"
@@ -274,7 +275,7 @@ class _Passthrough(nn.Module):
     """In place of the trunk: hands `inputs_embeds` on to the head."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return _TrunkOutput(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return _TrunkOutput(last_hidden_state=inputs_embeds)
 
 
 class Backbone:

@@ -101,7 +101,9 @@ def _run(args: list[str]) -> None:
         print(__version__)
         return
     if args[0] not in COMMANDS:
-        raise UserError(f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}; see ee-tuning --help")
+        raise UserError(
+            f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}; see ee-tuning --help"
+        )
     function, config_class = COMMANDS[args[0]]
     function(parse(args[0], config_class, args[1:]))
 
@@ -126,7 +128,9 @@ def parse(command: str, config_class: type, args: list[str]) -> Any:
     parser = ArgumentParser(
         prog=f"ee-tuning {command}", description=config_class.__doc__, exit_on_error=False
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these keys")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with any of these keys"
+    )
     hints = typing.get_type_hints(config_class)
     fields = dataclasses.fields(config_class)
     for field in fields:

@@ -78,7 +78,9 @@ def parse_layers(layers: list[int | str] | str | int, num_layers: int) -> list[i
     items = list(given) if isinstance(given, (list, tuple)) else [given]
     found = [layer for item in items for layer in _parse_layer(item, num_layers)]
     if not found:
-        raise UserError("no exit layers given: name some with --layers, for example 8,16 or every:4")
+        raise UserError(
+            "no exit layers given: name some with --layers, for example 8,16 or every:4"
+        )
     for layer in found:
         if not 1 <= layer <= num_layers:
             raise UserError(
@@ -143,9 +145,15 @@ class TuneConfig:
     overwrite: bool = option(False, "replace what is in --out")
     resume: bool = option(False, "go on from the last checkpoint in --out")
 
-    data: list[str] = option([], "tuning data: files, folders or hub ids, each with an optional weight: a.jsonl=0.7")
-    valid_data: list[str] = option([], "held-out data; without it, --valid-fraction of --data is held out")
-    valid_fraction: float = option(0.01, "share of the packed sequences held out of --data for validation")
+    data: list[str] = option(
+        [], "tuning data: files, folders or hub ids, each with an optional weight: a.jsonl=0.7"
+    )
+    valid_data: list[str] = option(
+        [], "held-out data; without it, --valid-fraction of --data is held out"
+    )
+    valid_fraction: float = option(
+        0.01, "share of the packed sequences held out of --data for validation"
+    )
     tokenizer: str = option("", "tokenizer folder or hub id; default: the backbone's")
     skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
 
@@ -163,7 +171,9 @@ class TuneConfig:
     weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
     clip: float = option(1.0, "largest gradient norm of an exit; 0 switches clipping off")
 
-    loss: Literal["ce", "kl", "mixed"] = option("ce", "next-token cross-entropy, distillation from the final exit, or both")
+    loss: Literal["ce", "kl", "mixed"] = option(
+        "ce", "next-token cross-entropy, distillation from the final exit, or both"
+    )
     kl_temperature: float = option(1.0, "temperature of the distillation")
     kl_weight: float = option(0.5, "share of distillation in --loss mixed")
     dynamic_weights: bool = option(False, "weight each token's loss by the exit's own confidence")
@@ -171,7 +181,10 @@ class TuneConfig:
     loss_weight_start: float = option(1.0, "factor on the loss weights at step 0")
     loss_weight_warmup: int = option(0, "steps over which that factor goes to 1")
 
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "bf16: bf16 backbone and autocast, fp32 master weights; auto: bf16 on a GPU, fp32 on CPU")
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        "bf16: bf16 backbone and autocast, fp32 master weights; auto: bf16 on a GPU, fp32 on CPU",
+    )
     device: str = option("auto", "cpu, cuda or auto")
     seed: int = option(0, "seed of the data order and of random initialisation")
 
@@ -180,7 +193,9 @@ class TuneConfig:
     eval_every: int = option(500, "steps between validations; 0: only before and after")
     eval_batches: int = option(16, "validation micro-batches at most")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
-    log_to: Literal["none", "tensorboard", "wandb"] = option("none", "a second place for the metrics")
+    log_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "a second place for the metrics"
+    )
 
 
 @dataclass
@@ -191,7 +206,9 @@ class SamplingConfig:
     model: str = option("", "backbone; default: the one named in exit_config.json")
     exit_layers: str = option("", "active exits, for example 8,16; default: all")
     device: str = option("auto", "cpu, cuda or auto")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU")
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU"
+    )
     max_new_tokens: int = option(64, "tokens to generate")
     max_pending: int = option(8, "tokens that may wait for their deeper K/V before a full pass")
     seed: int = option(0, "seed of the sampling")

@@ -25,7 +25,6 @@ from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
 from ee_tuning.twin import twin
 
-
 # What the families call the matrix with which an MLP or an attention writes to the residual.
 WRITES_BACK = {"o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense", "dense_4h_to_h"}
 
@@ -64,7 +63,9 @@ class Exit(nn.Module):
         if spec.arch == "mlp":
             layer = backbone.layers[spec.layer - 1]  # type: ignore[index]
             names = mlp_names(layer)
-            self.mlp = nn.ModuleDict({name: _trainable(layer.get_submodule(name)) for name in names})
+            self.mlp = nn.ModuleDict(
+                {name: _trainable(layer.get_submodule(name)) for name in names}
+            )
             self._frozen |= {"layer": layer, "attention": attention_name(layer)}
         if spec.arch == "layer":
             self.block = _trainable(backbone.layers[-1])  # type: ignore[index]

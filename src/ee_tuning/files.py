@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _rename(temporary: Path, path: Path, holder: Path) -> None:
-    """Put `temporary` at `path`. A folder in the way steps aside first, since rename needs it gone."""
+    """Put `temporary` at `path`. A folder in the way steps aside: rename needs it gone."""
     if path.is_dir():
         os.rename(path, holder / "old")
     os.replace(temporary, path)

@@ -45,7 +45,7 @@ def _parameters(path: Path) -> dict[int, int]:
     sizes: dict[int, int] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file:
                 size = 1
                 for n in file.get_slice(name).get_shape():
                     size *= n

@@ -58,7 +58,10 @@ def load_config(path: str) -> Any:
 
 
 def load_backbone(
-    path: str, layers: set[int] | None = None, dtype: torch.dtype | str = "auto", device: str = "cpu"
+    path: str,
+    layers: set[int] | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A causal LM with only `layers` (counted from 1) in memory; None loads all.
 
@@ -86,17 +89,19 @@ def load_backbone(
             transformers_logging.enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise UserError(f"{path} lacks {len(missing)} tensors of the model, the first is {missing[0]}")
+        raise UserError(
+            f"{path} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
+        )
     return model.to(device)
 
 
-def _with_layers(model_class: type, layers: set[int] | None) -> type:
+def _with_layers(model_class: Any, layers: set[int] | None) -> Any:
     """`model_class`, but building empty placeholders for the layers not in `layers`."""
     if layers is None:
         return model_class
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        model_class.__init__(self, config, *args, **kwargs)
         anatomy = find_anatomy(self)
         owner = self.get_submodule(anatomy.trunk).get_submodule(anatomy.layers)
         for number in set(range(1, config.num_hidden_layers + 1)) - layers:

@@ -1,4 +1,4 @@
-"""Losses of an exit: sums and token counts, so that they are divided once, after every reduction."""
+"""Losses of an exit: sums and token counts, to be divided once, after every reduction."""
 
 from __future__ import annotations
 

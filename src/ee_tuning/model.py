@@ -134,7 +134,9 @@ class EarlyExitModel(nn.Module):
         """The exit after `layer`."""
         return self.exits[str(layer)]  # type: ignore[return-value]
 
-    def segments(self, exit_layers: Sequence[int] | None = None, last: int | None = None) -> list[Segment]:
+    def segments(
+        self, exit_layers: Sequence[int] | None = None, last: int | None = None
+    ) -> list[Segment]:
         """The backbone up to layer `last` (default: its end), cut after each of `exit_layers`.
 
         Raises:
@@ -143,7 +145,9 @@ class EarlyExitModel(nn.Module):
         layers = self.exit_layers if exit_layers is None else sorted(exit_layers)
         for layer in layers:
             if str(layer) not in self.exits:
-                raise UserError(f"there is no exit at layer {layer}: the exits are at {self.exit_layers}")
+                raise UserError(
+                    f"there is no exit at layer {layer}: the exits are at {self.exit_layers}"
+                )
         last = self.backbone.num_layers if last is None else last
         stops = sorted({*layers, last})
         records = [k in layers and self.exit(k).spec.arch == "mlp" for k in stops]
@@ -226,7 +230,9 @@ class EarlyExitModel(nn.Module):
         """
         folder = Path(folder)
         with replacing(folder / WEIGHTS_NAME) as path:
-            tensors = {k: v.to(dtype or v.dtype).cpu().clone() for k, v in self.exit_state().items()}
+            tensors = {
+                k: v.to(dtype or v.dtype).cpu().clone() for k, v in self.exit_state().items()
+            }
             save_file(tensors, path, metadata={"format": "pt"})
         write_json(folder / CONFIG_NAME, self.saved_config())
         if not (folder / "README.md").exists():
@@ -256,7 +262,7 @@ class EarlyExitModel(nn.Module):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file}
             self.exits.load_state_dict(tensors)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
@@ -264,7 +270,9 @@ class EarlyExitModel(nn.Module):
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{path} is damaged or holds other exits: {reason}") from error
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> str:
         """Upload the exits to the hub; gives the address of the repository."""
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -299,8 +307,12 @@ def find_exits(path: str) -> Path:
         raise UserError(f"the exits' folder {path!r} does not exist")
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except Exception as error:  # huggingface_hub has a dozen kinds: no network, no such repository, …
-        raise UserError(f"{path} is neither a folder nor to be had from the hub: {error}") from error
+    except (
+        Exception
+    ) as error:  # huggingface_hub has a dozen kinds: no network, no such repository, …
+        raise UserError(
+            f"{path} is neither a folder nor to be had from the hub: {error}"
+        ) from error
 
 
 def read_exit_config(folder: Path) -> dict[str, Any]:
@@ -313,9 +325,19 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
     saved = read_json(path)
-    missing = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"} - saved.keys()
+    missing = {
+        "format_version",
+        "layers",
+        "arch",
+        "init",
+        "head",
+        "seed",
+        "backbone",
+    } - saved.keys()
     if missing:
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
     if saved["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"
+        )
     return saved

@@ -50,7 +50,10 @@ def test_files_metrics_and_falling_losses(base, data, tmp_path):
         "exits.safetensors", "exit_config.json", "README.md", "run.yaml", "metrics.jsonl",
         "checkpoints", "tensorboard",
     }  # fmt: skip
-    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [
+        "step-000004",
+        "step-000006",
+    ]
     lines = records(out)
     valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 2, 4, 6]
@@ -75,7 +78,9 @@ def test_two_runs_give_the_same_bits(base, data, tmp_path):
 
 
 def test_tuning_goes_on_from_saved_exits(base, data, tmp_path):
-    main(["init", "--model", base, "--layers", "2", "--arch", "norm", "--out", str(tmp_path / "new")])
+    main(
+        ["init", "--model", base, "--layers", "2", "--arch", "norm", "--out", str(tmp_path / "new")]
+    )
     tune(base, data, tmp_path / "exits", exits=tmp_path / "new", layers=None, model=None)
     new, tuned = (load_file(tmp_path / n / "exits.safetensors") for n in ("new", "exits"))
     assert new.keys() == tuned.keys()
@@ -94,7 +99,8 @@ def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
     metrics = tmp_path / "cut" / "metrics.jsonl"
     deadline = time.time() + 120
     while not (metrics.exists() and '"step": 5' in metrics.read_text()):
-        assert time.time() < deadline and process.poll() is None
+        assert time.time() < deadline
+        assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)

@@ -29,7 +29,9 @@ def logits_from_scratch(model, ids, layer):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    family=st.sampled_from(["llama", "mistral", "gemma2", "opt", "gpt2", "falcon", "granite", "phi"]),
+    family=st.sampled_from(
+        ["llama", "mistral", "gemma2", "opt", "gpt2", "falcon", "granite", "phi"]
+    ),
     pattern=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14),
     length=st.integers(1, 9),
     max_pending=st.integers(0, 4),
@@ -64,7 +66,9 @@ def test_fixed_mode_equals_the_exit_from_scratch(family, layer):
     """Every token of mode fixed is what exit `layer` alone predicts, the first one included."""
     model = early_exit(family)
     ids = torch.tensor([[5, 9, 11, 40]])
-    out = model.generate(ids, mode="fixed", exit_layers=[layer], max_new_tokens=8, eos_token_id=None)
+    out = model.generate(
+        ids, mode="fixed", exit_layers=[layer], max_new_tokens=8, eos_token_id=None
+    )
     for i in range(8):
         expected = logits_from_scratch(model, out.sequences[:, : 4 + i], layer).argmax()
         assert expected == out.sequences[0, 4 + i]
@@ -87,18 +91,24 @@ def test_layer_exit_uses_positions_in_training_and_decoding_alike():
 
 def test_threshold_lets_confident_tokens_leave_at_the_first_exit_that_is_sure():
     model = early_exit()
-    out = model.generate(torch.tensor([[5, 9, 11]]), threshold=0.02, max_new_tokens=30, eos_token_id=None)
+    out = model.generate(
+        torch.tensor([[5, 9, 11]]), threshold=0.02, max_new_tokens=30, eos_token_id=None
+    )
     layers, sure = out.exit_layers[0], out.confidences[0]
     assert layers[0] == DEPTH
     assert (sure[layers < DEPTH] >= 0.02).all()
     assert len(set(layers.tolist())) > 1
-    always = model.generate(torch.tensor([[5, 9, 11]]), threshold=0.0, max_pending=100, max_new_tokens=9)
+    always = model.generate(
+        torch.tensor([[5, 9, 11]]), threshold=0.0, max_pending=100, max_new_tokens=9
+    )
     assert always.exit_layers[0].tolist() == [DEPTH] + [1] * 8
 
 
 def test_pending_bound_forces_a_full_pass():
     model = early_exit()
-    out = model.generate(torch.tensor([[5, 9]]), threshold=0.0, max_pending=2, max_new_tokens=10, eos_token_id=None)
+    out = model.generate(
+        torch.tensor([[5, 9]]), threshold=0.0, max_pending=2, max_new_tokens=10, eos_token_id=None
+    )
     assert out.exit_layers[0].tolist() == [4, 1, 1, 4, 1, 1, 4, 1, 1, 4]
 
 
@@ -114,7 +124,9 @@ def test_streaming_and_callbacks_see_every_token():
             streamed.append("end")
 
     ids = torch.tensor([[5, 9, 11]])
-    out = model.generate(ids, threshold=0.02, max_new_tokens=6, streamer=Streamer(), on_token=seen.append)
+    out = model.generate(
+        ids, threshold=0.02, max_new_tokens=6, streamer=Streamer(), on_token=seen.append
+    )
     assert streamed == [*out.sequences[0].tolist(), "end"]
     assert [token.exit_layer for token in seen] == out.exit_layers[0].tolist()
 
@@ -127,7 +139,9 @@ def test_eos_and_stop_strings_end_generation(base, tokenizer):
     stopped = model.generate(ids, mode="full", max_new_tokens=8, eos_token_id=new[2].item())
     assert stopped.sequences.shape[1] <= ids.shape[1] + 3
     text = tokenizer.decode(new[1:3])  # spans two tokens
-    out = model.generate(ids, mode="full", max_new_tokens=8, stop_strings=[text], tokenizer=tokenizer)
+    out = model.generate(
+        ids, mode="full", max_new_tokens=8, stop_strings=[text], tokenizer=tokenizer
+    )
     new_text = tokenizer.decode(out.sequences[0, ids.shape[1] :])
     assert text in new_text
     assert text not in tokenizer.decode(out.sequences[0, ids.shape[1] : -1])

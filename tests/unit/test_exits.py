@@ -63,7 +63,9 @@ def test_bad_exit_config(kwargs, message):
 
 def test_random_initialisation_has_the_stated_deviations():
     """Tolerance: 5 % of the deviation, several standard errors for matrices of this size."""
-    model = tiny("llama", hidden_size=128, intermediate_size=256, vocab_size=512, num_hidden_layers=4)
+    model = tiny(
+        "llama", hidden_size=128, intermediate_size=256, vocab_size=512, num_hidden_layers=4
+    )
     early_exit = EarlyExitModel.from_base(model, ExitConfig("3", arch="layer", init="random"))
     small = 0.02 / math.sqrt(2 * 3)
     for name, p in early_exit.exit_state().items():
@@ -121,7 +123,9 @@ def saved(tmp_path):
     """A backbone and its exits on disk."""
     model = tiny("llama")
     model.save_pretrained(tmp_path / "base")
-    early_exit = EarlyExitModel.from_base(str(tmp_path / "base"), ExitConfig("1,2", arch="mlp,layer"))
+    early_exit = EarlyExitModel.from_base(
+        str(tmp_path / "base"), ExitConfig("1,2", arch="mlp,layer")
+    )
     early_exit.save_pretrained(tmp_path / "exits")
     return tmp_path
 
@@ -203,7 +207,11 @@ def _truncate(path):
 
 BAD_FILES = [
     ("base/model.safetensors", _truncate, "cannot load the backbone"),
-    ("base/model.safetensors", lambda p: p.write_bytes(b"nonsense" * 40), "cannot load the backbone"),
+    (
+        "base/model.safetensors",
+        lambda p: p.write_bytes(b"nonsense" * 40),
+        "cannot load the backbone",
+    ),
     ("base/model.safetensors", lambda p: p.unlink(), "cannot load the backbone"),
     ("base/config.json", lambda p: p.unlink(), "has no config.json"),
     ("base/config.json", lambda p: p.write_text("{"), "cannot read the backbone"),
@@ -238,7 +246,9 @@ def test_models_that_are_not_decoder_only(tmp_path):
 
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 50}
     bert = BertForMaskedLM(BertConfig(**small, intermediate_size=16))
-    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, vocab_size=50))
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, vocab_size=50)
+    )
     for model, message in ((bert, "not a causal LM"), (t5, "encoder-decoder")):
         folder = tmp_path / type(model).__name__
         model.save_pretrained(folder)

@@ -92,7 +92,9 @@ def test_copied_mlp_exit_is_the_copied_norm_exit(family):
     model = tiny(family)
     ids = batch()["input_ids"]
     mlp, norm = (
-        EarlyExitModel.from_base(model, ExitConfig("1,2,3", arch=arch))(ids, output_exit_logits=True)
+        EarlyExitModel.from_base(model, ExitConfig("1,2,3", arch=arch))(
+            ids, output_exit_logits=True
+        )
         for arch in ("mlp", "norm")
     )
     assert all(torch.equal(mlp.exit_logits[k], norm.exit_logits[k]) for k in (1, 2, 3))

@@ -121,7 +121,9 @@ def test_exits_tuned_together_are_the_exits_tuned_alone():
         model = EarlyExitModel.from_base(tiny("llama"), ExitConfig(layers, arch="mlp"))
         optimizer = torch.optim.AdamW(model.exits.parameters(), lr=1e-2)
         for _ in range(3):
-            accumulate_gradients(model, batches(), Objective(), dict.fromkeys(model.exit_layers, 1.0))
+            accumulate_gradients(
+                model, batches(), Objective(), dict.fromkeys(model.exit_layers, 1.0)
+            )
             clip_gradients(model, 0.05)
             optimizer.step()
             optimizer.zero_grad()
@@ -140,7 +142,9 @@ def test_mean_losses_are_the_forward_pass_losses():
 
 
 def test_schedules():
-    config = TuneConfig(steps=100, lr=1.0, min_lr=0.1, warmup=0.1, loss_weight_start=0.2, loss_weight_warmup=10)
+    config = TuneConfig(
+        steps=100, lr=1.0, min_lr=0.1, warmup=0.1, loss_weight_start=0.2, loss_weight_warmup=10
+    )
     rates = [learning_rate(config, step) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11)
     assert max(rates) == rates[10] == 1.0

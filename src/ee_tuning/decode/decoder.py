@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ee_tuning.backbone import State
 from ee_tuning.losses import confidence
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Token:
-        """Read a prompt (1, T). It fills every cache, so its last token may as well go to the end."""
+        """Read a prompt (1, T). It fills every cache, so its last token goes to the end, too."""
         return self._descend(input_ids, may_leave=False)
 
     @torch.inference_mode()
@@ -89,18 +90,17 @@ class Decoder:
                     return token
         return self._token(self.model.backbone.final_logits(window[:, -1:]), self.end)
 
-    def _run(self, i: int, window: Tensor):  # type: ignore[no-untyped-def]
+    def _run(self, i: int, window: Tensor) -> State:
         """Segment `i` on what waits in its inbox and on `window`: (1, T) ids or (1, T, H)."""
-        self._put(i, window)
-        window, self.inboxes[i] = self.inboxes[i], None
+        waiting, self.inboxes[i] = self.inboxes[i], None
+        window = _joined(waiting, window)
         first, self.lengths[i] = self.lengths[i], self.lengths[i] + window.shape[1]
         position_ids = torch.arange(first, self.lengths[i], device=window.device)[None]
         return self.segments[i](window, position_ids, self.caches[i])
 
     def _put(self, i: int, window: Tensor) -> None:
         """Add `window` to the inbox of segment `i`."""
-        waiting = self.inboxes[i]
-        self.inboxes[i] = window if waiting is None else torch.cat([waiting, window], dim=1)
+        self.inboxes[i] = _joined(self.inboxes[i], window)
 
     def _has_room(self, i: int, window: Tensor) -> bool:
         """Whether `window` may wait in the inbox of segment `i`."""
@@ -110,3 +110,8 @@ class Decoder:
     def _token(self, logits: Tensor, layer: int) -> Token:
         logits = logits[:, -1].float()
         return Token(logits, layer, confidence(logits).item())
+
+
+def _joined(waiting: Tensor | None, window: Tensor) -> Tensor:
+    """`window` after what was waiting before it."""
+    return window if waiting is None else torch.cat([waiting, window], dim=1)

@@ -1,4 +1,4 @@
-"""`generate`: transformers' own preparation, samplers, stopping and streaming around a `Decoder`."""
+"""`generate`: transformers' preparation, samplers, stopping and streaming around a `Decoder`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def _active(model: EarlyExitModel, exit_layers: str | list[int] | None) -> list[
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))  # type: ignore[arg-type]
     for layer in layers:
         if layer not in model.exit_layers:
-            raise UserError(f"there is no exit at layer {layer}: the exits are at {model.exit_layers}")
+            raise UserError(
+                f"there is no exit at layer {layer}: the exits are at {model.exit_layers}"
+            )
     return layers
 
 
@@ -150,7 +152,8 @@ def _check_prompt(model: EarlyExitModel, input_ids: Tensor) -> None:
     context = getattr(model.backbone.config, "max_position_embeddings", None) or math.inf
     if input_ids.shape[1] >= context:
         raise UserError(
-            f"the prompt has {input_ids.shape[1]} tokens, the backbone's context is {context}: shorten it"
+            f"the prompt has {input_ids.shape[1]} tokens, the backbone's context is {context}: "
+            "shorten it"
         )
 
 

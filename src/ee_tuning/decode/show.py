@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +20,7 @@ from ee_tuning.model import EarlyExitModel
 
 
 def depth_colour(layer: int, depth: int) -> str:
-    """From green (early) over yellow to red (full depth), as ``#rrggbb``; shared with the report."""
+    """From green (early) over yellow to red (full depth), as ``#rrggbb``; the report's, too."""
     share = layer / depth
     red, green = min(1.0, 2 * share), min(1.0, 2 * (1 - share))
     return f"#{int(60 + 160 * red):02x}{int(60 + 130 * green):02x}46"
@@ -48,7 +49,7 @@ class DepthStreamer:
     def put(self, ids: torch.Tensor) -> None:
         """Print what `ids` add to the text; the first call brings the prompt."""
         self.ids += ids.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if text.endswith("\ufffd"):
             return
         new, self.printed = text[self.printed :], len(text)
@@ -115,10 +116,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
         return tokenizer(prompt, return_tensors="pt").input_ids
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: leave --chat out")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt",
+    encoded: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
         return_dict=True,
-    ).input_ids  # fmt: skip
+    )
+    return encoded["input_ids"]
 
 
 def _print_legend(console: Console, layers: list[int], depth: int, seconds: float) -> None:

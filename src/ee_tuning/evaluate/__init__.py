@@ -110,9 +110,18 @@ def tables(result: dict[str, Any]) -> list[Table]:
         exits.add_column(column, justify="right")
     for row in result["exit_rows"]:
         name = f"{row['layer']} (final)" if row["final"] else str(row["layer"])
-        exits.add_row(name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}")
+        exits.add_row(
+            name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}"
+        )
     speeds = Table(title=f"thresholds, greedy, batch 1, {result['tokens_per_prompt']} new tokens")
-    for column in ("threshold", "mean depth", "next token agrees", "text agrees", "tok/s", "vs full"):
+    for column in (
+        "threshold",
+        "mean depth",
+        "next token agrees",
+        "text agrees",
+        "tok/s",
+        "vs full",
+    ):
         speeds.add_column(column, justify="right")
     for row in result["threshold_rows"]:
         speeds.add_row(
@@ -124,7 +133,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{row['speedup']:.2f}×",
         )
     theirs = result["transformers"]
-    speeds.add_row("transformers", "", "", "", speed_text(theirs["speed"]), f"{theirs['speedup']:.2f}×")
+    speeds.add_row(
+        "transformers", "", "", "", speed_text(theirs["speed"]), f"{theirs['speedup']:.2f}×"
+    )
     return [exits, speeds]
 
 

@@ -88,7 +88,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
 def _svg(figure: Figure) -> Markup:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
-    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])  # noqa: S704 - our own plot
+    return Markup(buffer.getvalue()[buffer.getvalue().index("<svg") :])
 
 
 def _sample(text: dict[str, Any], depth: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text each token adds to the one before it."""
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = str(tokenizer.decode(ids[:end]))
         pieces.append(text[len(before) :])
         before = text
     return pieces

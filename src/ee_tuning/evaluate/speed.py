@@ -63,7 +63,8 @@ def measure_thresholds(
     speeds = {name: _speed(times, total) for name, times in seconds.items()}
     speedups = {name: _speedup(seconds["full"], times) for name, times in seconds.items()}
     rows = [
-        _row(model, outputs, threshold) | {"speed": speeds[threshold], "speedup": speedups[threshold]}
+        _row(model, outputs, threshold)
+        | {"speed": speeds[threshold], "speedup": speedups[threshold]}
         for threshold in thresholds
     ]
     return {
@@ -84,7 +85,11 @@ def _methods(
         "max_new_tokens": config.max_new_tokens, "min_new_tokens": config.max_new_tokens,
         "do_sample": False,
     }  # fmt: skip
-    common = {"exit_layers": config.exit_layers or None, "max_pending": config.max_pending, **length}
+    common = {
+        "exit_layers": config.exit_layers or None,
+        "max_pending": config.max_pending,
+        **length,
+    }
 
     def at(threshold: float) -> Method:
         return lambda ids: model.generate(ids, mode="threshold", threshold=threshold, **common)
@@ -113,7 +118,8 @@ def _row(model: EarlyExitModel, outputs: dict[Any, list[Any]], threshold: float)
 
 def _new(output: GenerateOutput) -> Tensor:
     """The new tokens (N,) of an output."""
-    assert output.sequences is not None and output.exit_layers is not None
+    assert output.sequences is not None
+    assert output.exit_layers is not None
     return output.sequences[0, -output.exit_layers.shape[1] :].cpu()
 
 

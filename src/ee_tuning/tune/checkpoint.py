@@ -29,7 +29,11 @@ FIXED = (
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: EarlyExitModel, optimizer: torch.optim.Optimizer, config: TuneConfig
+    folder: Path,
+    step: int,
+    model: EarlyExitModel,
+    optimizer: torch.optim.Optimizer,
+    config: TuneConfig,
 ) -> Path:
     """Write the checkpoint of `step` under `folder` and remove all but the last `config.keep`."""
     path = folder / f"step-{step:06d}"

@@ -9,10 +9,10 @@ import platform
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from collections.abc import Iterator
 
 import torch
 import transformers
@@ -93,7 +93,8 @@ class Run:
         self.layers = self.model.exit_layers
         if config.loss_weights and len(config.loss_weights) != len(self.layers):
             raise UserError(
-                f"{len(config.loss_weights)} loss_weights for {len(self.layers)} exits: give one each"
+                f"{len(config.loss_weights)} loss_weights for {len(self.layers)} exits: "
+                "give one each"
             )
         self.train_data, self.valid_data = self._data()
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
@@ -103,17 +104,26 @@ class Run:
     def _model(self) -> EarlyExitModel:
         """Exits to tune in fp32, on a backbone that is in memory as deep as needed."""
         config = self.config
-        load = {"whole": self.objective.needs_teacher, "dtype": self.dtype, "device": str(self.device)}
+        load = {
+            "whole": self.objective.needs_teacher,
+            "dtype": self.dtype,
+            "device": str(self.device),
+        }
         if config.exits:
             model = EarlyExitModel.from_pretrained(
-                config.exits, config.model or None, exit_dtype=torch.float32, **load  # type: ignore[arg-type]
+                config.exits,
+                config.model or None,
+                exit_dtype=torch.float32,
+                **load,  # type: ignore[arg-type]
             )
         else:
             exits = ExitConfig(config.layers, config.arch, config.init, config.head, config.seed)
             model = EarlyExitModel.from_base(config.model, exits, **load)  # type: ignore[arg-type]
         model.exits.float()
         if not any(p.requires_grad for p in model.exits.parameters()):
-            raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
+            raise UserError(
+                "nothing to tune: embedding exits with a shared head have no parameters"
+            )
         return model.train()
 
     def _data(self):  # type: ignore[no-untyped-def]
@@ -121,7 +131,9 @@ class Run:
         tokenizer = load_tokenizer(config.tokenizer or self.model.backbone.model.name_or_path)
         context = getattr(self.model.backbone.config, "max_position_embeddings", None)
         if context and config.seq_length > context:
-            raise UserError(f"seq_length {config.seq_length} is beyond the backbone's context of {context}")
+            raise UserError(
+                f"seq_length {config.seq_length} is beyond the backbone's context of {context}"
+            )
         load = (tokenizer, config.seq_length, config.seed, config.skip_bad_records)
         packed = load_packed(config.data, *load)
         if config.valid_data:
@@ -182,7 +194,9 @@ class Run:
     def _micro_batches(self, step: int) -> list[Batch]:
         size = self.config.micro_batch_size
         indices = self.order.indices(step)
-        return [collate(self.train_data, indices[i : i + size]) for i in range(0, len(indices), size)]
+        return [
+            collate(self.train_data, indices[i : i + size]) for i in range(0, len(indices), size)
+        ]
 
     def _check_finite(
         self, step: int, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor]
@@ -201,7 +215,8 @@ class Run:
         size = self.config.micro_batch_size
         rows = min(len(self.valid_data), self.config.eval_batches * size)
         batches = [
-            collate(self.valid_data, list(range(i, min(i + size, rows)))) for i in range(0, rows, size)
+            collate(self.valid_data, list(range(i, min(i + size, rows))))
+            for i in range(0, rows, size)
         ]
         losses = mean_losses(self.model, batches, self.autocast)
         log.write(step, valid_loss=losses)
@@ -214,7 +229,7 @@ class Run:
 
 
 @contextmanager
-def stop_requests() -> Iterator:  # type: ignore[type-arg]
+def stop_requests() -> Iterator:
     """Turns a first Ctrl-C or SIGTERM into a request, read by calling what this gives.
 
     A second one stops at once.

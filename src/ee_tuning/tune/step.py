@@ -52,9 +52,7 @@ def exit_losses(
     Lazy: the next exit is computed when asked for, so the logits of one exit at most are alive.
     """
     states: Iterator[tuple[int, State]] | list[tuple[int, State]]
-    states = model.states(
-        batch["input_ids"], batch["position_ids"], to_end=objective.needs_teacher
-    )
+    states = model.states(batch["input_ids"], batch["position_ids"], to_end=objective.needs_teacher)
     teacher = None
     if objective.needs_teacher:
         states = list(states)
