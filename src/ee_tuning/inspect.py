@@ -45,7 +45,7 @@ def _parameters(path: Path) -> dict[int, int]:
     sizes: dict[int, int] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file:
+            for name in file.keys():  # noqa: SIM118 - not iterable itself
                 size = 1
                 for n in file.get_slice(name).get_shape():
                     size *= n

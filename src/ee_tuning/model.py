@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -261,9 +261,7 @@ class EarlyExitModel(nn.Module):
             UserError: the file is missing or damaged, or holds other tensors than these exits.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file}
-            self.exits.load_state_dict(tensors)
+            self.exits.load_state_dict(load_file(path))
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
         except (SafetensorError, RuntimeError) as error:
