@@ -122,7 +122,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "tok/s",
         "vs full",
     ):
-        speeds.add_column(column, justify="right")
+        speeds.add_column(column, justify="right", no_wrap=True)
     for row in result["threshold_rows"]:
         speeds.add_row(
             f"{row['threshold']:g}",
@@ -140,5 +140,5 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def speed_text(speed: dict[str, float]) -> str:
-    """``35.2 (34.0–36.1)``: median, least and most tokens per second over the rounds."""
-    return f"{speed['median']:.1f} ({speed['min']:.1f}–{speed['max']:.1f})"
+    """``35 (34–36)``: median, least and most tokens per second over the rounds."""
+    return f"{speed['median']:.0f} ({speed['min']:.0f}–{speed['max']:.0f})"
