@@ -17,6 +17,7 @@ Arch = Literal["embedding", "norm", "mlp", "layer"]
 Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold"]
+Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = ("embedding", "norm", "mlp", "layer")
 HEADS: tuple[str, ...] = ("own", "shared")
 
@@ -51,7 +52,7 @@ class ExitConfig:
     seed: seed of the random initialisation.
     """
 
-    layers: list[int | str] | str
+    layers: Layers
     arch: str | list[str] = "mlp"
     init: str = "copy"
     head: str | list[str] = "own"
@@ -72,7 +73,7 @@ class ExitConfig:
         return sorted(map(ExitSpec, layers, archs, heads), key=lambda spec: spec.layer)
 
 
-def parse_layers(layers: list[int | str] | str | int, num_layers: int) -> list[int]:
+def parse_layers(layers: Layers, num_layers: int) -> list[int]:
     """Exit layers as numbers, from ``"8,16"``, ``[8, 16]``, ``"1/8,2/8"`` or ``"every:4"``."""
     given = layers.split(",") if isinstance(layers, str) else layers
     items = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -122,10 +123,14 @@ class InitConfig:
     """Add exits to a backbone, untuned, and save them."""
 
     model: str = option("", "backbone: a local folder or a hub id")
-    layers: str = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
-    arch: str = option("mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer")
+    layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
+    arch: str | list[str] = option(
+        "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer"
+    )
     init: Init = option("copy", "copy the backbone's own modules, or random")
-    head: str = option("own", "own (trainable, per exit) or shared (the backbone's, frozen)")
+    head: str | list[str] = option(
+        "own", "own (trainable, per exit) or shared (the backbone's, frozen)"
+    )
     out: str = option("", "folder for the exits")
     seed: int = option(0, "seed of the random initialisation")
     overwrite: bool = option(False, "replace what is in --out")
@@ -137,10 +142,14 @@ class TuneConfig:
 
     model: str = option("", "backbone: a local folder or a hub id")
     exits: str = option("", "exits to go on tuning, instead of --layers and --arch")
-    layers: str = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
-    arch: str = option("mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer")
+    layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
+    arch: str | list[str] = option(
+        "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer"
+    )
     init: Init = option("copy", "copy the backbone's own modules, or random")
-    head: str = option("own", "own (trainable, per exit) or shared (the backbone's, frozen)")
+    head: str | list[str] = option(
+        "own", "own (trainable, per exit) or shared (the backbone's, frozen)"
+    )
     out: str = option("", "folder for the exits, checkpoints and metrics")
     overwrite: bool = option(False, "replace what is in --out")
     resume: bool = option(False, "go on from the last checkpoint in --out")
@@ -204,7 +213,7 @@ class SamplingConfig:
 
     exits: str = option("", "folder or hub id of the exits")
     model: str = option("", "backbone; default: the one named in exit_config.json")
-    exit_layers: str = option("", "active exits, for example 8,16; default: all")
+    exit_layers: Layers = option("", "active exits, for example 8,16; default: all")
     device: str = option("auto", "cpu, cuda or auto")
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU"
@@ -234,7 +243,9 @@ class EvaluateConfig(SamplingConfig):
     """Measure the exits: losses, agreement, speed; a table, JSON and an HTML report."""
 
     data: list[str] = option([], "held-out data, as for tune")
-    thresholds: str = option("1,0.9,0.8,0.6,0.4,0.2", "thresholds to generate with")
+    thresholds: str | float | list[float] = option(
+        "1,0.9,0.8,0.6,0.4,0.2", "thresholds to generate with"
+    )
     seq_length: int = option(512, "tokens per packed sequence")
     micro_batch_size: int = option(1, "sequences per forward pass")
     max_tokens: int = option(50_000, "tokens of data read for the losses at most")

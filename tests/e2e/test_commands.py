@@ -13,6 +13,8 @@ import yaml
 from test_tune import fails, tune
 
 from ee_tuning.cli import COMMANDS, main, parse
+from ee_tuning.config import parse_layers
+from ee_tuning.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -194,3 +196,28 @@ def test_demo_settings_are_understood(monkeypatch):
         path = ROOT / "demo" / f"{name}.yaml"
         parse(command, COMMANDS[command][1], ["--config", str(path)])
         assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("layers: 8", "layers", [8]),
+        ("layers: [8, 1/2]", "layers", [8, 16]),
+        ("layers: 4,every:16", "layers", [4, 16, 32]),
+    ],
+)
+def test_layers_in_yaml(text, key, value, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    config = parse("tune", COMMANDS["tune"][1], ["--config", str(path)])
+    assert parse_layers(getattr(config, key), 32) == value
+
+
+@pytest.mark.parametrize(("flag", "value"), [("8", [8]), ("8,16", [8, 16]), ("1/4,every:8", None)])
+def test_layers_as_flags(flag, value):
+    config = parse("tune", COMMANDS["tune"][1], ["--layers", flag])
+    if value is None:
+        with pytest.raises(UserError, match="given twice"):
+            parse_layers(config.layers, 32)
+    else:
+        assert parse_layers(config.layers, 32) == value

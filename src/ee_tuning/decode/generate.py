@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
-from ee_tuning.config import parse_layers
+from ee_tuning.config import Layers, parse_layers
 from ee_tuning.decode.decoder import Decoder, Token
 from ee_tuning.errors import UserError
 
@@ -41,7 +41,7 @@ def generate(
     *,
     mode: str = "threshold",
     threshold: float = 0.8,
-    exit_layers: str | list[int] | None = None,
+    exit_layers: Layers | None = None,
     max_pending: int = 8,
     on_token: Callable[[Token], None] | None = None,
     streamer: Any = None,
@@ -94,7 +94,7 @@ def make_decoder(
     model: EarlyExitModel,
     mode: str,
     threshold: float = 1.0,
-    exit_layers: str | list[int] | None = None,
+    exit_layers: Layers | None = None,
     max_pending: int = 8,
 ) -> Decoder:
     """The decoder of a mode; see `generate` for the arguments and errors."""
@@ -118,7 +118,7 @@ def make_decoder(
     return Decoder(model, inner, depth, max_pending, lambda _, value: value >= threshold)
 
 
-def _active(model: EarlyExitModel, exit_layers: str | list[int] | None) -> list[int]:
+def _active(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
     if not exit_layers:
         return model.exit_layers
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))  # type: ignore[arg-type]

@@ -67,16 +67,17 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     return result
 
 
-def parse_thresholds(text: str) -> list[float]:
-    """Thresholds from ``"1,0.8,0.4"``, highest first.
+def parse_thresholds(given: str | float | list[float]) -> list[float]:
+    """Thresholds from ``"1,0.8,0.4"``, a number or a list of them, highest first.
 
     Raises:
         UserError: one is not a number within [0, 1].
     """
     try:
-        values = sorted({float(item) for item in text.split(",")}, reverse=True)
+        items = given if isinstance(given, list) else str(given).split(",")
+        values = sorted({float(item) for item in items}, reverse=True)
     except ValueError:
-        raise UserError(f"thresholds {text!r} are not numbers with commas between them") from None
+        raise UserError(f"thresholds {given!r} are not numbers with commas between them") from None
     for value in values:
         if not 0 <= value <= 1:
             raise UserError(f"threshold {value} is outside [0, 1]")
