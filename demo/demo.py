@@ -17,7 +17,7 @@ from ee_tuning.cli import main
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def read_lines(path):"
 COMMANDS = [
     "tune --config demo/run.yaml --overwrite",
     "evaluate --config demo/evaluate.yaml",

@@ -78,7 +78,7 @@ def test_evaluate_writes_numbers_that_fit(exits, data, capsys):
         "--seq-length", "32", "--max-tokens", "640", "--prompts", "2", "--prompt-length", "8",
         "--max-new-tokens", "6", "--rounds", "2", "--max-pending", "100",
     ])  # fmt: skip
-    assert "thresholds, greedy" in capsys.readouterr().out
+    assert "agreement with full depth" in capsys.readouterr().out
     result = json.loads((exits / "evaluation.json").read_text())
     assert [row["layer"] for row in result["exit_rows"]] == [1, 3, 4]
     assert result["exit_rows"][-1]["agreement"] == 1

@@ -121,7 +121,7 @@ def make_decoder(
 def _active(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
     if not exit_layers:
         return model.exit_layers
-    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))  # type: ignore[arg-type]
+    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
     for layer in layers:
         if layer not in model.exit_layers:
             raise UserError(

@@ -114,15 +114,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
         exits.add_row(
             name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}"
         )
-    speeds = Table(title=f"thresholds, greedy, batch 1, {result['tokens_per_prompt']} new tokens")
-    for column in (
-        "threshold",
-        "mean depth",
-        "next token agrees",
-        "text agrees",
-        "tok/s",
-        "vs full",
-    ):
+    speeds = Table(
+        title="thresholds: mean depth, agreement with full depth, speed",
+        caption=f"greedy, batch 1, {result['tokens_per_prompt']} new tokens; median (least–most)",
+    )
+    for column in ("threshold", "depth", "next token", "text", "tok/s", "speed-up"):
         speeds.add_column(column, justify="right", no_wrap=True)
     for row in result["threshold_rows"]:
         speeds.add_row(
