@@ -54,7 +54,7 @@ class EarlyExitOutput(ModelOutput):
 class EarlyExitModel(nn.Module):
     """A causal LM of transformers, frozen, and its exits.
 
-    `exits` maps ``str(layer)`` to an `Exit`; `backbone` holds the model and its parts.
+    `exits` maps ``str(layer)`` to an `Exit`; `model` is the causal LM, `backbone` knows its parts.
     """
 
     def __init__(self, model: PreTrainedModel, config: ExitConfig) -> None:
@@ -64,6 +64,7 @@ class EarlyExitModel(nn.Module):
             UserError: the model or the exits are not what this method can work with.
         """
         super().__init__()
+        self.model = model  # a submodule, so that `to` moves it; its parameters need no gradient
         self.backbone = Backbone(model)
         self.config = config
         specs = config.specs(self.backbone.num_layers)

@@ -158,6 +158,16 @@ def test_backbone_is_looked_up_or_given(saved):
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
 
 
+def test_moving_the_model_moves_backbone_and_exits(saved):
+    ids = torch.tensor([[4, 5, 6]])
+    model = EarlyExitModel.from_pretrained(str(saved / "exits"))
+    expected = model(ids, output_exit_logits=True, output_logits=True)
+    double = model.to(torch.float64)(ids, output_exit_logits=True, output_logits=True)
+    assert double.logits.dtype == double.exit_logits[1].dtype == torch.float64
+    assert double.exit_logits[2].dtype == torch.float64
+    torch.testing.assert_close(double.logits.float(), expected.logits, rtol=1e-4, atol=1e-5)
+
+
 def test_another_backbone_is_refused(saved):
     exits = str(saved / "exits")
     with pytest.raises(UserError, match="hidden_size is 64 here and 32 there"):
