@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning import config as settings
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Interrupted, UserError
 
 
 def init(config: settings.InitConfig) -> None:
@@ -76,12 +76,10 @@ def main(args: list[str] | None = None) -> None:
         _run(args)
     except UserError as error:
         _fail(str(error), debug, 2)
+    except Interrupted as error:
+        _fail(str(error), debug, 130)
     except KeyboardInterrupt:
         _fail("stopped", debug, 130)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
-        _fail(str(error), debug, 130)
 
 
 def _fail(message: str, debug: bool, status: int) -> typing.NoReturn:

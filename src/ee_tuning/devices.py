@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -19,8 +19,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used: {reason}; use --device cpu") from error
+        raise UserError(
+            f"device {name!r} cannot be used: {first_line(error)}; use --device cpu"
+        ) from error
     return device
 
 

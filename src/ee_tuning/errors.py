@@ -6,3 +6,12 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 2.
     """
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and has saved its state. Exit status 130."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for use in one of our own."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

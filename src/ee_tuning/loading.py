@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ee_tuning.backbone import Backbone, find_anatomy
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def load_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read the backbone {path}: {_first_line(error)}") from error
+        raise UserError(f"cannot read the backbone {path}: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{path} is an encoder-decoder model: exits need a decoder-only causal LM")
     architectures = config.architectures or ["CausalLM"]
@@ -81,7 +81,7 @@ def load_backbone(
         )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot load the backbone {path}: {_first_line(error)}; a file may be missing, cut "
+            f"cannot load the backbone {path}: {first_line(error)}; a file may be missing, cut "
             "short or damaged, fetch it again"
         ) from error
     finally:
@@ -122,7 +122,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"no tokenizer in {path}: {_first_line(error)}; name one with --tokenizer"
+            f"no tokenizer in {path}: {first_line(error)}; name one with --tokenizer"
         ) from error
 
 
@@ -167,7 +167,3 @@ def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> N
                 f"the exits in {where} were made for another backbone: "
                 f"{key} is {other!r} here and {value!r} there"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

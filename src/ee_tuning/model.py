@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.card import model_card
 from ee_tuning.config import ExitConfig
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 from ee_tuning.exits import Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.loading import (
@@ -310,7 +310,7 @@ def find_exits(path: str) -> Path:
         Exception
     ) as error:  # huggingface_hub has a dozen kinds: no network, no such repository, …
         raise UserError(
-            f"{path} is neither a folder nor to be had from the hub: {error}"
+            f"{path} is neither a folder nor to be had from the hub: {first_line(error)}"
         ) from error
 
 

@@ -24,7 +24,7 @@ import ee_tuning
 from ee_tuning.config import ExitConfig, TuneConfig
 from ee_tuning.data import SampleOrder, collate, load_packed, split_validation
 from ee_tuning.devices import pick_device, pick_dtype
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import EarlyExitModel
@@ -35,10 +35,6 @@ from ee_tuning.tune.optimizer import build_optimizer, clip_gradients, learning_r
 from ee_tuning.tune.step import Batch, Objective, accumulate_gradients, mean_losses
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
@@ -261,7 +257,7 @@ def describe_run(config: TuneConfig) -> str:
 
 
 def _table(before: dict[int, float], after: dict[int, float]) -> Table:
-    table = Table(title="held-out loss per exit (nats per token)")
+    table = Table(title="held-out loss (nats/token)")
     for column in ("exit layer", "before", "after"):
         table.add_column(column, justify="right")
     for layer in after:
