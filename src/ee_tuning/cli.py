@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *_, **__: f"ee-tuning: warning: {message}\n"
     try:
         _run(args)
     except UserError as error:
@@ -172,6 +175,11 @@ def _explain(message: str, known: list[str]) -> str:
             unknown = message.split(mark)[1].split()[0].strip("'\"").split("=")[0]
             name = unknown.removeprefix("--").replace("-", "_")
             return f"unknown setting {unknown!r}{_nearest(name, known)}"
+    wrong = re.match(r"""Parser key "(\w+)".*?: Expected an? (.*)\. Got value: (.*)""", message)
+    if wrong:
+        name, kind, value = wrong.groups()
+        kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind)
+        return f"{name} is {value!r}: it must be of type {kind}"
     return message
 
 
