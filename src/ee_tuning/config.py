@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ee_tuning.errors import UserError
 
@@ -18,8 +18,9 @@ Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold"]
 Layers = str | int | list[int | str]
-ARCHS: tuple[str, ...] = ("embedding", "norm", "mlp", "layer")
-HEADS: tuple[str, ...] = ("own", "shared")
+ARCHS: tuple[str, ...] = get_args(Arch)
+HEADS: tuple[str, ...] = get_args(Head)
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 def option(default: Any, help: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
+IGNORED = -100  # the label that Hugging Face losses skip
 
 
 @dataclass

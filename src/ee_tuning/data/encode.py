@@ -18,9 +18,9 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.data.packing import IGNORED
 from ee_tuning.data.readers import Record
 from ee_tuning.errors import UserError
+from ee_tuning.losses import IGNORED
 
 CHUNK = 256  # texts tokenised at once: a fast tokenizer spreads them over the cores
 FORMS = (("messages",), ("prompt", "completion"), ("text",))

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.data.encode import Document, document, encode
 from ee_tuning.data.megatron import megatron_documents
-from ee_tuning.data.packing import IGNORED, pack
+from ee_tuning.data.packing import pack
 from ee_tuning.data.readers import file_records, hub_records, load_hub
 from ee_tuning.data.sources import Source, parse_source
 from ee_tuning.errors import UserError
+from ee_tuning.losses import IGNORED
 
 FORMAT = 1  # part of every cache key: raise it when documents or rows come out differently
 WRITTEN_AT_ONCE = 256  # rows held in memory until they are written

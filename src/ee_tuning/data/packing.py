@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-IGNORED = -100  # the label Hugging Face losses skip
+from ee_tuning.losses import IGNORED
 
 
 def pack(

@@ -12,14 +12,12 @@ from torch import Tensor
 from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
 
-from ee_tuning.config import Layers, parse_layers
+from ee_tuning.config import MODES, Layers, parse_layers
 from ee_tuning.decode.decoder import Decoder, Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
-
-MODES = ("full", "fixed", "threshold")
 
 
 @dataclass
