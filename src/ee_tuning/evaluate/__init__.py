@@ -26,25 +26,29 @@ from ee_tuning.out import claim_folder
 
 __all__ = ["evaluate"]
 
+COUNTS = (
+    "micro_batch_size", "max_tokens", "prompts", "prompt_length", "rounds", "max_new_tokens",
+)  # fmt: skip
+
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
     """Measure the exits, print two tables, write ``evaluation.json`` and ``report.html``.
 
     Raises:
-        UserError: no data, no exits, or a threshold outside [0, 1].
+        UserError: no data, no exits, no folder to write to, or a setting that makes no sense.
     """
-    console = console or Console()
-    if not config.data:
-        raise UserError("no data given: name held-out files, folders or hub ids with --data")
+    console, progress = console or Console(), Console(stderr=True)
+    check_settings(config)
     thresholds = parse_thresholds(config.thresholds)
     model, tokenizer = load_for_decoding(config)
+    folder = results_folder(config)
     packed = load_packed(
         config.data, tokenizer, config.seq_length, config.seed, config.skip_bad_records
     )
-    with console.status("losses and agreement on the data"):
+    prompts = take_prompts(packed, config.prompts, config.prompt_length)
+    with progress.status("losses and agreement on the data"):
         measured = measure_exits(model, packed, config, thresholds)
-    with console.status("speed and agreement of generated text"):
-        prompts = take_prompts(packed, config.prompts, config.prompt_length)
+    with progress.status("speed and agreement of generated text"):
         measured |= measure_thresholds(model, prompts, thresholds, config)
     for row, next_token in zip(measured["threshold_rows"], measured.pop("next_token"), strict=True):
         row["next_token_agreement"] = next_token["agreement"]
@@ -54,17 +58,45 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "exits": model.exit_layers,
         "depth": model.backbone.num_layers,
         "machine": describe_machine(model.backbone.device),
+        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
         "settings": dataclasses.asdict(config),
         **measured,
     }
-    folder = Path(config.out or config.exits)
-    claim_folder(str(folder), overwrite=False, resume=True)
     write_json(folder / "evaluation.json", result)
     write_report(folder / "report.html", result, tokenizer)
     for table in tables(result):
         console.print(table)
     console.print(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}")
     return result
+
+
+def check_settings(config: EvaluateConfig) -> None:
+    """Refuse, before anything is loaded, what would fail after the long part.
+
+    Raises:
+        UserError: no data, a number that has to be at least 1, or a prompt longer than a row.
+    """
+    if not config.data:
+        raise UserError("no data given: name held-out files, folders or hub ids with --data")
+    for name in COUNTS:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} {getattr(config, name)} is too small: give at least 1")
+    if config.prompt_length > config.seq_length:
+        raise UserError(
+            f"prompt_length {config.prompt_length} is more than seq_length {config.seq_length}: "
+            "prompts are taken from packed sequences, lower --prompt-length"
+        )
+
+
+def results_folder(config: EvaluateConfig) -> Path:
+    """Where the two files go, made if need be: `out`, or the exits' folder.
+
+    Raises:
+        UserError: the folder cannot be written, or the exits are from the hub and have none.
+    """
+    if not config.out and not Path(config.exits).is_dir():
+        raise UserError("exits from the hub have no folder for the results: name one with --out")
+    return claim_folder(config.out or config.exits, overwrite=False, resume=True)
 
 
 def parse_thresholds(given: str | float | list[float]) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,74 +11,113 @@ from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import collate
+from ee_tuning.decode.generate import make_decoder
+from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import EarlyExitModel
+
+
+@dataclass
+class Predictions:
+    """What one exit says of the labelled tokens: its summed loss, and per batch (N,) each the
+    likeliest tokens and their probabilities, on the CPU."""
+
+    layer: int
+    loss: float = 0.0
+    tokens: list[Tensor] = field(default_factory=list)
+    confidences: list[Tensor] = field(default_factory=list)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits (B, T, V), labels (B, T)."""
+        self.loss += cross_entropy(logits, labels).total.item()
+        labelled = logits[:, :-1][labels[:, 1:] != IGNORED]
+        self.tokens.append(labelled.argmax(-1).cpu())
+        self.confidences.append(confidence(labelled).cpu())
 
 
 @torch.inference_mode()
 def measure_exits(
     model: EarlyExitModel, packed: Any, config: EvaluateConfig, thresholds: list[float]
 ) -> dict[str, Any]:
-    """One pass over at most ``config.max_tokens`` tokens, the logits of one exit alive at a time.
+    """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
 
     Returns ``exit_rows`` (layer, loss in nats per token, top-1 agreement with the final exit,
     mean confidence) and ``next_token``: per threshold, what would happen to each token if the
     text before it were the data's: agreement with the final exit and mean depth.
+
+    Raises:
+        UserError: an active exit does not exist, or no token of these rows has a label.
     """
-    depth = model.backbone.num_layers
-    places = [*(layer for layer in model.exit_layers), "final"]
-    losses: dict[Any, float] = dict.fromkeys(places, 0.0)
-    chosen: dict[Any, list[Tensor]] = {place: [] for place in places}
-    sure: dict[Any, list[Tensor]] = {place: [] for place in places}
+    active = active_exits(model, config)
+    exits, final = _predict(model, packed, config)
+    taken = torch.cat(final.tokens)
+    if not len(taken):
+        raise UserError("the data that were read have no labels: raise --max-tokens")
+    rows = [_exit_row(found, taken) | {"final": found is final} for found in (*exits, final)]
+    inner = [found for found in exits if found.layer in active]
+    return {
+        "data_tokens": len(taken),
+        "exit_rows": rows,
+        "next_token": [_leave(inner, taken, final.layer, t) for t in thresholds],
+    }
+
+
+def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
+    """The layers at which a token may leave before full depth, as the decoder reads the settings.
+
+    Raises:
+        UserError: `exit_layers` names a layer without an exit, or `max_pending` is negative.
+    """
+    decoder = make_decoder(model, "threshold", 0, config.exit_layers or None, config.max_pending)
+    return list(decoder.exit_caches)
+
+
+def _predict(
+    model: EarlyExitModel, packed: Any, config: EvaluateConfig
+) -> tuple[list[Predictions], Predictions]:
+    """Predictions of every exit, by depth, and of the final exit."""
+    exits = [Predictions(layer) for layer in model.exit_layers]
+    final = Predictions(model.backbone.num_layers)
     rows = max(1, min(len(packed), config.max_tokens // config.seq_length))
     for first in range(0, rows, config.micro_batch_size):
         batch = collate(packed, list(range(first, min(first + config.micro_batch_size, rows))))
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
-        mask = batch["labels"][:, 1:] != IGNORED
-        for place, logits in _all_logits(model, batch):
-            losses[place] += cross_entropy(logits, batch["labels"]).total.item()
-            logits = logits[:, :-1][mask]
-            chosen[place].append(logits.argmax(-1).cpu())
-            sure[place].append(confidence(logits).cpu())
-    tokens = {place: torch.cat(parts) for place, parts in chosen.items()}
-    confidences = {place: torch.cat(parts) for place, parts in sure.items()}
-    count = len(tokens["final"])
-    exit_rows = [
-        {
-            "layer": depth if place == "final" else place,
-            "final": place == "final",
-            "loss": losses[place] / count,
-            "agreement": _share(tokens[place] == tokens["final"]),
-            "confidence": confidences[place].mean().item(),
-        }
-        for place in places
-    ]
-    next_token = [_leave(tokens, confidences, depth, threshold) for threshold in thresholds]
-    return {"data_tokens": count, "exit_rows": exit_rows, "next_token": next_token}
+        logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
+        for found in (*exits, final):
+            # Never given a name here: one exit's logits are gone when the next one's are made.
+            found.add(next(logits_by_depth), batch["labels"])
+    return exits, final
 
 
-def _all_logits(model: EarlyExitModel, batch: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    """(exit layer or "final", logits (B, T, V)), by depth, each computed when asked for."""
-    states = model.states(batch["input_ids"], batch["position_ids"], to_end=True)
-    for layer, state in states:
+def _all_logits(model: EarlyExitModel, input_ids: Tensor, position_ids: Tensor) -> Iterator[Tensor]:
+    """Logits (B, T, V) of the exits, by depth, then of the final exit, each when asked for."""
+    for layer, state in model.states(input_ids, position_ids, to_end=True):
         if layer in model.exit_layers:
-            yield layer, model.exit(layer)(state)
+            yield model.exit(layer)(state)
         if layer == model.backbone.num_layers:
-            yield "final", model.backbone.final_logits(state.hidden)
+            yield model.backbone.final_logits(state.hidden)
+
+
+def _exit_row(found: Predictions, final: Tensor) -> dict[str, Any]:
+    """One exit's figures; `final` (N,) is what the final exit takes."""
+    return {
+        "layer": found.layer,
+        "loss": found.loss / len(final),
+        "agreement": _share(torch.cat(found.tokens) == final),
+        "confidence": torch.cat(found.confidences).mean().item(),
+    }
 
 
 def _leave(
-    tokens: dict[Any, Tensor], confidences: dict[Any, Tensor], depth: int, threshold: float
+    exits: list[Predictions], final: Tensor, depth: int, threshold: float
 ) -> dict[str, float]:
     """Every token leaves at its first exit that is sure enough; threshold 1 switches exits off."""
-    taken = tokens["final"].clone()
-    depths = torch.full(taken.shape, float(depth))
-    exits = [place for place in tokens if place != "final" and place < depth and threshold < 1]
-    for place in reversed(exits):
-        leaves = confidences[place] >= threshold
-        taken[leaves] = tokens[place][leaves]
-        depths[leaves] = place
-    return {"agreement": _share(taken == tokens["final"]), "mean_depth": depths.mean().item()}
+    taken, depths = final.clone(), torch.full(final.shape, float(depth))
+    for found in reversed(exits) if threshold < 1 else ():
+        leaves = torch.cat(found.confidences) >= threshold
+        taken[leaves] = torch.cat(found.tokens)[leaves]
+        depths[leaves] = found.layer
+    return {"agreement": _share(taken == final), "mean_depth": depths.mean().item()}
 
 
 def _share(mask: Tensor) -> float:

@@ -50,10 +50,9 @@ def agreement_plot(result: dict[str, Any]) -> Figure:
     ):
         points = [(row["speedup"], 100 * row[key]) for row in result["threshold_rows"]]
         axes.plot(*zip(*points, strict=True), mark, label=label)
-    for row in result["threshold_rows"]:
-        place = (row["speedup"], 100 * row["next_token_agreement"])
-        axes.annotate(f"{row['threshold']:g}", place, textcoords="offset points", xytext=(5, 5))
-    axes.legend(frameon=False)
+        for row, place in zip(result["threshold_rows"], points, strict=True):
+            axes.annotate(f"{row['threshold']:g}", place, textcoords="offset points", xytext=(5, 5))
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # off the points
     return figure
 
 
@@ -93,21 +92,27 @@ def _svg(figure: Figure) -> Markup:
 
 def _sample(text: dict[str, Any], depth: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A sample's prompt, its tokens with colours, and the full-depth text."""
-    pieces = _pieces(text["tokens"], tokenizer)
+    prompt, ids = text["prompt"], text["tokens"]
+    pieces = _pieces(prompt, ids, tokenizer)
     rows = zip(pieces, text["layers"], text["confidences"], strict=True)
     tokens = [(piece, layer, sure, depth_colour(layer, depth)) for piece, layer, sure in rows]
     return {
-        "prompt": tokenizer.decode(text["prompt"]),
+        "prompt": tokenizer.decode(prompt),
         "tokens": tokens,
-        "full": tokenizer.decode(text["full"]),
+        "full": "".join(_pieces(prompt, text["full"], tokenizer)),
     }
 
 
-def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text each token adds to the one before it."""
-    pieces, before = [], ""
+def _pieces(prompt: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text each of `ids` adds to the prompt and the tokens before it.
+
+    Decoded together, since a token alone may lose its leading space. A character of several
+    tokens comes with its last one.
+    """
+    pieces, done = [], len(str(tokenizer.decode(prompt)))
     for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end]))
-        pieces.append(text[len(before) :])
-        before = text
+        text = str(tokenizer.decode(prompt + ids[:end]))
+        unfinished = text.endswith("\ufffd") and end < len(ids)
+        pieces.append("" if unfinished else text[done:])
+        done = done if unfinished else len(text)
     return pieces

@@ -13,28 +13,38 @@ from torch import Tensor
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput
 from ee_tuning.errors import UserError
+from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 
 Method = Callable[[Tensor], Any]
 
 
 def take_prompts(packed: Any, number: int, length: int) -> list[list[int]]:
-    """The first `length` tokens of up to `number` documents, one per packed row.
+    """The first `length` tokens of up to `number` pieces of text, one per packed row.
 
     Raises:
-        UserError: no document is that long.
+        UserError: no piece is that long.
     """
-    prompts = []
+    prompts: list[list[int]] = []
     for row in range(len(packed)):
-        ids, positions = packed[row]["input_ids"], packed[row]["position_ids"]
-        starts = (positions[: len(positions) - length + 1] == 0).nonzero().flatten().tolist()
-        whole = [s for s in starts if positions[s + length - 1] == length - 1]
-        prompts += [ids[s : s + length].tolist() for s in whole[:1]]
+        ids = packed[row]["input_ids"]
+        long = [start for start, stop in _pieces(packed[row]) if stop - start >= length]
+        prompts += [ids[start : start + length].tolist() for start in long[:1]]
         if len(prompts) == number:
             break
     if not prompts:
         raise UserError(f"no document of the data has {length} tokens: lower --prompt-length")
     return prompts
+
+
+def _pieces(row: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """(start, stop) of the documents, or parts of them, in a packed row.
+
+    Positions start again with each. One without any label is padding, or nothing to learn from.
+    """
+    starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
+    pieces = zip(starts, [*starts[1:], len(row["position_ids"])], strict=True)
+    return [(a, b) for a, b in pieces if bool((row["labels"][a:b] != IGNORED).any())]
 
 
 def measure_thresholds(
@@ -54,17 +64,19 @@ def measure_thresholds(
     outputs: dict[Any, list[Any]] = {}
     for _ in range(config.rounds):
         for name, method in methods.items():
-            start = time.perf_counter()
-            outputs[name] = [method(ids) for ids in inputs]
-            if model.backbone.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            outputs[name], taken = _timed(method, inputs)
+            seconds[name].append(taken)
     total = len(inputs) * config.max_new_tokens
     speeds = {name: _speed(times, total) for name, times in seconds.items()}
     speedups = {name: _speedup(seconds["full"], times) for name, times in seconds.items()}
+    theirs = seconds["transformers"]
     rows = [
         _row(model, outputs, threshold)
-        | {"speed": speeds[threshold], "speedup": speedups[threshold]}
+        | {
+            "speed": speeds[threshold],
+            "speedup": speedups[threshold],
+            "speedup_over_transformers": _speedup(theirs, seconds[threshold]),
+        }
         for threshold in thresholds
     ]
     return {
@@ -75,6 +87,21 @@ def measure_thresholds(
         "prompts": len(prompts),
         "samples": _samples(outputs, prompts, thresholds),
     }
+
+
+def _timed(method: Method, inputs: list[Tensor]) -> tuple[list[Any], float]:
+    """The outputs for all prompts and the seconds they took."""
+    _wait(inputs[0])
+    start = time.perf_counter()
+    outputs = [method(ids) for ids in inputs]
+    _wait(inputs[0])
+    return outputs, time.perf_counter() - start
+
+
+def _wait(tensor: Tensor) -> None:
+    """Until a GPU has done what it was given; a CPU is never behind."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _methods(
@@ -129,9 +156,9 @@ def _speed(seconds: list[float], tokens: int) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def _speedup(full: list[float], seconds: list[float]) -> float:
-    """Median over the rounds of how many times faster than full depth."""
-    return statistics.median(a / b for a, b in zip(full, seconds, strict=True))
+def _speedup(reference: list[float], seconds: list[float]) -> float:
+    """Median over the rounds of how many times faster than `reference` in the same round."""
+    return statistics.median(a / b for a, b in zip(reference, seconds, strict=True))
 
 
 def _samples(
