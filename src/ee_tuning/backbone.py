@@ -294,11 +294,17 @@ class Backbone:
         self.layers = self.trunk.get_submodule(self.anatomy.layers)
         self.norm = self.trunk.get_submodule(self.anatomy.norm)
         self.head = model.get_submodule(self.anatomy.head)
+        self._final_output = self.output(self.head)
 
     @property
     def num_layers(self) -> int:
         """Depth L of the backbone, whether or not every layer is in memory."""
         return self.config.num_hidden_layers
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the backbone was made for, in tokens, where its config says so."""
+        return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -330,4 +336,4 @@ class Backbone:
 
     def final_logits(self, hidden: Tensor) -> Tensor:
         """The final exit: (B, T, H) after the last layer → (B, T, V)."""
-        return self.output(self.head)(inputs_embeds=self.norm(hidden)).logits
+        return self._final_output(inputs_embeds=self.norm(hidden)).logits

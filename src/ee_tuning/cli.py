@@ -23,9 +23,8 @@ def init(config: settings.InitConfig) -> None:
     from ee_tuning.model import EarlyExitModel
     from ee_tuning.out import claim_folder
 
-    exits = settings.ExitConfig(config.layers, config.arch, config.init, config.head, config.seed)
     folder = claim_folder(config.out, config.overwrite)
-    model = EarlyExitModel.from_base(config.model, exits, whole=False)
+    model = EarlyExitModel.from_base(config.model, config.exit_config(), whole=False)
     model.save_pretrained(folder)
     print(f"exits after layers {model.exit_layers} saved in {folder}")
 

@@ -120,8 +120,8 @@ def _one_per_exit(name: str, value: str | list[str], known: tuple[str, ...], n: 
 
 
 @dataclass
-class InitConfig:
-    """Add exits to a backbone, untuned, and save them."""
+class NewExitsConfig:
+    """What `init` and `tune` share."""
 
     model: str = option("", "backbone: a local folder or a hub id")
     layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
@@ -133,26 +133,26 @@ class InitConfig:
         "own", "own (trainable, per exit) or shared (the backbone's, frozen)"
     )
     out: str = option("", "folder for the exits")
-    seed: int = option(0, "seed of the random initialisation")
     overwrite: bool = option(False, "replace what is in --out")
+    seed: int = option(0, "seed of the random initialisation")
+
+    def exit_config(self) -> ExitConfig:
+        """The exits these settings describe."""
+        return ExitConfig(self.layers, self.arch, self.init, self.head, self.seed)
 
 
 @dataclass
-class TuneConfig:
+class InitConfig(NewExitsConfig):
+    """Add exits to a backbone, untuned, and save them."""
+
+
+@dataclass
+class TuneConfig(NewExitsConfig):
     """Tune the exits of a backbone on text; the backbone stays as it is."""
 
-    model: str = option("", "backbone: a local folder or a hub id")
-    exits: str = option("", "exits to go on tuning, instead of --layers and --arch")
-    layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
-    arch: str | list[str] = option(
-        "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer"
-    )
-    init: Init = option("copy", "copy the backbone's own modules, or random")
-    head: str | list[str] = option(
-        "own", "own (trainable, per exit) or shared (the backbone's, frozen)"
-    )
     out: str = option("", "folder for the exits, checkpoints and metrics")
-    overwrite: bool = option(False, "replace what is in --out")
+    seed: int = option(0, "seed of the data order and of random initialisation")
+    exits: str = option("", "exits to go on tuning, instead of --layers and --arch")
     resume: bool = option(False, "go on from the last checkpoint in --out")
 
     data: list[str] = option(
@@ -196,7 +196,6 @@ class TuneConfig:
         "bf16: bf16 backbone and autocast, fp32 master weights; auto: bf16 on a GPU, fp32 on CPU",
     )
     device: str = option("auto", "cpu, cuda or auto")
-    seed: int = option(0, "seed of the data order and of random initialisation")
 
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints kept")

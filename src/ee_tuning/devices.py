@@ -1,9 +1,13 @@
-"""Which device and which precision a run uses."""
+"""Which device, which precision and which versions a run uses."""
 
 from __future__ import annotations
 
-import torch
+import platform
 
+import torch
+import transformers
+
+import ee_tuning
 from ee_tuning.errors import UserError, first_line
 
 
@@ -30,3 +34,11 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def versions() -> str:
+    """What ran, for every figure and every run that is kept."""
+    return (
+        f"ee-tuning {ee_tuning.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )

@@ -66,7 +66,9 @@ class Exit(nn.Module):
             self.mlp = nn.ModuleDict(
                 {name: _trainable(layer.get_submodule(name)) for name in names}
             )
-            self._frozen |= {"layer": layer, "attention": attention_name(layer)}
+            replay = _Replay()
+            parts: dict[str, nn.Module] = {attention_name(layer): replay, **self.mlp}
+            self._frozen |= {"replay": replay, "layer": twin(layer, parts)}
         if spec.arch == "layer":
             self.block = _trainable(backbone.layers[-1])  # type: ignore[index]
             self._frozen["segment"] = backbone.block(self.block)
@@ -96,10 +98,10 @@ class Exit(nn.Module):
     def _replace_mlp(self, state: State) -> Tensor:
         """The exit layer's own forward with M for its MLP; its attention is not run again."""
         assert state.call is not None, "the segment before an mlp exit must record its last call"
-        replay = _Replay()
+        replay = self._frozen["replay"]
         replay.output = state.call.attention
-        parts: dict[str, nn.Module] = {self._frozen["attention"]: replay, **dict(self.mlp.items())}
-        output = twin(self._frozen["layer"], parts)(*state.call.args, **state.call.kwargs)
+        output = self._frozen["layer"](*state.call.args, **state.call.kwargs)
+        replay.output = None  # not kept alive until the next call
         return output[0] if isinstance(output, tuple) else output
 
     def reset_random(self, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from ee_tuning.backbone import Backbone, find_anatomy
 from ee_tuning.errors import UserError, first_line
-
-logger = logging.getLogger(__name__)
 
 # Values of a config that change what a model computes, whatever its weights are.
 CONFIG_KEYS = (

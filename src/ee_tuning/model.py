@@ -132,7 +132,15 @@ class EarlyExitModel(nn.Module):
         return sorted(int(name) for name in self.exits)
 
     def exit(self, layer: int) -> Exit:
-        """The exit after `layer`."""
+        """The exit after `layer`.
+
+        Raises:
+            UserError: there is none.
+        """
+        if str(layer) not in self.exits:
+            raise UserError(
+                f"there is no exit at layer {layer}: the exits are at {self.exit_layers}"
+            )
         return self.exits[str(layer)]  # type: ignore[return-value]
 
     def segments(
@@ -143,12 +151,7 @@ class EarlyExitModel(nn.Module):
         Raises:
             UserError: a layer has no exit.
         """
-        layers = self.exit_layers if exit_layers is None else sorted(exit_layers)
-        for layer in layers:
-            if str(layer) not in self.exits:
-                raise UserError(
-                    f"there is no exit at layer {layer}: the exits are at {self.exit_layers}"
-                )
+        layers = self.exit_layers if exit_layers is None else exit_layers
         last = self.backbone.num_layers if last is None else last
         stops = sorted({*layers, last})
         records = [k in layers and self.exit(k).spec.arch == "mlp" for k in stops]
@@ -235,9 +238,10 @@ class EarlyExitModel(nn.Module):
                 k: v.to(dtype or v.dtype).cpu().clone() for k, v in self.exit_state().items()
             }
             save_file(tensors, path, metadata={"format": "pt"})
-        write_json(folder / CONFIG_NAME, self.saved_config())
+        config = self.saved_config()
+        write_json(folder / CONFIG_NAME, config)
         if not (folder / "README.md").exists():
-            write_text(folder / "README.md", model_card(self.saved_config()))
+            write_text(folder / "README.md", model_card(config))
 
     def saved_config(self) -> dict[str, Any]:
         """What ``exit_config.json`` holds."""
@@ -306,9 +310,7 @@ def find_exits(path: str) -> Path:
         raise UserError(f"the exits' folder {path!r} does not exist")
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except (
-        Exception
-    ) as error:  # huggingface_hub has a dozen kinds: no network, no such repository, …
+    except Exception as error:  # huggingface_hub has a dozen kinds of its own
         raise UserError(
             f"{path} is neither a folder nor to be had from the hub: {first_line(error)}"
         ) from error

@@ -12,6 +12,6 @@ and the order does not depend on how many processes share the work: each takes i
 """
 
 from ee_tuning.data.loading import load_packed, split_validation
-from ee_tuning.data.order import SampleOrder, collate
+from ee_tuning.data.order import SampleOrder, collate, micro_batches
 
-__all__ = ["SampleOrder", "collate", "load_packed", "split_validation"]
+__all__ = ["SampleOrder", "collate", "load_packed", "micro_batches", "split_validation"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -50,3 +50,11 @@ def collate(packed: datasets.Dataset, indices: Sequence[int]) -> dict[str, torch
     rows = packed[list(indices)]
     names = ("input_ids", "position_ids", "labels")
     return {name: torch.as_tensor(rows[name], dtype=torch.int64) for name in names}
+
+
+def micro_batches(
+    packed: datasets.Dataset, indices: Sequence[int], size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows `indices` in batches of `size`, the last one perhaps shorter; see `collate`."""
+    for start in range(0, len(indices), size):
+        yield collate(packed, indices[start : start + size])

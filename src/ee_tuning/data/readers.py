@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ee_tuning.data.sources import Source
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,8 @@ def _parquet_records(path: Path) -> Iterator[Record]:
                     number += 1
                     yield Record(f"{path} record {number}", fields)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path}: not readable as parquet after record {number} ({reason}): "
+            f"{path}: not readable as parquet after record {number} ({first_line(error)}): "
             "the file is truncated or corrupt, get it again"
         ) from None
 
@@ -126,9 +125,9 @@ def load_hub(name: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # the hub's client and each file format raise errors of their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data {name}: no such file or folder here, and not loadable from the hub ({reason})"
+            f"data {name}: no such file or folder here, and not loadable from the hub "
+            f"({first_line(error)})"
         ) from error
 
 

@@ -55,7 +55,6 @@ class Decoder:
         self.policy = policy
         self.max_pending = max_pending
         self.end = end
-        self.ends_at_exit = end in exit_layers
         self.segments = model.segments(exit_layers, last=end)
         self.caches = [segment.new_cache() for segment in self.segments]
         self.exit_caches = {layer: model.exit(layer).new_cache() for layer in exit_layers}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,12 +119,7 @@ def _active(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
     if not exit_layers:
         return model.exit_layers
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
-    for layer in layers:
-        if layer not in model.exit_layers:
-            raise UserError(
-                f"there is no exit at layer {layer}: the exits are at {model.exit_layers}"
-            )
-    return layers
+    return [model.exit(layer).spec.layer for layer in layers]
 
 
 def _stopping_criteria(kwargs: dict[str, Any]) -> StoppingCriteriaList:
@@ -147,8 +141,8 @@ def _check_prompt(model: EarlyExitModel, input_ids: Tensor) -> None:
         )
     if input_ids.shape[1] == 0:
         raise UserError("the prompt is empty: give at least one token")
-    context = getattr(model.backbone.config, "max_position_embeddings", None) or math.inf
-    if input_ids.shape[1] >= context:
+    context = model.backbone.context
+    if context and input_ids.shape[1] >= context:
         raise UserError(
             f"the prompt has {input_ids.shape[1]} tokens, the backbone's context is {context}: "
             "shorten it"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ee_tuning.config import GenerateConfig
+from ee_tuning.config import GenerateConfig, SamplingConfig
 from ee_tuning.decode.decoder import Token
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
@@ -96,7 +96,9 @@ def generate_and_show(config: GenerateConfig, console: Console | None = None) ->
     _print_legend(console, streamer.layers, model.backbone.num_layers, seconds)
 
 
-def load_for_decoding(config) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:  # type: ignore[no-untyped-def]
+def load_for_decoding(
+    config: SamplingConfig,
+) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that a `SamplingConfig` names, ready to generate."""
     if not config.exits:
         raise UserError("no exits given: name their folder or hub id with --exits")

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
 
-import ee_tuning
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
 from ee_tuning.decode.show import load_for_decoding
+from ee_tuning.devices import versions
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits
 from ee_tuning.evaluate.report import write_report
@@ -122,10 +121,7 @@ def describe_machine(device: torch.device) -> str:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"CPU ({_cpu_name()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return (
-        f"{hardware}; ee-tuning {ee_tuning.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
+    return f"{hardware}; {versions()}"
 
 
 def _cpu_name() -> str:

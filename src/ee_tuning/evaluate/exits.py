@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.data import collate
+from ee_tuning.data import micro_batches
 from ee_tuning.decode.generate import make_decoder
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
@@ -79,8 +79,7 @@ def _predict(
     exits = [Predictions(layer) for layer in model.exit_layers]
     final = Predictions(model.backbone.num_layers)
     rows = max(1, min(len(packed), config.max_tokens // config.seq_length))
-    for first in range(0, rows, config.micro_batch_size):
-        batch = collate(packed, list(range(first, min(first + config.micro_batch_size, rows))))
+    for batch in micro_batches(packed, range(rows), config.micro_batch_size):
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
         logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
         for found in (*exits, final):

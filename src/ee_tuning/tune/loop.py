@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import platform
 import shlex
 import signal
 import sys
@@ -15,15 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-import ee_tuning
-from ee_tuning.config import ExitConfig, TuneConfig
-from ee_tuning.data import SampleOrder, collate, load_packed, split_validation
-from ee_tuning.devices import pick_device, pick_dtype
+from ee_tuning.config import TuneConfig
+from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
+from ee_tuning.devices import pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
 from ee_tuning.loading import load_tokenizer
@@ -33,8 +29,6 @@ from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
 from ee_tuning.tune.metrics import Display, MetricsLog
 from ee_tuning.tune.optimizer import build_optimizer, clip_gradients, learning_rate, loss_weights
 from ee_tuning.tune.step import Batch, Objective, accumulate_gradients, mean_losses
-
-logger = logging.getLogger(__name__)
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
@@ -113,8 +107,11 @@ class Run:
                 **load,  # type: ignore[arg-type]
             )
         else:
-            exits = ExitConfig(config.layers, config.arch, config.init, config.head, config.seed)
-            model = EarlyExitModel.from_base(config.model, exits, **load)  # type: ignore[arg-type]
+            model = EarlyExitModel.from_base(
+                config.model,
+                config.exit_config(),
+                **load,  # type: ignore[arg-type]
+            )
         model.exits.float()
         if not any(p.requires_grad for p in model.exits.parameters()):
             raise UserError(
@@ -125,7 +122,7 @@ class Run:
     def _data(self):  # type: ignore[no-untyped-def]
         config = self.config
         tokenizer = load_tokenizer(config.tokenizer or self.model.backbone.model.name_or_path)
-        context = getattr(self.model.backbone.config, "max_position_embeddings", None)
+        context = self.model.backbone.context
         if context and config.seq_length > context:
             raise UserError(
                 f"seq_length {config.seq_length} is beyond the backbone's context of {context}"
@@ -188,11 +185,8 @@ class Run:
             )  # fmt: skip
 
     def _micro_batches(self, step: int) -> list[Batch]:
-        size = self.config.micro_batch_size
         indices = self.order.indices(step)
-        return [
-            collate(self.train_data, indices[i : i + size]) for i in range(0, len(indices), size)
-        ]
+        return list(micro_batches(self.train_data, indices, self.config.micro_batch_size))
 
     def _check_finite(
         self, step: int, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor]
@@ -210,10 +204,7 @@ class Run:
         """Held-out loss per exit, recorded at `step`."""
         size = self.config.micro_batch_size
         rows = min(len(self.valid_data), self.config.eval_batches * size)
-        batches = [
-            collate(self.valid_data, list(range(i, min(i + size, rows))))
-            for i in range(0, rows, size)
-        ]
+        batches = micro_batches(self.valid_data, range(rows), size)
         losses = mean_losses(self.model, batches, self.autocast)
         log.write(step, valid_loss=losses)
         text = "  ".join(f"exit {layer} {loss:.3f}" for layer, loss in losses.items())
@@ -248,8 +239,7 @@ def stop_requests() -> Iterator:
 def describe_run(config: TuneConfig) -> str:
     """``run.yaml``: every setting as resolved; versions and command as comments."""
     lines = [
-        f"# ee-tuning {ee_tuning.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}",
+        f"# {versions()}",
         f"# {shlex.join(sys.argv)}",
     ]
     values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}

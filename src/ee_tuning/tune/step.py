@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +94,7 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def mean_losses(
-    model: EarlyExitModel, batches: list[Batch], autocast: torch.dtype | None = None
+    model: EarlyExitModel, batches: Iterable[Batch], autocast: torch.dtype | None = None
 ) -> dict[int, float]:
     """Mean cross-entropy per exit over `batches`, in nats per token."""
     device = model.backbone.device
