@@ -6,6 +6,7 @@ Nothing here knows a model family, except for the few lines of `FAMILIES`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,7 +162,7 @@ class Segment:
         }
         family = backbone.family
         self.trunk = twin(backbone.trunk, parts | (family.later_parts if later else {}))
-        self.trunk.config = slice_config(backbone.config, self.start, self.stop)
+        self.trunk.config = slice_config(backbone.config, range(self.start, self.stop))
         for name, value in family.later_attributes.items() if later else ():
             setattr(self.trunk, name, value)
 
@@ -223,13 +224,14 @@ class Segment:
         return recorded
 
 
-def slice_config(config: Any, start: int, stop: int) -> Any:
-    """`config` for a trunk that owns only the layers `start`..`stop`-1."""
+def slice_config(config: Any, kept: Sequence[int]) -> Any:
+    """`config` for a trunk that owns only the layers `kept`, counted from 0."""
     sliced = copy.copy(config)
-    sliced.num_hidden_layers = stop - start
+    sliced.num_hidden_layers = len(kept)
     for name, value in vars(config).items():
-        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
-            setattr(sliced, name, value[start:stop])
+        per_layer = isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
+        if per_layer and not name.endswith(("token_id", "architectures")):
+            setattr(sliced, name, [value[layer] for layer in kept])
     return sliced
 
 

@@ -51,6 +51,15 @@ def evaluate(config: settings.EvaluateConfig) -> None:
     evaluate(config)
 
 
+def export(config: settings.ExportConfig) -> None:
+    """Save an exit as an ordinary checkpoint, or backbone and exits as one folder."""
+    from ee_tuning.export import export
+
+    export(config)
+    what = "backbone and exits" if config.merge else f"exit {config.layer} as a checkpoint"
+    print(f"{what} saved in {config.out}")
+
+
 def inspect(config: settings.InspectConfig) -> None:
     """Describe a backbone or a folder of exits."""
     from ee_tuning.inspect import inspect
@@ -63,6 +72,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "tune": (tune, settings.TuneConfig),
     "generate": (generate, settings.GenerateConfig),
     "evaluate": (evaluate, settings.EvaluateConfig),
+    "export": (export, settings.ExportConfig),
     "inspect": (inspect, settings.InspectConfig),
 }
 

@@ -257,6 +257,18 @@ class EvaluateConfig(SamplingConfig):
 
 
 @dataclass
+class ExportConfig:
+    """Save an exit as an ordinary checkpoint, or backbone and exits as one folder."""
+
+    exits: str = option("", "folder or hub id of the exits")
+    model: str = option("", "backbone; default: the one named in exit_config.json")
+    layer: int = option(0, "the exit to save as a checkpoint of the backbone's own class")
+    merge: bool = option(False, "save backbone and exits together instead")
+    out: str = option("", "folder for the checkpoint")
+    overwrite: bool = option(False, "replace what is in --out")
+
+
+@dataclass
 class InspectConfig:
     """Describe a backbone or a folder of exits."""
 

@@ -35,6 +35,7 @@ from ee_tuning.losses import cross_entropy
 FORMAT_VERSION = 1
 CONFIG_NAME = "exit_config.json"
 WEIGHTS_NAME = "exits.safetensors"
+HERE = "."  # the backbone of exits that lie in the same folder as it
 
 
 @dataclass
@@ -115,6 +116,7 @@ class EarlyExitModel(nn.Module):
         config = ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
         if model is None or isinstance(model, str):
             path = model or saved["base_model"]
+            path = str(folder) if path == HERE else path
             if not path:
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
             model = load_backbone(path, None if whole else _needed(path, config), dtype, device)

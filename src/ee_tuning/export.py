@@ -1,0 +1,146 @@
+"""Exits as ordinary checkpoints, for engines that know nothing of exits.
+
+A `norm`, `mlp` or `layer` exit *is* a model of the backbone's own architecture with fewer layers
+(method of arXiv 2402.00518, section 2), so transformers can save it and every engine can load it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
+
+from ee_tuning.backbone import slice_config
+from ee_tuning.config import ExportConfig
+from ee_tuning.errors import UserError
+from ee_tuning.files import read_json, write_json, write_text
+from ee_tuning.loading import load_tokenizer
+from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
+from ee_tuning.out import claim_folder
+from ee_tuning.twin import twin
+
+
+def export(config: ExportConfig) -> None:
+    """Write what `config` asks for to ``config.out``.
+
+    Raises:
+        UserError: both or neither of `layer` and `merge`, an exit that is not there or cannot be
+            a checkpoint of its own, or a folder that is taken.
+    """
+    if bool(config.layer) == config.merge:
+        raise UserError(
+            "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
+            "backbone and exits in one folder"
+        )
+    if not config.exits:
+        raise UserError("no exits given: name their folder or hub id with --exits")
+    model = EarlyExitModel.from_pretrained(config.exits, config.model or None, whole=config.merge)
+    base = model.backbone.model.name_or_path
+    if config.out and Path(config.out).resolve() in {
+        Path(path).resolve() for path in (config.exits, base)
+    }:
+        raise UserError(f"{config.out} is what is being exported: give another folder with --out")
+    tokenizer = load_tokenizer(base)
+    exported = None if config.merge else exit_checkpoint(model, config.layer)
+    folder = claim_folder(config.out, config.overwrite)
+    if exported is None:
+        save_merged(model, tokenizer, folder)
+    else:
+        save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
+
+
+def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
+    """The exit after `layer` as a causal LM of the backbone's own class, ready to be saved.
+
+    It has `layer` layers, or one more for a `layer` exit, and shares all tensors with `model`.
+
+    Raises:
+        UserError: there is no such exit, it has no final norm (`embedding`), or the backbone's
+            family computes layers differently by their number.
+    """
+    exit, backbone = model.exit(layer), model.backbone
+    if exit.spec.arch == "embedding":
+        raise UserError(
+            f"exit {layer} is an embedding exit: it has no final norm, which every model of "
+            f"{type(backbone.model).__name__} has; export a norm, mlp or layer exit"
+        )
+    layers, kept = list(backbone.layers)[:layer], list(range(layer))  # type: ignore[call-overload]
+    if exit.spec.arch == "mlp":
+        layers[-1] = twin(layers[-1], dict(exit.mlp.items()))
+    if exit.spec.arch == "layer":
+        layers.append(exit.block)
+        kept.append(backbone.num_layers - 1)  # the block stands where the last layer stood
+    anatomy = backbone.anatomy
+    parts: dict[str, nn.Module] = {
+        f"{anatomy.trunk}.{anatomy.layers}": nn.ModuleList(layers),
+        f"{anatomy.trunk}.{anatomy.norm}": exit.norm,
+    }
+    exported: Any = twin(backbone.model, parts)
+    exported.config = slice_config(backbone.config, kept)
+    if exit.spec.head == "own":
+        exported = twin(exported, {anatomy.head: exit.head})
+        exported.config.tie_word_embeddings = False
+        exported.all_tied_weights_keys = {}
+    _check_family(exported, exit.spec.arch)
+    return exported
+
+
+def _check_family(exported: PreTrainedModel, arch: str) -> None:
+    """Refuse what transformers would not build again from the exported config."""
+    config = exported.config
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        built = model_class(config).state_dict()
+    mine = exported.state_dict()
+    same = {k: v.shape for k, v in built.items()} == {k: v.shape for k, v in mine.items()}
+    numbered = getattr(config, "scale_attn_by_inverse_layer_idx", False) and arch == "layer"
+    if numbered or not same:
+        raise UserError(
+            f"{type(exported).__name__} computes a layer differently by its number, so this "
+            f"{arch} exit is no model of that class; export a norm exit"
+        )
+
+
+def save_exit(
+    exported: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, title: str
+) -> None:
+    """Write an `exit_checkpoint` with its tokenizer and a card to `folder`."""
+    with _staged(folder) as staging:
+        exported.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        write_text(
+            staging / "README.md",
+            f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n# {title}\n\n"
+            f"An early exit, exported by ee-tuning as an ordinary {type(exported).__name__} with "
+            f"{exported.config.num_hidden_layers} layers. Its use: a small model, or a draft "
+            "model for assisted (speculative) generation with the backbone.\n",
+        )
+
+
+def save_merged(model: EarlyExitModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write backbone, tokenizer and exits to one `folder`, which may be moved afterwards."""
+    with _staged(folder) as staging:
+        model.backbone.model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        model.save_pretrained(staging)
+        saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE}
+        write_json(staging / CONFIG_NAME, saved)
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder beside the final files, which move to `folder` at the end, ``config.json`` last.
+
+    So an export that was cut off is never taken for a checkpoint.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as staging:
+        yield Path(staging)
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)

@@ -1,0 +1,119 @@
+"""An exported exit is an ordinary checkpoint with the exit's own logits, in every family."""
+
+import shutil
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from families import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.cli import main
+from ee_tuning.errors import UserError
+from ee_tuning.export import exit_checkpoint
+
+TOKENIZER = Path(__file__).parents[2] / "demo" / "model"
+IDS = torch.tensor([[5, 9, 11, 3, 40, 7]])
+
+
+def with_exits(family, arch, head="own"):
+    """A tiny model with an exit at 2 whose weights are not the backbone's."""
+    model = EarlyExitModel.from_base(tiny(family), ExitConfig([2], arch, head=head))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.exits.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("head", ["own", "shared"])
+@pytest.mark.parametrize("arch", ["norm", "mlp", "layer"])
+@pytest.mark.parametrize("family", list(families.FAMILIES))
+def test_logits_are_the_exits(family, arch, head, tmp_path):
+    if arch == "mlp" and family in ("mixtral", "qwen3_moe"):
+        pytest.skip("a mixture of experts takes no mlp exit")
+    model = with_exits(family, arch, head)
+    exit_checkpoint(model, 2).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model.backbone.model)
+    assert loaded.config.num_hidden_layers == (3 if arch == "layer" else 2)
+    expected = model(IDS, output_exit_logits=True).exit_logits[2]
+    assert torch.equal(loaded.eval()(IDS).logits, expected)
+
+
+def test_layers_that_depend_on_their_number_are_refused():
+    model = with_exits("gpt2", "layer")
+    model.backbone.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(UserError, match="by its number"):
+        exit_checkpoint(model, 2)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A backbone with a tokenizer and exits at 1 (embedding) and 2 (mlp), on disk."""
+    base = tmp_path / "base"
+    tiny("llama").save_pretrained(base)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(base)
+    model = EarlyExitModel.from_base(str(base), ExitConfig([1, 2], ["embedding", "mlp"]))
+    model.save_pretrained(tmp_path / "exits")
+    return tmp_path
+
+
+def export(saved, *args):
+    main(["export", "--exits", str(saved / "exits"), "--out", str(saved / "out"), *args])
+
+
+def test_a_draft_leaves_assisted_generation_as_it_is(saved):
+    export(saved, "--layer", "2")
+    base = AutoModelForCausalLM.from_pretrained(saved / "base").eval()
+    draft = AutoModelForCausalLM.from_pretrained(saved / "out").eval()
+    options = {"max_new_tokens": 24, "do_sample": False}
+    expected = base.generate(IDS, **options)
+    assert torch.equal(base.generate(IDS, assistant_model=draft, **options), expected)
+    assert AutoTokenizer.from_pretrained(saved / "out").vocab_size
+    assert not list((saved / "out").glob(".partial*"))
+
+
+def test_a_merged_folder_needs_nothing_else(saved):
+    export(saved, "--merge")
+    expected = EarlyExitModel.from_pretrained(str(saved / "exits"))(IDS, output_exit_logits=True)
+    base = tiny("llama").state_dict()
+    shutil.rmtree(saved / "base")
+    moved = (saved / "out").rename(saved / "moved")
+    plain = AutoModelForCausalLM.from_pretrained(moved).state_dict()
+    assert plain.keys() == base.keys()
+    assert all(torch.equal(value, base[name]) for name, value in plain.items())
+    logits = EarlyExitModel.from_pretrained(str(moved))(IDS, output_exit_logits=True).exit_logits
+    assert all(torch.equal(logits[k], v) for k, v in expected.exit_logits.items())
+    main(["generate", "--exits", str(moved), "--prompt", "a", "--max-new-tokens", "2"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "either --layer"),
+        (["--layer", "2", "--merge"], "either --layer"),
+        (["--layer", "3"], "there is no exit at layer 3"),
+        (["--layer", "1"], "embedding exit"),
+        (["--layer", "2", "--out", "BASE"], "is what is being exported"),
+    ],
+)
+def test_mistakes_are_one_line(saved, capsys, args, message):
+    args = [str(saved / "base") if arg == "BASE" else arg for arg in args]
+    with pytest.raises(SystemExit) as stop:
+        export(saved, *args)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert message in error
+    assert "\n" not in error
+
+
+def test_a_taken_folder_is_kept(saved, capsys):
+    (saved / "out").mkdir()
+    (saved / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(SystemExit):
+        export(saved, "--layer", "2")
+    assert "--overwrite" in capsys.readouterr().err
+    assert (saved / "out" / "mine.txt").read_text() == "keep"
