@@ -7,6 +7,7 @@ from families import tiny
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.losses import confidence, cross_entropy, distillation
+from ee_tuning.tune import step
 from ee_tuning.tune.optimizer import clip_gradients, learning_rate, loss_weights
 from ee_tuning.tune.step import Objective, accumulate_gradients, mean_losses
 
@@ -157,3 +158,42 @@ def test_schedules():
     config.loss_weights = [1.0, 2.0]
     assert loss_weights(config, [4, 8], 5) == pytest.approx({4: 0.6, 8: 1.2})
     assert loss_weights(config, [4, 8], 50) == {4: 1.0, 8: 2.0}
+
+
+@pytest.mark.parametrize("arch", ["embedding", "norm", "mlp", "layer"])
+@pytest.mark.parametrize("head", ["own", "shared"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "mixed"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
+    arch, head, loss, dynamic, monkeypatch
+):
+    """Tolerance: the same fp32 sums in another order."""
+    if (arch, head) == ("embedding", "shared"):
+        pytest.skip("has no parameters")
+    model = EarlyExitModel.from_base(tiny("gemma2"), ExitConfig([2, 3], arch, head=head))
+    batch, objective = batches()[0], Objective(loss, 2.0, 0.3, dynamic)
+    whole = {}
+    states = list(model.states(batch["input_ids"], batch["position_ids"], to_end=True))
+    teacher = model.backbone.final_logits(states[-1][1].hidden)
+    for layer, state in states[:2]:
+        total = objective(model.exit(layer)(state), batch["labels"], teacher).total
+        (0.5 * total).backward()
+        whole[layer] = total.detach()
+    gradients = [p.grad for p in model.exits.parameters()]
+    model.exits.zero_grad(set_to_none=True)
+
+    vocabulary, (rows, length) = model.backbone.head_size, batch["labels"].shape
+    monkeypatch.setattr(step, "LOGITS", 2 * rows * vocabulary)
+    seen = []
+    for layer in (2, 3):
+        original = model.exit(layer).logits
+        monkeypatch.setattr(
+            model.exit(layer), "logits", lambda x, f=original: seen.append(x.shape[1]) or f(x)
+        )
+    scales = {layer: torch.tensor(0.5) for layer in (2, 3)}
+    chunked = {k: v.total for k, v in step.exit_losses(model, batch, objective, scales)}
+    assert len(seen) == 2 * -(-(length - 1) // 2)
+    assert max(seen) == 3 < length
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+    for p, expected in zip(model.exits.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)

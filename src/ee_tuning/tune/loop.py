@@ -191,9 +191,9 @@ class Run:
     def _check_finite(
         self, step: int, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor]
     ) -> None:
-        for layer in self.layers:
-            value = losses[layer] + norms[layer]
-            if not math.isfinite(value.item()):
+        values = torch.stack([losses[layer] + norms[layer] for layer in self.layers]).tolist()
+        for layer, value in zip(self.layers, values, strict=True):
+            if not math.isfinite(value):
                 raise UserError(
                     f"the loss of exit {layer} is {losses[layer].item()} with gradient norm "
                     f"{norms[layer].item()} at step {step + 1}: stopped before it could spoil the "

@@ -14,6 +14,8 @@ from ee_tuning.model import EarlyExitModel
 
 Batch = dict[str, Tensor]
 
+LOGITS = 2**26  # logits alive at a time: 256 MiB in fp32
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -45,22 +47,78 @@ class Objective:
 
 
 def exit_losses(
-    model: EarlyExitModel, batch: Batch, objective: Objective
+    model: EarlyExitModel,
+    batch: Batch,
+    objective: Objective,
+    scales: dict[int, Tensor] | None = None,
 ) -> Iterator[tuple[int, LossSum]]:
-    """(exit layer, summed loss) of a micro-batch, by depth.
+    """(exit layer, summed loss) of a micro-batch, by depth, without a graph.
 
-    Lazy: the next exit is computed when asked for, so the logits of one exit at most are alive.
+    With `scales`, the gradients of each loss times its scale are added to its exit. Lazy: the
+    next exit is computed when asked for, and its logits exist for `LOGITS` values at a time.
     """
     states: Iterator[tuple[int, State]] | list[tuple[int, State]]
     states = model.states(batch["input_ids"], batch["position_ids"], to_end=objective.needs_teacher)
-    teacher = None
+    final = None
     if objective.needs_teacher:
         states = list(states)
-        with torch.no_grad():
-            teacher = model.backbone.final_logits(states[-1][1].hidden)
+        final = states[-1][1].hidden
     for layer, state in states:
         if layer in model.exit_layers:
-            yield layer, objective(model.exit(layer)(state), batch["labels"], teacher)
+            scale = scales[layer] if scales else None
+            yield layer, _exit_loss(model, layer, state, batch["labels"], objective, final, scale)
+
+
+def _exit_loss(
+    model: EarlyExitModel,
+    layer: int,
+    state: State,
+    labels: Tensor,
+    objective: Objective,
+    final: Tensor | None,
+    scale: Tensor | None,
+) -> LossSum:
+    """One exit's loss on labels (B, T), chunk after chunk of the tokens; see `exit_losses`.
+
+    A chunk's gradients go through the head at once, and through the rest of the exit together at
+    the end. final: (B, T, H) after the backbone's last layer, where the objective needs it.
+    """
+    exit = model.exit(layer)
+    features = exit.features(state)
+    gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
+    total = torch.zeros((), device=labels.device)
+    for tokens in _chunks(labels, model.backbone.head_size):
+        chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
+        with torch.no_grad():
+            teacher = None if final is None else model.backbone.final_logits(final[:, tokens])
+        loss = objective(exit.logits(chunk), labels[:, tokens], teacher).total
+        total += loss.detach()
+        if scale is not None:
+            _backward(scale * loss)
+        if gradient is not None:
+            assert chunk.grad is not None
+            gradient[:, tokens] += chunk.grad
+    if gradient is not None:
+        _backward(features, gradient)
+    return LossSum(total, count_labels(labels))
+
+
+def _chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
+    """The positions of labels (B, T) in runs whose logits are at most about `LOGITS` values.
+
+    A run ends with the first position of the next: the losses of a run are those of all its
+    positions but the last, which has nothing after it there.
+    """
+    batch, length = labels.shape
+    size = max(1, LOGITS // (batch * vocabulary))
+    for start in range(0, max(1, length - 1), size):
+        yield slice(start, start + size + 1)
+
+
+def _backward(value: Tensor, gradient: Tensor | None = None) -> None:
+    """Back-propagate outside of autocast, which is meant for the forward pass alone."""
+    with torch.autocast(value.device.type, enabled=False):
+        value.backward(gradient)
 
 
 def accumulate_gradients(
@@ -78,17 +136,13 @@ def accumulate_gradients(
     device = model.backbone.device
     count = torch.stack([count_labels(batch["labels"]) for batch in micro_batches]).sum()
     count = count.clamp(min=1).to(device)
+    scales = {layer: weights[layer] / count for layer in model.exit_layers}
     means = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
     for cpu_batch in micro_batches:
         batch = {name: values.to(device, non_blocking=True) for name, values in cpu_batch.items()}
-        losses = exit_losses(model, batch, objective)
-        while True:
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                layer, loss = next(losses, (None, None))
-            if layer is None or loss is None:
-                break
-            (weights[layer] * loss.total / count).backward()
-            means[layer] += loss.total.detach() / count
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            for layer, loss in exit_losses(model, batch, objective, scales):
+                means[layer] += loss.total / count
     return means
 
 
