@@ -93,19 +93,35 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
 
 
 def _check_family(exported: PreTrainedModel, arch: str) -> None:
-    """Refuse what transformers would not build again from the exported config."""
+    """Refuse what transformers would not build again from the exported config.
+
+    A family may derive something from a layer's number that its config does not list by layer.
+    """
     config = exported.config
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        built = model_class(config).state_dict()
-    mine = exported.state_dict()
-    same = {k: v.shape for k, v in built.items()} == {k: v.shape for k, v in mine.items()}
-    numbered = getattr(config, "scale_attn_by_inverse_layer_idx", False) and arch == "layer"
-    if numbered or not same:
-        raise UserError(
-            f"{type(exported).__name__} computes a layer differently by its number, so this "
-            f"{arch} exit is no model of that class; export a norm exit"
-        )
+        built = _facts(model_class(config))
+    mine = _facts(exported)
+    for name in sorted(built.keys() | mine.keys()):
+        if built.get(name) != mine.get(name):
+            raise UserError(
+                f"{type(exported).__name__} computes a layer differently by its number ({name} "
+                f"is {mine.get(name)} and would be {built.get(name)}), so this {arch} exit is no "
+                "model of that class; export a norm exit"
+            )
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    """The shapes of a model's tensors and the plain values its layers were built with, by path."""
+    facts: dict[str, Any] = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for path, module in model.named_modules():
+        if not any(part.isdigit() for part in path.split(".")):
+            continue  # outside the layers
+        for name, value in vars(module).items():
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            if plain and not name.startswith("_") and name not in ("layer_idx", "training"):
+                facts[f"{path}.{name}"] = value
+    return facts
 
 
 def save_exit(

@@ -30,7 +30,7 @@ def with_exits(family, arch, head="own"):
 
 @pytest.mark.parametrize("head", ["own", "shared"])
 @pytest.mark.parametrize("arch", ["norm", "mlp", "layer"])
-@pytest.mark.parametrize("family", list(families.FAMILIES))
+@pytest.mark.parametrize("family", [*families.FAMILIES, *families.MOE])
 def test_logits_are_the_exits(family, arch, head, tmp_path):
     if arch == "mlp" and family in ("mixtral", "qwen3_moe"):
         pytest.skip("a mixture of experts takes no mlp exit")
@@ -43,11 +43,18 @@ def test_logits_are_the_exits(family, arch, head, tmp_path):
     assert torch.equal(loaded.eval()(IDS).logits, expected)
 
 
-def test_layers_that_depend_on_their_number_are_refused():
-    model = with_exits("gpt2", "layer")
-    model.backbone.config.scale_attn_by_inverse_layer_idx = True
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("gpt2", families.GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
+        ("diffllama", families.COMMON),
+    ],
+)
+def test_layers_that_depend_on_their_number_are_refused(family, values, monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, family, (family, values))
     with pytest.raises(UserError, match="by its number"):
-        exit_checkpoint(model, 2)
+        exit_checkpoint(with_exits(family, "layer"), 2)
+    exit_checkpoint(with_exits(family, "norm"), 2)
 
 
 @pytest.fixture
