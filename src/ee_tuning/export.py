@@ -7,7 +7,6 @@ A `norm`, `mlp` or `layer` exit *is* a model of the backbone's own architecture 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ee_tuning.backbone import slice_config
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
-from ee_tuning.files import read_json, write_json, write_text
+from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
 from ee_tuning.out import claim_folder
@@ -156,7 +155,11 @@ def _staged(folder: Path) -> Iterator[Path]:
 
     So an export that was cut off is never taken for a checkpoint.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as staging:
-        yield Path(staging)
-        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == "config.json"):
+    with replacing(folder / "export") as staging:
+        staging.mkdir()
+        yield staging
+        for old in folder.glob("model*.safetensors*"):  # shards of an export that was larger
+            old.unlink()
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
+    (folder / "export").rmdir()

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ee_tuning.errors import UserError
 
 
@@ -28,8 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary = holder / path.name
         yield temporary
         _rename(temporary, path, holder)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says: disk full
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"could not write {path}: {reason}; free some space or choose another --out, "
             "what was there before is untouched"

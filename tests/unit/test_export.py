@@ -7,7 +7,8 @@ import families
 import pytest
 import torch
 from families import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
@@ -80,7 +81,8 @@ def test_a_draft_leaves_assisted_generation_as_it_is(saved):
     expected = base.generate(IDS, **options)
     assert torch.equal(base.generate(IDS, assistant_model=draft, **options), expected)
     assert AutoTokenizer.from_pretrained(saved / "out").vocab_size
-    assert not list((saved / "out").glob(".partial*"))
+    assert {path.name for path in (saved / "out").iterdir()} >= {"config.json", "README.md"}
+    assert not [path for path in (saved / "out").iterdir() if path.is_dir()]
 
 
 def test_a_merged_folder_needs_nothing_else(saved):
@@ -124,3 +126,24 @@ def test_a_taken_folder_is_kept(saved, capsys):
         export(saved, "--layer", "2")
     assert "--overwrite" in capsys.readouterr().err
     assert (saved / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written(saved, capsys, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(SystemExit) as stop:
+        export(saved, "--layer", "2")
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert "No space left" in error
+    assert "\n" not in error
+    assert not list((saved / "out").iterdir())
+
+
+def test_overwriting_leaves_no_weights_of_an_earlier_export(saved):
+    export(saved, "--merge")
+    (saved / "out" / "model-00002-of-00002.safetensors").write_bytes(b"old")
+    export(saved, "--layer", "2", "--overwrite")
+    assert len(list((saved / "out").glob("model*"))) == 1
