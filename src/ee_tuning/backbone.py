@@ -309,11 +309,6 @@ class Backbone:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
-    def head_size(self) -> int:
-        """Logits per token."""
-        return self.model.get_parameter(f"{self.anatomy.head}.weight").shape[0]
-
-    @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return self.model.device

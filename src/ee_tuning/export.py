@@ -6,7 +6,6 @@ A `norm`, `mlp` or `layer` exit *is* a model of the backbone's own architecture 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ee_tuning.backbone import slice_config
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
-from ee_tuning.files import read_json, replacing, write_json, write_text
+from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
 from ee_tuning.out import claim_folder
@@ -38,8 +37,6 @@ def export(config: ExportConfig) -> None:
             "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
             "backbone and exits in one folder"
         )
-    if not config.exits:
-        raise UserError("no exits given: name their folder or hub id with --exits")
     model = EarlyExitModel.from_pretrained(config.exits, config.model or None, whole=config.merge)
     base = model.backbone.model.name_or_path
     if config.out and Path(config.out).resolve() in {
@@ -76,15 +73,15 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
     if exit.spec.arch == "layer":
         layers.append(exit.block)
         kept.append(backbone.num_layers - 1)  # the block stands where the last layer stood
-    anatomy = backbone.anatomy
+    anatomy, own = backbone.anatomy, exit.spec.head == "own"
     parts: dict[str, nn.Module] = {
         f"{anatomy.trunk}.{anatomy.layers}": nn.ModuleList(layers),
         f"{anatomy.trunk}.{anatomy.norm}": exit.norm,
+        anatomy.head: exit.head if own else backbone.head,
     }
     exported: Any = twin(backbone.model, parts)
     exported.config = slice_config(backbone.config, kept)
-    if exit.spec.head == "own":
-        exported = twin(exported, {anatomy.head: exit.head})
+    if own:
         exported.config.tie_word_embeddings = False
         exported.all_tied_weights_keys = {}
     _check_family(exported, exit.spec.arch)
@@ -155,11 +152,7 @@ def _staged(folder: Path) -> Iterator[Path]:
 
     So an export that was cut off is never taken for a checkpoint.
     """
-    with replacing(folder / "export") as staging:
-        staging.mkdir()
+    with filling(folder, last="config.json") as staging:
         yield staging
         for old in folder.glob("model*.safetensors*"):  # shards of an export that was larger
             old.unlink()
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, folder / path.name)
-    (folder / "export").rmdir()

@@ -23,13 +23,32 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: no space, no permission; `path` is then what it was before.
     """
-    temporary = None
+    with _holder(path) as holder:
+        yield holder / path.name
+        _rename(holder / path.name, path, holder)
+
+
+@contextmanager
+def filling(folder: Path, last: str) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` at the end, the file `last` after all.
+
+    Raises:
+        UserError: no space, no permission.
+    """
+    with _holder(folder / last) as holder:
+        yield holder
+        for path in sorted(holder.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, folder / path.name)
+
+
+@contextmanager
+def _holder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, gone at the end; a failure to write is a UserError."""
+    holder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary = holder / path.name
-        yield temporary
-        _rename(temporary, path, holder)
+        yield holder
     except (OSError, SafetensorError) as error:  # the latter is how safetensors says: disk full
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -37,8 +56,8 @@ def replacing(path: Path) -> Iterator[Path]:
             "what was there before is untouched"
         ) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary.parent, ignore_errors=True)
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
 
 
 def _rename(temporary: Path, path: Path, holder: Path) -> None:

@@ -305,6 +305,8 @@ def find_exits(path: str) -> Path:
     Raises:
         UserError: there are none.
     """
+    if not path:
+        raise UserError("no exits given: name their folder or hub id with --exits")
     folder = Path(path)
     if folder.is_dir():
         return folder

@@ -182,7 +182,7 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
     gradients = [p.grad for p in model.exits.parameters()]
     model.exits.zero_grad(set_to_none=True)
 
-    vocabulary, (rows, length) = model.backbone.head_size, batch["labels"].shape
+    vocabulary, (rows, length) = model.backbone.config.vocab_size, batch["labels"].shape
     monkeypatch.setattr(step, "LOGITS", 2 * rows * vocabulary)
     seen = []
     for layer in (2, 3):
@@ -197,3 +197,13 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
     for p, expected in zip(model.exits.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_exits_whose_tokens_are_one_chunk_share_the_teacher(monkeypatch):
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig([1, 2, 3], "norm"))
+    calls, original = [], model.backbone.final_logits
+    monkeypatch.setattr(
+        model.backbone, "final_logits", lambda x: calls.append(x.shape[1]) or original(x)
+    )
+    assert len(list(step.exit_losses(model, batches()[0], Objective("kl")))) == 3
+    assert calls == [9]

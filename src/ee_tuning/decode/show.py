@@ -100,8 +100,6 @@ def load_for_decoding(
     config: SamplingConfig,
 ) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that a `SamplingConfig` names, ready to generate."""
-    if not config.exits:
-        raise UserError("no exits given: name their folder or hub id with --exits")
     device = pick_device(config.device)
     model = EarlyExitModel.from_pretrained(
         config.exits,

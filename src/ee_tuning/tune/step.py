@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -61,14 +62,14 @@ def exit_losses(
     """
     states: Iterator[tuple[int, State]] | list[tuple[int, State]]
     states = model.states(batch["input_ids"], batch["position_ids"], to_end=objective.needs_teacher)
-    final = None
+    teacher = None
     if objective.needs_teacher:
         states = list(states)
-        final = states[-1][1].hidden
+        teacher = _teacher(model, states[-1][1].hidden)
     for layer, state in states:
         if layer in model.exit_layers:
             scale = scales[layer] if scales else None
-            yield layer, _exit_loss(model, layer, state, batch["labels"], objective, final, scale)
+            yield layer, _exit_loss(model, layer, state, batch["labels"], objective, teacher, scale)
 
 
 def _exit_loss(
@@ -77,23 +78,22 @@ def _exit_loss(
     state: State,
     labels: Tensor,
     objective: Objective,
-    final: Tensor | None,
+    teacher: Callable[[int, int], Tensor] | None,
     scale: Tensor | None,
 ) -> LossSum:
     """One exit's loss on labels (B, T), chunk after chunk of the tokens; see `exit_losses`.
 
     A chunk's gradients go through the head at once, and through the rest of the exit together at
-    the end. final: (B, T, H) after the backbone's last layer, where the objective needs it.
+    the end. teacher: see `_teacher`.
     """
     exit = model.exit(layer)
     features = exit.features(state)
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
-    for tokens in _chunks(labels, model.backbone.head_size):
+    for tokens in _chunks(labels, model.backbone.config.vocab_size):
         chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
-        with torch.no_grad():
-            teacher = None if final is None else model.backbone.final_logits(final[:, tokens])
-        loss = objective(exit.logits(chunk), labels[:, tokens], teacher).total
+        target = teacher(tokens.start, tokens.stop) if teacher else None
+        loss = objective(exit.logits(chunk), labels[:, tokens], target).total
         total += loss.detach()
         if scale is not None:
             _backward(scale * loss)
@@ -103,6 +103,20 @@ def _exit_loss(
     if gradient is not None:
         _backward(features, gradient)
     return LossSum(total, count_labels(labels))
+
+
+def _teacher(model: EarlyExitModel, final: Tensor) -> Callable[[int, int], Tensor]:
+    """The final exit's logits at the positions start..stop-1 of `final` (B, T, H), without a graph.
+
+    The last ones are kept: where all tokens are one chunk, every exit asks for the same.
+    """
+
+    @lru_cache(maxsize=1)
+    @torch.no_grad()
+    def teacher(start: int, stop: int) -> Tensor:
+        return model.backbone.final_logits(final[:, start:stop])
+
+    return teacher
 
 
 def _chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
