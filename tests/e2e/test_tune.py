@@ -203,15 +203,15 @@ def test_resume_refuses_other_exits_or_data(base, data, tmp_path, capsys):
 def test_loss_that_is_not_finite_stops_the_run(base, data, tmp_path, capsys, monkeypatch):
     import ee_tuning.tune.loop as loop
 
-    original = loop.accumulate_gradients
+    original = loop.tuning_step
     calls = []
 
     def spoiled(*args):
-        losses = original(*args)
+        losses, norms = original(*args)
         calls.append(1)
-        return losses | ({3: torch.tensor(float("nan"))} if len(calls) == 5 else {})
+        return losses | ({3: torch.tensor(float("nan"))} if len(calls) == 5 else {}), norms
 
-    monkeypatch.setattr(loop, "accumulate_gradients", spoiled)
+    monkeypatch.setattr(loop, "tuning_step", spoiled)
     line = fails(capsys, "tune", *arguments(base, data, tmp_path / "exits"))
     assert "exit 3 is nan" in line
     assert "at step 5" in line

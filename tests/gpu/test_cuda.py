@@ -5,8 +5,9 @@ import torch
 from families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.tune.optimizer import clip_gradients
-from ee_tuning.tune.step import Objective, accumulate_gradients, mean_losses
+from ee_tuning.config import TuneConfig
+from ee_tuning.tune.optimizer import build_optimizers
+from ee_tuning.tune.step import Objective, mean_losses, tuning_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -24,14 +25,11 @@ def test_bf16_tuning_lowers_the_loss_and_leaves_the_backbone(family, arch):
     )
     model.exits.float()
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.exits.parameters(), lr=1e-2, fused=True)
+    optimizers = build_optimizers(model, TuneConfig(lr=1e-2))
     first = mean_losses(model, [batch()], torch.bfloat16)
     for _ in range(10):
         weights = dict.fromkeys(model.exit_layers, 1.0)
-        accumulate_gradients(model, [batch()], Objective("mixed"), weights, torch.bfloat16)
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        tuning_step(model, optimizers, [batch()], Objective("mixed"), weights, 1.0, torch.bfloat16)
     last = mean_losses(model, [batch()], torch.bfloat16)
     assert all(last[layer] < first[layer] for layer in (1, 3))
     assert all(torch.equal(v, model.model.state_dict()[k]) for k, v in before.items())

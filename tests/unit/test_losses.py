@@ -8,8 +8,13 @@ from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.losses import confidence, cross_entropy, distillation
 from ee_tuning.tune import step
-from ee_tuning.tune.optimizer import clip_gradients, learning_rate, loss_weights
-from ee_tuning.tune.step import Objective, accumulate_gradients, mean_losses
+from ee_tuning.tune.optimizer import (
+    build_optimizers,
+    clip_gradients,
+    learning_rate,
+    loss_weights,
+)
+from ee_tuning.tune.step import Objective, exit_gradients, mean_losses
 
 
 def sample(seed=0):
@@ -98,7 +103,7 @@ def test_exit_by_exit_equals_one_graph_over_the_global_batch(objective):
     weights = {1: 1.0, 2: 0.5, 3: 2.0}
     config = ExitConfig("1,2,3", arch="norm,mlp,layer")
     model = EarlyExitModel.from_base(tiny("llama"), config)
-    means = accumulate_gradients(model, batches(), objective, weights)
+    means = dict(exit_gradients(model, batches(), objective, weights))
     ours = gradients(model)
 
     model.zero_grad()
@@ -122,10 +127,9 @@ def test_exits_tuned_together_are_the_exits_tuned_alone():
         model = EarlyExitModel.from_base(tiny("llama"), ExitConfig(layers, arch="mlp"))
         optimizer = torch.optim.AdamW(model.exits.parameters(), lr=1e-2)
         for _ in range(3):
-            accumulate_gradients(
-                model, batches(), Objective(), dict.fromkeys(model.exit_layers, 1.0)
-            )
-            clip_gradients(model, 0.05)
+            weights = dict.fromkeys(model.exit_layers, 1.0)
+            for layer, _ in exit_gradients(model, batches(), Objective(), weights):
+                clip_gradients(model.exit(layer), 0.05)
             optimizer.step()
             optimizer.zero_grad()
         return model.exit_state()
@@ -207,3 +211,24 @@ def test_exits_whose_tokens_are_one_chunk_share_the_teacher(monkeypatch):
     )
     assert len(list(step.exit_losses(model, batches()[0], Objective("kl")))) == 3
     assert calls == [9]
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective("mixed")])
+def test_micro_batches_side_by_side_or_one_after_another_give_the_same_bits(objective, monkeypatch):
+    """And side by side, the gradients of one exit exist at a time."""
+
+    def tuned(waves):
+        monkeypatch.setattr(step, "_waves", waves)
+        model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="mlp"))
+        optimizers = build_optimizers(model, TuneConfig(lr=1e-2))
+        alive = []
+        for layer, _ in exit_gradients(model, batches(), objective, {1: 1.0, 3: 0.5}):
+            alive.append({k for k in (1, 3) if model.exit(k).norm.weight.grad is not None})
+            optimizers[layer].step()
+            optimizers[layer].zero_grad()
+        return model.exit_state(), alive
+
+    together, alive = tuned(lambda model, batches, objective: [batches])
+    alone, _ = tuned(lambda model, batches, objective: [[batch] for batch in batches])
+    assert alive == [{1}, {3}]
+    assert all(torch.equal(together[name], p) for name, p in alone.items())

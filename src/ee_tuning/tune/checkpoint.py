@@ -20,6 +20,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.files import read_json, replacing, write_json
 from ee_tuning.model import WEIGHTS_NAME, EarlyExitModel
+from ee_tuning.tune.optimizer import Optimizers
 
 # What may not change between a run and its continuation: the exits and the order of the data.
 FIXED = (
@@ -32,7 +33,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: EarlyExitModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     config: TuneConfig,
 ) -> Path:
     """Write the checkpoint of `step` under `folder` and remove all but the last `config.keep`."""
@@ -40,7 +41,7 @@ def save_checkpoint(
     with replacing(path) as temporary:
         temporary.mkdir()
         save_file(model.exit_state(), temporary / WEIGHTS_NAME)
-        save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
         settings = {key: getattr(config, key) for key in FIXED}
         write_json(temporary / "state.json", {"step": step, "settings": settings})
     for old in checkpoints(folder)[: -config.keep]:
@@ -54,9 +55,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, model: EarlyExitModel, optimizer: torch.optim.Optimizer, config: TuneConfig
+    folder: Path, model: EarlyExitModel, optimizers: Optimizers, config: TuneConfig
 ) -> int:
-    """Put the last checkpoint under `folder` into `model` and `optimizer`; gives its step.
+    """Put the last checkpoint under `folder` into `model` and `optimizers`; gives its step.
 
     Raises:
         UserError: there is none, it is damaged, or a setting differs that may not.
@@ -79,30 +80,29 @@ def load_checkpoint(
         raise UserError(
             f"{found[-1]} is damaged ({error}): remove it and resume from the one before"
         ) from error
-    _restore_optimizer(model, optimizer, tensors)
+    _restore_optimizers(model, optimizers, tensors)
     return state["step"]
 
 
-def _optimizer_tensors(
-    model: EarlyExitModel, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name, and torch's random state."""
+def _optimizer_tensors(model: EarlyExitModel, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+    """The optimizers' state by parameter name, and torch's random state."""
     tensors = {
-        f"{name}:{key}": value.contiguous()
-        for name, p in model.exits.named_parameters()
+        f"{layer}.{name}:{key}": value.contiguous()
+        for layer, optimizer in optimizers.items()
+        for name, p in model.exit(layer).named_parameters()
         for key, value in optimizer.state[p].items()
     }
     return tensors | {"random:cpu": torch.get_rng_state()}
 
 
-def _restore_optimizer(
-    model: EarlyExitModel, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+def _restore_optimizers(
+    model: EarlyExitModel, optimizers: Optimizers, tensors: dict[str, torch.Tensor]
 ) -> None:
     torch.set_rng_state(tensors.pop("random:cpu"))
     parameters = dict(model.exits.named_parameters())
     for key, value in tensors.items():
         name, _, kind = key.rpartition(":")
-        p = parameters[name]
+        p, optimizer = parameters[name], optimizers[int(name.partition(".")[0])]
         state: dict[str, Any] = optimizer.state[p]
         fused = optimizer.defaults.get("fused")
         state[kind] = value if kind == "step" and not fused else value.to(p.device)

@@ -26,9 +26,9 @@ from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.out import claim_folder
 from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
-from ee_tuning.tune.metrics import Display, MetricsLog
-from ee_tuning.tune.optimizer import build_optimizer, clip_gradients, learning_rate, loss_weights
-from ee_tuning.tune.step import Batch, Objective, accumulate_gradients, mean_losses
+from ee_tuning.tune.metrics import Display, MetricsLog, OnTheWay
+from ee_tuning.tune.optimizer import build_optimizers, learning_rate, loss_weights
+from ee_tuning.tune.step import Batch, Objective, mean_losses, tuning_step
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
@@ -88,7 +88,8 @@ class Run:
             )
         self.train_data, self.valid_data = self._data()
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
+        self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.checkpoints = out / "checkpoints"
 
     def _model(self) -> EarlyExitModel:
@@ -138,7 +139,7 @@ class Run:
         config = self.config
         first = 0
         if config.resume:
-            first = load_checkpoint(self.checkpoints, self.model, self.optimizer, config)
+            first = load_checkpoint(self.checkpoints, self.model, self.optimizers, config)
         write_text(self.out / "run.yaml", describe_run(config))
         log = MetricsLog(self.out, config.log_to, first)
         before = log.first_validation or self.validate(log, 0)
@@ -148,9 +149,13 @@ class Run:
                 self.step(step, log, display)
                 done = step + 1
                 last = done == config.steps
-                if not last and config.eval_every and done % config.eval_every == 0:
+                evaluates = not last and config.eval_every and done % config.eval_every == 0
+                saves = last or stopped() or (config.save_every and done % config.save_every == 0)
+                if evaluates or saves:
+                    self._report(log, display)
+                if evaluates:
                     self.validate(log, done)
-                if last or stopped() or (config.save_every and done % config.save_every == 0):
+                if saves:
                     self._save(done)
                 if stopped() and not last:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
@@ -162,24 +167,42 @@ class Run:
     def step(self, step: int, log: MetricsLog, display: Display) -> None:
         """One optimizer step, counted from 0."""
         config = self.config
-        rate = learning_rate(config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
         weights = loss_weights(config, self.layers, step)
         batches = self._micro_batches(step)
-        losses = accumulate_gradients(self.model, batches, self.objective, weights, self.autocast)
-        norms = clip_gradients(self.model, config.clip)
+        losses, norms = tuning_step(
+            self.model,
+            self.optimizers,
+            batches,
+            self.objective,
+            weights,
+            config.clip,
+            self.autocast,
+        )
+        self._report(log, display)
+        self.unread = step, OnTheWay(torch.stack([*losses.values(), *norms.values()]))
+        display.update(step + 1, config.global_batch_size * config.seq_length)
+
+    def _report(self, log: MetricsLog, display: Display) -> None:
+        """Check, and now and then show and record, the losses that have not been read yet.
+
+        They are read one step late, and before anything is saved, so that the host never waits
+        for the step that is under way.
+        """
+        if self.unread is None:
+            return
+        (step, values), self.unread = self.unread, None
+        numbers = values.read()
+        losses = dict(zip(self.layers, numbers, strict=False))
+        norms = dict(zip(self.layers, numbers[len(self.layers) :], strict=True))
         self._check_finite(step, losses, norms)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        display.update(done, config.global_batch_size * config.seq_length)
+        config, done = self.config, step + 1
         if done % config.log_every == 0 or done == config.steps:
-            values = {layer: loss.item() for layer, loss in losses.items()}
-            display.show(done, values)
+            display.show(done, losses)
             log.write(
-                done, lr=rate, loss=values,
-                grad_norm={layer: norm.item() for layer, norm in norms.items()},
+                done, lr=learning_rate(config, step), loss=losses, grad_norm=norms,
                 tokens=done * config.global_batch_size * config.seq_length,
                 tokens_per_second=round(display.tokens_per_second(), 1),
             )  # fmt: skip
@@ -188,16 +211,13 @@ class Run:
         indices = self.order.indices(step)
         return list(micro_batches(self.train_data, indices, self.config.micro_batch_size))
 
-    def _check_finite(
-        self, step: int, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor]
-    ) -> None:
-        values = torch.stack([losses[layer] + norms[layer] for layer in self.layers]).tolist()
-        for layer, value in zip(self.layers, values, strict=True):
-            if not math.isfinite(value):
+    def _check_finite(self, step: int, losses: dict[int, float], norms: dict[int, float]) -> None:
+        for layer in self.layers:
+            if not math.isfinite(losses[layer] + norms[layer]):
                 raise UserError(
-                    f"the loss of exit {layer} is {losses[layer].item()} with gradient norm "
-                    f"{norms[layer].item()} at step {step + 1}: stopped before it could spoil the "
-                    f"exits, checkpoints in {self.checkpoints} are good; try a lower --lr"
+                    f"the loss of exit {layer} is {losses[layer]} with gradient norm "
+                    f"{norms[layer]} at step {step + 1}: stopped before it could be saved, "
+                    f"checkpoints in {self.checkpoints} are good; try a lower --lr"
                 )
 
     def validate(self, log: MetricsLog, step: int) -> dict[int, float]:
@@ -212,7 +232,7 @@ class Run:
         return losses
 
     def _save(self, step: int) -> None:
-        save_checkpoint(self.checkpoints, step, self.model, self.optimizer, self.config)
+        save_checkpoint(self.checkpoints, step, self.model, self.optimizers, self.config)
 
 
 @contextmanager

@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ee_tuning.errors import UserError
 from ee_tuning.files import write_text
@@ -78,6 +80,23 @@ def _wandb_sink(folder: Path) -> Any:
 
 
 _SINKS = {"none": _no_sink, "tensorboard": _tensorboard_sink, "wandb": _wandb_sink}
+
+
+class OnTheWay:
+    """Values on their way from a device to the host, which does not wait until it reads them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        self.values.copy_(values, non_blocking=True)
+        self.arrived = torch.cuda.Event() if values.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        """The values (N,), once they have arrived."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values.tolist()
 
 
 class Display:

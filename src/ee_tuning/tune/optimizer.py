@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ee_tuning.config import TuneConfig
+from ee_tuning.exits import Exit
 from ee_tuning.model import EarlyExitModel
 
+# One per exit layer: an exit is stepped as soon as its gradients are complete.
+Optimizers = dict[int, torch.optim.Optimizer]
 
-def build_optimizer(model: EarlyExitModel, config: TuneConfig) -> torch.optim.AdamW:
-    """AdamW over the exits' parameters; weight decay on matrices, not on norms and biases."""
-    parameters = list(model.exits.parameters())
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+
+def build_optimizers(model: EarlyExitModel, config: TuneConfig) -> Optimizers:
+    """AdamW over each exit with parameters; weight decay on matrices, not on norms and biases."""
+    return {layer: _build_optimizer(model.exit(layer), config) for layer in model.exit_layers}
+
+
+def _build_optimizer(exit: Exit, config: TuneConfig) -> torch.optim.Optimizer:
+    parameters = list(exit.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=model.backbone.device.type == "cuda",
+        fused=all(p.is_cuda for p in parameters),
     )
 
 
@@ -47,13 +54,9 @@ def loss_weights(config: TuneConfig, layers: list[int], step: int) -> dict[int, 
     return {layer: factor * value for layer, value in zip(layers, values, strict=True)}
 
 
-def clip_gradients(model: EarlyExitModel, largest: float) -> dict[int, Tensor]:
-    """Clip each exit's gradients by that exit's own norm; gives the norms before.
+def clip_gradients(exit: Exit, largest: float) -> Tensor:
+    """Clip an exit's gradients by that exit's own norm; gives the norm before.
 
     Per exit, so that exits tuned together are the same as exits tuned alone.
     """
-    limit = largest if largest > 0 else math.inf
-    return {
-        layer: torch.nn.utils.clip_grad_norm_(model.exit(layer).parameters(), limit)
-        for layer in model.exit_layers
-    }
+    return torch.nn.utils.clip_grad_norm_(exit.parameters(), largest if largest > 0 else math.inf)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ee_tuning.backbone import State
 from ee_tuning.losses import LossSum, count_labels, cross_entropy, distillation
 from ee_tuning.model import EarlyExitModel
+from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 
 Batch = dict[str, Tensor]
 
@@ -137,29 +138,78 @@ def _backward(value: Tensor, gradient: Tensor | None = None) -> None:
         value.backward(gradient)
 
 
-def accumulate_gradients(
+def exit_gradients(
     model: EarlyExitModel,
     micro_batches: list[Batch],
     objective: Objective,
     weights: dict[int, float],
     autocast: torch.dtype | None = None,
-) -> dict[int, Tensor]:
-    """Add the gradients of a global batch to the exits; gives the mean loss per exit.
+) -> Iterator[tuple[int, Tensor]]:
+    """(exit layer, mean loss), each once the exit has its gradients of the whole global batch.
 
-    Losses are sums, divided by the labelled tokens of the whole global batch, so micro-batches
-    with unequal numbers of them count by their tokens. weights: loss weight per exit layer.
+    Lazy: whoever asks for the next exit may have used this one's gradients and freed them. Losses
+    are sums, divided by the labelled tokens of the whole global batch, so micro-batches with
+    unequal numbers of them count by their tokens. weights: loss weight per exit layer.
     """
     device = model.backbone.device
     count = torch.stack([count_labels(batch["labels"]) for batch in micro_batches]).sum()
-    count = count.clamp(min=1).to(device)
+    count = to_device(count.clamp(min=1), device)
     scales = {layer: weights[layer] / count for layer in model.exit_layers}
     means = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
-    for cpu_batch in micro_batches:
-        batch = {name: values.to(device, non_blocking=True) for name, values in cpu_batch.items()}
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            for layer, loss in exit_losses(model, batch, objective, scales):
-                means[layer] += loss.total / count
-    return means
+    waves = _waves(model, micro_batches, objective)
+    for wave in waves:
+        batches = [{k: to_device(v, device) for k, v in batch.items()} for batch in wave]
+        runs = [exit_losses(model, batch, objective, scales) for batch in batches]
+        for layer in model.exit_layers:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                for run in runs:
+                    means[layer] += next(run)[1].total / count
+            if wave is waves[-1]:
+                yield layer, means[layer]
+
+
+def _waves(
+    model: EarlyExitModel, micro_batches: list[Batch], objective: Objective
+) -> Sequence[list[Batch]]:
+    """The micro-batches that go down the layers side by side.
+
+    All of them, so that only one exit's gradients exist at a time, where their hidden states take
+    less memory than the other exits' gradients would; else one after another.
+    """
+    sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers]
+    tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+    kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
+    states = tokens * kept * model.backbone.config.hidden_size * model.backbone.dtype.itemsize
+    if states <= sum(sizes) - max(sizes):
+        return [micro_batches]
+    return [[batch] for batch in micro_batches]
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of host `values` on `device` that the host does not wait for."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def tuning_step(
+    model: EarlyExitModel,
+    optimizers: Optimizers,
+    micro_batches: list[Batch],
+    objective: Objective,
+    weights: dict[int, float],
+    clip: float,
+    autocast: torch.dtype | None = None,
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """One optimizer step of every exit; gives mean losses and gradient norms, on the device.
+
+    An exit is stepped, and its gradients are freed, before a deeper one is computed.
+    """
+    losses, norms = {}, {}
+    for layer, loss in exit_gradients(model, micro_batches, objective, weights, autocast):
+        losses[layer] = loss
+        norms[layer] = clip_gradients(model.exit(layer), clip).to(loss.device)
+        optimizers[layer].step()
+        optimizers[layer].zero_grad(set_to_none=True)
+    return losses, norms
 
 
 @torch.no_grad()
@@ -172,7 +222,7 @@ def mean_losses(
     count = torch.zeros((), device=device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for cpu_batch in batches:
-            batch = {name: values.to(device) for name, values in cpu_batch.items()}
+            batch = {name: to_device(values, device) for name, values in cpu_batch.items()}
             count += count_labels(batch["labels"])
             for layer, loss in exit_losses(model, batch, Objective()):
                 totals[layer] += loss.total
