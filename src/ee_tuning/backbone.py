@@ -114,12 +114,13 @@ class State:
     """The hidden state at an exit layer, and what an exit may need besides.
 
     hidden: (B, T, H); position_ids: (B, T) int64; call: how the exit layer was called, if
-    it was recorded.
+    it was recorded; boundaries: see `ee_tuning.varlen`, if attention was told of them.
     """
 
     hidden: Tensor
     position_ids: Tensor
     call: Call | None = None
+    boundaries: Tensor | None = None
 
 
 class SegmentCache(Cache):
@@ -155,9 +156,10 @@ class Segment:
         self.is_first = not later
         self._backbone = backbone
         self._call: Call | None = None
-        layers = [*layers[:-1], self._recorded(layers[-1])] if record else layers
+        last = self._recorded(layers[-1]) if record else twin(layers[-1], {})
+        self._layers = [*(twin(layer, {}) for layer in layers[:-1]), last]
         parts: dict[str, nn.Module] = {
-            backbone.anatomy.layers: nn.ModuleList(layers),
+            backbone.anatomy.layers: nn.ModuleList(self._layers),
             backbone.anatomy.norm: nn.Identity(),
         }
         family = backbone.family
@@ -171,16 +173,25 @@ class Segment:
         layers = DynamicCache(config=self._backbone.config).layers
         return SegmentCache(layers[self.start : self.stop], self.start)
 
+    def compile(self) -> None:
+        """Compile each layer, without its hooks; layers of a kind share one graph."""
+        for layer in self._layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+
     def __call__(
-        self, inputs: Tensor, position_ids: Tensor, cache: SegmentCache | None = None
+        self,
+        inputs: Tensor,
+        position_ids: Tensor,
+        cache: SegmentCache | None = None,
+        boundaries: Tensor | None = None,
     ) -> State:
         """Run the layers on token ids (B, T) or hidden states (B, T, H).
 
         With a cache, `inputs` follow the tokens already in it. Without one, positions that
         start again mark packed documents, which do not see each other.
         """
-        mask = None
-        if cache is None and not self._backbone.family.masks_packing:
+        mask = boundaries
+        if mask is None and cache is None and not self._backbone.family.masks_packing:
             mask = self._packing_mask(inputs, position_ids)
         name = "input_ids" if self.is_first else "inputs_embeds"
         output = self.trunk(
@@ -191,7 +202,7 @@ class Segment:
             use_cache=cache is not None,
         )
         call, self._call = self._call, None
-        return State(output.last_hidden_state, position_ids, call)
+        return State(output.last_hidden_state, position_ids, call, boundaries)
 
     def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
         """The causal mask of packed documents, for trunks that do not pass positions to theirs."""
@@ -209,19 +220,32 @@ class Segment:
     def _recorded(self, layer: nn.Module) -> nn.Module:
         """A twin of `layer` that leaves its call and its attention's output in `self._call`."""
         name = attention_name(layer)
-        attention = twin(layer.get_submodule(name), {})
-        recorded = twin(layer, {name: attention})
+        kept = _Kept(layer.get_submodule(name))
+        recorded = twin(layer, {name: kept})
 
         def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._call = Call(args, kwargs)
 
-        def keep_attention(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        def keep_attention(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
             assert self._call is not None
-            self._call.attention = output
+            self._call.attention, kept.output = kept.output, None
 
         recorded.register_forward_pre_hook(keep_call, with_kwargs=True)
-        attention.register_forward_hook(keep_attention)
+        recorded.register_forward_hook(keep_attention)
         return recorded
+
+
+class _Kept(nn.Module):
+    """An attention that keeps what it gave. (A hook would be lost in compiled code.)"""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.output: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self.attention(*args, **kwargs)
+        return self.output
 
 
 def slice_config(config: Any, kept: Sequence[int]) -> Any:

@@ -17,6 +17,8 @@ Arch = Literal["embedding", "norm", "mlp", "layer"]
 Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold"]
+BackbonePrecision = Literal["same", "fp8"]
+ExitPrecision = Literal["same", "fp8"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -194,6 +196,15 @@ class TuneConfig(NewExitsConfig):
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
         "bf16: bf16 backbone and autocast, fp32 master weights; auto: bf16 on a GPU, fp32 on CPU",
+    )
+    backbone_precision: BackbonePrecision = option(
+        "same", "fp8: the frozen matrices in fp8 (row-wise scales); same: as --precision"
+    )
+    exit_precision: ExitPrecision = option(
+        "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile layers and exits; auto: on a GPU"
     )
     device: str = option("auto", "cpu, cuda or auto")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import warnings
 
 import torch
 import transformers
 
 import ee_tuning
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.fp8 import has_fp8
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,6 +36,16 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def warn_without_fp8(setting: str, device: torch.device) -> None:
+    """Say so where fp8 saves no time: on devices without fp8 matrix units."""
+    if not has_fp8(device):
+        warnings.warn(
+            f"{setting} fp8: {device} has no fp8 matrix units, so weights are rounded to fp8 but "
+            "products are no faster",
+            stacklevel=2,
+        )
 
 
 def versions() -> str:

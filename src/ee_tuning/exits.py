@@ -84,7 +84,8 @@ class Exit(nn.Module):
         if self.spec.arch == "mlp":
             hidden = self._replace_mlp(state)
         if self.spec.arch == "layer":
-            hidden = self._frozen["segment"](hidden, state.position_ids, cache).hidden
+            segment = self._frozen["segment"]
+            hidden = segment(hidden, state.position_ids, cache, state.boundaries).hidden
         return hidden if self.spec.arch == "embedding" else self.norm(hidden)
 
     def logits(self, features: Tensor) -> Tensor:

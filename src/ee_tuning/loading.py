@@ -58,7 +58,6 @@ def load_backbone(
     path: str,
     layers: set[int] | None = None,
     dtype: torch.dtype | str = "auto",
-    device: str = "cpu",
 ) -> PreTrainedModel:
     """A causal LM with only `layers` (counted from 1) in memory; None loads all.
 
@@ -89,7 +88,7 @@ def load_backbone(
         raise UserError(
             f"{path} lacks {len(missing)} tensors of the model, the first is {missing[0]}"
         )
-    return model.to(device)
+    return model
 
 
 def _with_layers(model_class: Any, layers: set[int] | None) -> Any:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.card import model_card
-from ee_tuning.config import ExitConfig
+from ee_tuning.config import BackbonePrecision, ExitConfig
+from ee_tuning.devices import warn_without_fp8
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exits import Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
+from ee_tuning.fp8 import freeze_in_fp8
 from ee_tuning.loading import (
     check_same,
     config_values,
@@ -73,6 +76,10 @@ class EarlyExitModel(nn.Module):
         if config.init == "random":
             for exit in self.exits.values():
                 exit.reset_random(config.seed)  # type: ignore[operator]
+        # How `states` runs, see `ee_tuning.tune.prepare`.
+        self.compiled = False
+        self.takes_boundaries = False
+        self._chains: dict[bool, list[Segment]] = {}
 
     @classmethod
     def from_base(
@@ -82,15 +89,19 @@ class EarlyExitModel(nn.Module):
         *,
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
-        device: str = "cpu",
+        device: str | torch.device | None = None,
+        backbone_precision: BackbonePrecision = "same",
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
-        whole: False leaves out of memory the layers deeper than the deepest exit.
+        whole: False leaves out of memory the layers deeper than the deepest exit. device: default
+        where the model is, CPU if it was not loaded yet. backbone_precision: see `place`.
         """
         if isinstance(model, str):
-            model = load_backbone(model, None if whole else _needed(model, config), dtype, device)
-        return cls(model, config)
+            model = load_backbone(model, None if whole else _needed(model, config), dtype)
+        early_exit = cls(model, config)
+        early_exit.place(device or model.device, backbone_precision)
+        return early_exit
 
     @classmethod
     def from_pretrained(
@@ -101,12 +112,12 @@ class EarlyExitModel(nn.Module):
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
         exit_dtype: torch.dtype | None = None,
-        device: str = "cpu",
+        device: str | torch.device | None = None,
+        backbone_precision: BackbonePrecision = "same",
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
-        whole: False leaves out of memory the layers deeper than the deepest exit. exit_dtype:
-        default the backbone's.
+        whole, device, backbone_precision: as for `from_base`. exit_dtype: default the backbone's.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
@@ -119,14 +130,45 @@ class EarlyExitModel(nn.Module):
             path = str(folder) if path == HERE else path
             if not path:
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
-            model = load_backbone(path, None if whole else _needed(path, config), dtype, device)
+            model = load_backbone(path, None if whole else _needed(path, config), dtype)
         check_same(saved["backbone"]["config"], config_values(model.config), exits)
         early_exit = cls(model, config)
-        tensors = tensor_hashes(early_exit.backbone, early_exit.exit_layers[-1])
-        check_same(saved["backbone"]["tensors"], tensors, exits)
+        check_same(saved["backbone"]["tensors"], early_exit.tensor_hashes, exits)
         early_exit.exits.to(exit_dtype or early_exit.backbone.dtype)
         early_exit.load_exits(folder / WEIGHTS_NAME)
+        early_exit.place(device or model.device, backbone_precision)
         return early_exit
+
+    def place(self, device: str | torch.device, backbone_precision: BackbonePrecision) -> None:
+        """Move to `device`, layer by layer.
+
+        backbone_precision: ``fp8`` quantises the frozen layers' matrices on the way, and the
+        head's if an exit shares it.
+
+        Raises:
+            UserError: there is nothing that can be quantised.
+        """
+        fp8 = backbone_precision == "fp8"
+        if fp8:
+            self.tensor_hashes  # noqa: B018 - of the weights as they are
+            warn_without_fp8("--backbone-precision", torch.device(device))
+        quantised = 0
+        for layer in self.backbone.layers:  # type: ignore[attr-defined]
+            layer.to(device)
+            quantised += freeze_in_fp8(layer) if fp8 else 0
+        self.to(device)
+        if fp8 and any(exit.spec.head == "shared" for exit in self.exits.values()):  # type: ignore[union-attr]
+            freeze_in_fp8(self.backbone.head, backward=True)
+        if fp8 and not quantised:
+            raise UserError(
+                f"the layers of {type(self.model).__name__} have no linear matrices that could be "
+                "kept in fp8: leave --backbone-precision at same"
+            )
+
+    @cached_property
+    def tensor_hashes(self) -> dict[str, str]:
+        """The backbone's fingerprint; see `ee_tuning.loading.tensor_hashes`."""
+        return tensor_hashes(self.backbone, self.exit_layers[-1])
 
     @property
     def exit_layers(self) -> list[int]:
@@ -161,11 +203,17 @@ class EarlyExitModel(nn.Module):
         return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
 
     def states(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, *, to_end: bool = False
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        *,
+        to_end: bool = False,
     ) -> Iterator[tuple[int, State]]:
         """Run the frozen backbone segment by segment, giving (exit layer, state) at each stop.
 
         input_ids, position_ids: (B, T) int64; positions that start again mark packed documents.
+        boundaries: the same for `ee_tuning.varlen`, where the model `takes_boundaries`.
         Stops at the deepest exit, or with `to_end` after the last layer. Lazy: a segment runs
         when the next item is asked for, so one exit can be finished before going deeper.
         """
@@ -173,11 +221,19 @@ class EarlyExitModel(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = position_ids.expand_as(input_ids)
         inputs = input_ids
-        for segment in self.segments(last=None if to_end else self.exit_layers[-1]):
+        for segment in self._chain(to_end):
             with torch.no_grad():
-                state = segment(inputs, position_ids)
+                state = segment(inputs, position_ids, boundaries=boundaries)
             inputs = state.hidden
             yield segment.stop, state
+
+    def _chain(self, to_end: bool) -> list[Segment]:
+        """The segments that `states` runs: the same every time, so that they compile once."""
+        if to_end not in self._chains:
+            self._chains[to_end] = self.segments(last=None if to_end else self.exit_layers[-1])
+            for segment in self._chains[to_end] if self.compiled else ():
+                segment.compile()
+        return self._chains[to_end]
 
     def forward(
         self,
@@ -257,7 +313,7 @@ class EarlyExitModel(nn.Module):
             "head": [spec.head for spec in specs],
             "backbone": {
                 "config": config_values(self.backbone.config),
-                "tensors": tensor_hashes(self.backbone, self.exit_layers[-1]),
+                "tensors": self.tensor_hashes,
             },
         }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,3 +248,19 @@ def test_debug_shows_the_traceback(capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--debug"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_fp8_backbone_and_exits_resume_bit_for_bit_and_load_on_the_plain_backbone(
+    base, data, tmp_path
+):
+    settings = {"backbone_precision": "fp8", "exit_precision": "fp8", "head": "own,shared"}
+    for name in ("whole", "cut"):
+        with pytest.warns(UserWarning, match="no fp8 matrix units"):
+            tune(base, data, tmp_path / name, **settings)
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-000006")
+    (tmp_path / "cut/exits.safetensors").unlink()
+    with pytest.warns(UserWarning, match="no fp8 matrix units"):
+        main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
+    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    EarlyExitModel.from_pretrained(str(tmp_path / "whole"))

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from families import tiny
+from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
+from ee_tuning.fp8 import has_fp8, product, quantise
 from ee_tuning.tune.optimizer import build_optimizers
-from ee_tuning.tune.step import Objective, mean_losses, tuning_step
+from ee_tuning.tune.prepare import prepare
+from ee_tuning.tune.step import Objective, mean_losses, place_batch, tuning_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -44,3 +47,71 @@ def test_full_depth_is_transformers_generate_and_exits_leave(dtype):
     assert torch.equal(model.generate(ids, mode="full", max_new_tokens=20).sequences, expected)
     out = model.generate(ids, threshold=0.0, max_new_tokens=20, eos_token_id=None)
     assert set(out.exit_layers[0].tolist()) == {1, 4}
+
+
+def packed_batch():
+    ids = torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(20), torch.arange(12)]).repeat(4, 1)
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+def test_attention_within_boundaries_is_the_masked_one(family):
+    """bf16: relative difference of the hidden states of 2⁻⁶, a few roundings of 2⁻⁹ each."""
+    config = ExitConfig("2,4", "layer")
+    plain, fast = (
+        EarlyExitModel.from_base(tiny(family).to("cuda", torch.bfloat16), config) for _ in range(2)
+    )
+    prepare(fast, TuneConfig(compile="off"))
+    fast.exits.to(torch.bfloat16)
+    assert fast.takes_boundaries
+    given = {k: v.cuda() for k, v in packed_batch().items()}
+    expected = plain.states(given["input_ids"], given["position_ids"])
+    given = place_batch(fast, packed_batch())
+    found = fast.states(given["input_ids"], given["position_ids"], given["boundaries"])
+    for (layer, a), (_, b) in zip(expected, found, strict=True):
+        assert (a.hidden - b.hidden).norm() < 2**-6 * a.hidden.norm()
+        x, y = (m.exit(layer).features(s) for m, s in ((plain, a), (fast, b)))
+        assert (x - y).norm() < 2**-6 * x.norm()
+
+
+def test_step_compiles_once_and_never_waits_for_the_device():
+    config = ExitConfig("1,2,4", "mlp,layer,mlp", head="own,own,shared")
+    settings = TuneConfig(lr=1e-2, compile="on", exit_precision="fp8")
+    model = EarlyExitModel.from_base(
+        tiny("llama", vocab_size=128, intermediate_size=64).to("cuda", torch.bfloat16),
+        config,
+        backbone_precision="fp8",
+    )
+    prepare(model, settings)
+    optimizers = build_optimizers(model, settings)
+    weights = dict.fromkeys(model.exit_layers, 1.0)
+
+    def step(objective):
+        given = ([packed_batch(), packed_batch()], objective, weights, 1.0, torch.bfloat16)
+        return tuning_step(model, optimizers, *given)[0]
+
+    for objective in (Objective(), Objective("mixed", dynamic_weights=True)):
+        first = step(objective)
+        graphs = counters["stats"]["unique_graphs"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                last = step(objective)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert all(last[layer] < first[layer] for layer in first)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_fp8(torch.device("cuda"))),
+    reason="needs fp8 matrix units",
+)
+def test_fp8_products_are_those_of_the_rounded_operands():
+    """bf16 results of sums in reduced precision (fast accumulation): 2⁻⁷ of the norm."""
+    x = torch.randn(50, 256, device="cuda", dtype=torch.bfloat16)
+    weight, scale = quantise(torch.randn(96, 256, device="cuda"))
+    values, x_scale = quantise(x)
+    expected = (values.float() * x_scale) @ (weight.float() * scale).t()
+    assert (product(x, weight, scale, True) - expected).norm() < 2**-7 * expected.norm()

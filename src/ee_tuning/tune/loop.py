@@ -28,6 +28,7 @@ from ee_tuning.out import claim_folder
 from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
 from ee_tuning.tune.metrics import Display, MetricsLog, OnTheWay
 from ee_tuning.tune.optimizer import build_optimizers, learning_rate, loss_weights
+from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Batch, Objective, mean_losses, tuning_step
 
 
@@ -98,7 +99,8 @@ class Run:
         load = {
             "whole": self.objective.needs_teacher,
             "dtype": self.dtype,
-            "device": str(self.device),
+            "device": self.device,
+            "backbone_precision": config.backbone_precision,
         }
         if config.exits:
             model = EarlyExitModel.from_pretrained(
@@ -113,12 +115,11 @@ class Run:
                 config.exit_config(),
                 **load,  # type: ignore[arg-type]
             )
-        model.exits.float()
         if not any(p.requires_grad for p in model.exits.parameters()):
             raise UserError(
                 "nothing to tune: embedding exits with a shared head have no parameters"
             )
-        return model.train()
+        return prepare(model, config)
 
     def _data(self):  # type: ignore[no-untyped-def]
         config = self.config

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from ee_tuning.backbone import State
+from ee_tuning.exits import Exit
 from ee_tuning.losses import LossSum, count_labels, cross_entropy, distillation
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
+from ee_tuning.varlen import boundaries
 
 Batch = dict[str, Tensor]
 
@@ -62,7 +64,8 @@ def exit_losses(
     next exit is computed when asked for, and its logits exist for `LOGITS` values at a time.
     """
     states: Iterator[tuple[int, State]] | list[tuple[int, State]]
-    states = model.states(batch["input_ids"], batch["position_ids"], to_end=objective.needs_teacher)
+    given = batch["input_ids"], batch["position_ids"], batch.get("boundaries")
+    states = model.states(*given, to_end=objective.needs_teacher)
     teacher = None
     if objective.needs_teacher:
         states = list(states)
@@ -88,13 +91,15 @@ def _exit_loss(
     the end. teacher: see `_teacher`.
     """
     exit = model.exit(layer)
-    features = exit.features(state)
+    features_of = _compiled(_features) if model.compiled else _features
+    loss_of = _compiled(_loss) if model.compiled else _loss
+    features = features_of(exit, state)
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
     for tokens in _chunks(labels, model.backbone.config.vocab_size):
         chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
         target = teacher(tokens.start, tokens.stop) if teacher else None
-        loss = objective(exit.logits(chunk), labels[:, tokens], target).total
+        loss = loss_of(exit, chunk, labels[:, tokens], target, objective)
         total += loss.detach()
         if scale is not None:
             _backward(scale * loss)
@@ -104,6 +109,22 @@ def _exit_loss(
     if gradient is not None:
         _backward(features, gradient)
     return LossSum(total, count_labels(labels))
+
+
+def _features(exit: Exit, state: State) -> Tensor:
+    return exit.features(state)
+
+
+def _loss(
+    exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
+) -> Tensor:
+    return objective(exit.logits(features), labels, teacher).total
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` compiled; all exits of an architecture share its graph."""
+    return torch.compile(function, dynamic=False)
 
 
 def _teacher(model: EarlyExitModel, final: Tensor) -> Callable[[int, int], Tensor]:
@@ -158,7 +179,7 @@ def exit_gradients(
     means = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
     waves = _waves(model, micro_batches, objective)
     for wave in waves:
-        batches = [{k: to_device(v, device) for k, v in batch.items()} for batch in wave]
+        batches = [place_batch(model, batch) for batch in wave]
         runs = [exit_losses(model, batch, objective, scales) for batch in batches]
         for layer in model.exit_layers:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -183,6 +204,13 @@ def _waves(
     if states <= sum(sizes) - max(sizes):
         return [micro_batches]
     return [[batch] for batch in micro_batches]
+
+
+def place_batch(model: EarlyExitModel, batch: Batch) -> Batch:
+    """A micro-batch from the host on the model's device, with what its attention wants."""
+    if model.takes_boundaries:
+        batch = batch | {"boundaries": boundaries(batch["position_ids"])}
+    return {name: to_device(values, model.backbone.device) for name, values in batch.items()}
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -222,7 +250,7 @@ def mean_losses(
     count = torch.zeros((), device=device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for cpu_batch in batches:
-            batch = {name: to_device(values, device) for name, values in cpu_batch.items()}
+            batch = place_batch(model, cpu_batch)
             count += count_labels(batch["labels"])
             for layer, loss in exit_losses(model, batch, Objective()):
                 totals[layer] += loss.total

@@ -1,0 +1,75 @@
+"""Models of well-known shapes with random weights, made directly on the device they run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.fp8 import freeze_in_fp8
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "vocab_size": 32000,
+    },
+    "llama2-13b": {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "vocab_size": 32000,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "llama2-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "vocab_size": 512,
+    },
+}  # fmt: skip
+
+
+def build(
+    shape: str, exits: ExitConfig, device: torch.device, dtype: torch.dtype, fp8: bool
+) -> EarlyExitModel:
+    """A random model of `shape` with `exits`, as deep as the deepest exit.
+
+    Layer by layer, so that a backbone kept in fp8 never takes more than that and one layer.
+    """
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096)
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = EarlyExitModel(backbone, exits)
+    torch.manual_seed(0)
+    fill(model.exits.float(), device)
+    for number, layer in enumerate(model.backbone.layers, start=1):
+        if number <= model.exit_layers[-1]:
+            fill(layer, device)
+            if fp8:
+                freeze_in_fp8(layer)
+    for part in (backbone.get_input_embeddings(), model.backbone.norm, model.backbone.head):
+        fill(part, device)
+    shared = any(exit.spec.head == "shared" for exit in model.exits.values())
+    if fp8 and shared:
+        freeze_in_fp8(model.backbone.head, backward=True)
+    rotary = model.backbone.trunk.rotary_emb
+    for name, buffer in type(rotary)(config, device=device).named_buffers():
+        rotary.register_buffer(name, buffer, persistent=False)
+    return model
+
+
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Give a module that was built on ``meta`` random matrices and norms of 1 on `device`."""
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.dim() >= 2:
+                p.normal_(0, 0.02)
+            else:
+                p.fill_(1)

@@ -1,0 +1,250 @@
+"""Speed and memory of the tuning step that `ee-tuning tune` runs, on a model of a named shape.
+
+python benchmarks/tune.py --shape llama2-7b --baseline --out benchmarks/results/name.json
+python benchmarks/tune.py --shape tiny --seq-length 64 --device cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import SHAPES, build
+from torch.nn import functional
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.config import TuneConfig
+from ee_tuning.devices import pick_device, pick_dtype, versions
+from ee_tuning.tune.optimizer import build_optimizers
+from ee_tuning.tune.prepare import prepare
+from ee_tuning.tune.step import Objective, mean_losses, place_batch, tuning_step
+
+GIB = 2**30
+
+
+def timed(function: Callable[[], Any], device: torch.device, times: int, warmup: int = 1) -> dict:
+    """Seconds of a call: median, shortest, longest."""
+    seconds = []
+    for i in range(warmup + times):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if i >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+
+def peak(device: torch.device) -> float | None:
+    """Largest memory that torch has allocated on the device since the last call, in GiB."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.max_memory_allocated() / GIB
+    torch.cuda.reset_peak_memory_stats()
+    return round(found, 2)
+
+
+def ceiling(device: torch.device) -> float:
+    """TFLOP/s of one large bf16 matrix product here."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = timed(lambda: a @ b, device, 20, warmup=5)["median"]
+    return 2 * n**3 / seconds / 1e12
+
+
+def flop_per_token(model: EarlyExitModel, length: int) -> dict[str, float]:
+    """Floating-point operations of the matrix products that a step needs, per token.
+
+    A product with a matrix of P parameters is 2·P forward, 2·P for the matrix's gradient and 2·P
+    for its input's. Frozen layers have only the first. Of an `mlp` exit, the matrices that read
+    the residual need no gradient of their input. Attention scores and values are 4·H·T/2 a layer.
+    """
+    layers = list(model.backbone.layers)[: model.exit_layers[-1]]
+    # Counted from the features of the linear layers: an fp8 weight is a buffer, no parameter.
+    sizes = [sum(m.in_features * m.out_features for m in layer.modules() if hasattr(m, "in_features")) for layer in layers]  # fmt: skip
+    hidden = model.backbone.config.hidden_size
+    head = hidden * model.backbone.config.vocab_size
+    found = {"backbone": 2.0 * sum(sizes) + len(layers) * 2 * hidden * length, "exits": 0.0}
+    found["head"] = 0.0
+    for exit in model.exits.values():
+        found["head"] += 6 * head if exit.spec.head == "own" else 4 * head
+        for p in getattr(exit, "mlp", torch.nn.Module()).parameters():
+            if p.dim() >= 2:
+                found["exits"] += (6 if p.shape[0] == hidden else 4) * p.numel()
+    return found
+
+
+def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace) -> dict:
+    """Time of whole steps and of their parts."""
+    device, dtype = model.backbone.device, model.backbone.dtype
+    autocast = None if dtype == torch.float32 else dtype
+    optimizers = build_optimizers(model, config)
+    weights = dict.fromkeys(model.exit_layers, 1.0)
+    shape = (config.global_batch_size, config.seq_length)
+    ids = torch.randint(model.backbone.config.vocab_size, shape)
+    positions = torch.arange(config.seq_length).repeat(shape[0], 1)
+    rows = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    parts = {name: values.split(config.micro_batch_size) for name, values in rows.items()}
+    batches = [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
+
+    def step() -> None:
+        args_ = (batches, Objective(), weights, config.clip, autocast)
+        tuning_step(model, optimizers, *args_)
+
+    started = time.perf_counter()
+    timed(step, device, 1, args.warmup - 1)
+    warm = time.perf_counter() - started
+    peak(device)
+    seconds = timed(step, device, args.steps, 0)
+    memory = peak(device)
+
+    @torch.no_grad()
+    def backbone() -> None:
+        for batch in batches:
+            on_device = place_batch(model, batch)
+            given = (on_device[k] for k in ("input_ids", "position_ids"))
+            for _ in model.states(*given, on_device.get("boundaries")):
+                pass
+
+    def forward() -> None:
+        mean_losses(model, batches, autocast)
+
+    def optimizer() -> None:
+        for layer in model.exit_layers:
+            for p in model.exit(layer).parameters():
+                p.grad = torch.zeros_like(p)
+            optimizers[layer].step()
+            optimizers[layer].zero_grad()
+
+    tokens = ids.numel()
+    flop = flop_per_token(model, config.seq_length)
+    speed = {
+        "median": tokens / seconds["median"],
+        "min": tokens / seconds["max"],
+        "max": tokens / seconds["min"],
+    }
+    parts_s = {
+        "backbone": timed(backbone, device, 3)["median"],
+        "optimizer (with a fill of the gradients)": timed(optimizer, device, 3)["median"],
+    }
+    parts_s["exits, forward only"] = timed(forward, device, 3)["median"] - parts_s["backbone"]
+    parts_s["exits, forward and backward"] = (
+        seconds["median"]
+        - parts_s["backbone"]
+        - parts_s["optimizer (with a fill of the gradients)"]
+    )
+    top = ceiling(device)
+    return {
+        "tokens_per_second": {k: round(v) for k, v in speed.items()},
+        "peak_gib": memory,
+        "warm_up_seconds": round(warm, 1),
+        "flop_per_token": flop | {"sum": sum(flop.values())},
+        "matmul_tflops": round(top),
+        "share_of_bf16_ceiling": round(sum(flop.values()) * speed["median"] / top / 1e12, 3),
+        "seconds_per_step": {k: round(v, 4) for k, v in parts_s.items()},
+    }
+
+
+class Baseline(torch.nn.Module):
+    """Plain PyTorch and transformers: `mlp` exits with own heads, in one graph, bf16 AdamW."""
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        super().__init__()
+        self.model = model.model
+        self.exits = model.exits.to(model.backbone.dtype)
+        self.seen: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in model.exit_layers}
+        for layer, seen in self.seen.items():
+            module = model.backbone.layers[layer - 1]
+            module.post_attention_layernorm.register_forward_hook(
+                lambda _, args, normed, seen=seen: seen.update(residual=args[0], normed=normed)
+            )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The sum of the exits' losses on ids (B, T)."""
+        with torch.no_grad():
+            self.model.base_model(ids, use_cache=False)
+        total = torch.zeros((), device=ids.device)
+        for layer, seen in self.seen.items():
+            exit, residual = self.exits[str(layer)], seen["residual"]
+            hidden = residual + exit.mlp["mlp"](seen["normed"])
+            logits = exit.head(exit.norm(hidden))[:, :-1].float().flatten(0, 1)
+            total = total + functional.cross_entropy(logits, ids[:, 1:].flatten())
+        return total
+
+
+def measure_baseline(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace) -> dict:
+    """Tokens per second and memory of `Baseline` at the same sizes."""
+    device = model.backbone.device
+    plain = Baseline(model)
+    optimizer = torch.optim.AdamW(model.exits.parameters(), lr=1e-4, fused=device.type == "cuda")
+    shape = (config.global_batch_size, config.seq_length)
+    ids = torch.randint(model.backbone.config.vocab_size, shape, device=device)
+
+    def step() -> None:
+        batches = ids.split(config.micro_batch_size)
+        for batch in batches:
+            (plain(batch) / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.exits.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    timed(step, device, 1, 0)
+    peak(device)
+    seconds = timed(step, device, args.steps, 0)
+    speed = {k: round(ids.numel() / v) for k, v in seconds.items()}
+    speed = {"median": speed["median"], "min": speed["max"], "max": speed["min"]}
+    return {"tokens_per_second": speed, "peak_gib": peak(device)}
+
+
+def main() -> None:
+    """Build, measure, print and write one result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--name", default="", help="what the table calls this run")
+    parser.add_argument("--layers", default="1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8")
+    parser.add_argument("--head", default="own")
+    parser.add_argument("--backbone-precision", default="same")
+    parser.add_argument("--exit-precision", default="same")
+    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--global-batch-size", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--baseline", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype("auto", device)
+    same = {f.name for f in dataclasses.fields(TuneConfig)} & vars(args).keys()
+    config = TuneConfig(**{name: getattr(args, name) for name in same} | {"out": ""})
+    exits = ExitConfig(args.layers, "mlp", head=args.head)
+    fp8 = args.backbone_precision == "fp8"
+    model = prepare(build(args.shape, exits, device, dtype, fp8), config)
+    result = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
+    result["hardware"] = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    )
+    result["versions"] = versions()
+    result |= measure(model, config, args)
+    if args.baseline:
+        del model
+        peak(device)
+        model = build(args.shape, exits, device, dtype, False)
+        result["baseline"] = measure_baseline(model, config, args)
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Matrix products in fp8 (e4m3) with one scale per row, through torch's scaled matmul.
+
+The frozen backbone needs no gradients, so its weights are quantised once and for all. Exits keep
+their weights as they are and quantise what goes into a product. Where there are no fp8 matrix
+units, weights are rounded to fp8 and products are computed in the activations' dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether `device` multiplies fp8 matrices itself: NVIDIA compute capability 8.9 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, K) as fp8 (N, K) and scales (N, 1) in fp32: x ≈ fp8 · scale, row by row."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor, native: bool) -> Tensor:
+    """x (N, K) times the transpose of a quantised weight (M, K), scales (M, 1): (N, M) like x.
+
+    native: use the fp8 matrix units, which need K and M to be multiples of 16.
+    """
+    if not native:
+        return F.linear(x, (weight.float() * scale).to(x.dtype))
+    x8, x_scale = quantise(x)
+    y = torch._scaled_mm(
+        x8, weight.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y.to(x.dtype)
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer whose weight is kept in fp8: 1 byte per parameter."""
+
+    scale: Tensor
+    transposed: Tensor | None
+    native: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, M), in x's dtype."""
+        rows = x.flatten(0, -2)
+        if self.transposed is None:
+            y = product(rows, self.weight, self.scale, self.native)
+        else:
+            args = (self.weight, self.transposed, self.scale, self.native)
+            y = _FrozenProduct.apply(rows, *args)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`product`, with a gradient for x: dy·W, whose scales go into dy before it is rounded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, transposed: Tensor, scale: Tensor, native: bool
+    ) -> Tensor:
+        ctx.save_for_backward(transposed, scale)
+        ctx.native = native
+        return product(x, weight, scale, native)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        transposed, scale = ctx.saved_tensors
+        ones = torch.ones_like(transposed[:, :1], dtype=torch.float32)
+        dy = (grads[0] * scale.t()).to(grads[0].dtype)
+        return product(dy, transposed, ones, ctx.native), None, None, None, None
+
+
+class Fp8TunedLinear(nn.Linear):
+    """A linear layer that is tuned, its products in fp8; parameters as `nn.Linear` has them."""
+
+    native: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, M), in autocast's dtype or else x's."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rows, weight = x.flatten(0, -2).to(dtype), self.weight.to(dtype)
+        y = _TunedProduct.apply(rows, weight, self.native)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+
+class _TunedProduct(torch.autograd.Function):
+    """x·Wᵀ with all three products of forward and backward in fp8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, native: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.native = native
+        return product(x, *quantise(weight), native)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, weight), (dy,) = ctx.saved_tensors, grads
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, *quantise(weight.t().contiguous()), ctx.native)
+        if ctx.needs_input_grad[1]:
+            # Whole blocks of 16 rows, as the matrix units need them; a row of zeros adds nothing.
+            pad = (0, 0, 0, -len(x) % 16)
+            dy, x = F.pad(dy, pad), F.pad(x, pad)
+            dw = product(dy.t().contiguous(), *quantise(x.t().contiguous()), ctx.native)
+        return dx, dw, None
+
+
+def freeze_in_fp8(module: nn.Module, backward: bool = False) -> int:
+    """Keep the weight of every `nn.Linear` in `module` in fp8, in place; gives their number.
+
+    backward: keep a transposed copy as well, for gradients to pass through.
+    """
+    linears = [m for m in module.modules() if type(m) is nn.Linear]
+    for linear in linears:
+        weight, scale = quantise(linear.weight.detach())
+        del linear.weight
+        linear.__class__ = Fp8Linear
+        linear.register_buffer("weight", weight, persistent=False)
+        linear.register_buffer("scale", scale, persistent=False)
+        linear.register_buffer("transposed", None, persistent=False)
+        if backward:
+            linear.transposed = weight.t().contiguous()
+        linear.native = _native(linear)  # type: ignore[assignment]
+    return len(linears)
+
+
+def tune_in_fp8(module: nn.Module) -> None:
+    """Let every `nn.Linear` in `module` compute in fp8 while it is tuned, in place."""
+    for linear in [m for m in module.modules() if type(m) is nn.Linear]:
+        linear.__class__ = Fp8TunedLinear
+        linear.native = _native(linear)  # type: ignore[assignment]
+
+
+def _native(linear: nn.Linear) -> bool:
+    whole = linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+    return has_fp8(linear.weight.device) and whole

@@ -1,0 +1,25 @@
+"""What makes tuning fast and small, applied to a model from outside, in this order."""
+
+from __future__ import annotations
+
+import torch
+
+from ee_tuning import varlen
+from ee_tuning.config import TuneConfig
+from ee_tuning.devices import warn_without_fp8
+from ee_tuning.fp8 import tune_in_fp8
+from ee_tuning.model import EarlyExitModel
+
+
+def prepare(model: EarlyExitModel, config: TuneConfig) -> EarlyExitModel:
+    """`model`, on its device, as `config` wants it tuned; the backbone is in its precision."""
+    model.exits.to(torch.float32)
+    if config.exit_precision == "fp8":
+        warn_without_fp8("--exit-precision", model.backbone.device)
+        tune_in_fp8(model.exits)
+    if varlen.can_use(model.model):
+        varlen.use_varlen(model)
+        model.takes_boundaries = True
+    on_gpu = model.backbone.device.type == "cuda"
+    model.compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+    return model.train()

@@ -1,0 +1,161 @@
+"""What makes tuning fast and small, against the plain computation it stands in for."""
+
+import copy
+
+import pytest
+import torch
+from families import tiny
+from torch._dynamo.utils import counters
+from torch.nn import functional
+
+from ee_tuning import EarlyExitModel, ExitConfig, varlen
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+from ee_tuning.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
+from ee_tuning.tune.prepare import prepare
+from ee_tuning.tune.step import Objective, exit_gradients
+
+NO_FP8 = "has no fp8 matrix units"
+
+
+def batch(rows=2, length=16):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 96, (rows, length), generator=generator)
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length).repeat(rows, 1)}
+
+
+def gradients(model, objective=None):
+    weights = dict.fromkeys(model.exit_layers, 1.0)
+    losses = dict(exit_gradients(model, [batch()], objective or Objective(), weights))
+    found = {name: p.grad.clone() for name, p in model.exits.named_parameters()}
+    model.zero_grad()
+    return losses, found
+
+
+def rounded(module):
+    """Every linear weight rounded to what fp8 with row-wise scales can hold, in place."""
+    for linear in module.modules():
+        if type(linear) is torch.nn.Linear:
+            weight, scale = quantise(linear.weight.detach())
+            linear.weight.data = weight.float() * scale
+
+
+def test_quantised_rows_are_within_half_a_step():
+    """e4m3 has 3 bits after the point: a relative error of at most 2⁻⁴ down to 2⁻⁶ of its range,
+    an absolute one of 2⁻¹⁰ below."""
+    x = torch.randn(64, 256) * torch.logspace(-6, 6, 64)[:, None]
+    values, scale = quantise(x)
+    error = (values.float() * scale - x).abs()
+    assert (error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.0001).all()
+    assert torch.equal(quantise(torch.zeros(2, 16))[0].float(), torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied-bias", "gemma2", "cohere"])
+@pytest.mark.parametrize("head", ["own", "shared"])
+def test_fp8_backbone_is_the_backbone_with_rounded_weights(family, head):
+    """Losses and gradients. Tolerance: the sums of a gradient through the head run otherwise."""
+    config = ExitConfig("1,3", "mlp", head=head)
+    plain = EarlyExitModel.from_base(tiny(family), config)
+    for layer in plain.backbone.layers:
+        rounded(layer)
+    if head == "shared":
+        shared = copy.deepcopy(plain.backbone.head)  # not the embedding that it may be tied to
+        rounded(shared)
+        plain.backbone.head.weight = shared.weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match=NO_FP8):
+        model = EarlyExitModel.from_base(tiny(family), config, backbone_precision="fp8")
+    expected, found = gradients(plain), gradients(model)
+    for layer in (1, 3):
+        torch.testing.assert_close(found[0][layer], expected[0][layer], rtol=1e-5, atol=1e-6)
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_fp8_backbone_takes_a_byte_per_weight_and_keeps_its_fingerprint():
+    plain = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", "mlp"))
+    with pytest.warns(UserWarning, match=NO_FP8):
+        model = EarlyExitModel.from_base(
+            tiny("llama"), ExitConfig("1,3", "mlp"), backbone_precision="fp8"
+        )
+    linears = [m for m in model.backbone.layers.modules() if isinstance(m, Fp8Linear)]
+    assert len(linears) == 4 * 7
+    assert all(linear.weight.itemsize == 1 for linear in linears)
+    assert model.saved_config() == plain.saved_config()
+
+
+def test_fp8_backbone_without_linear_layers_is_refused():
+    with (
+        pytest.warns(UserWarning, match=NO_FP8),
+        pytest.raises(UserError, match="no linear matrices"),
+    ):
+        EarlyExitModel.from_base(tiny("gpt2"), ExitConfig("1", "mlp"), backbone_precision="fp8")
+
+
+def test_linear_tuned_in_fp8_is_the_linear_on_rounded_values():
+    """All three products against the same with operands rounded by hand."""
+    linear = torch.nn.Linear(32, 48)
+    x, dy = torch.randn(5, 32, requires_grad=True), torch.randn(5, 48)
+
+    def round_rows(values):
+        rows, scale = quantise(values)
+        return rows.float() * scale
+
+    weight = linear.weight.detach().clone()
+    expected = functional.linear(x, round_rows(weight), linear.bias)
+    dx, dw = dy @ round_rows(weight.t().contiguous()).t(), dy.t() @ round_rows(x.t()).t()
+    tune_in_fp8(linear)
+    y = linear(x)
+    y.backward(dy)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, dx)
+    torch.testing.assert_close(linear.weight.grad, dw)
+    torch.testing.assert_close(linear.bias.grad, dy.sum(0))
+
+
+def test_gradient_through_a_frozen_fp8_head():
+    linear = torch.nn.Linear(32, 48, bias=False).requires_grad_(False)
+    x, dy = torch.randn(5, 32, requires_grad=True), torch.randn(5, 48)
+    weight, scale = quantise(linear.weight)
+    freeze_in_fp8(linear, backward=True)
+    linear(x).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ (weight.float() * scale))
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective("mixed", dynamic_weights=True)])
+def test_compiled_step_equals_the_eager_one_and_compiles_once(objective):
+    """Tolerance: fused kernels add up in another order."""
+    torch._dynamo.reset()
+    config = ExitConfig("1,2,3", "mlp,mlp,layer")
+    expected = gradients(
+        prepare(EarlyExitModel.from_base(tiny("llama"), config), TuneConfig()), objective
+    )
+    model = prepare(EarlyExitModel.from_base(tiny("llama"), config), TuneConfig(compile="on"))
+    found = gradients(model, objective)
+    for layer in model.exit_layers:
+        torch.testing.assert_close(found[0][layer], expected[0][layer], rtol=1e-4, atol=1e-5)
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 0 < graphs < 16
+    for _ in range(3):
+        gradients(model, objective)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_boundaries_are_where_documents_begin():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]])
+    found = varlen.boundaries(positions).flatten().tolist()
+    assert found[:6] == [0, 3, 5, 7, 8, 10]
+    assert set(found[6:]) == {10}
+    assert len(found) == 64
+
+
+def test_attention_without_boundaries_is_the_models_own():
+    model, other = tiny("llama"), tiny("llama")
+    varlen.use_varlen(other)
+    ids = batch()["input_ids"]
+    assert torch.equal(model(ids).logits, other(ids).logits)
+    padded = torch.ones_like(ids)
+    padded[0, :4] = 0
+    found = other(ids, attention_mask=padded).logits
+    assert torch.equal(model(ids, attention_mask=padded).logits, found)
