@@ -59,7 +59,7 @@ def build(
     if fp8 and shared:
         freeze_in_fp8(model.backbone.head, backward=True)
     rotary = model.backbone.trunk.rotary_emb
-    for name, buffer in type(rotary)(config, device=device).named_buffers():
+    for name, buffer in type(rotary)(config).to(device).named_buffers():
         rotary.register_buffer(name, buffer, persistent=False)
     return model
 

@@ -12,7 +12,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from shapes import SHAPES, build
 from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.backbone import State
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import pick_device, pick_dtype, versions
-from ee_tuning.tune.optimizer import build_optimizers
+from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
 from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Objective, mean_losses, place_batch, tuning_step
+from ee_tuning.tune.step import Objective, exit_features, place_batch, tuning_step
 
 GIB = 2**30
 
@@ -68,8 +69,7 @@ def flop_per_token(model: EarlyExitModel, length: int) -> dict[str, float]:
     the residual need no gradient of their input. Attention scores and values are 4·H·T/2 a layer.
     """
     layers = list(model.backbone.layers)[: model.exit_layers[-1]]
-    # Counted from the features of the linear layers: an fp8 weight is a buffer, no parameter.
-    sizes = [sum(m.in_features * m.out_features for m in layer.modules() if hasattr(m, "in_features")) for layer in layers]  # fmt: skip
+    sizes = [sum(map(_size, layer.modules())) for layer in layers]
     hidden = model.backbone.config.hidden_size
     head = hidden * model.backbone.config.vocab_size
     found = {"backbone": 2.0 * sum(sizes) + len(layers) * 2 * hidden * length, "exits": 0.0}
@@ -80,6 +80,11 @@ def flop_per_token(model: EarlyExitModel, length: int) -> dict[str, float]:
             if p.dim() >= 2:
                 found["exits"] += (6 if p.shape[0] == hidden else 4) * p.numel()
     return found
+
+
+def _size(module: torch.nn.Module) -> int:
+    """Elements of a linear layer's weight, whatever it is kept in; 0 for other modules."""
+    return getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace) -> dict:
@@ -106,23 +111,26 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
     seconds = timed(step, device, args.steps, 0)
     memory = peak(device)
 
-    @torch.no_grad()
-    def backbone() -> None:
+    def states() -> Iterator[tuple[int, State]]:
         for batch in batches:
-            on_device = place_batch(model, batch)
-            given = (on_device[k] for k in ("input_ids", "position_ids"))
-            for _ in model.states(*given, on_device.get("boundaries")):
-                pass
+            given = place_batch(model, batch)
+            found = model.states(given["input_ids"], given["position_ids"], given.get("boundaries"))
+            yield from found
 
-    def forward() -> None:
-        mean_losses(model, batches, autocast)
+    def features() -> None:
+        for layer, state in states():
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                found = exit_features(model, layer, state)
+            found.backward(torch.ones_like(found))
+        model.zero_grad()
 
     def optimizer() -> None:
-        for layer in model.exit_layers:
+        for layer, one in optimizers.items():
             for p in model.exit(layer).parameters():
                 p.grad = torch.zeros_like(p)
-            optimizers[layer].step()
-            optimizers[layer].zero_grad()
+            clip_gradients(model.exit(layer), config.clip)
+            one.step()
+            one.zero_grad()
 
     tokens = ids.numel()
     flop = flop_per_token(model, config.seq_length)
@@ -131,16 +139,13 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
         "min": tokens / seconds["max"],
         "max": tokens / seconds["min"],
     }
-    parts_s = {
-        "backbone": timed(backbone, device, 3)["median"],
-        "optimizer (with a fill of the gradients)": timed(optimizer, device, 3)["median"],
+    backbone = timed(lambda: [None for _ in states()], device, 3)["median"]
+    step_parts = {
+        "backbone": backbone,
+        "exits below their heads": timed(features, device, 3)["median"] - backbone,
+        "clip and optimizer (and a fill of the gradients)": timed(optimizer, device, 3)["median"],
     }
-    parts_s["exits, forward only"] = timed(forward, device, 3)["median"] - parts_s["backbone"]
-    parts_s["exits, forward and backward"] = (
-        seconds["median"]
-        - parts_s["backbone"]
-        - parts_s["optimizer (with a fill of the gradients)"]
-    )
+    step_parts["heads and losses (the rest)"] = seconds["median"] - sum(step_parts.values())
     top = ceiling(device)
     return {
         "tokens_per_second": {k: round(v) for k, v in speed.items()},
@@ -149,7 +154,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
         "flop_per_token": flop | {"sum": sum(flop.values())},
         "matmul_tflops": round(top),
         "share_of_bf16_ceiling": round(sum(flop.values()) * speed["median"] / top / 1e12, 3),
-        "seconds_per_step": {k: round(v, 4) for k, v in parts_s.items()},
+        "seconds_per_step": {k: round(v, 4) for k, v in step_parts.items()},
     }
 
 

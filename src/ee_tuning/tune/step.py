@@ -91,9 +91,8 @@ def _exit_loss(
     the end. teacher: see `_teacher`.
     """
     exit = model.exit(layer)
-    features_of = _compiled(_features) if model.compiled else _features
     loss_of = _compiled(_loss) if model.compiled else _loss
-    features = features_of(exit, state)
+    features = exit_features(model, layer, state)
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
     for tokens in _chunks(labels, model.backbone.config.vocab_size):
@@ -109,6 +108,12 @@ def _exit_loss(
     if gradient is not None:
         _backward(features, gradient)
     return LossSum(total, count_labels(labels))
+
+
+def exit_features(model: EarlyExitModel, layer: int, state: State) -> Tensor:
+    """What goes into the head of the exit after `layer`: (B, T, H), with its graph."""
+    features = _compiled(_features) if model.compiled else _features
+    return features(model.exit(layer), state)
 
 
 def _features(exit: Exit, state: State) -> Tensor:
