@@ -1,6 +1,7 @@
 """What makes tuning fast and small, against the plain computation it stands in for."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ee_tuning import EarlyExitModel, ExitConfig, varlen
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
+from ee_tuning.tune import step
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_gradients
 
@@ -125,6 +127,7 @@ def test_gradient_through_a_frozen_fp8_head():
 def test_compiled_step_equals_the_eager_one_and_compiles_once(objective):
     """Tolerance: fused kernels add up in another order."""
     torch._dynamo.reset()
+    counters.clear()
     config = ExitConfig("1,2,3", "mlp,mlp,layer")
     expected = gradients(
         prepare(EarlyExitModel.from_base(tiny("llama"), config), TuneConfig()), objective
@@ -159,3 +162,24 @@ def test_attention_without_boundaries_is_the_models_own():
     padded[0, :4] = 0
     found = other(ids, attention_mask=padded).logits
     assert torch.equal(model(ids, attention_mask=padded).logits, found)
+
+
+def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monkeypatch):
+    """Bit for bit, over micro-batches; and the parameters are back in their places."""
+    weights = {1: 1.0, 3: 0.5}
+
+    def found():
+        model = EarlyExitModel.from_base(tiny("llama").bfloat16(), ExitConfig("1,3", "mlp,layer"))
+        model.exits.float()
+        before = list(model.exits.parameters())
+        losses = dict(
+            exit_gradients(model, [batch(), batch(3)], Objective(), weights, torch.bfloat16)
+        )
+        assert all(p is q for p, q in zip(before, model.exits.parameters(), strict=True))
+        return losses, [p.grad for p in before]
+
+    ours = found()
+    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext())
+    plain = found()
+    assert all(torch.equal(ours[0][k], v) for k, v in plain[0].items())
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], plain[1], strict=True))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -187,11 +188,40 @@ def exit_gradients(
         batches = [place_batch(model, batch) for batch in wave]
         runs = [exit_losses(model, batch, objective, scales) for batch in batches]
         for layer in model.exit_layers:
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            cast = torch.autocast(device.type, autocast, enabled=autocast is not None)
+            with cast, working_copies(model.exit(layer), autocast):
                 for run in runs:
                     means[layer] += next(run)[1].total / count
             if wave is waves[-1]:
                 yield layer, means[layer]
+
+
+@contextmanager
+def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the exit's matrices are in the dtype they are multiplied in, cast only once.
+
+    The gradients of the copies are added to those of the parameters, in the parameters' dtype.
+    """
+    swapped = [
+        (module._parameters, name, p)
+        for module in exit.modules()
+        for name, p in module._parameters.items()
+        if dtype and p is not None and p.requires_grad and p.dim() >= 2 and p.dtype != dtype
+    ]
+    for parameters, name, p in swapped:
+        parameters[name] = torch.nn.Parameter(p.detach().to(dtype))
+        parameters[name].register_post_accumulate_grad_hook(partial(_hand_over, p))  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for parameters, name, p in swapped:
+            parameters[name] = p
+
+
+def _hand_over(p: Tensor, copy: Tensor) -> None:
+    assert copy.grad is not None
+    p.grad = copy.grad.to(p.dtype) if p.grad is None else p.grad.add_(copy.grad)
+    copy.grad = None
 
 
 def _waves(
