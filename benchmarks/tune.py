@@ -71,7 +71,8 @@ def flop_per_token(model: EarlyExitModel, length: int) -> dict[str, float]:
     layers = list(model.backbone.layers)[: model.exit_layers[-1]]
     sizes = [sum(map(_size, layer.modules())) for layer in layers]
     hidden = model.backbone.config.hidden_size
-    head = hidden * model.backbone.config.vocab_size
+    known = model.vocabulary.tokens if model.vocabulary else None
+    head = hidden * (model.backbone.config.vocab_size if known is None else len(known))
     found = {"backbone": 2.0 * sum(sizes) + len(layers) * 2 * hidden * length, "exits": 0.0}
     found["head"] = 0.0
     for exit in model.exits.values():
@@ -126,7 +127,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
 
     def optimizer() -> None:
         for layer, one in optimizers.items():
-            for p in model.exit(layer).parameters():
+            for p in filter(lambda p: p.requires_grad, model.exit(layer).parameters()):
                 p.grad = torch.zeros_like(p)
             clip_gradients(model.exit(layer), config.clip)
             one.step()
@@ -218,6 +219,9 @@ def main() -> None:
     parser.add_argument("--head", default="own")
     parser.add_argument("--backbone-precision", default="same")
     parser.add_argument("--exit-precision", default="same")
+    parser.add_argument("--exit-vocab", type=int, default=0)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--master-weights", default="fp32")
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--micro-batch-size", type=int, default=4)
@@ -234,7 +238,10 @@ def main() -> None:
     config = TuneConfig(**{name: getattr(args, name) for name in same} | {"out": ""})
     exits = ExitConfig(args.layers, "mlp", head=args.head)
     fp8 = args.backbone_precision == "fp8"
-    model = prepare(build(args.shape, exits, device, dtype, fp8), config)
+    model = build(args.shape, exits, device, dtype, fp8)
+    if args.exit_vocab:
+        model.reduce_vocabulary(torch.arange(args.exit_vocab))
+    prepare(model, config)
     result = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     result["hardware"] = (
         torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()

@@ -193,15 +193,24 @@ class TuneConfig(NewExitsConfig):
     loss_weight_start: float = option(1.0, "factor on the loss weights at step 0")
     loss_weight_warmup: int = option(0, "steps over which that factor goes to 1")
 
+    optimizer: Literal["adamw", "adamw-8bit"] = option(
+        "adamw", "adamw-8bit: AdamW with its state in 8 bits (needs torchao)"
+    )
+    master_weights: Literal["fp32", "bf16"] = option(
+        "fp32", "bf16: the exits' weights, rounded stochastically; needs adamw-8bit"
+    )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        "bf16: bf16 backbone and autocast, fp32 master weights; auto: bf16 on a GPU, fp32 on CPU",
+        "bf16: bf16 backbone and autocast; auto: bf16 on a GPU, fp32 on CPU",
     )
     backbone_precision: BackbonePrecision = option(
         "same", "fp8: the frozen matrices in fp8 (row-wise scales); same: as --precision"
     )
     exit_precision: ExitPrecision = option(
         "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
+    )
+    exit_vocab: int = option(
+        0, "exits know only so many tokens, the most frequent of the data; 0: all"
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile layers and exits; auto: on a GPU"

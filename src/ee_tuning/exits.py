@@ -24,6 +24,7 @@ from ee_tuning.backbone import Backbone, SegmentCache, State, attention_name, ml
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
 from ee_tuning.twin import twin
+from ee_tuning.vocabulary import select_rows
 
 # What the families call the matrix with which an MLP or an attention writes to the residual.
 WRITES_BACK = {"o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense", "dense_4h_to_h"}
@@ -60,6 +61,9 @@ class Exit(nn.Module):
             self.norm = _trainable(backbone.norm)
         # What is shared with the backbone is kept out of the module tree by these dicts.
         self._frozen: dict[str, Any] = {"init_weights": backbone.model._init_weights}
+        self._frozen["vocab_size"] = backbone.config.vocab_size
+        self.tokens: Tensor | None
+        self.register_buffer("tokens", None, persistent=False)
         if spec.arch == "mlp":
             layer = backbone.layers[spec.layer - 1]  # type: ignore[index]
             names = mlp_names(layer)
@@ -88,8 +92,27 @@ class Exit(nn.Module):
             hidden = segment(hidden, state.position_ids, cache, state.boundaries).hidden
         return hidden if self.spec.arch == "embedding" else self.norm(hidden)
 
+    def reduce_vocabulary(self, backbone: Backbone, tokens: Tensor) -> None:
+        """Keep only the rows `tokens` (N,) of the head; the backbone's own stays as it is."""
+        own = self.spec.head == "own"
+        head = select_rows(self.head if own else backbone.head, tokens)
+        self.add_module("head" if own else "reduced", head)
+        self._frozen["output"] = backbone.output(head)
+        self.register_buffer("tokens", tokens, persistent=False)
+
     def logits(self, features: Tensor) -> Tensor:
-        """(B, T, H) → (B, T, V), through the backbone's own scaling and soft-capping."""
+        """(B, T, H) → (B, T, V); −∞ for tokens that are not in a reduced vocabulary."""
+        known = self.known_logits(features)
+        if self.tokens is None:
+            return known
+        size = (*known.shape[:-1], self._frozen["vocab_size"])
+        return known.new_full(size, -math.inf).index_copy(-1, self.tokens, known)
+
+    def known_logits(self, features: Tensor) -> Tensor:
+        """(B, T, H) → (B, T, N), of the tokens that the exit knows; N is V unless reduced.
+
+        Through the backbone's own scaling and soft-capping.
+        """
         return self._frozen["output"](inputs_embeds=features).logits
 
     def forward(self, state: State, cache: SegmentCache | None = None) -> Tensor:

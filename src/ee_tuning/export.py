@@ -62,6 +62,11 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
             family computes layers differently by their number.
     """
     exit, backbone = model.exit(layer), model.backbone
+    if model.vocabulary:
+        raise UserError(
+            f"exit {layer} knows {len(model.vocabulary.tokens)} tokens of the vocabulary only, "
+            "which an ordinary checkpoint cannot say; tune without --exit-vocab to export"
+        )
     if exit.spec.arch == "embedding":
         raise UserError(
             f"exit {layer} is an embedding exit: it has no final norm, which every model of "

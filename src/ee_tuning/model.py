@@ -34,6 +34,7 @@ from ee_tuning.loading import (
     tensor_hashes,
 )
 from ee_tuning.losses import cross_entropy
+from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "exit_config.json"
@@ -76,6 +77,7 @@ class EarlyExitModel(nn.Module):
         if config.init == "random":
             for exit in self.exits.values():
                 exit.reset_random(config.seed)  # type: ignore[operator]
+        self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
         # How `states` runs, see `ee_tuning.tune.prepare`.
         self.compiled = False
         self.takes_boundaries = False
@@ -246,7 +248,8 @@ class EarlyExitModel(nn.Module):
         """Losses and logits of every exit, with gradients for the exits alone.
 
         input_ids, labels, position_ids: (B, T) int64; labels as in transformers: the same
-        tokens, shifted inside, −100 where there is no loss.
+        tokens, shifted inside, −100 where there is no loss. There is none either where the label is
+        not in a reduced vocabulary of the exits.
         """
         losses: dict[int, Tensor] = {}
         exit_logits: dict[int, Tensor] = {}
@@ -257,7 +260,10 @@ class EarlyExitModel(nn.Module):
                 if output_exit_logits:
                     exit_logits[layer] = logits
                 if labels is not None:
-                    losses[layer] = cross_entropy(logits, labels).mean()
+                    known = labels
+                    if self.vocabulary:
+                        known = self.vocabulary.known(labels.cpu()).to(labels.device)
+                    losses[layer] = cross_entropy(logits, known).mean()
             if output_logits and layer == self.backbone.num_layers:
                 with torch.no_grad():
                     final = self.backbone.final_logits(state.hidden)
@@ -279,11 +285,30 @@ class EarlyExitModel(nn.Module):
         super().train(False)
         return self
 
+    def reduce_vocabulary(self, tokens: Tensor) -> None:
+        """Let the exits know only `tokens` (N,) int64, ascending.
+
+        Raises:
+            UserError: the vocabulary was reduced to others before.
+        """
+        if self.vocabulary is not None:
+            if not torch.equal(self.vocabulary.tokens, tokens.cpu()):
+                raise UserError("the exits' vocabulary is reduced to other tokens already")
+            return
+        self.vocabulary = Vocabulary(tokens, self.backbone.config.vocab_size)
+        for layer in self.exit_layers:
+            self.exit(layer).reduce_vocabulary(self.backbone, tokens.to(self.backbone.device))
+
     # -- saving and loading --------------------------------------------------------------------
 
     def exit_state(self) -> dict[str, Tensor]:
         """Every parameter of the exits by name: ``8.norm.weight``, ``8.head.weight``, …"""
-        return {name: p.detach().contiguous() for name, p in self.exits.named_parameters()}
+        found = {
+            name: p.detach().contiguous()
+            for name, p in self.exits.named_parameters()
+            if ".reduced." not in name
+        }
+        return found | ({"vocabulary": self.vocabulary.tokens} if self.vocabulary else {})
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
@@ -293,7 +318,8 @@ class EarlyExitModel(nn.Module):
         folder = Path(folder)
         with replacing(folder / WEIGHTS_NAME) as path:
             tensors = {
-                k: v.to(dtype or v.dtype).cpu().clone() for k, v in self.exit_state().items()
+                k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
+                for k, v in self.exit_state().items()
             }
             save_file(tensors, path, metadata={"format": "pt"})
         config = self.saved_config()
@@ -308,6 +334,7 @@ class EarlyExitModel(nn.Module):
             "format_version": FORMAT_VERSION,
             "base_model": self.backbone.model.name_or_path,
             **asdict(self.config),
+            "vocab_size": len(self.vocabulary.tokens) if self.vocabulary else None,
             "layers": [spec.layer for spec in specs],
             "arch": [spec.arch for spec in specs],
             "head": [spec.head for spec in specs],
@@ -324,7 +351,12 @@ class EarlyExitModel(nn.Module):
             UserError: the file is missing or damaged, or holds other tensors than these exits.
         """
         try:
-            self.exits.load_state_dict(load_file(path))
+            tensors = load_file(path)
+            if "vocabulary" in tensors:
+                self.reduce_vocabulary(tensors.pop("vocabulary"))
+            derived = self.exits.state_dict()
+            tensors |= {name: value for name, value in derived.items() if ".reduced." in name}
+            self.exits.load_state_dict(tensors)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None
         except (SafetensorError, RuntimeError) as error:

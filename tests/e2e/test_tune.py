@@ -264,3 +264,49 @@ def test_fp8_backbone_and_exits_resume_bit_for_bit_and_load_on_the_plain_backbon
     a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
+
+
+def test_exits_with_a_reduced_vocabulary_from_tuning_to_decoding(base, data, tmp_path, capsys):
+    settings = {"exit_vocab": 100, "head": "own,shared"}
+    tune(base, data, tmp_path / "whole", **settings)
+    assert "exits know 100 of 300 tokens" in capsys.readouterr().err.replace("\n", " ")
+    tune(base, data, tmp_path / "cut", **settings)
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-000006")
+    main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
+    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a["vocabulary"].shape == (100,)
+    assert a["1.head.weight"].shape == (100, 32)
+    assert not any(name.startswith("3.reduced") for name in a)
+    model = EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
+    out = model.generate(torch.tensor([[5, 9]]), threshold=0.0, max_new_tokens=8, eos_token_id=None)
+    assert set(out.exit_layers[0].tolist()) <= {1, 4}
+    left = out.sequences[0, 2:][out.exit_layers[0] == 1]
+    assert torch.isin(left, a["vocabulary"]).all()
+    flags = "--seq-length 32 --prompts 1 --max-new-tokens 4 --rounds 1 --prompt-length 8"
+    exits = ["--exits", str(tmp_path / "whole")]
+    main(["evaluate", *exits, "--data", str(data), *flags.split()])
+    line = fails(capsys, "export", *exits, "--layer", "1", "--out", "x")
+    assert "knows 100 tokens" in line
+    tune(base, data, tmp_path / "more", exits=str(tmp_path / "whole"), layers="")
+
+
+def test_8_bit_optimizer_and_bf16_weights_resume_bit_for_bit(base, data, tmp_path):
+    settings = {"exit_vocab": 256, "optimizer": "adamw-8bit"}
+    settings |= {"master_weights": "bf16", "precision": "bf16"}
+    tune(base, data, tmp_path / "whole", **settings)
+    tune(base, data, tmp_path / "cut", **settings)
+    saved = load_file(tmp_path / "cut/checkpoints/step-000006/optimizer.safetensors")
+    assert saved["1.head.weight:exp_avg:codes"].dtype == torch.uint8
+    shutil.rmtree(tmp_path / "cut/checkpoints/step-000006")
+    main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
+    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    valid = [line["valid_loss"] for line in records(tmp_path / "whole") if "valid_loss" in line]
+    assert all(valid[-1][layer] < valid[0][layer] for layer in ("1", "3"))
+
+
+def test_bf16_weights_without_stochastic_rounding_are_refused(base, data, tmp_path, capsys):
+    flags = arguments(base, data, tmp_path / "exits", master_weights="bf16")
+    assert "--optimizer adamw-8bit" in fails(capsys, "tune", *flags)

@@ -190,9 +190,9 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
     monkeypatch.setattr(step, "LOGITS", 2 * rows * vocabulary)
     seen = []
     for layer in (2, 3):
-        original = model.exit(layer).logits
+        original = model.exit(layer).known_logits
         monkeypatch.setattr(
-            model.exit(layer), "logits", lambda x, f=original: seen.append(x.shape[1]) or f(x)
+            model.exit(layer), "known_logits", lambda x, f=original: seen.append(x.shape[1]) or f(x)
         )
     scales = {layer: torch.tensor(0.5) for layer in (2, 3)}
     chunked = {k: v.total for k, v in step.exit_losses(model, batch, objective, scales)}

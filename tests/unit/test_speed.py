@@ -16,6 +16,7 @@ from ee_tuning.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
 from ee_tuning.tune import step
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_gradients
+from ee_tuning.vocabulary import most_frequent
 
 NO_FP8 = "has no fp8 matrix units"
 
@@ -29,7 +30,8 @@ def batch(rows=2, length=16):
 def gradients(model, objective=None):
     weights = dict.fromkeys(model.exit_layers, 1.0)
     losses = dict(exit_gradients(model, [batch()], objective or Objective(), weights))
-    found = {name: p.grad.clone() for name, p in model.exits.named_parameters()}
+    tuned = [(name, p) for name, p in model.exits.named_parameters() if p.requires_grad]
+    found = {name: p.grad.clone() for name, p in tuned}
     model.zero_grad()
     return losses, found
 
@@ -183,3 +185,53 @@ def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monke
     plain = found()
     assert all(torch.equal(ours[0][k], v) for k, v in plain[0].items())
     assert all(torch.equal(a, b) for a, b in zip(ours[1], plain[1], strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "llama-tied-bias"])
+@pytest.mark.parametrize("objective", [Objective(), Objective("mixed", dynamic_weights=True)])
+def test_reduced_vocabulary_is_the_whole_one_without_the_other_tokens(family, objective):
+    """Losses and gradients against a whole vocabulary of which only some logits are looked at."""
+    config = ExitConfig("1,3", "mlp", head="own,shared")
+    tokens = torch.arange(0, 96, 2)
+    model = EarlyExitModel.from_base(tiny(family), config)
+    model.reduce_vocabulary(tokens)
+    losses, found = gradients(model, objective)
+
+    whole = EarlyExitModel.from_base(tiny(family), config)
+    ids = batch()["input_ids"]
+    labels = torch.where(ids % 2 == 0, ids, -100)
+    out = whole(ids, output_exit_logits=True, output_logits=True)
+    for layer, logits in out.exit_logits.items():
+        places = torch.where(labels < 0, -100, labels // 2)
+        loss = objective(logits[..., tokens], places, out.logits[..., tokens]).mean()
+        torch.testing.assert_close(losses[layer], loss.detach(), rtol=1e-5, atol=1e-6)
+        loss.backward()
+    for name, p in whole.exits.named_parameters():
+        grad = p.grad[tokens] if "head" in name else p.grad
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6, msg=name)
+    after = model(ids, labels=ids, output_exit_logits=True)
+    assert torch.isneginf(after.exit_logits[1][..., 1::2]).all()
+    torch.testing.assert_close(after.exit_logits[1][..., tokens], out.exit_logits[1][..., tokens])
+    if objective == Objective():
+        torch.testing.assert_close(after.exit_losses[1].detach(), losses[1], rtol=1e-5, atol=1e-6)
+
+
+def test_reduced_vocabulary_of_a_shared_fp8_head():
+    config = ExitConfig("1", "mlp", head="shared")
+    with pytest.warns(UserWarning, match=NO_FP8):
+        model = EarlyExitModel.from_base(tiny("llama"), config, backbone_precision="fp8")
+    ids = batch()["input_ids"]
+    whole = model(ids, output_exit_logits=True).exit_logits[1]
+    tokens = torch.tensor([1, 5, 90])
+    model.reduce_vocabulary(tokens)
+    reduced = model(ids, output_exit_logits=True).exit_logits[1]
+    torch.testing.assert_close(reduced[..., tokens], whole[..., tokens])
+    gradients(model)
+
+
+def test_most_frequent_tokens():
+    labels = torch.tensor([[7, 7, 7, 2, 2, -100, 5, 1]])
+    assert most_frequent([{"labels": labels}], 4, 10).tolist() == [1, 2, 5, 7]
+    assert most_frequent([{"labels": labels}], 5, 10).tolist() == [0, 1, 2, 5, 7]
+    with pytest.raises(UserError, match="between 1 and 10"):
+        most_frequent([], 11, 10)

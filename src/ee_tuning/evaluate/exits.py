@@ -75,11 +75,16 @@ def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
 def _predict(
     model: EarlyExitModel, packed: Any, config: EvaluateConfig
 ) -> tuple[list[Predictions], Predictions]:
-    """Predictions of every exit, by depth, and of the final exit."""
+    """Predictions of every exit, by depth, and of the final exit, on the same tokens.
+
+    Tokens that are not in a reduced vocabulary of the exits are left out.
+    """
     exits = [Predictions(layer) for layer in model.exit_layers]
     final = Predictions(model.backbone.num_layers)
     rows = max(1, min(len(packed), config.max_tokens // config.seq_length))
     for batch in micro_batches(packed, range(rows), config.micro_batch_size):
+        if model.vocabulary:
+            batch["labels"] = model.vocabulary.known(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
         logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
         for found in (*exits, final):

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.files import read_json, replacing, write_json
 from ee_tuning.model import WEIGHTS_NAME, EarlyExitModel
-from ee_tuning.tune.optimizer import Optimizers
+from ee_tuning.tune.optimizer import Optimizers, set_learning_rate
 
 # What may not change between a run and its continuation: the exits and the order of the data.
 FIXED = (
     "model", "layers", "arch", "head", "exits", "data", "seq_length", "global_batch_size", "seed",
-    "valid_data", "valid_fraction", "steps",
+    "valid_data", "valid_fraction", "steps", "exit_vocab", "optimizer", "master_weights",
 )  # fmt: skip
 
 
@@ -87,22 +88,52 @@ def load_checkpoint(
 def _optimizer_tensors(model: EarlyExitModel, optimizers: Optimizers) -> dict[str, torch.Tensor]:
     """The optimizers' state by parameter name, and torch's random state."""
     tensors = {
-        f"{layer}.{name}:{key}": value.contiguous()
+        ":".join((f"{layer}.{name}", key, *inner)): value.contiguous()
         for layer, optimizer in optimizers.items()
         for name, p in model.exit(layer).named_parameters()
-        for key, value in optimizer.state[p].items()
+        for key, state in optimizer.state[p].items()
+        for inner, value in _plain_tensors(state)
     }
-    return tensors | {"random:cpu": torch.get_rng_state()}
+    tensors["random:cpu"] = torch.get_rng_state()
+    if model.backbone.device.type == "cuda":
+        tensors["random:cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _plain_tensors(state: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+    """A tensor of a state, or the plain tensors that a quantised one is made of, by name."""
+    if not is_traceable_wrapper_subclass(state):
+        return [((), state)]
+    return [((name,), getattr(state, name)) for name in state.__tensor_flatten__()[0]]
 
 
 def _restore_optimizers(
     model: EarlyExitModel, optimizers: Optimizers, tensors: dict[str, torch.Tensor]
 ) -> None:
-    torch.set_rng_state(tensors.pop("random:cpu"))
     parameters = dict(model.exits.named_parameters())
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition(":")
+    if any(key.count(":") == 2 for key in tensors):
+        _make_state(optimizers)
+    random = {key: tensors.pop(key) for key in list(tensors) if key.startswith("random:")}
+    for path, value in tensors.items():
+        name, key, *inner = path.split(":")
         p, optimizer = parameters[name], optimizers[int(name.partition(".")[0])]
         state: dict[str, Any] = optimizer.state[p]
-        fused = optimizer.defaults.get("fused")
-        state[kind] = value if kind == "step" and not fused else value.to(p.device)
+        if inner:
+            getattr(state[key], inner[0]).copy_(value)
+        else:
+            on_host = key == "step" and not optimizer.defaults.get("fused")
+            state[key] = value if on_host else value.to(p.device)
+    torch.set_rng_state(random["random:cpu"])
+    if "random:cuda" in random:
+        torch.cuda.set_rng_state(random["random:cuda"])
+
+
+def _make_state(optimizers: Optimizers) -> None:
+    """Let optimizers make their quantised state, by a step that changes no weight."""
+    for optimizer in optimizers.values():
+        set_learning_rate(optimizer, 0.0)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()

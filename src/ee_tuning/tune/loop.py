@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import datasets
 import torch
 import yaml
 from rich.console import Console
@@ -23,13 +24,22 @@ from ee_tuning.devices import pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
 from ee_tuning.loading import load_tokenizer
+from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.out import claim_folder
 from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
 from ee_tuning.tune.metrics import Display, MetricsLog, OnTheWay
-from ee_tuning.tune.optimizer import build_optimizers, learning_rate, loss_weights
+from ee_tuning.tune.optimizer import (
+    build_optimizers,
+    learning_rate,
+    loss_weights,
+    set_learning_rate,
+)
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Batch, Objective, mean_losses, tuning_step
+from ee_tuning.vocabulary import most_frequent
+
+COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
@@ -61,6 +71,11 @@ def check(config: TuneConfig) -> None:
             raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
     if config.seq_length < 2:
         raise UserError("seq_length is 1: a token needs another one before it")
+    if config.master_weights == "bf16" and config.optimizer != "adamw-8bit":
+        raise UserError(
+            "master_weights bf16 needs an optimizer that rounds stochastically: add "
+            "--optimizer adamw-8bit"
+        )
     for key in ("lr", "eps", "kl_temperature"):
         if not getattr(config, key) > 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
@@ -77,6 +92,8 @@ class Run:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.precision, self.device)
         self.autocast = None if self.dtype == torch.float32 else self.dtype
+        if config.master_weights == "bf16" and self.autocast is None:
+            raise UserError("master_weights bf16 needs --precision bf16, it is fp32 here")
         self.objective = Objective(
             config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
         )
@@ -88,6 +105,9 @@ class Run:
                 "give one each"
             )
         self.train_data, self.valid_data = self._data()
+        if config.exit_vocab:
+            self._reduce_vocabulary()
+        prepare(self.model, config)
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
         self.optimizers = build_optimizers(self.model, config)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
@@ -119,7 +139,7 @@ class Run:
             raise UserError(
                 "nothing to tune: embedding exits with a shared head have no parameters"
             )
-        return prepare(model, config)
+        return model
 
     def _data(self):  # type: ignore[no-untyped-def]
         config = self.config
@@ -134,6 +154,27 @@ class Run:
         if config.valid_data:
             return packed, load_packed(config.valid_data, *load)
         return split_validation(packed, config.valid_fraction, config.seed)
+
+    def _reduce_vocabulary(self) -> None:
+        """Let the exits know only the most frequent tokens of the data, and say what is lost."""
+
+        def batches(data: datasets.Dataset) -> Iterator[Batch]:
+            rows = min(len(data), COUNTED_TOKENS // self.config.seq_length + 1)
+            return micro_batches(data, range(rows), 64)
+
+        size = self.model.backbone.config.vocab_size
+        tokens = most_frequent(batches(self.train_data), self.config.exit_vocab, size)
+        self.model.reduce_vocabulary(tokens)
+        vocabulary = self.model.vocabulary
+        assert vocabulary is not None
+        labels = torch.cat([batch["labels"].flatten() for batch in batches(self.valid_data)])
+        lost = (vocabulary.known(labels) == IGNORED).sum() - (labels == IGNORED).sum()
+        share = lost / (labels != IGNORED).sum().clamp(min=1)
+        self.console.print(
+            f"exits know {len(tokens):,} of {size:,} tokens; {share:.2%} of the held-out targets "
+            "are others, which no exit is tuned on or measured with",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     def go(self) -> None:
         """Every step from the first, or the last checkpoint's, to the end."""
@@ -169,8 +210,7 @@ class Run:
         """One optimizer step, counted from 0."""
         config = self.config
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
+            set_learning_rate(optimizer, learning_rate(config, step))
         weights = loss_weights(config, self.layers, step)
         batches = self._micro_batches(step)
         losses, norms = tuning_step(

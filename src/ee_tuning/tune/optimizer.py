@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.model import EarlyExitModel
 
@@ -22,18 +23,42 @@ def build_optimizers(model: EarlyExitModel, config: TuneConfig) -> Optimizers:
 
 
 def _build_optimizer(exit: Exit, config: TuneConfig) -> torch.optim.Optimizer:
-    parameters = list(exit.parameters())
+    parameters = [p for p in exit.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=all(p.is_cuda for p in parameters),
-    )
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+    }
+    if config.optimizer == "adamw-8bit":
+        groups = [group for group in groups if group["params"]]
+        return _adamw_8bit()(groups, **common, bf16_stochastic_round=True) if groups else _nothing()
+    return torch.optim.AdamW(groups, **common, fused=all(p.is_cuda for p in parameters))
+
+
+def _adamw_8bit() -> Any:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("--optimizer adamw-8bit needs: pip install torchao") from error
+    return AdamW8bit
+
+
+def _nothing() -> torch.optim.Optimizer:
+    """For an exit without parameters."""
+    return torch.optim.AdamW([{"params": []}])
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate, which an 8-bit optimizer keeps in a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(config: TuneConfig, step: int) -> float:

@@ -13,7 +13,10 @@ from ee_tuning.model import EarlyExitModel
 
 def prepare(model: EarlyExitModel, config: TuneConfig) -> EarlyExitModel:
     """`model`, on its device, as `config` wants it tuned; the backbone is in its precision."""
-    model.exits.to(torch.float32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.master_weights]
+    for p in model.exits.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(dtype)
     if config.exit_precision == "fp8":
         warn_without_fp8("--exit-precision", model.backbone.device)
         tune_in_fp8(model.exits)

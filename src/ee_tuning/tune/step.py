@@ -96,7 +96,8 @@ def _exit_loss(
     features = exit_features(model, layer, state)
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
-    for tokens in _chunks(labels, model.backbone.config.vocab_size):
+    known = model.backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
+    for tokens in _chunks(labels, known):
         chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
         target = teacher(tokens.start, tokens.stop) if teacher else None
         loss = loss_of(exit, chunk, labels[:, tokens], target, objective)
@@ -124,7 +125,7 @@ def _features(exit: Exit, state: State) -> Tensor:
 def _loss(
     exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
 ) -> Tensor:
-    return objective(exit.logits(features), labels, teacher).total
+    return objective(exit.known_logits(features), labels, teacher).total
 
 
 @cache
@@ -136,13 +137,17 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _teacher(model: EarlyExitModel, final: Tensor) -> Callable[[int, int], Tensor]:
     """The final exit's logits at the positions start..stop-1 of `final` (B, T, H), without a graph.
 
-    The last ones are kept: where all tokens are one chunk, every exit asks for the same.
+    Of the tokens that the exits know, if their vocabulary is reduced. The last ones are kept:
+    where all tokens are one chunk, every exit asks for the same.
     """
+
+    known = model.exit(model.exit_layers[0]).tokens
 
     @lru_cache(maxsize=1)
     @torch.no_grad()
     def teacher(start: int, stop: int) -> Tensor:
-        return model.backbone.final_logits(final[:, start:stop])
+        logits = model.backbone.final_logits(final[:, start:stop])
+        return logits if known is None else logits.index_select(-1, known)
 
     return teacher
 
@@ -179,6 +184,7 @@ def exit_gradients(
     unequal numbers of them count by their tokens. weights: loss weight per exit layer.
     """
     device = model.backbone.device
+    micro_batches = [_for_exits(model, batch) for batch in micro_batches]
     count = torch.stack([count_labels(batch["labels"]) for batch in micro_batches]).sum()
     count = to_device(count.clamp(min=1), device)
     scales = {layer: weights[layer] / count for layer in model.exit_layers}
@@ -241,6 +247,13 @@ def _waves(
     return [[batch] for batch in micro_batches]
 
 
+def _for_exits(model: EarlyExitModel, batch: Batch) -> Batch:
+    """A micro-batch with its labels as the exits count them, if their vocabulary is reduced."""
+    if model.vocabulary is None:
+        return batch
+    return batch | {"labels": model.vocabulary.to_places(batch["labels"])}
+
+
 def place_batch(model: EarlyExitModel, batch: Batch) -> Batch:
     """A micro-batch from the host on the model's device, with what its attention wants."""
     if model.takes_boundaries:
@@ -285,7 +298,7 @@ def mean_losses(
     count = torch.zeros((), device=device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for cpu_batch in batches:
-            batch = place_batch(model, cpu_batch)
+            batch = place_batch(model, _for_exits(model, cpu_batch))
             count += count_labels(batch["labels"])
             for layer, loss in exit_losses(model, batch, Objective()):
                 totals[layer] += loss.total

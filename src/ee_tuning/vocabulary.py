@@ -1,0 +1,81 @@
+"""A reduced vocabulary for the exits: the most frequent tokens of the data they are tuned on.
+
+With 128,256 tokens the heads take most of the time of tuning and of decoding. Exits that know only
+some tokens predict among these; a token they do not know is left to the final exit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ee_tuning.errors import UserError
+from ee_tuning.losses import IGNORED
+
+
+class Vocabulary:
+    """The token ids (N,) int64, ascending, that the exits of a model know, of `size` in all."""
+
+    def __init__(self, tokens: Tensor, size: int) -> None:
+        self.tokens, self.size = tokens.cpu(), size
+        self.places = torch.full((size,), IGNORED)
+        self.places[self.tokens] = torch.arange(len(tokens))
+
+    def to_places(self, labels: Tensor) -> Tensor:
+        """Labels (B, T) on the CPU as places in `tokens`; `IGNORED` for what is not there."""
+        return torch.where(labels == IGNORED, IGNORED, self.places[labels.clamp(min=0)])
+
+    def known(self, labels: Tensor) -> Tensor:
+        """Labels (B, T) on the CPU with `IGNORED` in place of those that are not in `tokens`."""
+        return torch.where(self.to_places(labels) == IGNORED, IGNORED, labels)
+
+
+def most_frequent(batches: Iterable[dict[str, Tensor]], number: int, size: int) -> Tensor:
+    """The `number` tokens that occur most often among the labels of `batches`, ascending.
+
+    Ties, and tokens that never occur, by their id.
+
+    Raises:
+        UserError: `number` is not between 1 and the vocabulary's `size`.
+    """
+    if not 1 <= number <= size:
+        raise UserError(f"exit_vocab is {number}: it must be between 1 and {size}, the vocabulary")
+    counts = torch.zeros(size, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.bincount(batch["labels"][batch["labels"] != IGNORED], minlength=size)
+    order = counts.sort(descending=True, stable=True).indices
+    return order[:number].sort().values
+
+
+def select_rows(head: nn.Module, tokens: Tensor) -> nn.Linear:
+    """A head with the rows `tokens` (N,) of `head`, in whatever its weight is kept in.
+
+    Raises:
+        UserError: the head is not a linear layer.
+    """
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"exits on a {type(head).__name__} head cannot have a reduced vocabulary")
+    selected = copy.copy(head)
+    selected.out_features = len(tokens)
+    selected._parameters = {
+        name: None if p is None else nn.Parameter(_rows(p, tokens), p.requires_grad)
+        for name, p in head._parameters.items()
+    }
+    selected._buffers = dict(head._buffers)
+    for name, values in head._buffers.items():  # those of a head that is kept in fp8
+        if values is not None:
+            transposed = name == "transposed"
+            rows = _rows(values.t() if transposed else values, tokens)
+            selected._buffers[name] = rows.t().contiguous() if transposed else rows
+    return selected
+
+
+def _rows(values: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of a tensor; of one in fp8, which cannot be indexed, by way of its bytes."""
+    values, tokens = values.detach(), tokens.to(values.device)
+    if values.dtype.itemsize == 1:
+        return values.contiguous().view(torch.uint8)[tokens].view(values.dtype)
+    return values[tokens]
