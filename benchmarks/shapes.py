@@ -55,9 +55,8 @@ def build(
                 freeze_in_fp8(layer)
     for part in (backbone.get_input_embeddings(), model.backbone.norm, model.backbone.head):
         fill(part, device)
-    shared = any(exit.spec.head == "shared" for exit in model.exits.values())
-    if fp8 and shared:
-        freeze_in_fp8(model.backbone.head, backward=True)
+    if fp8:
+        model.freeze_shared_head()
     rotary = model.backbone.trunk.rotary_emb
     for name, buffer in type(rotary)(config).to(device).named_buffers():
         rotary.register_buffer(name, buffer, persistent=False)

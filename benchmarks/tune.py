@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from torch.nn import functional
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.backbone import State
 from ee_tuning.config import TuneConfig
-from ee_tuning.devices import pick_device, pick_dtype, versions
+from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.evaluate.speed import speed
 from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_features, place_batch, tuning_step
@@ -31,8 +31,10 @@ from ee_tuning.tune.step import Objective, exit_features, place_batch, tuning_st
 GIB = 2**30
 
 
-def timed(function: Callable[[], Any], device: torch.device, times: int, warmup: int = 1) -> dict:
-    """Seconds of a call: median, shortest, longest."""
+def timed(
+    function: Callable[[], Any], device: torch.device, times: int, warmup: int = 1
+) -> list[float]:
+    """Seconds of each call after the first `warmup`."""
     seconds = []
     for i in range(warmup + times):
         start = time.perf_counter()
@@ -41,7 +43,7 @@ def timed(function: Callable[[], Any], device: torch.device, times: int, warmup:
             torch.cuda.synchronize()
         if i >= warmup:
             seconds.append(time.perf_counter() - start)
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+    return seconds
 
 
 def peak(device: torch.device) -> float | None:
@@ -57,8 +59,7 @@ def ceiling(device: torch.device) -> float:
     """TFLOP/s of one large bf16 matrix product here."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = timed(lambda: a @ b, device, 20, warmup=5)["median"]
-    return 2 * n**3 / seconds / 1e12
+    return 2 * n**3 / median(timed(lambda: a @ b, device, 20, warmup=5)) / 1e12
 
 
 def flop_per_token(model: EarlyExitModel, length: int) -> dict[str, float]:
@@ -133,28 +134,23 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
             one.step()
             one.zero_grad()
 
-    tokens = ids.numel()
     flop = flop_per_token(model, config.seq_length)
-    speed = {
-        "median": tokens / seconds["median"],
-        "min": tokens / seconds["max"],
-        "max": tokens / seconds["min"],
-    }
-    backbone = timed(lambda: [None for _ in states()], device, 3)["median"]
+    rate = speed(seconds, ids.numel())
+    backbone = median(timed(lambda: [None for _ in states()], device, 3))
     step_parts = {
         "backbone": backbone,
-        "exits below their heads": timed(features, device, 3)["median"] - backbone,
-        "clip and optimizer (and a fill of the gradients)": timed(optimizer, device, 3)["median"],
+        "exits below their heads": median(timed(features, device, 3)) - backbone,
+        "clip and optimizer (and a fill of the gradients)": median(timed(optimizer, device, 3)),
     }
-    step_parts["heads and losses (the rest)"] = seconds["median"] - sum(step_parts.values())
+    step_parts["heads and losses (the rest)"] = median(seconds) - sum(step_parts.values())
     top = ceiling(device)
     return {
-        "tokens_per_second": {k: round(v) for k, v in speed.items()},
+        "tokens_per_second": {k: round(v) for k, v in rate.items()},
         "peak_gib": memory,
         "warm_up_seconds": round(warm, 1),
         "flop_per_token": flop | {"sum": sum(flop.values())},
         "matmul_tflops": round(top),
-        "share_of_bf16_ceiling": round(sum(flop.values()) * speed["median"] / top / 1e12, 3),
+        "share_of_bf16_ceiling": round(sum(flop.values()) * rate["median"] / top / 1e12, 3),
         "seconds_per_step": {k: round(v, 4) for k, v in step_parts.items()},
     }
 
@@ -205,9 +201,11 @@ def measure_baseline(model: EarlyExitModel, config: TuneConfig, args: argparse.N
     timed(step, device, 1, 0)
     peak(device)
     seconds = timed(step, device, args.steps, 0)
-    speed = {k: round(ids.numel() / v) for k, v in seconds.items()}
-    speed = {"median": speed["median"], "min": speed["max"], "max": speed["min"]}
-    return {"tokens_per_second": speed, "peak_gib": peak(device)}
+    rate = speed(seconds, ids.numel())
+    return {
+        "tokens_per_second": {k: round(v) for k, v in rate.items()},
+        "peak_gib": peak(device),
+    }
 
 
 def main() -> None:
@@ -243,9 +241,7 @@ def main() -> None:
         model.reduce_vocabulary(torch.arange(args.exit_vocab))
     prepare(model, config)
     result = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
-    result["hardware"] = (
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    )
+    result["hardware"] = hardware(device)
     result["versions"] = versions()
     result |= measure(model, config, args)
     if args.baseline:

@@ -17,8 +17,7 @@ Arch = Literal["embedding", "norm", "mlp", "layer"]
 Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold"]
-BackbonePrecision = Literal["same", "fp8"]
-ExitPrecision = Literal["same", "fp8"]
+MatrixPrecision = Literal["same", "fp8"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -203,10 +202,10 @@ class TuneConfig(NewExitsConfig):
         "auto",
         "bf16: bf16 backbone and autocast; auto: bf16 on a GPU, fp32 on CPU",
     )
-    backbone_precision: BackbonePrecision = option(
+    backbone_precision: MatrixPrecision = option(
         "same", "fp8: the frozen matrices in fp8 (row-wise scales); same: as --precision"
     )
-    exit_precision: ExitPrecision = option(
+    exit_precision: MatrixPrecision = option(
         "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
     )
     exit_vocab: int = option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
@@ -46,6 +48,21 @@ def warn_without_fp8(setting: str, device: torch.device) -> None:
             "products are no faster",
             stacklevel=2,
         )
+
+
+def hardware(device: torch.device) -> str:
+    """What `device` is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({_cpu_name()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> str:

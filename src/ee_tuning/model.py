@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.card import model_card
-from ee_tuning.config import BackbonePrecision, ExitConfig
+from ee_tuning.config import ExitConfig, MatrixPrecision
 from ee_tuning.devices import warn_without_fp8
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exits import Exit
@@ -92,7 +92,7 @@ class EarlyExitModel(nn.Module):
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
-        backbone_precision: BackbonePrecision = "same",
+        backbone_precision: MatrixPrecision = "same",
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
@@ -115,7 +115,7 @@ class EarlyExitModel(nn.Module):
         dtype: torch.dtype | str = "auto",
         exit_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        backbone_precision: BackbonePrecision = "same",
+        backbone_precision: MatrixPrecision = "same",
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
@@ -141,7 +141,7 @@ class EarlyExitModel(nn.Module):
         early_exit.place(device or model.device, backbone_precision)
         return early_exit
 
-    def place(self, device: str | torch.device, backbone_precision: BackbonePrecision) -> None:
+    def place(self, device: str | torch.device, backbone_precision: MatrixPrecision) -> None:
         """Move to `device`, layer by layer.
 
         backbone_precision: ``fp8`` quantises the frozen layers' matrices on the way, and the
@@ -159,13 +159,18 @@ class EarlyExitModel(nn.Module):
             layer.to(device)
             quantised += freeze_in_fp8(layer) if fp8 else 0
         self.to(device)
-        if fp8 and any(exit.spec.head == "shared" for exit in self.exits.values()):  # type: ignore[union-attr]
-            freeze_in_fp8(self.backbone.head, backward=True)
+        if fp8:
+            self.freeze_shared_head()
         if fp8 and not quantised:
             raise UserError(
                 f"the layers of {type(self.model).__name__} have no linear matrices that could be "
                 "kept in fp8: leave --backbone-precision at same"
             )
+
+    def freeze_shared_head(self) -> None:
+        """Keep the backbone's head in fp8 if an exit shares it."""
+        if any(exit.spec.head == "shared" for exit in self.exits.values()):  # type: ignore[union-attr]
+            freeze_in_fp8(self.backbone.head, backward=True)
 
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
@@ -254,16 +259,14 @@ class EarlyExitModel(nn.Module):
         losses: dict[int, Tensor] = {}
         exit_logits: dict[int, Tensor] = {}
         final = None
+        labels = None if labels is None else self.known_labels(labels)
         for layer, state in self.states(input_ids, position_ids, to_end=output_logits):
             if str(layer) in self.exits:
                 logits = self.exit(layer)(state)
                 if output_exit_logits:
                     exit_logits[layer] = logits
                 if labels is not None:
-                    known = labels
-                    if self.vocabulary:
-                        known = self.vocabulary.known(labels.cpu()).to(labels.device)
-                    losses[layer] = cross_entropy(logits, known).mean()
+                    losses[layer] = cross_entropy(logits, labels).mean()
             if output_logits and layer == self.backbone.num_layers:
                 with torch.no_grad():
                     final = self.backbone.final_logits(state.hidden)
@@ -298,6 +301,12 @@ class EarlyExitModel(nn.Module):
         self.vocabulary = Vocabulary(tokens, self.backbone.config.vocab_size)
         for layer in self.exit_layers:
             self.exit(layer).reduce_vocabulary(self.backbone, tokens.to(self.backbone.device))
+
+    def known_labels(self, labels: Tensor) -> Tensor:
+        """Labels (B, T) with −100 where the exits' vocabulary is reduced and lacks the token."""
+        if self.vocabulary is None:
+            return labels
+        return self.vocabulary.known(labels.cpu()).to(labels.device)
 
     # -- saving and loading --------------------------------------------------------------------
 

@@ -250,30 +250,30 @@ def test_debug_shows_the_traceback(capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def whole_and_resumed(base, data, folder, **settings):
+    """The exits of a run, and of one that went on from the checkpoint before its last."""
+    for name in ("whole", "cut"):
+        tune(base, data, folder / name, **settings)
+    shutil.rmtree(folder / "cut/checkpoints/step-000006")
+    (folder / "cut/exits.safetensors").unlink()
+    main(["tune", "--out", str(folder / "cut"), "--resume"])
+    return [load_file(folder / name / "exits.safetensors") for name in ("whole", "cut")]
+
+
 def test_fp8_backbone_and_exits_resume_bit_for_bit_and_load_on_the_plain_backbone(
     base, data, tmp_path
 ):
     settings = {"backbone_precision": "fp8", "exit_precision": "fp8", "head": "own,shared"}
-    for name in ("whole", "cut"):
-        with pytest.warns(UserWarning, match="no fp8 matrix units"):
-            tune(base, data, tmp_path / name, **settings)
-    shutil.rmtree(tmp_path / "cut/checkpoints/step-000006")
-    (tmp_path / "cut/exits.safetensors").unlink()
     with pytest.warns(UserWarning, match="no fp8 matrix units"):
-        main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
-    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
+        a, b = whole_and_resumed(base, data, tmp_path, **settings)
     assert all(torch.equal(a[name], b[name]) for name in a)
     EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
 
 
 def test_exits_with_a_reduced_vocabulary_from_tuning_to_decoding(base, data, tmp_path, capsys):
     settings = {"exit_vocab": 100, "head": "own,shared"}
-    tune(base, data, tmp_path / "whole", **settings)
+    a, b = whole_and_resumed(base, data, tmp_path, **settings)
     assert "exits know 100 of 300 tokens" in capsys.readouterr().err.replace("\n", " ")
-    tune(base, data, tmp_path / "cut", **settings)
-    shutil.rmtree(tmp_path / "cut/checkpoints/step-000006")
-    main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
-    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a["vocabulary"].shape == (100,)
@@ -296,13 +296,9 @@ def test_8_bit_optimizer_and_bf16_weights_resume_closely(base, data, tmp_path):
     """Not bit for bit: weights are rounded stochastically. Within a few steps of bf16."""
     settings = {"exit_vocab": 256, "optimizer": "adamw-8bit"}
     settings |= {"master_weights": "bf16", "precision": "bf16"}
-    tune(base, data, tmp_path / "whole", **settings)
-    tune(base, data, tmp_path / "cut", **settings)
+    a, b = whole_and_resumed(base, data, tmp_path, **settings)
     saved = load_file(tmp_path / "cut/checkpoints/step-000006/optimizer.safetensors")
     assert saved["1.head.weight:exp_avg:codes"].dtype == torch.uint8
-    shutil.rmtree(tmp_path / "cut/checkpoints/step-000006")
-    main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
-    a, b = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=2**-5, atol=2e-2, msg=name)
     valid = [line["valid_loss"] for line in records(tmp_path / "whole") if "valid_loss" in line]

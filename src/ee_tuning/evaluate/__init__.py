@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from rich.table import Table
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
 from ee_tuning.decode.show import load_for_decoding
-from ee_tuning.devices import versions
+from ee_tuning.devices import hardware, versions
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits
 from ee_tuning.evaluate.report import write_report
@@ -117,19 +115,7 @@ def parse_thresholds(given: str | float | list[float]) -> list[float]:
 
 def describe_machine(device: torch.device) -> str:
     """Hardware and versions, for every figure that is published."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"CPU ({_cpu_name()}), {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{hardware}; {versions()}"
-
-
-def _cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{hardware(device)}; {versions()}"
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

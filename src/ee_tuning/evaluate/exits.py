@@ -83,8 +83,7 @@ def _predict(
     final = Predictions(model.backbone.num_layers)
     rows = max(1, min(len(packed), config.max_tokens // config.seq_length))
     for batch in micro_batches(packed, range(rows), config.micro_batch_size):
-        if model.vocabulary:
-            batch["labels"] = model.vocabulary.known(batch["labels"])
+        batch["labels"] = model.known_labels(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
         logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
         for found in (*exits, final):

@@ -67,7 +67,7 @@ def measure_thresholds(
             outputs[name], taken = _timed(method, inputs)
             seconds[name].append(taken)
     total = len(inputs) * config.max_new_tokens
-    speeds = {name: _speed(times, total) for name, times in seconds.items()}
+    speeds = {name: speed(times, total) for name, times in seconds.items()}
     speedups = {name: _speedup(seconds["full"], times) for name, times in seconds.items()}
     theirs = seconds["transformers"]
     rows = [
@@ -150,7 +150,7 @@ def _new(output: GenerateOutput) -> Tensor:
     return output.sequences[0, -output.exit_layers.shape[1] :].cpu()
 
 
-def _speed(seconds: list[float], tokens: int) -> dict[str, float]:
+def speed(seconds: list[float], tokens: int) -> dict[str, float]:
     """Tokens per second over the rounds, prompt included."""
     values = [tokens / s for s in seconds]
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -114,7 +114,7 @@ class Run:
         self.checkpoints = out / "checkpoints"
 
     def _model(self) -> EarlyExitModel:
-        """Exits to tune in fp32, on a backbone that is in memory as deep as needed."""
+        """Exits to tune, on a backbone that is in memory as deep as needed."""
         config = self.config
         load = {
             "whole": self.objective.needs_teacher,

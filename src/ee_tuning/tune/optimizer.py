@@ -18,7 +18,7 @@ Optimizers = dict[int, torch.optim.Optimizer]
 
 
 def build_optimizers(model: EarlyExitModel, config: TuneConfig) -> Optimizers:
-    """AdamW over each exit with parameters; weight decay on matrices, not on norms and biases."""
+    """AdamW over each exit; weight decay on matrices, not on norms and biases."""
     return {layer: _build_optimizer(model.exit(layer), config) for layer in model.exit_layers}
 
 
@@ -33,9 +33,9 @@ def _build_optimizer(exit: Exit, config: TuneConfig) -> torch.optim.Optimizer:
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
     }
-    if config.optimizer == "adamw-8bit":
+    if config.optimizer == "adamw-8bit" and parameters:
         groups = [group for group in groups if group["params"]]
-        return _adamw_8bit()(groups, **common, bf16_stochastic_round=True) if groups else _nothing()
+        return _adamw_8bit()(groups, **common, bf16_stochastic_round=True)
     return torch.optim.AdamW(groups, **common, fused=all(p.is_cuda for p in parameters))
 
 
@@ -45,11 +45,6 @@ def _adamw_8bit() -> Any:
     except ImportError as error:
         raise UserError("--optimizer adamw-8bit needs: pip install torchao") from error
     return AdamW8bit
-
-
-def _nothing() -> torch.optim.Optimizer:
-    """For an exit without parameters."""
-    return torch.optim.AdamW([{"params": []}])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -232,7 +232,7 @@ def _hand_over(p: Tensor, copy: Tensor) -> None:
 
 def _waves(
     model: EarlyExitModel, micro_batches: list[Batch], objective: Objective
-) -> Sequence[list[Batch]]:
+) -> list[list[Batch]]:
     """The micro-batches that go down the layers side by side.
 
     All of them, so that only one exit's gradients exist at a time, where their hidden states take
