@@ -24,8 +24,9 @@ def has_fp8(device: torch.device) -> bool:
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, K) as fp8 (N, K) and scales (N, 1) in fp32: x ≈ fp8 · scale, row by row."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x / scale).clamp(-LARGEST, LARGEST).to(FP8), scale
+    largest = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12)
+    # Multiplied by the inverse: dividing every element would take longer than reading it.
+    return (x * (LARGEST / largest)).clamp(-LARGEST, LARGEST).to(FP8), largest / LARGEST
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, native: bool) -> Tensor:
@@ -90,32 +91,35 @@ class Fp8TunedLinear(nn.Linear):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         rows, weight = x.flatten(0, -2).to(dtype), self.weight.to(dtype)
-        y = _TunedProduct.apply(rows, weight, self.native)
+        y = _TunedProduct.apply(rows, weight, self.native, rows.requires_grad)
         y = y.unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
 class _TunedProduct(torch.autograd.Function):
-    """x·Wᵀ with all three products of forward and backward in fp8."""
+    """x·Wᵀ with all three products of forward and backward in fp8.
+
+    deep: whether x needs a gradient (`ctx.needs_input_grad` is all False in code compiled by
+    torch 2.11). W always does.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, native: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, native: bool, deep: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.native = native
+        ctx.native, ctx.deep = native, deep
         return product(x, *quantise(weight), native)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (dy,) = ctx.saved_tensors, grads
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
+        dx = None
+        if ctx.deep:
             dx = product(dy, *quantise(weight.t().contiguous()), ctx.native)
-        if ctx.needs_input_grad[1]:
-            # Whole blocks of 16 rows, as the matrix units need them; a row of zeros adds nothing.
-            pad = (0, 0, 0, -len(x) % 16)
-            dy, x = F.pad(dy, pad), F.pad(x, pad)
-            dw = product(dy.t().contiguous(), *quantise(x.t().contiguous()), ctx.native)
-        return dx, dw, None
+        # Whole blocks of 16 rows, as the matrix units need them; a row of zeros adds nothing.
+        pad = (0, 0, 0, -len(x) % 16)
+        dy, x = F.pad(dy, pad), F.pad(x, pad)
+        dw = product(dy.t().contiguous(), *quantise(x.t().contiguous()), ctx.native)
+        return dx, dw, None, None
 
 
 def freeze_in_fp8(module: nn.Module, backward: bool = False) -> int:

@@ -34,8 +34,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, dynamic: bool = False) -> Loss
     dynamic: multiply each token's loss by the exit's own confidence, detached (method of
     arXiv 2402.00518, section 3).
     """
-    logits, targets = logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    # The last position has no target, instead of its logits being cut off: they stay in one piece.
+    logits, targets = logits.float().flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
     if dynamic:
         losses = losses * confidence(logits.detach())
     return LossSum(losses.sum(), count_labels(labels))
