@@ -62,6 +62,7 @@ class Fp8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+@torch.compiler.allow_in_graph
 class _FrozenProduct(torch.autograd.Function):
     """`product`, with a gradient for x: dy·W, whose scales go into dy before it is rounded."""
 
@@ -96,11 +97,12 @@ class Fp8TunedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
+# Traced as it is: where torch 2.11 compiles the call itself, its gradients are zeros.
+@torch.compiler.allow_in_graph
 class _TunedProduct(torch.autograd.Function):
     """x·Wᵀ with all three products of forward and backward in fp8.
 
-    deep: whether x needs a gradient (`ctx.needs_input_grad` is all False in code compiled by
-    torch 2.11). W always does.
+    deep: whether x needs a gradient; W always does.
     """
 
     @staticmethod

@@ -89,19 +89,22 @@ def test_step_compiles_once_and_never_waits_for_the_device():
 
     def step(objective):
         given = ([packed_batch(), packed_batch()], objective, weights, 1.0, torch.bfloat16)
-        return tuning_step(model, optimizers, *given)[0]
+        return tuning_step(model, optimizers, *given)
 
     for objective in (Objective(), Objective("mixed", dynamic_weights=True)):
-        first = step(objective)
+        first, _ = step(objective)
         graphs = counters["stats"]["unique_graphs"]
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(5):
-                last = step(objective)
+                last, norms = step(objective)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert counters["stats"]["unique_graphs"] == graphs
-        assert all(last[layer] < first[layer] for layer in first)
+        assert all(norm > 1e-3 for norm in norms.values())
+        # Weighted by confidences, which rise, a loss need not fall.
+        falls = not objective.dynamic_weights
+        assert not falls or all(last[layer] < first[layer] for layer in first)
 
 
 @pytest.mark.skipif(
