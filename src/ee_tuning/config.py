@@ -216,6 +216,12 @@ class TuneConfig(NewExitsConfig):
     )
     device: str = option("auto", "cpu, cuda or auto")
 
+    dp: int = option(1, "data-parallel ranks; dp × tp × pp processes are started by torchrun")
+    tp: int = option(1, "tensor-parallel ranks")
+    pp: int = option(1, "pipeline stages")
+    stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
+    timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
+
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints kept")
     eval_every: int = option(500, "steps between validations; 0: only before and after")
