@@ -212,7 +212,7 @@ class TuneConfig(NewExitsConfig):
         0, "exits know only so many tokens, the most frequent of the data; 0: all"
     )
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile layers and exits; auto: on a GPU"
+        "auto", "torch.compile layers and exits; auto: on a GPU without --tp"
     )
     device: str = option("auto", "cpu, cuda or auto")
 

@@ -42,6 +42,8 @@ def backbones(tmp_path_factory, tokenizer):
         } | values
         tiny(family, **values).save_pretrained(root / name, max_shard_size="60KB")
         tokenizer.save_pretrained(root / name)
+    tiny("gpt2", vocab_size=300, n_positions=128, n_layer=5).save_pretrained(root / "gpt2")
+    tokenizer.save_pretrained(root / "gpt2")
     return root
 
 
@@ -102,7 +104,7 @@ def new_runs(tmp_path_factory, backbones, data):
             "steps": 3, "seq_length": 32,
             "micro_batch_size": 2, "global_batch_size": 5, "lr": 1e-3, "save_every": 1, "keep": 9,
             "eval_every": 2, "log_every": 1, "valid_fraction": 0.1, "timeout": 120.0,
-            "dynamic_weights": True, "clip": 0.05,
+            "dynamic_weights": True, "clip": 0.01,
         }  # fmt: skip
         return Runs(tmp_path_factory.mktemp("runs"), common)
 

@@ -6,11 +6,14 @@ weights after three steps to 2% of the learning rate per step, since AdamW's fir
 gradient by its own size, however small that is.
 """
 
+from math import prod
+
 import pytest
 import torch
 
 LAYOUTS = {
-    "dp2": (2, 1, 1), "pp2": (1, 1, 2), "pp4": (1, 1, 4), "dp2-pp2": (2, 1, 2),
+    "dp2": (2, 1, 1), "tp2": (1, 2, 1), "pp2": (1, 1, 2), "pp4": (1, 1, 4), "dp2-tp2": (2, 2, 1),
+    "dp2-pp2": (2, 1, 2), "tp2-pp2": (1, 2, 2), "dp2-tp2-pp2": (2, 2, 2),
 }  # fmt: skip
 FAMILIES = ["llama", "tied", "biased"]
 
@@ -18,7 +21,7 @@ FAMILIES = ["llama", "tied", "biased"]
 @pytest.fixture(scope="module")
 def runs(new_runs, backbones):
     runs = new_runs()
-    for layout, (dp, tp, pp) in sorted(LAYOUTS.items(), key=lambda item: -len(item[0])):
+    for layout, (dp, tp, pp) in sorted(LAYOUTS.items(), key=lambda item: -prod(item[1])):
         for family in FAMILIES:
             size = dp * tp * pp
             model = str(backbones / family)
@@ -59,5 +62,5 @@ def test_the_layouts_are_compared_on_something_that_moves(runs):
     last = runs.tensors("llama-one", "checkpoints/step-000003/exit-4.safetensors")
     assert all((first[name] - last[name]).abs().max() > 0.3e-3 for name in first)
     norms = [r["grad_norm"] for r in runs.records("llama-one") if "grad_norm" in r]
-    assert any(norm > 0.05 for step in norms for norm in step.values())
+    assert any(norm > 0.01 for step in norms for norm in step.values())
     assert torch.isfinite(torch.tensor([list(step.values()) for step in norms])).all()

@@ -31,8 +31,13 @@ class GradientSum:
     def __init__(self, exit: Exit, mesh: Mesh) -> None:
         """Starts at once, in place; the caller goes on with other work."""
         self.works: list[dist.Work] = []
-        if mesh.dp > 1:
-            self.works = [_start(p.grad, mesh) for p in exit.parameters() if p.grad is not None]
+        for p in exit.parameters():
+            if p.grad is None:
+                continue
+            if hasattr(p, "summed"):
+                mesh.sum_over("tp", p.grad)
+            if mesh.dp > 1:
+                self.works.append(_start(p.grad, mesh))
 
     def wait(self) -> None:
         """Until the sum is there; on a GPU, let later work on it wait."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Interrupted, ProcessFailed, UserError, first_line
 
 Value = TypeVar("Value")
 AXES = ("pp", "dp", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
@@ -36,6 +37,7 @@ class Mesh:
         self.dp, self.tp, self.pp = dp, tp, pp
         self.size = dp * tp * pp
         self.rank = int(os.environ.get("RANK", 0)) if self.size > 1 else 0
+        self.doing = "the start"  # for messages
         self._device_mesh: DeviceMesh | None = None
         self._host: dist.ProcessGroup | None = None
         for axis in AXES:
@@ -92,12 +94,30 @@ class Mesh:
         self._device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
         self._host = dist.new_group(backend="gloo", timeout=patience)
 
-    def disconnect(self) -> None:
-        """Leave the other processes, at the end of a run."""
-        if self._device_mesh is not None:
-            dist.barrier(self._host)
+    @contextmanager
+    def connected(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """Inside, the processes are joined; see `connect`.
+
+        Raises:
+            ProcessFailed: anything but a mistake of the user goes wrong in a run of several
+                processes: names this one and what it was `doing`.
+        """
+        try:
+            self.connect(device, timeout)
+            yield
+            self.barrier()
+        except (UserError, Interrupted):
+            raise
+        except Exception as error:
+            if self.size == 1:
+                raise
+            raise ProcessFailed(
+                f"{self.name} failed at {self.doing}: {first_line(error)}; if that is a lost "
+                "connection or a time-out, another rank died or hangs. The last checkpoint is "
+                "good: go on with --resume"
+            ) from error
+        if self.size > 1:
             dist.destroy_process_group()
-            self._device_mesh = None
 
     def axis(self, name: str) -> DeviceMesh:
         """The processes that differ from this one on one axis only."""

@@ -30,8 +30,9 @@ from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.out import claim_folder
 from ee_tuning.parallel.data import deal
-from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline, cut_stages
+from ee_tuning.parallel.tensor import check_splits, layer_plan, split_model
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -58,16 +59,22 @@ def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
     Raises:
         UserError: a setting that cannot work, or a loss that is not finite.
         Interrupted: after a first Ctrl-C or SIGTERM, once a checkpoint is written.
+        ProcessFailed: one of several processes failed.
+
+    Restarted by torchrun, a run goes on from its last checkpoint.
     """
     check(config)
+    if restarts():
+        found = bool(checkpoints(Path(config.out) / "checkpoints"))
+        config = dataclasses.replace(config, resume=found, overwrite=not found)
     mesh = Mesh(config.dp, config.tp, config.pp)
     device = pick_device(config.device)
-    mesh.connect(device, config.timeout)
-    mesh.check_same("settings", _digest(dataclasses.asdict(config)))
-    out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
-    run = Run(config, out, console or Console(stderr=True, quiet=not mesh.is_main), mesh, device)
-    run.go()
-    mesh.disconnect()
+    with mesh.connected(device, config.timeout):
+        mesh.check_same("settings", _digest(dataclasses.asdict(config)))
+        out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
+        console = console or Console(stderr=True, quiet=not mesh.is_main)
+        run = Run(config, out, console, mesh, device)
+        run.go()
     return run.model
 
 
@@ -99,6 +106,7 @@ def check(config: TuneConfig) -> None:
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
         )
+    _check_tensor_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
             f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
@@ -109,6 +117,20 @@ def check(config: TuneConfig) -> None:
     for key in ("kl_weight", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
+
+
+def _check_tensor_parallel(config: TuneConfig) -> None:
+    """Refuse what cannot be had with matrices that are split."""
+    refused = {
+        "--backbone-precision fp8": config.backbone_precision == "fp8",
+        "--exit-precision fp8": config.exit_precision == "fp8",
+        "--optimizer adamw-8bit": config.optimizer == "adamw-8bit",
+        "--compile on": config.compile == "on",
+        "--exit-vocab and --loss": bool(config.exit_vocab) and config.loss != "ce",
+    }
+    for setting, given in refused.items():
+        if given and config.tp > 1:
+            raise UserError(f"{setting} cannot be had with --tp: it does not know split matrices")
 
 
 class Run:
@@ -138,6 +160,7 @@ class Run:
         mesh.check_same("data", _digest(*map(_sample, (self.train_data, self.valid_data))))
         if config.exit_vocab:
             self._reduce_vocabulary()
+        split_model(self.model, mesh, self.objective.needs_teacher)
         prepare(self.model, config)
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
         self.optimizers = build_optimizers(self.model, config)
@@ -182,9 +205,13 @@ class Run:
         return model
 
     def _stage(self) -> range | None:
-        """The layers of this stage, counted from 0; None for all that the exits need."""
+        """The layers of this stage, counted from 0; None for all that the exits need.
+
+        Raises:
+            UserError: the backbone cannot be cut into so many stages, or split so often.
+        """
         config = self.config
-        if config.pp == 1:
+        if config.pp == config.tp == 1:
             return None
         exits: ExitConfig = config.exit_config()
         path = config.model
@@ -192,6 +219,10 @@ class Run:
             saved = read_exit_config(find_exits(config.exits))
             exits, path = saved_exits(saved), config.model or saved["base_model"]
         shapes = EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
+        if config.tp > 1:
+            check_splits(shapes.backbone.config, layer_plan(shapes.backbone), config.tp)
+        if config.pp == 1:
+            return None
         stages = cut_stages(shapes, config)
         text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
         self.console.print(f"layers of the stages: {text}", highlight=False)
@@ -245,6 +276,7 @@ class Run:
         display = Display(self.console, first, config.steps)
         with display.progress, stop_requests() as stopped:
             for step in range(first, config.steps):
+                self.mesh.doing = f"step {step + 1}"
                 self.step(step, log, display, stopped())
                 done = step + 1
                 last = done == config.steps

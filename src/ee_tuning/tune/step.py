@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ee_tuning.backbone import State
 from ee_tuning.exits import Exit
-from ee_tuning.losses import LossSum, count_labels, cross_entropy, distillation
+from ee_tuning.losses import (
+    SOFTMAX,
+    LossSum,
+    Softmax,
+    count_labels,
+    cross_entropy,
+    distillation,
+)
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import GradientSum
 from ee_tuning.parallel.mesh import Mesh
@@ -43,16 +50,18 @@ class Objective:
         """Whether the final exit's logits are needed, and so the whole backbone."""
         return self.loss != "ce"
 
-    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> LossSum:
+    def __call__(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, softmax: Softmax = SOFTMAX
+    ) -> LossSum:
         """Summed loss of logits (B, T, V) on labels (B, T)."""
         terms = []
         if self.loss != "kl":
             weight = 1.0 if self.loss == "ce" else 1 - self.kl_weight
-            terms.append((weight, cross_entropy(logits, labels, self.dynamic_weights)))
+            terms.append((weight, cross_entropy(logits, labels, self.dynamic_weights, softmax)))
         if self.loss != "ce":
             assert teacher is not None
             weight = 1.0 if self.loss == "kl" else self.kl_weight
-            args = (logits, teacher, labels, self.kl_temperature, self.dynamic_weights)
+            args = (logits, teacher, labels, self.kl_temperature, self.dynamic_weights, softmax)
             terms.append((weight, distillation(*args)))
         total = torch.stack([weight * term.total for weight, term in terms]).sum()
         return LossSum(total, terms[0][1].count)
@@ -141,7 +150,7 @@ def _features(exit: Exit, state: State) -> Tensor:
 def _loss(
     exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
 ) -> Tensor:
-    return objective(exit.known_logits(features), labels, teacher).total
+    return objective(exit.known_logits(features), labels, teacher, exit.softmax).total
 
 
 @cache
