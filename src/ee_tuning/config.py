@@ -220,6 +220,8 @@ class TuneConfig(NewExitsConfig):
     tp: int = option(1, "tensor-parallel ranks")
     pp: int = option(1, "pipeline stages")
     stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
+    shard: bool = option(False, "each data-parallel rank keeps a part of the exits only")
+    trace: bool = option(False, "draw the timeline of the second step: OUT/trace.png")
     timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
 
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")

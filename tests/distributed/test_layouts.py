@@ -12,8 +12,10 @@ import pytest
 import torch
 
 LAYOUTS = {
-    "dp2": (2, 1, 1), "tp2": (1, 2, 1), "pp2": (1, 1, 2), "pp4": (1, 1, 4), "dp2-tp2": (2, 2, 1),
-    "dp2-pp2": (2, 1, 2), "tp2-pp2": (1, 2, 2), "dp2-tp2-pp2": (2, 2, 2),
+    "dp2": {"dp": 2}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "pp4": {"pp": 4},
+    "dp2-tp2": {"dp": 2, "tp": 2}, "dp2-pp2": {"dp": 2, "pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2},
+    "dp2-tp2-pp2": {"dp": 2, "tp": 2, "pp": 2}, "dp2-shard": {"dp": 2, "shard": True},
+    "dp2-pp2-shard": {"dp": 2, "pp": 2, "shard": True},
 }  # fmt: skip
 FAMILIES = ["llama", "tied", "biased"]
 
@@ -21,11 +23,11 @@ FAMILIES = ["llama", "tied", "biased"]
 @pytest.fixture(scope="module")
 def runs(new_runs, backbones):
     runs = new_runs()
-    for layout, (dp, tp, pp) in sorted(LAYOUTS.items(), key=lambda item: -prod(item[1])):
+    sizes = {name: prod(int(n) for n in layout.values()) for name, layout in LAYOUTS.items()}
+    for name in sorted(LAYOUTS, key=sizes.get, reverse=True):
         for family in FAMILIES:
-            size = dp * tp * pp
-            model = str(backbones / family)
-            runs.add(f"{family}-{layout}", size, model=model, dp=dp, tp=tp, pp=pp)
+            settings = LAYOUTS[name] | {"model": str(backbones / family)}
+            runs.add(f"{family}-{name}", sizes[name], **settings)
     for family in FAMILIES:
         runs.add(f"{family}-one", model=str(backbones / family))
     runs.start()
@@ -62,5 +64,5 @@ def test_the_layouts_are_compared_on_something_that_moves(runs):
     last = runs.tensors("llama-one", "checkpoints/step-000003/exit-4.safetensors")
     assert all((first[name] - last[name]).abs().max() > 0.3e-3 for name in first)
     norms = [r["grad_norm"] for r in runs.records("llama-one") if "grad_norm" in r]
-    assert any(norm > 0.01 for step in norms for norm in step.values())
+    assert any(norm > 0.005 for step in norms for norm in step.values())
     assert torch.isfinite(torch.tensor([list(step.values()) for step in norms])).all()

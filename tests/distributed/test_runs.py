@@ -1,5 +1,6 @@
 """What a run of several processes does besides giving the same exits: `test_layouts` has that."""
 
+import json
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ VARIANTS = {
     "one-stage": (2, {"pp": 2}, {"layers": "4,5", "arch": "norm", "head": "own"}),
     "more-stages": (4, {"pp": 4}, {"layers": "5", "arch": "mlp", "head": "own"}),
     "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
+    "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
+        "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
     "warm-up": (2, {"pp": 2}, {"loss_weights": [1.0, 0.5, 2.0, 1.0], "loss_weight_warmup": 4}),
 }  # fmt: skip
 
@@ -31,7 +34,7 @@ def runs(new_runs, backbones, data):
         runs.add(f"{name}-one", **settings)
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
-    runs.add("sends", 2, pp=2, count=True)
+    runs.add("sends", 2, pp=2, count=True, trace=True)
     runs.add("sums", 2, dp=2, count=True)
     runs.add("whole", 1, steps=4)
     bad = {
@@ -39,6 +42,8 @@ def runs(new_runs, backbones, data):
         "stage-layers": (2, {"pp": 2, "stage_layers": [1, 1]}),
         "heads": (4, {"tp": 4}), "kl-pp": (2, {"pp": 2, "loss": "kl"}),
         "fp8-tp": (2, {"tp": 2, "exit_precision": "fp8"}),
+        "shard-tp": (2, {"tp": 2, "shard": True}),
+        "shard-8": (2, {"dp": 2, "shard": True, "optimizer": "adamw-8bit"}),
         "few": (2, {"dp": 2, "global_batch_size": 1}),
         "no-plan": (2, {"tp": 2, "model": str(backbones / "gpt2")}),
     }  # fmt: skip
@@ -104,6 +109,20 @@ def test_stages_send_activations_forward_and_nothing_back(runs):
     assert {to for _, to in first["sent"]} == {1}
     assert second["sent"] == first["received"] == []
     assert second["received"] == [[nbytes, 0] for nbytes in tuned]
+
+
+def test_the_timeline_of_a_step(runs):
+    """Each stage's forward of a micro-batch begins after the one before ended; a chart is drawn."""
+    events = json.loads((runs.root / "sends/trace.json").read_text())
+    assert list(events) == ["rank 0 (pp 0, dp 0, tp 0)", "rank 1 (pp 1, dp 0, tp 0)"]
+    first, second = events.values()
+    assert {what for what, _, _ in first} <= {"forward", "exit work", "waiting"}
+    assert {"forward", "exit work", "waiting"} == {what for what, _, _ in second}
+    received = [stop for what, _, stop in second if what == "waiting"]
+    forward = [stop for what, _, stop in first if what == "forward"]
+    assert min(forward) < max(received)
+    assert min(start for what, start, _ in second if what == "forward") > min(forward)
+    assert (runs.root / "sends/trace.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_data_parallel_ranks_exchange_gradients_of_exits(runs):

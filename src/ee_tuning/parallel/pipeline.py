@@ -7,7 +7,7 @@ back-propagates its own exits while the next stage runs its own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -20,6 +20,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.trace import Timeline
 
 Batch = dict[str, Tensor]
 
@@ -29,6 +30,7 @@ class Pipeline:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
+        self.timeline = Timeline()
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def states(
@@ -37,23 +39,34 @@ class Pipeline:
         """`model.states` of a micro-batch; with several stages, at once and handed on."""
         ids, rest = batch["input_ids"], (batch["position_ids"], batch.get("boundaries"))
         if self.mesh.pp == 1:
-            return model.states(ids, *rest, to_end=to_end)
+            return self._recorded(model.states(ids, *rest, to_end=to_end))
         inputs = ids if self.mesh.pp_rank == 0 else self._receive(model, ids)
-        states = list(model.states(inputs, *rest, to_end=to_end))
+        states = list(self._recorded(model.states(inputs, *rest, to_end=to_end)))
         if self.mesh.pp_rank < self.mesh.pp - 1:
             self._send(states[-1][1].hidden)
         return states
 
     def settle(self) -> None:
         """Wait until everything sent so far has left, and free it."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        with self.timeline.record("waiting"):
+            while self._sent:
+                self._sent.popleft()[0].wait()
+
+    def _recorded(self, states: Iterator[tuple[int, State]]) -> Iterator[tuple[int, State]]:
+        """`states`, each run of layers in the timeline."""
+        while True:
+            with self.timeline.record("forward"):
+                item = next(states, None)
+            if item is None:
+                return
+            yield item
 
     def _receive(self, model: EarlyExitModel, ids: Tensor) -> Tensor:
         """The hidden states (B, T, H) of token ids (B, T) after the stage before."""
         size = (*ids.shape, model.backbone.config.hidden_size)
         hidden = torch.empty(size, dtype=model.backbone.dtype, device=ids.device)
-        dist.recv(hidden, src=self.mesh.previous_stage)
+        with self.timeline.record("waiting"):
+            dist.recv(hidden, src=self.mesh.previous_stage)
         return hidden
 
     def _send(self, hidden: Tensor) -> None:

@@ -141,7 +141,7 @@ def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool) -> None:
     if teacher or any(exit.spec.head == "shared" for exit in exits):
         _split(backbone.head, "the head", STYLES["colwise"], tp)
     for number in model.stage:
-        layer = backbone.layers[number]
+        layer = backbone.layers[number]  # type: ignore[index]
         _split_by_plan(layer, plan, tp)
     for exit in exits:
         _split_exit(exit, plan, tp, backbone.config.vocab_size)
@@ -201,7 +201,7 @@ def _split_by_plan(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> N
             continue
         if style == SUMMED:
             for p in modules[name].parameters():
-                p.summed = True  # type: ignore[attr-defined]
+                p.summed = True
         else:
             _split(modules[name], name, STYLES[style], tp)
 
@@ -219,16 +219,9 @@ def _split(linear: nn.Module, name: str, style: Style, tp: DeviceMesh) -> None:
         raise UserError(f"tp is {tp.size()}: it must divide {name}, {linear.weight.shape[dim]}")
     linear.__class__ = ParallelLinear
     linear.mesh, linear.style = tp, style  # type: ignore[assignment]
-    linear.weight = _split_parameter(linear.weight, dim, tp)
+    linear.weight = split_parameter(linear.weight, dim, tp)
     if linear.bias is not None and dim == ROWS:
-        linear.bias = _split_parameter(linear.bias, ROWS, tp)
-
-
-def _split_parameter(p: Tensor, dim: int, mesh: DeviceMesh) -> SplitParameter:
-    values = p.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
-    local = SplitParameter(values, p.requires_grad)
-    local.split_dim, local.mesh = dim, mesh
-    return local
+        linear.bias = split_parameter(linear.bias, ROWS, tp)
 
 
 # -- parameters that are split ---------------------------------------------------------------------
@@ -239,6 +232,16 @@ class SplitParameter(nn.Parameter):
 
     split_dim: int
     mesh: DeviceMesh
+
+
+def split_parameter(
+    p: Tensor, dim: int, mesh: DeviceMesh, kind: type[SplitParameter] = SplitParameter
+) -> SplitParameter:
+    """This process's part of `p`, cut along `dim` into as many as `mesh` has processes."""
+    values = p.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
+    local = kind(values, p.requires_grad)
+    local.split_dim, local.mesh = dim, mesh
+    return local
 
 
 def whole(p: Tensor, values: Tensor) -> Tensor:

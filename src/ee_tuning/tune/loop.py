@@ -29,10 +29,11 @@ from ee_tuning.loading import empty_backbone, load_tokenizer
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.out import claim_folder
-from ee_tuning.parallel.data import deal
+from ee_tuning.parallel.data import deal, deal_batches, shard_exits
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline, cut_stages
 from ee_tuning.parallel.tensor import check_splits, layer_plan, split_model
+from ee_tuning.parallel.trace import save_timeline
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -106,7 +107,7 @@ def check(config: TuneConfig) -> None:
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
         )
-    _check_tensor_parallel(config)
+    _check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
             f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
@@ -119,18 +120,28 @@ def check(config: TuneConfig) -> None:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
 
 
-def _check_tensor_parallel(config: TuneConfig) -> None:
-    """Refuse what cannot be had with matrices that are split."""
-    refused = {
-        "--backbone-precision fp8": config.backbone_precision == "fp8",
-        "--exit-precision fp8": config.exit_precision == "fp8",
-        "--optimizer adamw-8bit": config.optimizer == "adamw-8bit",
-        "--compile on": config.compile == "on",
-        "--exit-vocab and --loss": bool(config.exit_vocab) and config.loss != "ce",
-    }
-    for setting, given in refused.items():
-        if given and config.tp > 1:
-            raise UserError(f"{setting} cannot be had with --tp: it does not know split matrices")
+def _check_parallel(config: TuneConfig) -> None:
+    """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
+    eight_bit = config.optimizer == "adamw-8bit"
+    reduced = bool(config.exit_vocab) and config.loss != "ce"
+    refused = [
+        ("--tp", config.tp > 1, "--backbone-precision fp8", config.backbone_precision == "fp8"),
+        ("--tp", config.tp > 1, "--exit-precision fp8", config.exit_precision == "fp8"),
+        ("--tp", config.tp > 1, "--optimizer adamw-8bit", eight_bit),
+        ("--tp", config.tp > 1, "--compile on", config.compile == "on"),
+        (
+            "--tp",
+            config.tp > 1,
+            "--exit-vocab and --loss",
+            reduced,
+        ),
+        ("--tp", config.tp > 1, "--shard", config.shard),
+        ("--shard", config.shard, "--optimizer adamw-8bit", eight_bit),
+        ("--shard", config.shard, "--dp 1", config.dp == 1),
+    ]
+    for one, has_one, other, has_other in refused:
+        if has_one and has_other:
+            raise UserError(f"{other} cannot be had with {one}: leave one of them out")
 
 
 class Run:
@@ -162,6 +173,8 @@ class Run:
             self._reduce_vocabulary()
         split_model(self.model, mesh, self.objective.needs_teacher)
         prepare(self.model, config)
+        if config.shard:
+            shard_exits(self.model, mesh)
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
         self.optimizers = build_optimizers(self.model, config)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
@@ -277,6 +290,7 @@ class Run:
         with display.progress, stop_requests() as stopped:
             for step in range(first, config.steps):
                 self.mesh.doing = f"step {step + 1}"
+                self.pipeline.timeline.on = config.trace and step == first + 1
                 self.step(step, log, display, stopped())
                 done = step + 1
                 last = done == config.steps
@@ -290,7 +304,11 @@ class Run:
                     self._save(done)
                 if self.stopping and not last:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
+        self.pipeline.timeline.on = False
         after = self.validate(log, config.steps)
+        if config.trace and config.steps > first + 1:
+            idle = save_timeline(self.pipeline.timeline, self.mesh, self.out)
+            self.console.print(f"second step: {idle:.0%} idle, drawn in {self.out / 'trace.png'}")
         if self.mesh.is_main:
             state = saved_exit_state(checkpoints(self.checkpoints)[-1], self.model)
             self.model.save_pretrained(self.out, self.dtype, state)
@@ -368,7 +386,7 @@ class Run:
         """Held-out loss per exit, recorded at `step`."""
         size = self.config.micro_batch_size
         rows = min(len(self.valid_data), self.config.eval_batches * size)
-        batches = deal(list(micro_batches(self.valid_data, range(rows), size)), self.mesh)
+        batches = deal_batches(list(micro_batches(self.valid_data, range(rows), size)), self.mesh)
         losses = mean_losses(self.model, batches, self.autocast, self.pipeline)
         log.write(step, valid_loss=losses)
         text = "  ".join(f"exit {layer} {loss:.3f}" for layer, loss in losses.items())

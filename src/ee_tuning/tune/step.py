@@ -22,9 +22,10 @@ from ee_tuning.losses import (
     distillation,
 )
 from ee_tuning.model import EarlyExitModel
-from ee_tuning.parallel.data import GradientSum
+from ee_tuning.parallel.data import GradientSum, ShardedParameter
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
+from ee_tuning.parallel.tensor import whole
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 from ee_tuning.varlen import boundaries
 
@@ -226,25 +227,29 @@ def exit_gradients(
         for layer in model.exit_layers:
             with cast(), working_copies(model.exit(layer), autocast):
                 for run in runs:
-                    means[layer] += next(run)[1].total / count
+                    with pipeline.timeline.record("exit work"):
+                        means[layer] += next(run)[1].total / count
             if wave is waves[-1]:
                 yield layer, means[layer]
 
 
 @contextmanager
 def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the exit's matrices are in the dtype they are multiplied in, cast only once.
+    """Inside, the exit's matrices are whole and in the dtype they are multiplied in.
 
-    The gradients of the copies are added to those of the parameters, in the parameters' dtype.
+    They are cast, and gathered if they are sharded, only once. The gradients of the copies are
+    added to those of the parameters, in the parameters' dtype.
     """
     swapped = [
         (module._parameters, name, p)
         for module in exit.modules()
         for name, p in module._parameters.items()
-        if dtype and p is not None and p.requires_grad and p.dim() >= 2 and p.dtype != dtype
+        if p is not None and p.requires_grad and _needs_copy(p, dtype)
     ]
     for parameters, name, p in swapped:
-        parameters[name] = torch.nn.Parameter(p.detach().to(dtype))
+        cast = p.detach().to(dtype if p.dim() >= 2 else p.dtype)
+        gathered = whole(p, cast) if isinstance(p, ShardedParameter) else cast
+        parameters[name] = torch.nn.Parameter(gathered)
         parameters[name].register_post_accumulate_grad_hook(partial(_hand_over, p))  # type: ignore[union-attr]
     try:
         yield
@@ -253,9 +258,17 @@ def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
             parameters[name] = p
 
 
+def _needs_copy(p: Tensor, dtype: torch.dtype | None) -> bool:
+    is_cast = dtype is not None and p.dim() >= 2 and p.dtype != dtype
+    return is_cast or isinstance(p, ShardedParameter)
+
+
 def _hand_over(p: Tensor, copy: Tensor) -> None:
     assert copy.grad is not None
-    p.grad = copy.grad.to(p.dtype) if p.grad is None else p.grad.add_(copy.grad)
+    kept = "whole_grad" if isinstance(p, ShardedParameter) else "grad"
+    sum_so_far = getattr(p, kept)
+    total = copy.grad.to(p.dtype) if sum_so_far is None else sum_so_far.add_(copy.grad)
+    setattr(p, kept, total)
     copy.grad = None
 
 
@@ -265,8 +278,11 @@ def _waves(
     """The micro-batches that go down the layers side by side.
 
     All of them, so that only one exit's gradients exist at a time, where their hidden states take
-    less memory than the other exits' gradients would; else one after another.
+    less memory than the other exits' gradients would; else one after another. Sharded exits are
+    gathered, and their gradients summed, only once.
     """
+    if any(isinstance(p, ShardedParameter) for p in model.exits.parameters()):
+        return [micro_batches]
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
     kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
@@ -319,7 +335,8 @@ def tuning_step(
     def step_exits(left: int) -> None:
         while len(summed) > left:
             layer, gradients = summed.popleft()
-            gradients.wait()
+            with pipeline.timeline.record("waiting"):
+                gradients.wait()
             norms[layer] = clip_gradients(model.exit(layer), clip).to(losses[layer].device)
             optimizers[layer].step()
             optimizers[layer].zero_grad(set_to_none=True)
@@ -351,8 +368,10 @@ def mean_losses(
         for cpu_batch in batches:
             batch = place_batch(model, _for_exits(model, cpu_batch))
             count += count_labels(batch["labels"])
-            for layer, loss in exit_losses(model, batch, Objective(), pipeline=pipeline):
-                totals[layer] += loss.total
+            losses = exit_losses(model, batch, Objective(), pipeline=pipeline)
+            for layer in model.exit_layers:
+                with working_copies(model.exit(layer), autocast):
+                    totals[layer] += next(losses)[1].total
     pipeline.settle()
     values = torch.stack([*totals.values(), count * (mesh.pp_rank == 0)]).double().tolist()
     *sums, tokens = mesh.sum_on_host(values if mesh.tp_rank == 0 else [0.0] * len(values))
