@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -21,13 +23,14 @@ BACKBONES = {
 
 
 def free_ports(number):
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports that nothing listens on, below those the system hands out to connections."""
+    found = set()
+    while len(found) < number:
+        port = random.SystemRandom().randrange(2000, 10000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,11 @@ class Mesh:
         on_gpu = device.type == "cuda"
         patience = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=patience + GRACE if on_gpu else patience)
+        patient = patience + GRACE if on_gpu else patience
+        # torchrun keeps its store through restarts: what a failed attempt left there is not ours.
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+        dist.init_process_group(backend, None, patient, size, rank, store)
         shape = (self.pp, self.dp, self.tp)
         self._device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
         self._host = dist.new_group(backend="gloo", timeout=patience)
