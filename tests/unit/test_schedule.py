@@ -1,6 +1,6 @@
 """Balancing stages and simulating their schedule, against the obvious ways."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_stages_are_balanced_as_well_as_any_cut(stages):
 
     def dearest(stops):
         edges = [0, *stops, len(COSTS)]
-        return max(sum(COSTS[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+        return max(sum(COSTS[a:b]) for a, b in pairwise(edges))
 
     best = min(dearest(stops) for stops in combinations(range(1, len(COSTS)), stages - 1))
     stops = [sum(found[: i + 1]) for i in range(stages - 1)]
