@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning import config as settings
-from ee_tuning.errors import Interrupted, UserError
+from ee_tuning.errors import Interrupted, ProcessFailed, UserError
 
 
 def init(config: settings.InitConfig) -> None:
@@ -34,7 +34,8 @@ def tune(config: settings.TuneConfig) -> None:
     from ee_tuning.tune import tune
 
     tune(config)
-    print(f"exits saved in {config.out}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"exits saved in {config.out}")
 
 
 def generate(config: settings.GenerateConfig) -> None:
@@ -88,6 +89,8 @@ def main(args: list[str] | None = None) -> None:
         _run(args)
     except UserError as error:
         _fail(str(error), debug, 2)
+    except ProcessFailed as error:
+        _fail(str(error), debug, 1)
     except Interrupted as error:
         _fail(str(error), debug, 130)
     except KeyboardInterrupt:
@@ -97,7 +100,11 @@ def main(args: list[str] | None = None) -> None:
 def _fail(message: str, debug: bool, status: int) -> typing.NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"ee-tuning: {message}", file=sys.stderr)
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0")
+    text = message if processes == 1 or message.startswith("rank") else f"rank {rank}: {message}"
+    print(f"ee-tuning: {text}", file=sys.stderr, flush=True)
+    if processes > 1:
+        os._exit(status)  # what waits for other processes, perhaps for ever, is not waited for
     raise SystemExit(status)
 
 

@@ -212,9 +212,17 @@ class TuneConfig(NewExitsConfig):
         0, "exits know only so many tokens, the most frequent of the data; 0: all"
     )
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile layers and exits; auto: on a GPU"
+        "auto", "torch.compile layers and exits; auto: on a GPU without --tp"
     )
     device: str = option("auto", "cpu, cuda or auto")
+
+    dp: int = option(1, "data-parallel ranks; dp × tp × pp processes are started by torchrun")
+    tp: int = option(1, "tensor-parallel ranks")
+    pp: int = option(1, "pipeline stages")
+    stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
+    shard: bool = option(False, "each data-parallel rank keeps a part of the exits only")
+    trace: bool = option(False, "draw the timeline of the second step: OUT/trace.png")
+    timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
 
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints kept")

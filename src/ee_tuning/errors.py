@@ -12,6 +12,10 @@ class Interrupted(Exception):
     """A run was asked to stop and has saved its state. Exit status 130."""
 
 
+class ProcessFailed(Exception):
+    """One of a run's processes had to stop, perhaps because of another one. Exit status 1."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for use in one of our own."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ee_tuning.backbone import Backbone, SegmentCache, State, attention_name, mlp_names
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
+from ee_tuning.losses import SOFTMAX, Softmax
 from ee_tuning.twin import twin
 from ee_tuning.vocabulary import select_rows
 
@@ -55,6 +56,7 @@ class Exit(nn.Module):
         """
         super().__init__()
         self.spec = spec
+        self.softmax: Softmax = SOFTMAX  # over its logits, which may be parts of the vocabulary's
         if spec.head == "own":
             self.head = _trainable(backbone.head)
         if spec.arch != "embedding":

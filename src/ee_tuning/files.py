@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with _holder(path) as holder:
         yield holder / path.name
-        _rename(holder / path.name, path, holder)
+        put_at(holder / path.name, path)
 
 
 @contextmanager
@@ -46,25 +46,37 @@ def _holder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, gone at the end; a failure to write is a UserError."""
     holder = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield holder
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            yield holder
+    finally:
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a failure to write is a UserError that names `path`."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:  # the latter is how safetensors says: disk full
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"could not write {path}: {reason}; free some space or choose another --out, "
             "what was there before is untouched"
         ) from error
-    finally:
-        if holder is not None:
-            shutil.rmtree(holder, ignore_errors=True)
 
 
-def _rename(temporary: Path, path: Path, holder: Path) -> None:
-    """Put `temporary` at `path`. A folder in the way steps aside: rename needs it gone."""
-    if path.is_dir():
-        os.rename(path, holder / "old")
+def put_at(temporary: Path, path: Path) -> None:
+    """Rename `temporary` to `path`. A folder in the way steps aside: rename needs it gone."""
+    if not path.is_dir():
+        os.replace(temporary, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.rename(path, aside / "old")
     os.replace(temporary, path)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

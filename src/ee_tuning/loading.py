@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -54,21 +56,37 @@ def load_config(path: str) -> Any:
     return config
 
 
+def empty_backbone(path: str) -> PreTrainedModel:
+    """A causal LM without its weights, on the meta device, to look at its shapes."""
+    config = load_config(path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is needed of a backbone besides its norm: layers (from 1), token embedding, head."""
+
+    layers: frozenset[int]
+    embedding: bool = True
+    head: bool = True
+
+
 def load_backbone(
     path: str,
-    layers: set[int] | None = None,
+    parts: Parts | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel:
-    """A causal LM with only `layers` (counted from 1) in memory; None loads all.
+    """A causal LM with only `parts` in memory; None loads all.
 
-    A layer left out is an empty placeholder: its tensors are never read from the safetensors
+    A part left out is an empty placeholder: its tensors are never read from the safetensors
     files, and every other layer keeps its place and number.
 
     Raises:
         UserError: files missing, truncated or corrupt, tensors missing or of another shape.
     """
     config = load_config(path)
-    model_class = _with_layers(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], layers)
+    model_class = _with_parts(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], parts, config)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -91,20 +109,29 @@ def load_backbone(
     return model
 
 
-def _with_layers(model_class: Any, layers: set[int] | None) -> Any:
-    """`model_class`, but building empty placeholders for the layers not in `layers`."""
-    if layers is None:
+def _with_parts(model_class: Any, parts: Parts | None, config: Any) -> Any:
+    """`model_class`, but building empty placeholders for what is not in `parts`."""
+    if parts is None:
         return model_class
+    tied = config.tie_word_embeddings
+    embedding = parts.embedding or (tied and parts.head)
+    head = parts.head or (tied and parts.embedding)
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         anatomy = find_anatomy(self)
         owner = self.get_submodule(anatomy.trunk).get_submodule(anatomy.layers)
-        for number in set(range(1, config.num_hidden_layers + 1)) - layers:
+        for number in set(range(1, config.num_hidden_layers + 1)) - parts.layers:
             owner[number - 1] = nn.Module()  # type: ignore[operator]
+        given = self.get_input_embeddings()
+        paths = [path for path, module in self.named_modules() if module is given]
+        for path in ([] if embedding else paths) + ([] if head else [anatomy.head]):
+            self.set_submodule(path, nn.Module())
 
-    ignored = [r"\.(layers|h)\.\d+\."]  # so that transformers does not warn of tensors left unread
-    body = {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": ignored}
+    # So that transformers neither warns of tensors left unread nor ties what is not there.
+    body: dict[str, Any] = {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": [r"."]}
+    if not (embedding and head):
+        body["_tied_weights_keys"] = {}
     return type(model_class.__name__, (model_class,), body | {"__module__": model_class.__module__})
 
 
@@ -132,12 +159,17 @@ def tensor_hashes(backbone: Backbone, deepest: int) -> dict[str, str]:
 
     Over the tensors' names, shapes and `SAMPLES_PER_TENSOR` values of each, rounded to bf16 so
     that the dtype a checkpoint is loaded in makes no difference. Deeper layers are not covered:
-    they need not be in memory.
+    they need not be in memory. Nor are parts that another stage of a pipeline holds.
     """
     parts = {"embedding": backbone.model.get_input_embeddings(), "final norm": backbone.norm}
     layers = list(backbone.layers)[:deepest]  # type: ignore[call-overload]
     parts |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
-    return {name: _hash_tensors(part) for name, part in parts.items()}
+    return {name: _hash_tensors(part) for name, part in parts.items() if in_memory(part)}
+
+
+def in_memory(module: nn.Module) -> bool:
+    """Whether `module` is there, and not a placeholder of `load_backbone`."""
+    return any(True for _ in module.parameters())
 
 
 def _hash_tensors(module: nn.Module) -> str:

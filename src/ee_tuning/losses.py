@@ -28,7 +28,32 @@ def count_labels(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, dynamic: bool = False) -> LossSum:
+class Softmax:
+    """Softmax over logits that are all here; see `ee_tuning.parallel.tensor` for parts of them."""
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """(…, V) → (…, V)."""
+        return F.log_softmax(logits, dim=-1)
+
+    def places(self, labels: Tensor, ignored: int) -> Tensor:
+        """Labels as places among the logits here, `ignored` where they are elsewhere."""
+        return labels
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all parts of the vocabulary of their `values`."""
+        return values
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Largest probability: (…, V) → (…)."""
+        return confidence(logits)
+
+
+SOFTMAX = Softmax()
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, dynamic: bool = False, softmax: Softmax = SOFTMAX
+) -> LossSum:
     """Next-token cross-entropy of logits (B, T, V) against labels (B, T), in fp32.
 
     dynamic: multiply each token's loss by the exit's own confidence, detached (method of
@@ -36,14 +61,21 @@ def cross_entropy(logits: Tensor, labels: Tensor, dynamic: bool = False) -> Loss
     """
     # The last position has no target, instead of its logits being cut off: they stay in one piece.
     logits, targets = logits.float().flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    places = softmax.places(targets.flatten(), IGNORED)
+    found = softmax.log_probabilities(logits)
+    losses = softmax.sum(F.nll_loss(found, places, ignore_index=IGNORED, reduction="none"))
     if dynamic:
-        losses = losses * confidence(logits.detach())
+        losses = losses * softmax.confidence(logits.detach())
     return LossSum(losses.sum(), count_labels(labels))
 
 
 def distillation(
-    logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float, dynamic: bool = False
+    logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    dynamic: bool = False,
+    softmax: Softmax = SOFTMAX,
 ) -> LossSum:
     """KL divergence from the final exit's distribution, on the labelled tokens, times T².
 
@@ -51,11 +83,12 @@ def distillation(
     temperature (Hinton et al., arXiv 1503.02531).
     """
     mask = labels[:, 1:] != IGNORED
-    student = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)
-    target = F.log_softmax(teacher[:, :-1].float() / temperature, dim=-1)
-    losses = F.kl_div(student, target, log_target=True, reduction="none").sum(-1) * temperature**2
+    student = softmax.log_probabilities(logits[:, :-1].float() / temperature)
+    target = softmax.log_probabilities(teacher[:, :-1].float() / temperature)
+    terms = F.kl_div(student, target, log_target=True, reduction="none").sum(-1)
+    losses = softmax.sum(terms) * temperature**2
     if dynamic:
-        losses = losses * confidence(logits[:, :-1].detach())
+        losses = losses * softmax.confidence(logits[:, :-1].detach())
     return LossSum((losses * mask).sum(), mask.sum())
 
 

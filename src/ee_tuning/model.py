@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -27,6 +27,7 @@ from ee_tuning.exits import Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fp8 import freeze_in_fp8
 from ee_tuning.loading import (
+    Parts,
     check_same,
     config_values,
     load_backbone,
@@ -62,8 +63,13 @@ class EarlyExitModel(nn.Module):
     `exits` maps ``str(layer)`` to an `Exit`; `model` is the causal LM, `backbone` knows its parts.
     """
 
-    def __init__(self, model: PreTrainedModel, config: ExitConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: ExitConfig, stage: range | None = None
+    ) -> None:
         """Add exits to a loaded model. Prefer `from_base` and `from_pretrained`.
+
+        stage: the layers (counted from 0) that a stage of a pipeline runs, with the exits after
+        them; default: those up to the deepest exit.
 
         Raises:
             UserError: the model or the exits are not what this method can work with.
@@ -73,7 +79,10 @@ class EarlyExitModel(nn.Module):
         self.backbone = Backbone(model)
         self.config = config
         specs = config.specs(self.backbone.num_layers)
-        self.exits = nn.ModuleDict({str(spec.layer): Exit(self.backbone, spec) for spec in specs})
+        self.all_exit_layers = [spec.layer for spec in specs]  # of every stage
+        self.stage = range(specs[-1].layer) if stage is None else stage
+        own = [spec for spec in specs if spec.layer - 1 in self.stage]
+        self.exits = nn.ModuleDict({str(spec.layer): Exit(self.backbone, spec) for spec in own})
         if config.init == "random":
             for exit in self.exits.values():
                 exit.reset_random(config.seed)  # type: ignore[operator]
@@ -93,15 +102,17 @@ class EarlyExitModel(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         backbone_precision: MatrixPrecision = "same",
+        stage: range | None = None,
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
-        whole: False leaves out of memory the layers deeper than the deepest exit. device: default
-        where the model is, CPU if it was not loaded yet. backbone_precision: see `place`.
+        whole: False leaves out of memory the layers deeper than the deepest exit, and what
+        another `stage` (layers counted from 0) of a pipeline has. device: default where the model
+        is, CPU if it was not loaded yet. backbone_precision: see `place`.
         """
         if isinstance(model, str):
-            model = load_backbone(model, None if whole else _needed(model, config), dtype)
-        early_exit = cls(model, config)
+            model = load_backbone(model, None if whole else _needed(model, config, stage), dtype)
+        early_exit = cls(model, config, stage)
         early_exit.place(device or model.device, backbone_precision)
         return early_exit
 
@@ -116,26 +127,31 @@ class EarlyExitModel(nn.Module):
         exit_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         backbone_precision: MatrixPrecision = "same",
+        stage: range | None = None,
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
-        whole, device, backbone_precision: as for `from_base`. exit_dtype: default the backbone's.
+        whole, device, backbone_precision, stage: as for `from_base`. exit_dtype: default the
+        backbone's.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
         """
         folder = find_exits(exits)
         saved = read_exit_config(folder)
-        config = ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
+        config = saved_exits(saved)
         if model is None or isinstance(model, str):
             path = model or saved["base_model"]
             path = str(folder) if path == HERE else path
             if not path:
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
-            model = load_backbone(path, None if whole else _needed(path, config), dtype)
+            model = load_backbone(path, None if whole else _needed(path, config, stage), dtype)
         check_same(saved["backbone"]["config"], config_values(model.config), exits)
-        early_exit = cls(model, config)
-        check_same(saved["backbone"]["tensors"], early_exit.tensor_hashes, exits)
+        early_exit = cls(model, config, stage)
+        hashes, found = saved["backbone"]["tensors"], early_exit.tensor_hashes
+        if stage is not None:
+            hashes = {part: value for part, value in hashes.items() if part in found}
+        check_same(hashes, found, exits)
         early_exit.exits.to(exit_dtype or early_exit.backbone.dtype)
         early_exit.load_exits(folder / WEIGHTS_NAME)
         early_exit.place(device or model.device, backbone_precision)
@@ -175,11 +191,11 @@ class EarlyExitModel(nn.Module):
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
         """The backbone's fingerprint; see `ee_tuning.loading.tensor_hashes`."""
-        return tensor_hashes(self.backbone, self.exit_layers[-1])
+        return tensor_hashes(self.backbone, self.all_exit_layers[-1])
 
     @property
     def exit_layers(self) -> list[int]:
-        """Layers with an exit, counted from 1, in order of depth."""
+        """Layers with an exit in this stage, counted from 1, in order of depth."""
         return sorted(int(name) for name in self.exits)
 
     def exit(self, layer: int) -> Exit:
@@ -197,7 +213,8 @@ class EarlyExitModel(nn.Module):
     def segments(
         self, exit_layers: Sequence[int] | None = None, last: int | None = None
     ) -> list[Segment]:
-        """The backbone up to layer `last` (default: its end), cut after each of `exit_layers`.
+        """The backbone from this stage's first layer to layer `last` (default: the backbone's
+        end), cut after each of `exit_layers`.
 
         Raises:
             UserError: a layer has no exit.
@@ -206,28 +223,29 @@ class EarlyExitModel(nn.Module):
         last = self.backbone.num_layers if last is None else last
         stops = sorted({*layers, last})
         records = [k in layers and self.exit(k).spec.arch == "mlp" for k in stops]
-        starts = [0, *stops[:-1]]
+        starts = [self.stage.start, *stops[:-1]]
         return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
 
     def states(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         position_ids: Tensor | None = None,
         boundaries: Tensor | None = None,
         *,
         to_end: bool = False,
     ) -> Iterator[tuple[int, State]]:
-        """Run the frozen backbone segment by segment, giving (exit layer, state) at each stop.
+        """Run the frozen backbone segment by segment, giving (layer, state) at each stop.
 
-        input_ids, position_ids: (B, T) int64; positions that start again mark packed documents.
+        inputs: token ids (B, T) int64, or for a later stage hidden states (B, T, H).
+        position_ids: (B, T) int64; positions that start again mark packed documents.
         boundaries: the same for `ee_tuning.varlen`, where the model `takes_boundaries`.
-        Stops at the deepest exit, or with `to_end` after the last layer. Lazy: a segment runs
-        when the next item is asked for, so one exit can be finished before going deeper.
+        Stops at the end of this stage, which by default is the deepest exit, or with `to_end`
+        after the last layer. Lazy: a segment runs when the next item is asked for, so one exit
+        can be finished before going deeper.
         """
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-            position_ids = position_ids.expand_as(input_ids)
-        inputs = input_ids
+            position_ids = torch.arange(inputs.shape[1], device=inputs.device)
+            position_ids = position_ids.expand(inputs.shape[:2])
         for segment in self._chain(to_end):
             with torch.no_grad():
                 state = segment(inputs, position_ids, boundaries=boundaries)
@@ -237,7 +255,7 @@ class EarlyExitModel(nn.Module):
     def _chain(self, to_end: bool) -> list[Segment]:
         """The segments that `states` runs: the same every time, so that they compile once."""
         if to_end not in self._chains:
-            self._chains[to_end] = self.segments(last=None if to_end else self.exit_layers[-1])
+            self._chains[to_end] = self.segments(last=None if to_end else self.stage.stop)
             for segment in self._chains[to_end] if self.compiled else ():
                 segment.compile()
         return self._chains[to_end]
@@ -319,16 +337,22 @@ class EarlyExitModel(nn.Module):
         }
         return found | ({"vocabulary": self.vocabulary.tokens} if self.vocabulary else {})
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
         """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
 
-        dtype: what to store the weights in; default: as they are.
+        dtype: what to store the weights in; default: as they are. state: in place of
+        `exit_state`, where other processes hold some of the exits.
         """
         folder = Path(folder)
         with replacing(folder / WEIGHTS_NAME) as path:
             tensors = {
                 k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
-                for k, v in self.exit_state().items()
+                for k, v in (state or self.exit_state()).items()
             }
             save_file(tensors, path, metadata={"format": "pt"})
         config = self.saved_config()
@@ -354,13 +378,16 @@ class EarlyExitModel(nn.Module):
         }
 
     def load_exits(self, path: Path) -> None:
-        """Read the exits' weights into place.
+        """Read the exits' weights into place, of this stage alone.
 
         Raises:
             UserError: the file is missing or damaged, or holds other tensors than these exits.
         """
+        elsewhere = {str(layer) for layer in self.all_exit_layers} - set(self.exits)
         try:
-            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                names = [k for k in file.keys() if k.partition(".")[0] not in elsewhere]  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in names}
             if "vocabulary" in tensors:
                 self.reduce_vocabulary(tensors.pop("vocabulary"))
             derived = self.exits.state_dict()
@@ -387,13 +414,20 @@ class EarlyExitModel(nn.Module):
         return str(url)
 
 
-def _needed(path: str, config: ExitConfig) -> set[int]:
-    """The layers (from 1) that tuning these exits needs: up to the deepest one, and the last
-    one if a `layer` exit is made from it."""
+def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
+    """What tuning these exits, or those of a stage (layers from 0), needs: its layers, the last
+    one if a `layer` exit is made from it, and the embedding and head where they are used."""
     num_layers = load_config(path).num_hidden_layers
     specs = config.specs(num_layers)
-    last = {num_layers} if any(spec.arch == "layer" for spec in specs) else set()
-    return set(range(1, specs[-1].layer + 1)) | last
+    layers = range(specs[-1].layer) if stage is None else stage
+    own = [spec for spec in specs if spec.layer - 1 in layers]
+    last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
+    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, bool(own))
+
+
+def saved_exits(saved: dict[str, Any]) -> ExitConfig:
+    """The exits that an ``exit_config.json`` describes."""
+    return ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
 
 
 def find_exits(path: str) -> Path:

@@ -9,7 +9,7 @@ from ee_tuning.errors import UserError
 
 OURS = (
     "exits.safetensors", "exit_config.json", "README.md", "run.yaml", "metrics.jsonl",
-    "checkpoints", "tensorboard", "evaluation.json", "report.html",
+    "checkpoints", "tensorboard", "evaluation.json", "report.html", "trace.json", "trace.png",
 )  # fmt: skip
 
 

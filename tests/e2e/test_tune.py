@@ -297,8 +297,8 @@ def test_8_bit_optimizer_and_bf16_weights_resume_closely(base, data, tmp_path):
     settings = {"exit_vocab": 256, "optimizer": "adamw-8bit"}
     settings |= {"master_weights": "bf16", "precision": "bf16"}
     a, b = whole_and_resumed(base, data, tmp_path, **settings)
-    saved = load_file(tmp_path / "cut/checkpoints/step-000006/optimizer.safetensors")
-    assert saved["1.head.weight:exp_avg:codes"].dtype == torch.uint8
+    saved = load_file(tmp_path / "cut/checkpoints/step-000006/optimizer-1.safetensors")
+    assert saved["head.weight:exp_avg:codes"].dtype == torch.uint8
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=2**-5, atol=2e-2, msg=name)
     valid = [line["valid_loss"] for line in records(tmp_path / "whole") if "valid_loss" in line]

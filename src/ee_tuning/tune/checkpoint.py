@@ -1,8 +1,10 @@
 """Checkpoints: everything a run needs to go on bit for bit, in safetensors and JSON.
 
-A checkpoint is a folder ``checkpoints/step-000500/`` with the exits (fp32 master weights), the
-optimizer's state and the random state, and ``state.json``. The learning rate and the data's
-position are functions of the step alone, so the step is all there is to store of them.
+A checkpoint is a folder ``checkpoints/step-000500/`` with, for each exit, its master weights
+(``exit-8.safetensors``) and its optimizer's state (``optimizer-8.safetensors``), the random state
+and ``state.json``. The learning rate and the data's position are functions of the step alone, so
+the step is all there is to store of them. The tensors are whole however many processes a run has,
+so a run may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.files import read_json, replacing, write_json
-from ee_tuning.model import WEIGHTS_NAME, EarlyExitModel
+from ee_tuning.files import put_at, read_json, write_json, writing
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.tensor import part, whole
 from ee_tuning.tune.optimizer import Optimizers, set_learning_rate
 
 # What may not change between a run and its continuation: the exits and the order of the data.
@@ -36,18 +40,39 @@ def save_checkpoint(
     model: EarlyExitModel,
     optimizers: Optimizers,
     config: TuneConfig,
+    mesh: Mesh,
 ) -> Path:
-    """Write the checkpoint of `step` under `folder` and remove all but the last `config.keep`."""
+    """Write the checkpoint of `step` under `folder` and remove all but the last `config.keep`.
+
+    Each exit is written by a process that has it, whole: the files do not depend on the mesh.
+    """
     path = folder / f"step-{step:06d}"
-    with replacing(path) as temporary:
-        temporary.mkdir()
-        save_file(model.exit_state(), temporary / WEIGHTS_NAME)
-        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
-        settings = {key: getattr(config, key) for key in FIXED}
-        write_json(temporary / "state.json", {"step": step, "settings": settings})
-    for old in checkpoints(folder)[: -config.keep]:
-        shutil.rmtree(old)
+    partial = folder / f".{path.name}"
+    try:
+        with writing(path):
+            partial.mkdir(parents=True, exist_ok=True)
+            _write_exits(partial, model, optimizers, mesh)
+            mesh.barrier()
+            if mesh.is_main:
+                save_file(_common_tensors(model), partial / "common.safetensors")
+                settings = {key: getattr(config, key) for key in FIXED}
+                write_json(partial / "state.json", {"step": step, "settings": settings})
+                put_at(partial, path)
+                for old in checkpoints(folder)[: -config.keep]:
+                    shutil.rmtree(old)
+            mesh.barrier()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return path
+
+
+def _write_exits(folder: Path, model: EarlyExitModel, optimizers: Optimizers, mesh: Mesh) -> None:
+    """Write this stage's exits, which takes all its processes to make them whole."""
+    for layer in model.exit_layers:
+        weights, state = exit_tensors(model, optimizers, layer)
+        if mesh.dp_rank == mesh.tp_rank == 0:
+            save_file(weights, folder / f"exit-{layer}.safetensors")
+            save_file(state, folder / f"optimizer-{layer}.safetensors")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -74,27 +99,59 @@ def load_checkpoint(
                 f"cannot resume {found[-1]}: {key} was {value!r} and is now {now[key]!r}; "
                 "start anew with --overwrite or give the same"
             )
-    model.load_exits(found[-1] / WEIGHTS_NAME)
-    try:
-        tensors = load_file(found[-1] / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{found[-1]} is damaged ({error}): remove it and resume from the one before"
-        ) from error
-    _restore_optimizers(model, optimizers, tensors)
+    common = _read(found[-1] / "common.safetensors")
+    if "vocabulary" in common:
+        model.reduce_vocabulary(common["vocabulary"])
+    for layer in model.exit_layers:
+        _restore_exit(model, layer, _read(found[-1] / f"exit-{layer}.safetensors"))
+        optimizer = _read(found[-1] / f"optimizer-{layer}.safetensors")
+        _restore_optimizer(model, optimizers, layer, optimizer)
+    torch.set_rng_state(common["random:cpu"])
+    if "random:cuda" in common and model.backbone.device.type == "cuda":
+        torch.cuda.set_rng_state(common["random:cuda"])
     return state["step"]
 
 
-def _optimizer_tensors(model: EarlyExitModel, optimizers: Optimizers) -> dict[str, torch.Tensor]:
-    """The optimizers' state by parameter name, and torch's random state."""
-    tensors = {
-        ":".join((f"{layer}.{name}", key, *inner)): value.contiguous()
-        for layer, optimizer in optimizers.items()
-        for name, p in model.exit(layer).named_parameters()
-        for key, state in optimizer.state[p].items()
-        for inner, value in _plain_tensors(state)
-    }
-    tensors["random:cpu"] = torch.get_rng_state()
+def saved_exit_state(path: Path, model: EarlyExitModel) -> dict[str, torch.Tensor]:
+    """`EarlyExitModel.exit_state` of all exits, those of other stages too, from a checkpoint."""
+    state: dict[str, torch.Tensor] = {}
+    for layer in model.all_exit_layers:
+        weights = _read(path / f"exit-{layer}.safetensors")
+        state |= {f"{layer}.{name}": value for name, value in weights.items()}
+    return state | ({"vocabulary": model.vocabulary.tokens} if model.vocabulary else {})
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path.parent} is damaged ({path.name}: {error}): remove it and resume from the one "
+            "before"
+        ) from error
+
+
+def exit_tensors(
+    model: EarlyExitModel, optimizers: Optimizers, layer: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """An exit's weights and its optimizer's state by name, whole, on the host."""
+    weights, states = {}, {}
+    for name, p in model.exit(layer).named_parameters():
+        if name.startswith("reduced."):
+            continue
+        weights[name] = whole(p, p.detach())
+        for key, state in optimizers[layer].state[p].items():
+            for inner, value in _plain_tensors(state):
+                full = whole(p, value) if value.shape == p.shape else value
+                states[":".join((name, key, *inner))] = full.contiguous()
+    return weights, states
+
+
+def _common_tensors(model: EarlyExitModel) -> dict[str, torch.Tensor]:
+    """The reduced vocabulary, if there is one, and torch's random state."""
+    tensors = {"random:cpu": torch.get_rng_state()}
+    if model.vocabulary is not None:
+        tensors["vocabulary"] = model.vocabulary.tokens
     if model.backbone.device.type == "cuda":
         tensors["random:cuda"] = torch.cuda.get_rng_state()
     return tensors
@@ -107,33 +164,37 @@ def _plain_tensors(state: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Ten
     return [((name,), getattr(state, name)) for name in state.__tensor_flatten__()[0]]
 
 
-def _restore_optimizers(
-    model: EarlyExitModel, optimizers: Optimizers, tensors: dict[str, torch.Tensor]
+@torch.no_grad()
+def _restore_exit(model: EarlyExitModel, layer: int, weights: dict[str, torch.Tensor]) -> None:
+    for name, p in model.exit(layer).named_parameters():
+        if not name.startswith("reduced."):
+            p.copy_(part(p, weights[name]))
+
+
+def _restore_optimizer(
+    model: EarlyExitModel, optimizers: Optimizers, layer: int, tensors: dict[str, torch.Tensor]
 ) -> None:
-    parameters = dict(model.exits.named_parameters())
+    """Put an optimizer's saved state, or this process's part of it, into place."""
+    parameters, optimizer = dict(model.exit(layer).named_parameters()), optimizers[layer]
     if any(key.count(":") == 2 for key in tensors):
-        _make_state(optimizers)
-    random = {key: tensors.pop(key) for key in list(tensors) if key.startswith("random:")}
+        _make_state(optimizer)
     for path, value in tensors.items():
         name, key, *inner = path.split(":")
-        p, optimizer = parameters[name], optimizers[int(name.partition(".")[0])]
+        p = parameters[name]
         state: dict[str, Any] = optimizer.state[p]
         if inner:
             getattr(state[key], inner[0]).copy_(value)
+        elif key == "step":
+            state[key] = value.to(p.device) if optimizer.defaults.get("fused") else value
         else:
-            on_host = key == "step" and not optimizer.defaults.get("fused")
-            state[key] = value if on_host else value.to(p.device)
-    torch.set_rng_state(random["random:cpu"])
-    if "random:cuda" in random:
-        torch.cuda.set_rng_state(random["random:cuda"])
+            state[key] = part(p, value).to(p.device)
 
 
-def _make_state(optimizers: Optimizers) -> None:
-    """Let optimizers make their quantised state, by a step that changes no weight."""
-    for optimizer in optimizers.values():
-        set_learning_rate(optimizer, 0.0)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in parameters:
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer make its quantised state, by a step that changes no weight."""
+    set_learning_rate(optimizer, 0.0)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
             p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import shlex
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import datasets
 import torch
@@ -18,17 +20,27 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import ExitConfig, TuneConfig
 from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.devices import pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
-from ee_tuning.loading import load_tokenizer
+from ee_tuning.loading import empty_backbone, load_tokenizer
 from ee_tuning.losses import IGNORED
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.out import claim_folder
-from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
-from ee_tuning.tune.metrics import Display, MetricsLog, OnTheWay
+from ee_tuning.parallel.data import deal, deal_batches, shard_exits
+from ee_tuning.parallel.mesh import Mesh, restarts
+from ee_tuning.parallel.pipeline import Pipeline, cut_stages
+from ee_tuning.parallel.tensor import check_splits, layer_plan, split_model
+from ee_tuning.parallel.trace import save_timeline
+from ee_tuning.tune.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    saved_exit_state,
+)
+from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay
 from ee_tuning.tune.optimizer import (
     build_optimizers,
     learning_rate,
@@ -48,11 +60,22 @@ def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
     Raises:
         UserError: a setting that cannot work, or a loss that is not finite.
         Interrupted: after a first Ctrl-C or SIGTERM, once a checkpoint is written.
+        ProcessFailed: one of several processes failed.
+
+    Restarted by torchrun, a run goes on from its last checkpoint.
     """
     check(config)
-    out = claim_folder(config.out, config.overwrite, config.resume)
-    run = Run(config, out, console or Console(stderr=True))
-    run.go()
+    if restarts():
+        found = bool(checkpoints(Path(config.out) / "checkpoints"))
+        config = dataclasses.replace(config, resume=found, overwrite=not found)
+    mesh = Mesh(config.dp, config.tp, config.pp)
+    device = pick_device(config.device)
+    with mesh.connected(device, config.timeout):
+        mesh.check_same("settings", _digest(dataclasses.asdict(config)))
+        out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
+        console = console or Console(stderr=True, quiet=not mesh.is_main)
+        run = Run(config, out, console, mesh, device)
+        run.go()
     return run.model
 
 
@@ -79,17 +102,57 @@ def check(config: TuneConfig) -> None:
     for key in ("lr", "eps", "kl_temperature"):
         if not getattr(config, key) > 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
+    if config.pp > 1 and config.loss != "ce":
+        raise UserError(
+            f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
+            "from the last stage only; use --loss ce or --pp 1"
+        )
+    _check_parallel(config)
+    if config.global_batch_size < config.dp:
+        raise UserError(
+            f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
+            "data-parallel rank needs a sequence"
+        )
+    if config.stage_layers and config.pp == 1:
+        raise UserError("stage_layers needs --pp: a single stage has all layers")
     for key in ("kl_weight", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
 
 
+def _check_parallel(config: TuneConfig) -> None:
+    """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
+    eight_bit = config.optimizer == "adamw-8bit"
+    reduced = bool(config.exit_vocab) and config.loss != "ce"
+    refused = [
+        ("--tp", config.tp > 1, "--backbone-precision fp8", config.backbone_precision == "fp8"),
+        ("--tp", config.tp > 1, "--exit-precision fp8", config.exit_precision == "fp8"),
+        ("--tp", config.tp > 1, "--optimizer adamw-8bit", eight_bit),
+        ("--tp", config.tp > 1, "--compile on", config.compile == "on"),
+        (
+            "--tp",
+            config.tp > 1,
+            "--exit-vocab and --loss",
+            reduced,
+        ),
+        ("--tp", config.tp > 1, "--shard", config.shard),
+        ("--shard", config.shard, "--optimizer adamw-8bit", eight_bit),
+        ("--shard", config.shard, "--dp 1", config.dp == 1),
+    ]
+    for one, has_one, other, has_other in refused:
+        if has_one and has_other:
+            raise UserError(f"{other} cannot be had with {one}: leave one of them out")
+
+
 class Run:
     """The parts of one tuning run, wired together."""
 
-    def __init__(self, config: TuneConfig, out: Path, console: Console) -> None:
+    def __init__(
+        self, config: TuneConfig, out: Path, console: Console, mesh: Mesh, device: torch.device
+    ) -> None:
         self.config, self.out, self.console = config, out, console
-        self.device = pick_device(config.device)
+        self.mesh, self.device = mesh, device
+        self.pipeline = Pipeline(mesh)
         self.dtype = pick_dtype(config.precision, self.device)
         self.autocast = None if self.dtype == torch.float32 else self.dtype
         if config.master_weights == "bf16" and self.autocast is None:
@@ -98,25 +161,31 @@ class Run:
             config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
         )
         self.model = self._model()
-        self.layers = self.model.exit_layers
+        self.layers = self.model.all_exit_layers
         if config.loss_weights and len(config.loss_weights) != len(self.layers):
             raise UserError(
                 f"{len(config.loss_weights)} loss_weights for {len(self.layers)} exits: "
                 "give one each"
             )
         self.train_data, self.valid_data = self._data()
+        mesh.check_same("data", _digest(*map(_sample, (self.train_data, self.valid_data))))
         if config.exit_vocab:
             self._reduce_vocabulary()
+        split_model(self.model, mesh, self.objective.needs_teacher)
         prepare(self.model, config)
+        if config.shard:
+            shard_exits(self.model, mesh)
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
         self.optimizers = build_optimizers(self.model, config)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
+        self.stopping = False  # every process knows that one of them was asked to stop
         self.checkpoints = out / "checkpoints"
 
     def _model(self) -> EarlyExitModel:
-        """Exits to tune, on a backbone that is in memory as deep as needed."""
+        """Exits to tune, of this stage, on what they need of the backbone."""
         config = self.config
         load = {
+            "stage": self._stage(),
             "whole": self.objective.needs_teacher,
             "dtype": self.dtype,
             "device": self.device,
@@ -135,11 +204,42 @@ class Run:
                 config.exit_config(),
                 **load,  # type: ignore[arg-type]
             )
-        if not any(p.requires_grad for p in model.exits.parameters()):
+        model.tensor_hashes = {
+            part: value
+            for hashes in self.mesh.gather_on_host(model.tensor_hashes)
+            for part, value in hashes.items()
+        }
+        if not any(
+            self.mesh.gather_on_host(any(p.requires_grad for p in model.exits.parameters()))
+        ):
             raise UserError(
                 "nothing to tune: embedding exits with a shared head have no parameters"
             )
         return model
+
+    def _stage(self) -> range | None:
+        """The layers of this stage, counted from 0; None for all that the exits need.
+
+        Raises:
+            UserError: the backbone cannot be cut into so many stages, or split so often.
+        """
+        config = self.config
+        if config.pp == config.tp == 1:
+            return None
+        exits: ExitConfig = config.exit_config()
+        path = config.model
+        if config.exits:
+            saved = read_exit_config(find_exits(config.exits))
+            exits, path = saved_exits(saved), config.model or saved["base_model"]
+        shapes = EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
+        if config.tp > 1:
+            check_splits(shapes.backbone.config, layer_plan(shapes.backbone), config.tp)
+        if config.pp == 1:
+            return None
+        stages = cut_stages(shapes, config)
+        text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
+        self.console.print(f"layers of the stages: {text}", highlight=False)
+        return stages[self.mesh.pp_rank]
 
     def _data(self):  # type: ignore[no-untyped-def]
         config = self.config
@@ -182,32 +282,41 @@ class Run:
         first = 0
         if config.resume:
             first = load_checkpoint(self.checkpoints, self.model, self.optimizers, config)
-        write_text(self.out / "run.yaml", describe_run(config))
-        log = MetricsLog(self.out, config.log_to, first)
-        before = log.first_validation or self.validate(log, 0)
+        if self.mesh.is_main:
+            write_text(self.out / "run.yaml", describe_run(config))
+        log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
+        before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
         display = Display(self.console, first, config.steps)
         with display.progress, stop_requests() as stopped:
             for step in range(first, config.steps):
-                self.step(step, log, display)
+                self.mesh.doing = f"step {step + 1}"
+                self.pipeline.timeline.on = config.trace and step == first + 1
+                self.step(step, log, display, stopped())
                 done = step + 1
                 last = done == config.steps
                 evaluates = not last and config.eval_every and done % config.eval_every == 0
-                saves = last or stopped() or (config.save_every and done % config.save_every == 0)
-                if evaluates or saves:
+                saves = last or (config.save_every and done % config.save_every == 0)
+                if evaluates or saves or self.stopping:
                     self._report(log, display)
                 if evaluates:
                     self.validate(log, done)
-                if saves:
+                if saves or self.stopping:
                     self._save(done)
-                if stopped() and not last:
+                if self.stopping and not last:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
+        self.pipeline.timeline.on = False
         after = self.validate(log, config.steps)
-        self.model.save_pretrained(self.out, dtype=self.dtype)
+        if config.trace and config.steps > first + 1:
+            idle = save_timeline(self.pipeline.timeline, self.mesh, self.out)
+            self.console.print(f"second step: {idle:.0%} idle, drawn in {self.out / 'trace.png'}")
+        if self.mesh.is_main:
+            state = saved_exit_state(checkpoints(self.checkpoints)[-1], self.model)
+            self.model.save_pretrained(self.out, self.dtype, state)
         log.close()
         self.console.print(_table(before, after))
 
-    def step(self, step: int, log: MetricsLog, display: Display) -> None:
-        """One optimizer step, counted from 0."""
+    def step(self, step: int, log: MetricsLog | NoLog, display: Display, stop: bool) -> None:
+        """One optimizer step, counted from 0. stop: this process was asked to stop."""
         config = self.config
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, learning_rate(config, step))
@@ -221,21 +330,33 @@ class Run:
             weights,
             config.clip,
             self.autocast,
+            self.pipeline,
         )
         self._report(log, display)
-        self.unread = step, OnTheWay(torch.stack([*losses.values(), *norms.values()]))
+        self.unread = step, OnTheWay(self._numbers(losses, norms, stop))
         display.update(step + 1, config.global_batch_size * config.seq_length)
 
-    def _report(self, log: MetricsLog, display: Display) -> None:
+    def _numbers(
+        self, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor], stop: bool
+    ) -> torch.Tensor:
+        """This process's terms of the run's: each exit's loss, its norm, and stop requests."""
+        mesh, none = self.mesh, torch.zeros((), device=self.device)
+        losses = losses if mesh.tp_rank == 0 else {}
+        norms = norms if mesh.tp_rank == mesh.dp_rank == 0 else {}
+        values = [found.get(layer, none) for found in (losses, norms) for layer in self.layers]
+        return torch.stack([*values, none + stop])
+
+    def _report(self, log: MetricsLog | NoLog, display: Display) -> None:
         """Check, and now and then show and record, the losses that have not been read yet.
 
         They are read one step late, and before anything is saved, so that the host never waits
-        for the step that is under way.
+        for the step that is under way, nor a stage for the next one's end of it.
         """
         if self.unread is None:
             return
         (step, values), self.unread = self.unread, None
-        numbers = values.read()
+        *numbers, stops = self.mesh.sum_on_host(values.read())
+        self.stopping = self.stopping or stops > 0
         losses = dict(zip(self.layers, numbers, strict=False))
         norms = dict(zip(self.layers, numbers[len(self.layers) :], strict=True))
         self._check_finite(step, losses, norms)
@@ -249,7 +370,7 @@ class Run:
             )  # fmt: skip
 
     def _micro_batches(self, step: int) -> list[Batch]:
-        indices = self.order.indices(step)
+        indices = deal(self.order.indices(step), self.mesh)
         return list(micro_batches(self.train_data, indices, self.config.micro_batch_size))
 
     def _check_finite(self, step: int, losses: dict[int, float], norms: dict[int, float]) -> None:
@@ -261,19 +382,20 @@ class Run:
                     f"checkpoints in {self.checkpoints} are good; try a lower --lr"
                 )
 
-    def validate(self, log: MetricsLog, step: int) -> dict[int, float]:
+    def validate(self, log: MetricsLog | NoLog, step: int) -> dict[int, float]:
         """Held-out loss per exit, recorded at `step`."""
         size = self.config.micro_batch_size
         rows = min(len(self.valid_data), self.config.eval_batches * size)
-        batches = micro_batches(self.valid_data, range(rows), size)
-        losses = mean_losses(self.model, batches, self.autocast)
+        batches = deal_batches(list(micro_batches(self.valid_data, range(rows), size)), self.mesh)
+        losses = mean_losses(self.model, batches, self.autocast, self.pipeline)
         log.write(step, valid_loss=losses)
         text = "  ".join(f"exit {layer} {loss:.3f}" for layer, loss in losses.items())
         self.console.print(f"held-out loss at step {step}: {text}", highlight=False, soft_wrap=True)
         return losses
 
     def _save(self, step: int) -> None:
-        save_checkpoint(self.checkpoints, step, self.model, self.optimizers, self.config)
+        given = self.model, self.optimizers, self.config, self.mesh
+        save_checkpoint(self.checkpoints, step, *given)
 
 
 @contextmanager
@@ -295,6 +417,16 @@ def stop_requests() -> Iterator:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _digest(*values: Any) -> str:
+    """A short text that differs where `values` do."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def _sample(data: datasets.Dataset) -> Any:
+    """The size of a packed data set and some of its tokens."""
+    return len(data), [data[len(data) * i // 16]["input_ids"] for i in range(16)]
 
 
 def describe_run(config: TuneConfig) -> str:

@@ -42,6 +42,18 @@ class MetricsLog:
         self.file.close()
 
 
+class NoLog:
+    """A `MetricsLog` of a process that does not record what belongs to the whole run."""
+
+    first_validation = None
+
+    def write(self, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _flat(values: dict[str, Any]) -> list[tuple[str, float]]:
     """``{"loss": {8: 2.0}}`` as ``loss/8: 2.0``."""
     pairs = []

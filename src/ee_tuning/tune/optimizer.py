@@ -12,6 +12,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.tensor import total_norm
 
 # One per exit layer: an exit is stepped as soon as its gradients are complete.
 Optimizers = dict[int, torch.optim.Optimizer]
@@ -79,4 +80,7 @@ def clip_gradients(exit: Exit, largest: float) -> Tensor:
 
     Per exit, so that exits tuned together are the same as exits tuned alone.
     """
-    return torch.nn.utils.clip_grad_norm_(exit.parameters(), largest if largest > 0 else math.inf)
+    parameters = [p for p in exit.parameters() if p.grad is not None]
+    norm = total_norm(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest if largest > 0 else math.inf, norm)
+    return norm

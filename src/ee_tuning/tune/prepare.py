@@ -24,5 +24,7 @@ def prepare(model: EarlyExitModel, config: TuneConfig) -> EarlyExitModel:
         varlen.use_varlen(model)
         model.takes_boundaries = True
     on_gpu = model.backbone.device.type == "cuda"
-    model.compiled = config.compile == "on" or (config.compile == "auto" and on_gpu)
+    model.compiled = config.compile == "on" or (
+        config.compile == "auto" and on_gpu and config.tp == 1
+    )
     return model.train()

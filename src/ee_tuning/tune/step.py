@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,24 @@ from torch import Tensor
 
 from ee_tuning.backbone import State
 from ee_tuning.exits import Exit
-from ee_tuning.losses import LossSum, count_labels, cross_entropy, distillation
+from ee_tuning.losses import (
+    SOFTMAX,
+    LossSum,
+    Softmax,
+    count_labels,
+    cross_entropy,
+    distillation,
+)
 from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.data import GradientSum, ShardedParameter
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.pipeline import Pipeline
+from ee_tuning.parallel.tensor import whole
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 from ee_tuning.varlen import boundaries
 
 Batch = dict[str, Tensor]
+ONE_PROCESS = Pipeline(Mesh())
 
 # Logits alive at a time: 1 GiB in fp32. Each chunk adds to the whole head's gradient, so smaller
 # ones cost time.
@@ -38,16 +51,18 @@ class Objective:
         """Whether the final exit's logits are needed, and so the whole backbone."""
         return self.loss != "ce"
 
-    def __call__(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> LossSum:
+    def __call__(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, softmax: Softmax = SOFTMAX
+    ) -> LossSum:
         """Summed loss of logits (B, T, V) on labels (B, T)."""
         terms = []
         if self.loss != "kl":
             weight = 1.0 if self.loss == "ce" else 1 - self.kl_weight
-            terms.append((weight, cross_entropy(logits, labels, self.dynamic_weights)))
+            terms.append((weight, cross_entropy(logits, labels, self.dynamic_weights, softmax)))
         if self.loss != "ce":
             assert teacher is not None
             weight = 1.0 if self.loss == "kl" else self.kl_weight
-            args = (logits, teacher, labels, self.kl_temperature, self.dynamic_weights)
+            args = (logits, teacher, labels, self.kl_temperature, self.dynamic_weights, softmax)
             terms.append((weight, distillation(*args)))
         total = torch.stack([weight * term.total for weight, term in terms]).sum()
         return LossSum(total, terms[0][1].count)
@@ -58,15 +73,26 @@ def exit_losses(
     batch: Batch,
     objective: Objective,
     scales: dict[int, Tensor] | None = None,
+    pipeline: Pipeline = ONE_PROCESS,
 ) -> Iterator[tuple[int, LossSum]]:
     """(exit layer, summed loss) of a micro-batch, by depth, without a graph.
 
     With `scales`, the gradients of each loss times its scale are added to its exit. Lazy: the
-    next exit is computed when asked for, and its logits exist for `LOGITS` values at a time.
+    next exit is computed when asked for, and its logits exist for `LOGITS` values at a time. A
+    stage of a pipeline runs its layers at once, so that the next stage can begin.
     """
-    states: Iterator[tuple[int, State]] | list[tuple[int, State]]
-    given = batch["input_ids"], batch["position_ids"], batch.get("boundaries")
-    states = model.states(*given, to_end=objective.needs_teacher)
+    states = pipeline.states(model, batch, to_end=objective.needs_teacher)
+    return _losses(model, states, batch["labels"], objective, scales)
+
+
+def _losses(
+    model: EarlyExitModel,
+    states: Iterable[tuple[int, State]],
+    labels: Tensor,
+    objective: Objective,
+    scales: dict[int, Tensor] | None,
+) -> Iterator[tuple[int, LossSum]]:
+    """`exit_losses` of a micro-batch's states."""
     teacher = None
     if objective.needs_teacher:
         states = list(states)
@@ -74,7 +100,7 @@ def exit_losses(
     for layer, state in states:
         if layer in model.exit_layers:
             scale = scales[layer] if scales else None
-            yield layer, _exit_loss(model, layer, state, batch["labels"], objective, teacher, scale)
+            yield layer, _exit_loss(model, layer, state, labels, objective, teacher, scale)
 
 
 def _exit_loss(
@@ -125,7 +151,7 @@ def _features(exit: Exit, state: State) -> Tensor:
 def _loss(
     exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
 ) -> Tensor:
-    return objective(exit.known_logits(features), labels, teacher).total
+    return objective(exit.known_logits(features), labels, teacher, exit.softmax).total
 
 
 @cache
@@ -176,46 +202,54 @@ def exit_gradients(
     objective: Objective,
     weights: dict[int, float],
     autocast: torch.dtype | None = None,
+    pipeline: Pipeline = ONE_PROCESS,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(exit layer, mean loss), each once the exit has its gradients of the whole global batch.
+    """(exit layer, mean loss), each once the exit has its gradients of all `micro_batches`.
 
     Lazy: whoever asks for the next exit may have used this one's gradients and freed them. Losses
     are sums, divided by the labelled tokens of the whole global batch, so micro-batches with
-    unequal numbers of them count by their tokens. weights: loss weight per exit layer.
+    unequal numbers of them count by their tokens. weights: loss weight per exit layer. With
+    several data-parallel ranks, loss and gradients are this rank's terms of the sum.
     """
     device = model.backbone.device
     micro_batches = [_for_exits(model, batch) for batch in micro_batches]
     count = torch.stack([count_labels(batch["labels"]) for batch in micro_batches]).sum()
-    count = to_device(count.clamp(min=1), device)
+    count = pipeline.mesh.sum_over("dp", to_device(count, device)).clamp(min=1)
     scales = {layer: weights[layer] / count for layer in model.exit_layers}
     means = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
+    cast = partial(torch.autocast, device.type, autocast, enabled=autocast is not None)
     waves = _waves(model, micro_batches, objective)
+    pipeline.settle()
     for wave in waves:
         batches = [place_batch(model, batch) for batch in wave]
-        runs = [exit_losses(model, batch, objective, scales) for batch in batches]
+        with cast():
+            runs = [exit_losses(model, batch, objective, scales, pipeline) for batch in batches]
         for layer in model.exit_layers:
-            cast = torch.autocast(device.type, autocast, enabled=autocast is not None)
-            with cast, working_copies(model.exit(layer), autocast):
+            with cast(), working_copies(model.exit(layer), autocast):
                 for run in runs:
-                    means[layer] += next(run)[1].total / count
+                    with pipeline.timeline.record("exit work"):
+                        means[layer] += next(run)[1].total / count
             if wave is waves[-1]:
                 yield layer, means[layer]
 
 
 @contextmanager
 def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, the exit's matrices are in the dtype they are multiplied in, cast only once.
+    """Inside, the exit's matrices are whole and in the dtype they are multiplied in.
 
-    The gradients of the copies are added to those of the parameters, in the parameters' dtype.
+    They are cast, and gathered if they are sharded, only once. The gradients of the copies are
+    added to those of the parameters, in the parameters' dtype.
     """
     swapped = [
         (module._parameters, name, p)
         for module in exit.modules()
         for name, p in module._parameters.items()
-        if dtype and p is not None and p.requires_grad and p.dim() >= 2 and p.dtype != dtype
+        if p is not None and p.requires_grad and _needs_copy(p, dtype)
     ]
     for parameters, name, p in swapped:
-        parameters[name] = torch.nn.Parameter(p.detach().to(dtype))
+        cast = p.detach().to(dtype if p.dim() >= 2 else p.dtype)
+        gathered = whole(p, cast) if isinstance(p, ShardedParameter) else cast
+        parameters[name] = torch.nn.Parameter(gathered)
         parameters[name].register_post_accumulate_grad_hook(partial(_hand_over, p))  # type: ignore[union-attr]
     try:
         yield
@@ -224,9 +258,17 @@ def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
             parameters[name] = p
 
 
+def _needs_copy(p: Tensor, dtype: torch.dtype | None) -> bool:
+    is_cast = dtype is not None and p.dim() >= 2 and p.dtype != dtype
+    return is_cast or isinstance(p, ShardedParameter)
+
+
 def _hand_over(p: Tensor, copy: Tensor) -> None:
     assert copy.grad is not None
-    p.grad = copy.grad.to(p.dtype) if p.grad is None else p.grad.add_(copy.grad)
+    kept = "whole_grad" if isinstance(p, ShardedParameter) else "grad"
+    sum_so_far = getattr(p, kept)
+    total = copy.grad.to(p.dtype) if sum_so_far is None else sum_so_far.add_(copy.grad)
+    setattr(p, kept, total)
     copy.grad = None
 
 
@@ -236,9 +278,12 @@ def _waves(
     """The micro-batches that go down the layers side by side.
 
     All of them, so that only one exit's gradients exist at a time, where their hidden states take
-    less memory than the other exits' gradients would; else one after another.
+    less memory than the other exits' gradients would; else one after another. Sharded exits are
+    gathered, and their gradients summed, only once.
     """
-    sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers]
+    if any(isinstance(p, ShardedParameter) for p in model.exits.parameters()):
+        return [micro_batches]
+    sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
     kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
     states = tokens * kept * model.backbone.config.hidden_size * model.backbone.dtype.itemsize
@@ -274,32 +319,60 @@ def tuning_step(
     weights: dict[int, float],
     clip: float,
     autocast: torch.dtype | None = None,
+    pipeline: Pipeline = ONE_PROCESS,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """One optimizer step of every exit; gives mean losses and gradient norms, on the device.
 
-    An exit is stepped, and its gradients are freed, before a deeper one is computed.
+    An exit is stepped, and its gradients are freed, before a deeper one is computed; with several
+    data-parallel ranks only after, so that summing its gradients takes no time. Losses are this
+    rank's terms of the sum over them.
     """
-    losses, norms = {}, {}
-    for layer, loss in exit_gradients(model, micro_batches, objective, weights, autocast):
+    losses: dict[int, Tensor] = {}
+    norms: dict[int, Tensor] = {}
+    summed: deque[tuple[int, GradientSum]] = deque()
+    at_once = 1 if pipeline.mesh.dp > 1 else 0
+
+    def step_exits(left: int) -> None:
+        while len(summed) > left:
+            layer, gradients = summed.popleft()
+            with pipeline.timeline.record("waiting"):
+                gradients.wait()
+            norms[layer] = clip_gradients(model.exit(layer), clip).to(losses[layer].device)
+            optimizers[layer].step()
+            optimizers[layer].zero_grad(set_to_none=True)
+
+    given = micro_batches, objective, weights, autocast, pipeline
+    for layer, loss in exit_gradients(model, *given):
         losses[layer] = loss
-        norms[layer] = clip_gradients(model.exit(layer), clip).to(loss.device)
-        optimizers[layer].step()
-        optimizers[layer].zero_grad(set_to_none=True)
+        summed.append((layer, GradientSum(model.exit(layer), pipeline.mesh)))
+        step_exits(at_once)
+    step_exits(0)
     return losses, norms
 
 
 @torch.no_grad()
 def mean_losses(
-    model: EarlyExitModel, batches: Iterable[Batch], autocast: torch.dtype | None = None
+    model: EarlyExitModel,
+    batches: Iterable[Batch],
+    autocast: torch.dtype | None = None,
+    pipeline: Pipeline = ONE_PROCESS,
 ) -> dict[int, float]:
-    """Mean cross-entropy per exit over `batches`, in nats per token."""
-    device = model.backbone.device
-    totals = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
+    """Mean cross-entropy per exit over `batches`, in nats per token.
+
+    Of all exits and over the batches of all ranks, whose sums and counts are added up once.
+    """
+    device, mesh = model.backbone.device, pipeline.mesh
+    totals = {layer: torch.zeros((), device=device) for layer in model.all_exit_layers}
     count = torch.zeros((), device=device)
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
         for cpu_batch in batches:
             batch = place_batch(model, _for_exits(model, cpu_batch))
             count += count_labels(batch["labels"])
-            for layer, loss in exit_losses(model, batch, Objective()):
-                totals[layer] += loss.total
-    return {layer: (total / count.clamp(min=1)).item() for layer, total in totals.items()}
+            losses = exit_losses(model, batch, Objective(), pipeline=pipeline)
+            for layer in model.exit_layers:
+                with working_copies(model.exit(layer), autocast):
+                    totals[layer] += next(losses)[1].total
+    pipeline.settle()
+    values = torch.stack([*totals.values(), count * (mesh.pp_rank == 0)]).double().tolist()
+    *sums, tokens = mesh.sum_on_host(values if mesh.tp_rank == 0 else [0.0] * len(values))
+    return {layer: total / max(1.0, tokens) for layer, total in zip(totals, sums, strict=True)}

@@ -1,0 +1,104 @@
+"""Data parallelism: samples dealt to the ranks, gradients of the exits summed over them.
+
+With --shard, each rank keeps a part of the exits' parameters, gradients and optimizer state. The
+whole parameters of an exit exist while it is at work, as the copies that the step makes anyway
+(`ee_tuning.tune.step.working_copies`), and its whole gradients until they are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ee_tuning.exits import Exit
+from ee_tuning.losses import IGNORED
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.tensor import SplitParameter, split_parameter
+
+Item = TypeVar("Item")
+Batch = dict[str, Tensor]
+
+
+def deal(items: Sequence[Item], mesh: Mesh) -> list[Item]:
+    """This rank's share of what the data-parallel ranks work on together, in order.
+
+    Each item goes to one rank, so sums over the ranks do not depend on their number.
+    """
+    return list(items[mesh.dp_rank :: mesh.dp])
+
+
+def deal_batches(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
+    """This rank's share of `batches`, as many as any rank's, perhaps with one without labels.
+
+    So ranks with sharded exits gather them equally often.
+    """
+    share = deal(batches, mesh)
+    if len(share) * mesh.dp < len(batches):
+        nothing = torch.full_like(batches[0]["labels"], IGNORED)
+        share.append(batches[0] | {"labels": nothing})
+    return share
+
+
+class ShardedParameter(SplitParameter):
+    """A data-parallel rank's part of a trainable parameter.
+
+    whole_grad: the gradient of all of it, of this rank's samples, until it is summed.
+    """
+
+    whole_grad: Tensor | None = None
+
+
+def shard_exits(model: EarlyExitModel, mesh: Mesh) -> None:
+    """Keep this rank's part of each trainable parameter, in place, where the ranks divide it."""
+    if mesh.dp == 1:
+        return
+    for exit in (model.exit(layer) for layer in model.exit_layers):
+        for module in exit.modules():
+            for name, p in module._parameters.items():
+                if p is not None and p.requires_grad and len(p) % mesh.dp == 0:
+                    part = split_parameter(p, 0, mesh.axis("dp"), ShardedParameter)
+                    module._parameters[name] = part
+
+
+class GradientSum:
+    """The sum of an exit's gradients over the data-parallel ranks, on its way.
+
+    The gradients are whole, and may be used, after `wait`.
+    """
+
+    def __init__(self, exit: Exit, mesh: Mesh) -> None:
+        """Starts at once; the caller goes on with other work."""
+        self.works: list[Callable[[], object]] = []
+        for p in exit.parameters():
+            if isinstance(p, ShardedParameter):
+                self._scatter(p)
+            elif p.grad is not None:
+                self._reduce(p, p.grad, mesh)
+
+    def _reduce(self, p: nn.Parameter, gradient: Tensor, mesh: Mesh) -> None:
+        if hasattr(p, "summed"):
+            mesh.sum_over("tp", gradient)
+        if mesh.dp > 1:
+            work = dist.all_reduce(gradient, group=mesh.group("dp"), async_op=True)
+            assert work is not None
+            self.works.append(work.wait)
+
+    def _scatter(self, p: ShardedParameter) -> None:
+        if p.whole_grad is None:
+            return
+        p.grad, whole = torch.empty_like(p), p.whole_grad.contiguous()
+        group = p.mesh.get_group()
+        work = dist.reduce_scatter_tensor(p.grad, whole, group=group, async_op=True)
+        assert work is not None
+        self.works.append(work.wait)
+        p.whole_grad = None
+
+    def wait(self) -> None:
+        """Until the sum is there; on a GPU, let later work on it wait."""
+        for wait in self.works:
+            wait()

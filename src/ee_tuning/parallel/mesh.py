@@ -1,0 +1,214 @@
+"""Which part of a run this process is: the axes pp, dp and tp of its processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ee_tuning.errors import Interrupted, ProcessFailed, UserError, first_line
+
+Value = TypeVar("Value")
+AXES = ("pp", "dp", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
+# A device's collectives may wait longer than the host's, whose time-out has the better message.
+GRACE = timedelta(minutes=1)
+
+
+class Mesh:
+    """The processes of a run, ``pp · dp · tp`` of them, and the place of this one.
+
+    A single process is a mesh of 1·1·1, without a process group: every method then gives back
+    what it was given.
+    """
+
+    def __init__(self, dp: int = 1, tp: int = 1, pp: int = 1) -> None:
+        """The sizes of the axes; `connect` joins the other processes.
+
+        Raises:
+            UserError: a size below 1.
+        """
+        self.dp, self.tp, self.pp = dp, tp, pp
+        self.size = dp * tp * pp
+        self.rank = int(os.environ.get("RANK", 0)) if self.size > 1 else 0
+        self.doing = "the start"  # for messages
+        self._device_mesh: DeviceMesh | None = None
+        self._host: dist.ProcessGroup | None = None
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise UserError(f"{axis} is {getattr(self, axis)}: it must be at least 1")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and shows what belongs to the whole run."""
+        return self.rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's place on the data-parallel axis."""
+        return self.rank // self.tp % self.dp
+
+    @property
+    def tp_rank(self) -> int:
+        """This process's place on the tensor-parallel axis."""
+        return self.rank % self.tp
+
+    @property
+    def pp_rank(self) -> int:
+        """This process's stage, counted from 0."""
+        return self.rank // (self.tp * self.dp)
+
+    @property
+    def name(self) -> str:
+        """How messages call this process: ``rank 3 (pp 1, dp 0, tp 1)``."""
+        return f"rank {self.rank} (pp {self.pp_rank}, dp {self.dp_rank}, tp {self.tp_rank})"
+
+    def connect(self, device: torch.device, timeout: float) -> None:
+        """Join the other processes; NCCL between GPUs, gloo between hosts.
+
+        timeout: seconds after which a process that waits in vain for another one gives up.
+
+        Raises:
+            UserError: the axes' sizes do not multiply to the number of processes.
+        """
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if processes != self.size:
+            raise UserError(
+                f"dp {self.dp} × tp {self.tp} × pp {self.pp} is {self.size}, the number of "
+                f"processes is {processes}: start as many with torchrun --nproc-per-node "
+                f"{self.size} -m ee_tuning tune …"
+            )
+        if self.size == 1:
+            return
+        on_gpu = device.type == "cuda"
+        patience = timedelta(seconds=timeout)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        patient = patience + GRACE if on_gpu else patience
+        # torchrun keeps its store through restarts: what a failed attempt left there is not ours.
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        store = dist.PrefixStore(f"attempt {restarts()}", store)
+        dist.init_process_group(backend, None, patient, size, rank, store)
+        shape = (self.pp, self.dp, self.tp)
+        self._device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+        self._host = dist.new_group(backend="gloo", timeout=patience)
+
+    @contextmanager
+    def connected(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """Inside, the processes are joined; see `connect`.
+
+        Raises:
+            ProcessFailed: anything but a mistake of the user goes wrong in a run of several
+                processes: names this one and what it was `doing`.
+        """
+        try:
+            self.connect(device, timeout)
+            yield
+            self.barrier()
+        except (UserError, Interrupted):
+            raise
+        except Exception as error:
+            if self.size == 1:
+                raise
+            raise ProcessFailed(
+                f"{self.name} failed at {self.doing}: {first_line(error)}; if that is a lost "
+                "connection or a time-out, another rank died or hangs. The last checkpoint is "
+                "good: go on with --resume"
+            ) from error
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def axis(self, name: str) -> DeviceMesh:
+        """The processes that differ from this one on one axis only."""
+        assert self._device_mesh is not None, "a mesh of one process has no axes"
+        return self._device_mesh[name]
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """The process group of `axis`."""
+        return self.axis(name).get_group()
+
+    def sum_over(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """`values`, on the run's device, summed in place over an axis."""
+        if getattr(self, name) > 1:
+            dist.all_reduce(values, group=self.group(name))
+        return values
+
+    # -- between hosts -------------------------------------------------------------------------
+
+    def sum_on_host(self, values: Sequence[float]) -> list[float]:
+        """The sum over all processes of each of `values`."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._host)
+        return total.tolist()
+
+    def gather_on_host(self, value: Value) -> list[Value]:
+        """The `value` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._host)
+        return found
+
+    def on_main(self, function: Callable[[], Value]) -> Value:
+        """What `function` gives on the main process, where alone it is called.
+
+        Raises:
+            UserError: on every process, if it does on the main one.
+        """
+        if self.size == 1:
+            return function()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self._host)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            dist.barrier(self._host)
+
+    def check_same(self, what: str, digest: str) -> None:
+        """Refuse processes that were started differently.
+
+        Raises:
+            UserError: names the first process whose `digest` of `what` is not the main one's.
+        """
+        digests = self.gather_on_host(digest)
+        for rank, other in enumerate(digests):
+            if other != digests[0]:
+                raise UserError(
+                    f"rank {rank} has other {what} than rank 0: give every process the same"
+                )
+
+    @cached_property
+    def next_stage(self) -> int:
+        """The rank of this process's counterpart in the next stage."""
+        return self.rank + self.tp * self.dp
+
+    @cached_property
+    def previous_stage(self) -> int:
+        """The rank of this process's counterpart in the stage before."""
+        return self.rank - self.tp * self.dp
+
+
+def local_rank() -> int:
+    """This process's number on its own host."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def restarts() -> int:
+    """How often torchrun has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -1,0 +1,145 @@
+"""Pipeline parallelism: which layers a stage has, and how hidden states come and go.
+
+Activations go forward only. A stage sends a micro-batch on as soon as it has run its layers, and
+back-propagates its own exits while the next stage runs its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_tuning.backbone import State
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.trace import Timeline
+
+Batch = dict[str, Tensor]
+
+
+class Pipeline:
+    """Brings micro-batches to this stage's layers and hidden states to the next stage."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.timeline = Timeline()
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def states(
+        self, model: EarlyExitModel, batch: Batch, to_end: bool = False
+    ) -> Iterable[tuple[int, State]]:
+        """`model.states` of a micro-batch; with several stages, at once and handed on."""
+        ids, rest = batch["input_ids"], (batch["position_ids"], batch.get("boundaries"))
+        if self.mesh.pp == 1:
+            return self._recorded(model.states(ids, *rest, to_end=to_end))
+        inputs = ids if self.mesh.pp_rank == 0 else self._receive(model, ids)
+        states = list(self._recorded(model.states(inputs, *rest, to_end=to_end)))
+        if self.mesh.pp_rank < self.mesh.pp - 1:
+            self._send(states[-1][1].hidden)
+        return states
+
+    def settle(self) -> None:
+        """Wait until everything sent so far has left, and free it."""
+        with self.timeline.record("waiting"):
+            while self._sent:
+                self._sent.popleft()[0].wait()
+
+    def _recorded(self, states: Iterator[tuple[int, State]]) -> Iterator[tuple[int, State]]:
+        """`states`, each run of layers in the timeline."""
+        while True:
+            with self.timeline.record("forward"):
+                item = next(states, None)
+            if item is None:
+                return
+            yield item
+
+    def _receive(self, model: EarlyExitModel, ids: Tensor) -> Tensor:
+        """The hidden states (B, T, H) of token ids (B, T) after the stage before."""
+        size = (*ids.shape, model.backbone.config.hidden_size)
+        hidden = torch.empty(size, dtype=model.backbone.dtype, device=ids.device)
+        with self.timeline.record("waiting"):
+            dist.recv(hidden, src=self.mesh.previous_stage)
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        hidden = hidden.contiguous()
+        work = dist.isend(hidden, dst=self.mesh.next_stage)
+        assert work is not None
+        self._sent.append((work, hidden))
+
+
+def cut_stages(model: EarlyExitModel, config: TuneConfig) -> list[range]:
+    """The layers of each stage, counted from 0, up to the deepest exit of `model`.
+
+    model: may be on the meta device: only its shapes are looked at.
+
+    Raises:
+        UserError: more stages than layers, or a --stage-layers that does not fit.
+    """
+    deepest = model.exit_layers[-1]
+    if config.pp > deepest:
+        raise UserError(
+            f"pp is {config.pp}: there are only {deepest} layers up to the deepest exit"
+        )
+    numbers = config.stage_layers or balance(layer_costs(model, config.seq_length), config.pp)
+    if len(numbers) != config.pp or sum(numbers) != deepest or min(numbers) < 1:
+        raise UserError(
+            f"stage_layers {numbers} does not fit: give {config.pp} numbers of layers, each at "
+            f"least 1, that add up to {deepest}, the deepest exit's layer"
+        )
+    stops = list(accumulate(numbers))
+    return [range(stop - number, stop) for stop, number in zip(stops, numbers, strict=True)]
+
+
+def layer_costs(model: EarlyExitModel, length: int) -> list[float]:
+    """FLOP per token of each layer with the exit after it, up to the deepest exit.
+
+    2 per weight of a product's forward, 6 with its backward, of the gradients for the weights and
+    for the input 2 each; attention over `length` tokens, of which half are before a token, takes
+    2·`length`·H forward. A shared head has no gradients for its weights.
+    """
+    backbone = model.backbone
+    attention = 2.0 * length * backbone.config.hidden_size
+    layers = list(backbone.layers)[: model.exit_layers[-1]]  # type: ignore[call-overload]
+    costs = [2.0 * _weights(layer) + attention for layer in layers]
+    head = _weights(backbone.head)
+    for layer in model.exit_layers:
+        exit = model.exit(layer)
+        costs[layer - 1] += 6.0 * _weights(exit) + (4.0 * head if exit.spec.head == "shared" else 0)
+        costs[layer - 1] += 3 * attention if exit.spec.arch == "layer" else 0
+    return costs
+
+
+def _weights(module: torch.nn.Module) -> int:
+    """The values of a module's matrices."""
+    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
+
+
+def balance(costs: Sequence[float], stages: int) -> list[int]:
+    """Numbers of consecutive layers, one per stage, whose dearest stage is as cheap as can be.
+
+    By dynamic programming over (layers left, stages left), O(layers² · stages).
+    """
+    sums = [0.0, *accumulate(costs)]
+
+    @cache
+    def best(start: int, stages: int) -> tuple[float, tuple[int, ...]]:
+        """The dearest stage's cost and the stops of layers `start`… in `stages` runs."""
+        if stages == 1:
+            return sums[-1] - sums[start], (len(costs),)
+        options = []
+        for stop in range(start + 1, len(costs) - stages + 2):
+            rest, stops = best(stop, stages - 1)
+            options.append((max(sums[stop] - sums[start], rest), (stop, *stops)))
+        return min(options)
+
+    stops = best(0, stages)[1]
+    return [stop - start for start, stop in zip((0, *stops), stops, strict=False)]

@@ -1,0 +1,96 @@
+"""The timeline of a step: what every process did when, drawn as a Gantt chart."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ee_tuning.parallel.mesh import Mesh
+
+COLOURS = {"forward": "tab:blue", "exit work": "tab:orange", "waiting": "lightgrey"}
+Event = tuple[str, float, float]  # what, from, to: seconds of the host's clock
+
+
+class Timeline:
+    """What this process does while it is `on`; nothing is recorded, or takes time, before."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.events: list[Event] = []
+
+    @contextmanager
+    def record(self, what: str) -> Iterator[None]:
+        """Inside, the process does `what`, one of `COLOURS`. On a GPU, its queue is emptied."""
+        if not self.on:
+            yield
+            return
+        started = _now()
+        yield
+        self.events.append((what, started, _now()))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def idle_share(events: list[list[Event]]) -> float:
+    """The share of all processes' time, from the first event to the last, that none is busy in."""
+    spans = [_busy(own) for own in events]
+    first = min(start for own in events for _, start, _ in own)
+    last = max(stop for own in events for _, _, stop in own)
+    return 1 - sum(spans) / (len(events) * (last - first))
+
+
+def _busy(events: list[Event]) -> float:
+    """Seconds in which something other than waiting went on; events may lie in one another."""
+    total, until = 0.0, 0.0
+    for what, start, stop in sorted(events, key=lambda event: event[1]):
+        if what != "waiting":
+            total += max(0.0, stop - max(start, until))
+            until = max(until, stop)
+    waited = [e for e in events if e[0] == "waiting"]
+    inside = [w for w in waited if any(_within(w, e) for e in events if e[0] != "waiting")]
+    return total - sum(stop - start for _, start, stop in inside)
+
+
+def _within(inner: Event, outer: Event) -> bool:
+    return outer[1] <= inner[1] and inner[2] <= outer[2]
+
+
+def save_timeline(timeline: Timeline, mesh: Mesh, folder: Path) -> float:
+    """Write every process's events as ``trace.json`` and ``trace.png``; gives the idle share."""
+    names = mesh.gather_on_host(mesh.name)
+    events = mesh.gather_on_host(timeline.events)
+    if mesh.is_main:
+        (folder / "trace.json").write_text(json.dumps(dict(zip(names, events, strict=True))))
+        draw(names, events, folder / "trace.png")
+    return idle_share(events)
+
+
+def draw(names: list[str], events: list[list[Event]], path: Path) -> None:
+    """A row per process, a bar per event."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first = min(start for own in events for _, start, _ in own)
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.5 * len(names)), layout="constrained")
+    for what, colour in COLOURS.items():
+        for row, own in enumerate(events):
+            bars = [((a - first) * 1e3, (b - a) * 1e3) for kind, a, b in own if kind == what]
+            axes.broken_barh(bars, (row - 0.4, 0.8), color=colour, label=what if not row else None)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.set_title(f"one step; {idle_share(events):.0%} idle")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=len(COLOURS))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,114 @@
+"""Runs of `tune` under several layouts of processes, all started together, once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import tiny
+from safetensors.torch import load_file
+
+BACKBONES = {
+    "llama": ("llama", {}),
+    "tied": ("qwen3", {"tie_word_embeddings": True}),
+    "biased": ("phi", {}),
+}
+
+
+def free_ports(number):
+    """Ports that nothing listens on, below those the system hands out to connections."""
+    found = set()
+    while len(found) < number:
+        port = random.SystemRandom().randrange(2000, 10000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory, tokenizer):
+    """Folders of tiny models of 5 layers by name."""
+    root = tmp_path_factory.mktemp("backbones")
+    for name, (family, values) in BACKBONES.items():
+        values = {
+            "vocab_size": 300,
+            "max_position_embeddings": 128,
+            "num_hidden_layers": 5,
+        } | values
+        tiny(family, **values).save_pretrained(root / name, max_shard_size="60KB")
+        tokenizer.save_pretrained(root / name)
+    tiny("gpt2", vocab_size=300, n_positions=128, n_layer=5).save_pretrained(root / "gpt2")
+    tokenizer.save_pretrained(root / "gpt2")
+    return root
+
+
+class Runs:
+    """Runs by name, each a folder; `start` them together, then look at what they left."""
+
+    def __init__(self, root: Path, common: dict):
+        self.root, self.common, self.cases = root, common, []
+
+    def add(self, name, size=1, only_rank=None, count=False, **settings):
+        case = {
+            "size": size, "error": str(self.root / f"{name}.error-"), "only_rank": only_rank or {},
+            "settings": self.common | {"out": str(self.root / name)} | settings,
+        }  # fmt: skip
+        self.cases.append(case | ({"count": str(self.root / f"{name}.traffic-")} if count else {}))
+
+    def start(self, seconds=300):
+        # Ranks that are not in a run wait for the next one: so the largest come first.
+        for case, port in zip(self.cases, free_ports(len(self.cases)), strict=True):
+            case["port"] = port
+        path = self.root / "cases.json"
+        path.write_text(json.dumps(self.cases))
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "launch.py"),
+            path,
+            self.root / "data",
+        ]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
+        self.output = done.stdout + done.stderr
+        self.cases = []
+
+    def error(self, name, rank=0):
+        path = self.root / f"{name}.error-{rank}"
+        return path.read_text() if path.exists() else None
+
+    def tensors(self, name, path="exits.safetensors"):
+        assert self.error(name) is None, self.error(name)
+        return load_file(self.root / name / path)
+
+    def records(self, name):
+        lines = (self.root / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def traffic(self, name, rank):
+        return json.loads((self.root / f"{name}.traffic-{rank}").read_text())
+
+
+@pytest.fixture(scope="session")
+def new_runs(tmp_path_factory, backbones, data):
+    """A new set of runs; their common settings may be changed for each."""
+
+    def new():
+        common = {
+            "model": str(backbones / "llama"), "layers": "1,3,4,5",
+            "arch": "embedding,norm,mlp,layer", "head": "own,shared,own,own", "data": [data],
+            "steps": 3, "seq_length": 32,
+            "micro_batch_size": 2, "global_batch_size": 5, "lr": 1e-3, "save_every": 1, "keep": 9,
+            "eval_every": 2, "log_every": 1, "valid_fraction": 0.1, "timeout": 120.0,
+            "dynamic_weights": True, "clip": 0.005,
+        }  # fmt: skip
+        return Runs(tmp_path_factory.mktemp("runs"), common)
+
+    return new

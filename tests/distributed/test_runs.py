@@ -1,0 +1,196 @@
+"""What a run of several processes does besides giving the same exits: `test_layouts` has that."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import tiny
+
+from ee_tuning.loading import Parts, load_backbone
+
+ODD = {"layers": "2,5", "arch": "mlp,layer", "head": "own"}
+VARIANTS = {
+    "kl-tp": (2, {"tp": 2}, {"loss": "mixed", "kl_temperature": 2.0}),
+    "kl-dp": (2, {"dp": 2}, {"loss": "kl"}),
+    "random": (4, {"dp": 2, "pp": 2}, {"init": "random"}),
+    "no-exit": (4, {"pp": 4, "stage_layers": [1, 1, 1, 2]}, {"layers": "2,5", **ODD}),
+    "one-stage": (2, {"pp": 2}, {"layers": "4,5", "arch": "norm", "head": "own"}),
+    "more-stages": (4, {"pp": 4}, {"layers": "5", "arch": "mlp", "head": "own"}),
+    "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
+    "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
+        "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
+    "warm-up": (2, {"pp": 2}, {"loss_weights": [1.0, 0.5, 2.0, 1.0], "loss_weight_warmup": 4}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(new_runs, backbones, data):
+    runs = new_runs()
+    runs.add("part", 8, dp=2, tp=2, pp=2, steps=4, keep=2)
+    for name, (size, layout, settings) in VARIANTS.items():
+        runs.add(name, size, **layout, **settings)
+        runs.add(f"{name}-one", **settings)
+    runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
+    runs.add("bf16-one", precision="bf16")
+    runs.add("sends", 2, pp=2, count=True, trace=True)
+    runs.add("sums", 2, dp=2, count=True)
+    runs.add("whole", 1, steps=4)
+    bad = {
+        "no-divisor": (2, {"pp": 1}), "too-deep": (2, {"pp": 2, "layers": "1", "arch": "mlp"}),
+        "stage-layers": (2, {"pp": 2, "stage_layers": [1, 1]}),
+        "heads": (4, {"tp": 4}), "kl-pp": (2, {"pp": 2, "loss": "kl"}),
+        "fp8-tp": (2, {"tp": 2, "exit_precision": "fp8"}),
+        "shard-tp": (2, {"tp": 2, "shard": True}),
+        "shard-8": (2, {"dp": 2, "shard": True, "optimizer": "adamw-8bit"}),
+        "few": (2, {"dp": 2, "global_batch_size": 1}),
+        "no-plan": (2, {"tp": 2, "model": str(backbones / "gpt2")}),
+    }  # fmt: skip
+    for name, (size, settings) in bad.items():
+        runs.add(name, size, **({"head": "own"} | settings))
+    runs.add("other-settings", 2, dp=2, only_rank={1: {"lr": 0.5}})
+    runs.add("other-data", 2, dp=2, only_rank={1: {"data": [data + "l"], "model": "x"}})
+    runs.start()
+    # One layout left off at step 4 of 4: pretend that it was cut off after 3, and go on elsewhere.
+    for name in ("a", "b"):
+        subprocess.run(["cp", "-r", runs.root / "part", runs.root / name], check=True)
+        subprocess.run(["rm", "-r", runs.root / name / "checkpoints/step-000004"], check=True)
+    runs.add("b", 4, dp=1, tp=2, pp=2, steps=4, resume=True)
+    runs.add("a", 1, steps=4, resume=True)
+    runs.start()
+    return runs
+
+
+def close(runs, one, many, tolerance):
+    """Losses within a relative `tolerance`, weights within 2% of what AdamW's steps may move."""
+    for a, b in zip(runs.records(one), runs.records(many), strict=True):
+        assert a["step"] == b["step"]
+        for key in a.keys() & {"loss", "grad_norm", "valid_loss"}:
+            assert b[key] == pytest.approx(a[key], rel=tolerance), key
+    expected, found = runs.tensors(one), runs.tensors(many)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            assert (value - found[name]).abs().max() < 0.02 * 3e-3, name
+        else:
+            assert torch.equal(value, found[name])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_settings_and_shapes_of_pipelines(runs, name):
+    close(runs, f"{name}-one", name, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_run_goes_on_under_another_layout(runs, name):
+    close(runs, "whole", name, 1e-5)
+    assert [r["step"] for r in runs.records(name) if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_bf16_differs_by_its_rounding_only(runs):
+    for a, b in zip(runs.records("bf16-one"), runs.records("bf16"), strict=True):
+        for key in a.keys() & {"loss", "valid_loss"}:
+            assert b[key] == pytest.approx(a[key], rel=2**-7), key
+    assert runs.tensors("bf16")["4.head.weight"].dtype == torch.bfloat16
+
+
+def test_stages_send_activations_forward_and_nothing_back(runs):
+    first, second = runs.traffic("sends", 0), runs.traffic("sends", 1)
+    row = 32 * 32 * 4  # tokens · hidden · bytes
+    steps = [rows * row for _ in range(3) for rows in (2, 2, 1)]
+    tuned = [nbytes for nbytes, _ in first["sent"]]
+    validation = len(tuned) - len(steps)
+    assert validation > 0
+    assert validation % 3 == 0  # before, at step 2 and after
+    each = validation // 3
+    assert tuned[each : each + 6] == steps[:6]
+    assert tuned[2 * each + 6 : 2 * each + 9] == steps[6:]
+    assert {to for _, to in first["sent"]} == {1}
+    assert second["sent"] == first["received"] == []
+    assert second["received"] == [[nbytes, 0] for nbytes in tuned]
+
+
+def test_the_timeline_of_a_step(runs):
+    """Each stage's forward of a micro-batch begins after the one before ended; a chart is drawn."""
+    events = json.loads((runs.root / "sends/trace.json").read_text())
+    assert list(events) == ["rank 0 (pp 0, dp 0, tp 0)", "rank 1 (pp 1, dp 0, tp 0)"]
+    first, second = events.values()
+    assert {what for what, _, _ in first} <= {"forward", "exit work", "waiting"}
+    assert {"forward", "exit work", "waiting"} == {what for what, _, _ in second}
+    received = [stop for what, _, stop in second if what == "waiting"]
+    forward = [stop for what, _, stop in first if what == "forward"]
+    assert min(forward) < max(received)
+    assert min(start for what, start, _ in second if what == "forward") > min(forward)
+    assert (runs.root / "sends/trace.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_data_parallel_ranks_exchange_gradients_of_exits(runs):
+    tensors = runs.tensors("sums", "exits.safetensors")
+    trainable = sum(value.nbytes for value in tensors.values())
+    for rank in (0, 1):
+        reduced = runs.traffic("sums", rank)["reduced"]
+        assert sum(nbytes for nbytes, _, is_async in reduced if is_async) == 3 * trainable
+        assert all(nbytes <= 8 * (2 * 4 + 1) for nbytes, _, is_async in reduced if not is_async)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-divisor", "dp 1 × tp 1 × pp 1 is 1, the number of processes is 2: start as many"),
+        ("too-deep", "pp is 2: there are only 1 layers up to the deepest exit"),
+        ("stage-layers", "stage_layers [1, 1] does not fit: give 2 numbers of layers"),
+        ("heads", "tp is 4: it must divide the backbone's num_key_value_heads, 2"),
+        ("kl-pp", "loss kl cannot be had with pp 2"),
+        ("fp8-tp", "--exit-precision fp8 cannot be had with --tp"),
+        ("few", "global_batch_size 1 is less than dp 2"),
+        ("no-plan", "tensor-parallel plan for GPT2LMHeadModel does not exist"),
+        ("other-settings", "rank 1 has other settings than rank 0"),
+        ("other-data", "rank 1 has other settings than rank 0"),
+    ],
+)
+def test_mistakes_are_refused_on_every_rank(runs, name, message):
+    for rank in (0, 1):
+        error = runs.error(name, rank)
+        assert error is not None
+        assert error.startswith("UserError: ")
+        assert message in error.splitlines()[0]
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from ee_tuning.loading import Parts, load_backbone
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+load_backbone(sys.argv[2], Parts(frozenset([1])))  # what transformers imports on first use
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+model = load_backbone(sys.argv[1], Parts(frozenset([4, 5]), False, False))
+[p.sum() for p in model.parameters()]  # what was mapped is read at last
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stage_reads_its_own_tensors_alone(tmp_path, backbones):
+    """Peak memory of loading a stage, against the size of its part and of the whole."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 20000}
+    model = tiny("llama", num_hidden_layers=12, **sizes)
+    model.save_pretrained(tmp_path, max_shard_size="40MB")
+    total = sum(p.nbytes for p in model.parameters())
+    command = [sys.executable, "-c", MEASURE, tmp_path, backbones / "llama"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    taken, own = map(int, done.stdout.split())
+    assert own < total / 6
+    # Pages of the files that lie beside what is read count too.
+    assert own * 0.9 < taken < 1.5 * own + 2**23
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stage_without_embedding_and_head_ties_nothing(tied, tmp_path):
+    tiny("llama", tie_word_embeddings=tied).save_pretrained(tmp_path)
+    model = load_backbone(str(tmp_path), Parts(frozenset([2]), False, False))
+    names = [name for name, _ in model.named_parameters() if ".layers.1." not in name]
+    assert names == ["model.norm.weight"]
