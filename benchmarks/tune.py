@@ -24,6 +24,7 @@ from ee_tuning.backbone import State
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
+from ee_tuning.plan import flop_per_token
 from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_features, place_batch, tuning_step
@@ -60,33 +61,6 @@ def ceiling(device: torch.device) -> float:
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * n**3 / median(timed(lambda: a @ b, device, 20, warmup=5)) / 1e12
-
-
-def flop_per_token(model: EarlyExitModel, length: int) -> dict[str, float]:
-    """Floating-point operations of the matrix products that a step needs, per token.
-
-    A product with a matrix of P parameters is 2·P forward, 2·P for the matrix's gradient and 2·P
-    for its input's. Frozen layers have only the first. Of an `mlp` exit, the matrices that read
-    the residual need no gradient of their input. Attention scores and values are 4·H·T/2 a layer.
-    """
-    layers = list(model.backbone.layers)[: model.exit_layers[-1]]
-    sizes = [sum(map(_size, layer.modules())) for layer in layers]
-    hidden = model.backbone.config.hidden_size
-    known = model.vocabulary.tokens if model.vocabulary else None
-    head = hidden * (model.backbone.config.vocab_size if known is None else len(known))
-    found = {"backbone": 2.0 * sum(sizes) + len(layers) * 2 * hidden * length, "exits": 0.0}
-    found["head"] = 0.0
-    for exit in model.exits.values():
-        found["head"] += 6 * head if exit.spec.head == "own" else 4 * head
-        for p in getattr(exit, "mlp", torch.nn.Module()).parameters():
-            if p.dim() >= 2:
-                found["exits"] += (6 if p.shape[0] == hidden else 4) * p.numel()
-    return found
-
-
-def _size(module: torch.nn.Module) -> int:
-    """Elements of a linear layer's weight, whatever it is kept in; 0 for other modules."""
-    return getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace) -> dict:
@@ -134,7 +108,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
             one.step()
             one.zero_grad()
 
-    flop = flop_per_token(model, config.seq_length)
+    flop = flop_per_token(model, config.seq_length, config.exit_vocab)
     rate = speed(seconds, ids.numel())
     backbone = median(timed(lambda: [None for _ in states()], device, 3))
     step_parts = {

@@ -126,7 +126,8 @@ checked for safety, and its output may repeat lines of its training text.
 
 | | |
 | --- | --- |
-| Architecture | Llama, {layers} layers, hidden 256, MLP 512, 8 heads (4 key-value), tied |
+| Architecture | Llama, {layers} layers, hidden {hidden_size}, MLP {intermediate_size}, tied |
+| Heads | {heads}, half as many for keys and values |
 | Context, vocabulary | 1024 tokens, {vocabulary} byte-level BPE tokens trained on the same text |
 | Training text | {train_files:,} files, {train_bytes:,} bytes, {corpus_tokens:,} tokens |
 | Training | {steps:,} steps of {batch_tokens:,} tokens: {tokens:,} tokens, {epochs} epochs |
@@ -162,6 +163,9 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--intermediate-size", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8, help="twice as many as key-value heads")
     parser.add_argument("--holdout", type=float, default=0.4, help="share of the standard library")
     parser.add_argument("--max-files", type=int, help="train on at most so many files")
     parser.add_argument("--log-every", type=int, default=20)
@@ -191,11 +195,11 @@ def main() -> None:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=512,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
             num_hidden_layers=args.layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads // 2,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             rms_norm_eps=1e-5,
@@ -217,6 +221,9 @@ def main() -> None:
     record |= {
         "parameters": model.num_parameters(),
         "layers": args.layers,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.intermediate_size,
+        "heads": args.heads,
         "vocabulary": VOCABULARY,
         "corpus_tokens": len(tokens),
         "held_out_tokens": len(held_tokens[0]),

@@ -38,6 +38,13 @@ def tune(config: settings.TuneConfig) -> None:
         print(f"exits saved in {config.out}")
 
 
+def plan(config: settings.PlanConfig) -> None:
+    """Predict memory and time of a tuning run, without a GPU."""
+    from ee_tuning.plan import plan
+
+    plan(config)
+
+
 def generate(config: settings.GenerateConfig) -> None:
     """Generate text, tokens coloured by the depth at which they left."""
     from ee_tuning.decode.show import generate_and_show
@@ -71,6 +78,7 @@ def inspect(config: settings.InspectConfig) -> None:
 COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
     "init": (init, settings.InitConfig),
     "tune": (tune, settings.TuneConfig),
+    "plan": (plan, settings.PlanConfig),
     "generate": (generate, settings.GenerateConfig),
     "evaluate": (evaluate, settings.EvaluateConfig),
     "export": (export, settings.ExportConfig),

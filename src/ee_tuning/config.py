@@ -235,6 +235,15 @@ class TuneConfig(NewExitsConfig):
 
 
 @dataclass
+class PlanConfig(TuneConfig):
+    """Predict memory and time of a tuning run, without a GPU: settings are those of tune."""
+
+    gpu: str = option("h200", "b200, h200, h100, a100-80, a100-40, l40s, 5090, 4090 or 3090")
+    gpus: int = option(1, "how many of them")
+    tokens: float = option(1.3e9, "tokens to tune on")
+
+
+@dataclass
 class SamplingConfig:
     """What `generate` and `evaluate` share."""
 

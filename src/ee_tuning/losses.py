@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # the label that Hugging Face losses skip
+# Logits alive at a time: 1 GiB in fp32. Each chunk adds to the whole head's gradient, so smaller
+# ones cost time.
+LOGITS = 2**28
 
 
 @dataclass

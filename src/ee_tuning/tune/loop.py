@@ -20,20 +20,21 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ee_tuning.config import ExitConfig, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.devices import pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
-from ee_tuning.loading import empty_backbone, load_tokenizer
+from ee_tuning.loading import load_tokenizer
 from ee_tuning.losses import IGNORED
-from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
+from ee_tuning.model import EarlyExitModel
 from ee_tuning.out import claim_folder
 from ee_tuning.parallel.data import deal, deal_batches, shard_exits
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline, cut_stages
 from ee_tuning.parallel.tensor import check_splits, layer_plan, split_model
 from ee_tuning.parallel.trace import save_timeline
+from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large, shapes_of
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -160,6 +161,8 @@ class Run:
         self.objective = Objective(
             config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
         )
+        if device.type == "cuda" and config.dp == config.tp == 1:
+            refuse_if_too_large(config, torch.cuda.mem_get_info(device)[1] / GIB)
         self.model = self._model()
         self.layers = self.model.all_exit_layers
         if config.loss_weights and len(config.loss_weights) != len(self.layers):
@@ -226,12 +229,7 @@ class Run:
         config = self.config
         if config.pp == config.tp == 1:
             return None
-        exits: ExitConfig = config.exit_config()
-        path = config.model
-        if config.exits:
-            saved = read_exit_config(find_exits(config.exits))
-            exits, path = saved_exits(saved), config.model or saved["base_model"]
-        shapes = EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
+        shapes = shapes_of(config)
         if config.tp > 1:
             check_splits(shapes.backbone.config, layer_plan(shapes.backbone), config.tp)
         if config.pp == 1:
@@ -322,16 +320,22 @@ class Run:
             set_learning_rate(optimizer, learning_rate(config, step))
         weights = loss_weights(config, self.layers, step)
         batches = self._micro_batches(step)
-        losses, norms = tuning_step(
-            self.model,
-            self.optimizers,
-            batches,
-            self.objective,
-            weights,
-            config.clip,
-            self.autocast,
-            self.pipeline,
-        )
+        try:
+            losses, norms = tuning_step(
+                self.model,
+                self.optimizers,
+                batches,
+                self.objective,
+                weights,
+                config.clip,
+                self.autocast,
+                self.pipeline,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory at step {step + 1}: checkpoints in {self.checkpoints} are good; "
+                f"the largest parts are {largest_parts(config)}; see ee-tuning plan"
+            ) from error
         self._report(log, display)
         self.unread = step, OnTheWay(self._numbers(losses, norms, stop))
         display.update(step + 1, config.global_batch_size * config.seq_length)

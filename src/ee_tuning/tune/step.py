@@ -14,6 +14,7 @@ from torch import Tensor
 from ee_tuning.backbone import State
 from ee_tuning.exits import Exit
 from ee_tuning.losses import (
+    LOGITS,
     SOFTMAX,
     LossSum,
     Softmax,
@@ -31,10 +32,6 @@ from ee_tuning.varlen import boundaries
 
 Batch = dict[str, Tensor]
 ONE_PROCESS = Pipeline(Mesh())
-
-# Logits alive at a time: 1 GiB in fp32. Each chunk adds to the whole head's gradient, so smaller
-# ones cost time.
-LOGITS = 2**28
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,269 @@
+"""What a tuning run will take, from the shapes alone: memory by part, and time.
+
+Memory is counted; where kernels need room of their own, the largest known is taken. Time is FLOP
+over what a GPU reaches of its datasheet's rate. `tests/unit/test_plan.py` holds both against the
+measured runs in `benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ee_tuning.config import ExitConfig, PlanConfig, TuneConfig
+from ee_tuning.errors import UserError
+from ee_tuning.exits import Exit
+from ee_tuning.loading import empty_backbone
+from ee_tuning.losses import LOGITS
+from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
+from ee_tuning.parallel.pipeline import cut_stages
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """memory: usable GiB; bf16, fp8: dense TFLOP/s of the datasheet, 0 without units; TB/s."""
+
+    memory: float
+    bf16: float
+    fp8: float
+    bandwidth: float
+
+
+GPUS = {
+    "b200": Gpu(178, 2250, 4500, 8.0),
+    "h200": Gpu(139, 989, 1979, 4.8),
+    "h100": Gpu(79, 989, 1979, 3.35),
+    "a100-80": Gpu(79, 312, 0, 2.0),
+    "a100-40": Gpu(39, 312, 0, 1.55),
+    "l40s": Gpu(44, 362, 733, 0.86),
+    "5090": Gpu(31, 210, 419, 1.79),
+    "4090": Gpu(23.5, 165, 330, 1.0),
+    "3090": Gpu(23.5, 71, 0, 0.94),
+}
+# Shares of the datasheet's rates that the parts of a step reached on an H200.
+REACHED = {"bf16": 0.58, "fp8": 0.45, "bandwidth": 0.8}
+# What makes a run smaller, the cheapest in quality first.
+SAVINGS: tuple[dict[str, object], ...] = (
+    {"micro_batch_size": 1},
+    {"backbone_precision": "fp8"},
+    {"optimizer": "adamw-8bit"},
+    {"master_weights": "bf16"},
+    {"head": "shared"},
+)
+
+
+def plan(config: PlanConfig) -> None:
+    """Print memory by part, time, whether it fits, and which flags would make it fit.
+
+    Raises:
+        UserError: a GPU or a backbone that is not known, exits that it cannot have, or a layout
+            whose memory is not counted here.
+    """
+    if config.gpu not in GPUS:
+        raise UserError(f"gpu {config.gpu!r} is unknown: use one of {', '.join(GPUS)}")
+    if config.tp > 1 or config.shard:
+        raise UserError("plan knows neither --tp nor --shard: leave them out")
+    if config.gpus % config.pp:
+        raise UserError(f"{config.gpus} GPUs cannot be divided into {config.pp} pipeline stages")
+    gpu, console = GPUS[config.gpu], Console()
+    config = dataclasses.replace(config, dp=config.gpus // config.pp)
+    parts = largest_stage(config)
+    table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / GIB:.1f}")
+    total = sum(parts.values()) / GIB
+    table.add_row("sum", f"{total:.1f} of {gpu.memory:g}", style="bold")
+    console.print(table)
+    if config.backbone_precision == "fp8" and not gpu.fp8:
+        console.print(f"{config.gpu} has no fp8 units: fp8 saves memory there, not time")
+    seconds = sum(step_seconds(shapes_of(config), config, gpu).values()) / config.gpus
+    rate = config.global_batch_size * config.seq_length / seconds
+    console.print(
+        f"about {rate:,.0f} tokens/s on {config.gpus} GPU(s), communication and idle time left "
+        f"out: {config.tokens:.3g} tokens take {config.tokens / rate / 3600:.1f} hours",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if total <= gpu.memory:
+        console.print("it fits")
+    else:
+        console.print(
+            f"it does not fit by {total - gpu.memory:.1f} GiB; " + advice(config, gpu.memory),
+            soft_wrap=True,
+        )
+
+
+def shapes_of(config: TuneConfig) -> EarlyExitModel:
+    """The model that `config` tunes, on the meta device: nothing but shapes.
+
+    Raises:
+        UserError: no such backbone or exits, or exits that the backbone cannot have.
+    """
+    exits: ExitConfig = config.exit_config()
+    path = config.model
+    if config.exits:
+        saved = read_exit_config(find_exits(config.exits))
+        exits, path = saved_exits(saved), config.model or saved["base_model"]
+    return EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
+
+
+def largest_stage(config: TuneConfig) -> dict[str, float]:
+    """`memory` of the pipeline stage that takes most; one stage without --pp."""
+    model = shapes_of(config)
+    stages = cut_stages(model, config) if config.pp > 1 else [range(model.exit_layers[-1])]
+    return max((memory(model, config, stage) for stage in stages), key=lambda p: sum(p.values()))
+
+
+def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str, float]:
+    """Bytes by part on the GPU that tunes the exits of `stage` (layers from 0), in bf16.
+
+    model: may be on the meta device. fp8 weights take a byte. Gradients are those of one exit, or
+    of all where the hidden states of a whole batch would take more; see `tune.step`.
+    """
+    backbone = model.backbone
+    exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
+    small = 1 if config.backbone_precision == "fp8" else 2
+    layers = list(backbone.layers)[stage.start : stage.stop]  # type: ignore[call-overload]
+    vocabulary = _values(backbone.head)
+    shared = any(exit.spec.head == "shared" for exit in exits)
+    frozen = small * sum(map(_values, layers)) + 2 * vocabulary
+    if stage.start == 0 and not backbone.config.tie_word_embeddings:
+        frozen += 2 * _values(backbone.model.get_input_embeddings())
+    if shared and config.exit_vocab:
+        frozen += 2 * vocabulary * _known(model, config) / backbone.config.vocab_size
+    sizes = [sum(_tuned(model, config, exit)) for exit in exits] or [0.0]
+    weight = 2 if config.master_weights == "bf16" else 4
+    state = 2.1 if config.optimizer == "adamw-8bit" else 8
+    hidden = backbone.config.hidden_size
+    tokens = config.micro_batch_size * config.seq_length
+    batch = config.global_batch_size * config.seq_length / config.dp
+    states = 3 * batch * hidden * 2
+    side_by_side = states <= weight * (sum(sizes) - max(sizes))
+    gradients = weight * (max(sizes) if side_by_side else sum(sizes))
+    widest = max(p.shape[0] for layer in layers for p in layer.parameters() if p.dim() >= 2)
+    logits = min(LOGITS, tokens * _known(model, config))
+    return {
+        "backbone": frozen,
+        "exits' weights": weight * sum(sizes),
+        "optimizer state": state * sum(sizes),
+        "gradients": gradients + (2 * max(sizes) if weight == 4 else 0),
+        "hidden states": states if side_by_side else 3 * tokens * hidden * 2,
+        "activations": 2 * tokens * (5 * widest + 8 * hidden),
+        "logits": 4 * logits,
+    }
+
+
+def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[str, float]:
+    """Seconds by part of one optimizer step on one GPU."""
+    tokens = config.global_batch_size * config.seq_length
+    flop = flop_per_token(model, config.seq_length, config.exit_vocab)
+    bf16 = gpu.bf16 * REACHED["bf16"] * 1e12
+    fp8 = gpu.fp8 * REACHED["fp8"] * 1e12 or bf16
+    frozen = fp8 if config.backbone_precision == "fp8" else bf16
+    tuned = fp8 if config.exit_precision == "fp8" else bf16
+    shared = any(exit.spec.head == "shared" for exit in model.exits.values())  # type: ignore[union-attr]
+    sizes = [sum(_tuned(model, config, model.exit(layer))) for layer in model.exit_layers]
+    moved = 4 * (2 if config.master_weights == "bf16" else 4)  # weight and gradient, in and out
+    moved += 4 if config.optimizer == "adamw-8bit" else 16
+    return {
+        "backbone": flop["backbone"] * tokens / frozen,
+        "exits": flop["exits"] * tokens / tuned,
+        "heads": flop["head"] * tokens / (frozen if shared else tuned),
+        "optimizer": moved * sum(sizes) / (gpu.bandwidth * REACHED["bandwidth"] * 1e12),
+    }
+
+
+def flop_per_token(model: EarlyExitModel, length: int, exit_vocab: int = 0) -> dict[str, float]:
+    """Floating-point operations of the matrix products that a step needs, per token.
+
+    A product with a matrix of P parameters is 2·P forward, 2·P for the matrix's gradient and 2·P
+    for its input's. Frozen layers have only the first. Of an `mlp` exit, the matrices that read
+    the residual need no gradient of their input. Attention scores and values are 4·H·T/2 a layer.
+    """
+    backbone = model.backbone
+    layers = list(backbone.layers)[: model.exit_layers[-1]]  # type: ignore[call-overload]
+    sizes = [sum(map(_matrix, layer.modules())) for layer in layers]
+    hidden = backbone.config.hidden_size
+    head = hidden * (exit_vocab or backbone.config.vocab_size)
+    found = {"backbone": 2.0 * sum(sizes) + len(layers) * 2 * hidden * length, "exits": 0.0}
+    found["head"] = 0.0
+    for layer in model.exit_layers:
+        exit = model.exit(layer)
+        found["head"] += 6 * head if exit.spec.head == "own" else 4 * head
+        for name, p in _below_head(exit):
+            if p.dim() >= 2:
+                reads = name.startswith("mlp.") and p.shape[0] != hidden
+                found["exits"] += (4 if reads else 6) * p.numel()
+        found["exits"] += 6 * hidden * length if exit.spec.arch == "layer" else 0
+    return found
+
+
+def advice(config: TuneConfig, available: float) -> str:
+    """Which flags would make `config` fit into `available` GiB."""
+    flags: list[str] = []
+    for saving in SAVINGS:
+        if all(getattr(config, name) == value for name, value in saving.items()):
+            continue
+        if "head" in saving and config.exits:
+            continue
+        config = dataclasses.replace(config, **saving)  # type: ignore[arg-type]
+        flags += [f"--{name.replace('_', '-')} {value}" for name, value in saving.items()]
+        if sum(largest_stage(config).values()) / GIB <= available:
+            return "it would with " + " ".join(flags)
+    return f"not even with {' '.join(flags)}: use fewer or shallower exits, or more GPUs with --pp"
+
+
+def refuse_if_too_large(config: TuneConfig, available: float) -> None:
+    """Refuse, before anything is allocated, what needs more than `available` GiB.
+
+    Raises:
+        UserError: by how much, and what would help.
+    """
+    needed = sum(largest_stage(config).values()) / GIB
+    if needed > available:
+        raise UserError(
+            f"this run needs about {needed:.1f} GiB, {needed - available:.1f} more than the GPU "
+            f"has; {advice(config, available)}"
+        )
+
+
+def largest_parts(config: TuneConfig) -> str:
+    """The three largest parts of the memory, in words."""
+    parts = sorted(largest_stage(config).items(), key=lambda part: -part[1])[:3]
+    return ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts)
+
+
+def _below_head(exit: Exit) -> Iterator[tuple[str, nn.Parameter]]:
+    """Tuned parameters of an exit, its head aside."""
+    named = exit.named_parameters()
+    return ((name, p) for name, p in named if not name.startswith(("head.", "reduced.")))
+
+
+def _tuned(model: EarlyExitModel, config: TuneConfig, exit: Exit) -> list[float]:
+    """Numbers of values that are tuned in an exit: below its head, and in it."""
+    below = float(sum(p.numel() for _, p in _below_head(exit)))
+    share = _known(model, config) / model.backbone.config.vocab_size
+    return [below, _values(model.backbone.head) * share if exit.spec.head == "own" else 0.0]
+
+
+def _known(model: EarlyExitModel, config: TuneConfig) -> int:
+    return config.exit_vocab or model.backbone.config.vocab_size
+
+
+def _values(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _matrix(module: nn.Module) -> int:
+    """Elements of a linear layer's weight, whatever it is kept in; 0 for other modules."""
+    if not isinstance(module, nn.Linear) and hasattr(module, "nf"):
+        return module.weight.numel()  # type: ignore[operator,union-attr,return-value]
+    return getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
