@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -168,10 +168,15 @@ class Segment:
         for name, value in family.later_attributes.items() if later else ():
             setattr(self.trunk, name, value)
 
-    def new_cache(self) -> SegmentCache:
-        """An empty K/V cache for this segment."""
-        layers = DynamicCache(config=self._backbone.config).layers
-        return SegmentCache(layers[self.start : self.stop], self.start)
+    def new_cache(self, whole: bool = False) -> SegmentCache:
+        """An empty K/V cache for this segment.
+
+        whole: sliding windows keep all K/V, too, so that the last tokens can be taken back.
+        """
+        layers = DynamicCache(config=self._backbone.config).layers[self.start : self.stop]
+        if whole:
+            layers = [DynamicLayer() for _ in layers]
+        return SegmentCache(layers, self.start)
 
     def compile(self) -> None:
         """Compile each layer, without its hooks; layers of a kind share one graph."""

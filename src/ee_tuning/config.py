@@ -16,7 +16,7 @@ from ee_tuning.errors import UserError
 Arch = Literal["embedding", "norm", "mlp", "layer"]
 Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
-Mode = Literal["full", "fixed", "threshold"]
+Mode = Literal["full", "fixed", "threshold", "speculative"]
 MatrixPrecision = Literal["same", "fp8"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
@@ -264,7 +264,11 @@ class GenerateConfig(SamplingConfig):
     """Generate text; tokens are coloured by the depth at which they left."""
 
     prompt: str = option("", "the prompt; - reads standard input")
-    mode: Mode = option("threshold", "full depth, a fixed exit layer, or the first confident exit")
+    mode: Mode = option(
+        "threshold",
+        "full depth, a fixed exit layer, the first confident exit, or speculative: exits draft, "
+        "the remaining layers verify, the text is that of full depth",
+    )
     threshold: float = option(0.8, "confidence from which a token leaves; 1 switches exits off")
     do_sample: bool = option(False, "sample instead of taking the likeliest token")
     temperature: float = option(1.0, "sampling temperature")

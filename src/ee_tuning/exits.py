@@ -80,9 +80,12 @@ class Exit(nn.Module):
             self._frozen["segment"] = backbone.block(self.block)
         self._frozen["output"] = backbone.output(self.head if spec.head == "own" else backbone.head)
 
-    def new_cache(self) -> SegmentCache | None:
-        """An empty K/V cache for the block of a `layer` exit; None for the others."""
-        return self._frozen["segment"].new_cache() if self.spec.arch == "layer" else None
+    def new_cache(self, whole: bool = False) -> SegmentCache | None:
+        """An empty K/V cache for the block of a `layer` exit; None for the others.
+
+        whole: see `Segment.new_cache`.
+        """
+        return self._frozen["segment"].new_cache(whole) if self.spec.arch == "layer" else None
 
     def features(self, state: State, cache: SegmentCache | None = None) -> Tensor:
         """What goes into the head: (B, T, H). `cache` is for the block of a `layer` exit."""

@@ -265,5 +265,5 @@ def _values(module: nn.Module) -> int:
 def _matrix(module: nn.Module) -> int:
     """Elements of a linear layer's weight, whatever it is kept in; 0 for other modules."""
     if not isinstance(module, nn.Linear) and hasattr(module, "nf"):
-        return module.weight.numel()  # type: ignore[operator,union-attr,return-value]
+        return module.weight.numel()  # type: ignore[operator]
     return getattr(module, "in_features", 0) * getattr(module, "out_features", 0)

@@ -155,7 +155,7 @@ def test_eos_and_stop_strings_end_generation(base, tokenizer):
         ([[1], [2]], {}, "one prompt"),
         ([[1]], {"threshold": 1.5}, r"outside \[0, 1\]"),
         ([[1]], {"threshold": -0.1}, r"outside \[0, 1\]"),
-        ([[1]], {"mode": "fast"}, "use one of full, fixed, threshold"),
+        ([[1]], {"mode": "fast"}, "use one of full, fixed, threshold, speculative"),
         ([[1]], {"mode": "fixed"}, "needs one exit"),
         ([[1]], {"exit_layers": [4]}, "no exit at layer 4"),
         ([[1]], {"exit_layers": [9]}, "exit layer 9 does not exist"),

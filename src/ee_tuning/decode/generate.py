@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.config import MODES, Layers, parse_layers
 from ee_tuning.decode.decoder import Decoder, Token
+from ee_tuning.decode.speculative import Chooser, Draft, Pace, settle
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,9 +49,12 @@ def generate(
 
     mode: ``full`` is the backbone alone; ``fixed`` ends every token at the one exit in
         `exit_layers`; ``threshold`` lets a token leave at the first active exit whose
-        confidence is at least `threshold`. Threshold 1 switches exits off.
+        confidence is at least `threshold`. Threshold 1 switches exits off. ``speculative``
+        takes such tokens for drafts that the remaining layers verify together: greedy tokens are
+        those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.speculative`.
     exit_layers: the active exits; default: all.
-    max_pending: tokens that may wait for their deeper K/V before one has to go all the way.
+    max_pending: tokens that may wait for their deeper K/V before one has to go all the way; the
+        longest draft.
     on_token: called with every `Token`, before the streamer gets it and the next is computed.
     streamer: as in transformers.
 
@@ -112,6 +116,13 @@ def make_decoder(
     if mode == "full" or threshold == 1:
         return Decoder(model, [], depth, max_pending, lambda *_: False)
     inner = [layer for layer in active if layer < depth]
+    if mode == "speculative":
+        if inner != active:
+            raise UserError(
+                f"mode speculative cannot draft with the exit at the last layer, {depth}: leave it "
+                "out of exit_layers"
+            )
+        return Decoder(model, inner, depth, max_pending, lambda _, v: v >= threshold, True)
     return Decoder(model, inner, depth, max_pending, lambda _, value: value >= threshold)
 
 
@@ -163,20 +174,29 @@ def _loop(
     """Predict, choose, append, until a criterion stops it: transformers' own order of things."""
     if generation_config.num_beams != 1:
         raise UserError("beam search is not possible with early exits: leave num_beams at 1")
-    token = decoder.prefill(input_ids)
+    chooser = Chooser(logits_processor, generation_config.do_sample)
+    pace = Pace(decoder.max_pending)
+    ids, drafts = input_ids, list[Draft]()  # the drafts are the end of ids
+    token = decoder.prefill(ids)
     while True:
-        scores = logits_processor(input_ids, token.logits)
-        if generation_config.do_sample:
-            chosen = torch.multinomial(scores.softmax(-1), num_samples=1)
+        if decoder.verifies and token.exit_layer < decoder.end:
+            drafts.append(Draft(token, *chooser.choose(ids, token.logits)))
+            ids = torch.cat([ids, drafts[-1].chosen], dim=-1)
         else:
-            chosen = scores.argmax(-1, keepdim=True)
-        input_ids = torch.cat([input_ids, chosen], dim=-1)
-        seen(token)
-        if streamer is not None:
-            streamer.put(chosen[0].cpu())
-        if stopping_criteria(input_ids, None).all():
-            break
-        token = decoder.step(chosen)
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+            settled = settle(ids, drafts, token, chooser)
+            ids = ids[:, : ids.shape[1] - len(drafts)]
+            for done, chosen in settled:
+                ids = torch.cat([ids, chosen], dim=-1)
+                seen(done)
+                if streamer is not None:
+                    streamer.put(chosen[0].cpu())
+                if stopping_criteria(ids, None).all():
+                    if streamer is not None:
+                        streamer.end()
+                    return ids
+            if decoder.verifies:
+                decoder.take_back(len(drafts) + 1 - len(settled))
+                pace.learn(len(drafts), len(settled) - 1)
+                decoder.max_pending = pace.drafts(generation_config.max_length - ids.shape[1])
+            drafts = []
+        token = decoder.step(ids[:, -1:])

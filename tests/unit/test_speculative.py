@@ -1,0 +1,191 @@
+"""Self-speculation is lossless: greedy tokens are those of full depth, samples its distribution."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decode import DEPTH, MODELS, early_exit
+
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.decode import Decoder
+from ee_tuning.decode.speculative import Pace
+from ee_tuning.loading import load_tokenizer
+
+IDS = torch.tensor([[5, 9, 11, 40, 7]])
+
+
+def good_exit(family, arch="norm"):
+    """A model whose exits agree now and then: its last layers hardly change the hidden state."""
+    key = f"good/{family}/{arch}"
+    if key not in MODELS:
+        base = tiny(family)
+        model = EarlyExitModel.from_base(base, ExitConfig("2,3", arch=arch)).eval()
+        for layer in list(model.backbone.layers)[2:]:
+            for p in layer.parameters():
+                p.data.mul_(0.3 if p.dim() >= 2 else 1)
+        MODELS[key] = model
+    return MODELS[key]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arch", ["norm", "layer"])
+def test_greedy_tokens_are_those_of_full_depth(family, arch):
+    model = good_exit(family, arch)
+    common = {"max_new_tokens": 24, "eos_token_id": None}
+    full = model.generate(IDS, mode="full", **common).sequences
+    for threshold in (0.0, 0.02, 0.05):
+        out = model.generate(IDS, mode="speculative", threshold=threshold, **common)
+        assert torch.equal(out.sequences, full)
+        assert out.exit_layers.shape == (1, 24)
+
+
+def test_drafts_are_kept_and_rejected_in_these_tests():
+    """Else the other tests would not try what they are about."""
+    out = good_exit("llama").generate(
+        IDS, mode="speculative", threshold=0.0, max_new_tokens=50, eos_token_id=None
+    )
+    kept = (out.exit_layers[0] < DEPTH).float().mean()
+    assert 0.1 < kept < 0.95
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "mistral", "gemma3", "opt", "gpt2", "qwen2"]),
+    threshold=st.floats(0, 0.1),
+    max_pending=st.integers(0, 9),
+    new=st.integers(1, 30),
+    exits=st.sampled_from([[2], [3], [2, 3]]),
+    length=st.integers(1, 30),
+)
+def test_any_setting_gives_the_tokens_of_full_depth(
+    family, threshold, max_pending, new, exits, length
+):
+    model = good_exit(family)
+    ids = torch.arange(length)[None] * 7 % 90 + 3
+    common = {"max_new_tokens": new, "eos_token_id": None}
+    out = model.generate(
+        ids, mode="speculative", threshold=threshold, exit_layers=exits,
+        max_pending=max_pending, **common,
+    )  # fmt: skip
+    assert torch.equal(out.sequences, model.generate(ids, mode="full", **common).sequences)
+
+
+def test_200_prompts_of_real_text_give_the_tokens_of_full_depth():
+    """On the demo's backbone in fp32, with exits that are copies and not tuned."""
+    demo = Path(__file__).parents[2] / "demo"
+    config = ExitConfig("8,14", arch="layer,norm")
+    model = EarlyExitModel.from_base(str(demo / "model"), config, dtype=torch.float32)
+    tokenizer = load_tokenizer(str(demo / "model"))
+    lines = (demo / "data" / "validation.jsonl").read_text().splitlines()
+    ids = tokenizer("".join(json.loads(line)["text"] for line in lines), return_tensors="pt")
+    prompts = ids.input_ids[0][: 200 * 20].view(200, 1, 20)
+    kept = 0
+    for prompt in prompts:
+        common = {"max_new_tokens": 8, "eos_token_id": None}
+        full = model.generate(prompt, mode="full", **common).sequences
+        out = model.generate(prompt, mode="speculative", threshold=0.3, **common)
+        assert torch.equal(out.sequences, full)
+        kept += (out.exit_layers < model.backbone.num_layers).sum().item()
+    assert kept > 100
+
+
+def test_samples_have_the_full_models_distribution():
+    """Three tokens of a vocabulary of 8 by exact enumeration, χ² over 3,000 draws.
+
+    Expected counts below 5 are pooled. The bound is the mean plus 5 standard deviations of χ².
+    """
+    torch.manual_seed(0)
+    base = tiny("llama", vocab_size=8, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    model = EarlyExitModel.from_base(base, ExitConfig("1,2", arch="norm")).eval()
+    model.backbone.head.weight.data.mul_(4)
+    for layer in model.exit_layers:
+        model.exit(layer).head.weight.data.mul_(4)
+    ids = torch.tensor([[1, 5]])
+    common = {"do_sample": True, "temperature": 0.8, "top_k": 6, "max_new_tokens": 3}
+    draws = 3000
+    counts, early = torch.zeros(8, 8, 8), 0
+    for _ in range(draws):
+        out = model.generate(ids, mode="speculative", threshold=0.0, **common)
+        counts[tuple(out.sequences[0, 2:].tolist())] += 1
+        early += (out.exit_layers < DEPTH).sum().item()
+    assert draws / 8 < early < 0.9 * draws  # drafts take part in what is tested
+
+    def next_probabilities(prefix):
+        logits = model(prefix, output_logits=True).logits[:, -1] / 0.8
+        worst = logits.topk(6).values[:, -1:]
+        return logits.masked_fill(logits < worst, -torch.inf).softmax(-1)
+
+    expected = torch.zeros(8, 8, 8)
+    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    first = next_probabilities(ids)[0]
+    second = next_probabilities(torch.cat([ids.repeat(8, 1), torch.arange(8)[:, None]], 1))
+    third = next_probabilities(torch.cat([ids.repeat(64, 1), pairs], 1)).view(8, 8, 8)
+    expected = (first[:, None, None] * second[:, :, None] * third * draws).flatten().detach()
+    counts = counts.flatten()
+    assert counts[expected == 0].sum() == 0
+    large = expected >= 5
+    found = torch.cat([counts[large], counts[~large].sum()[None]])
+    wanted = torch.cat([expected[large], expected[~large].sum()[None]])
+    statistic = ((found - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
+    freedom = len(wanted) - 1
+    assert freedom > 20
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_taking_tokens_back_leaves_what_was_there(family):
+    """Tolerance: a window of several tokens sums in another order."""
+    model = early_exit(family, "layer")
+
+    def decoder():
+        return Decoder(model, [1, 2], DEPTH, 8, lambda *_: leaves, True)
+
+    leaves, plain, other = False, decoder(), decoder()
+    plain.prefill(IDS)
+    expected = plain.step(torch.tensor([[20]])).logits
+    other.prefill(IDS)
+    leaves = True
+    for token in (20, 31, 32):
+        other.step(torch.tensor([[token]]))
+    leaves = False
+    window = other.step(torch.tensor([[33]])).logits
+    assert window.shape[0] == 4
+    torch.testing.assert_close(window[:1], expected, rtol=1e-4, atol=1e-4)
+    other.take_back(3)
+    after = [d.step(torch.tensor([[50]])).logits for d in (plain, other)]
+    torch.testing.assert_close(*after, rtol=1e-4, atol=1e-4)
+
+
+def test_an_end_token_within_a_draft_ends_it_as_at_full_depth():
+    model = good_exit("llama")
+    common = {"max_new_tokens": 30}
+    free = model.generate(IDS, mode="full", eos_token_id=None, **common).sequences[0, 5:]
+    for end in free.unique().tolist():
+        full = model.generate(IDS, mode="full", eos_token_id=end, **common).sequences
+        out = model.generate(IDS, mode="speculative", threshold=0.0, eos_token_id=end, **common)
+        assert torch.equal(out.sequences, full)
+        assert out.exit_layers.shape[1] == full.shape[1] - 5
+
+
+def test_drafts_get_longer_and_shorter_by_what_was_kept():
+    pace = Pace(8)
+    assert pace.drafts(100) == 4
+    pace.learn(4, 4)
+    assert pace.drafts(100) == 6
+    pace.learn(6, 2)
+    assert pace.drafts(100) == 5
+    assert pace.drafts(3) == 2
+    assert pace.drafts(1) == 0
+    assert Pace(0).drafts(9) == 0
+
+
+def test_an_exit_at_the_last_layer_cannot_draft():
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2,4", arch="norm"))
+    with pytest.raises(UserError, match="cannot draft with the exit at the last layer, 4"):
+        model.generate(IDS, mode="speculative", max_new_tokens=2)
+    out = model.generate(IDS, mode="speculative", exit_layers=[2], max_new_tokens=2)
+    assert out.sequences.shape == (1, 7)
