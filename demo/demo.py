@@ -50,17 +50,17 @@ def tables(result: dict[str, Any], losses: list[dict[str, float]], seconds: floa
             lines.append(f"| {row['layer']}, final | – | {row['loss']:.2f} | – |")
     lines += [
         "",
-        "| threshold | mean depth | next token agrees | generated text agrees | tokens/s (min–max) | against full depth |",
-        "|---|---|---|---|---|---|",
+        "| threshold | mean depth | next token agrees | generated text agrees | tokens/s (min–max) | against full depth | lossless, against full depth |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result["threshold_rows"]:
         lines.append(
             f"| {row['threshold']:g} | {row['mean_depth']:.1f} | {row['next_token_agreement']:.0%} "
-            f"| {row['text_agreement']:.0%} | {_speed(row)} | {row['speedup']:.2f}× |"
+            f"| {row['text_agreement']:.0%} | {_speed(row)} | {row['speedup']:.2f}× | {_lossless(row, result['prompts'])} |"
         )
     theirs = result["transformers"]
     lines += [
-        f"| transformers' `generate` | {result['depth']} | – | – | {_speed(theirs)} | {theirs['speedup']:.2f}× |",
+        f"| transformers' `generate` | {result['depth']} | – | – | {_speed(theirs)} | {theirs['speedup']:.2f}× | – |",
         "",
         f"{result['machine']}; fp32, batch 1, greedy, {result['prompts']} prompts of "
         f"{result['settings']['prompt_length']} tokens, {result['tokens_per_prompt']} new tokens each, "
@@ -68,6 +68,13 @@ def tables(result: dict[str, Any], losses: list[dict[str, float]], seconds: floa
         f"on held-out files, before and after on the first part of them. `make demo` took {seconds:.0f} s here.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _lossless(row: dict[str, Any], prompts: int) -> str:
+    found = row["speculative"]
+    if not found:
+        return "–"
+    return f"{found['speedup']:.2f}× ({found['identical_texts']} of {prompts} texts identical)"
 
 
 def _speed(row: dict[str, Any]) -> str:

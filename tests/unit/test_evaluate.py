@@ -126,6 +126,9 @@ def test_generated_text_by_threshold(run):
         assert 0 < row["speed"]["min"] <= row["speed"]["median"] <= row["speed"]["max"]
         assert row["speedup"] > 0
         assert row["speedup_over_transformers"] > 0
+        drafted = row["speculative"]
+        assert (drafted is None) == (row["threshold"] == 1)
+        assert drafted is None or drafted["identical_texts"] == result["prompts"]
 
 
 def test_speedup_is_the_median_of_ratios_within_rounds():

@@ -100,7 +100,7 @@ def make_decoder(
 ) -> Decoder:
     """The decoder of a mode; see `generate` for the arguments and errors."""
     depth = model.backbone.num_layers
-    active = _active(model, exit_layers)
+    active = active_exits(model, exit_layers)
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
@@ -126,7 +126,12 @@ def make_decoder(
     return Decoder(model, inner, depth, max_pending, lambda _, value: value >= threshold)
 
 
-def _active(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
+def active_exits(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
+    """The exits named by `exit_layers`, by depth; default: all.
+
+    Raises:
+        UserError: there is no such exit.
+    """
     if not exit_layers:
         return model.exit_layers
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))

@@ -130,9 +130,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
         )
     speeds = Table(
         title="thresholds: mean depth, agreement with full depth, speed",
-        caption=f"greedy, batch 1, {result['tokens_per_prompt']} new tokens; median (least–most)",
+        caption=f"greedy, batch 1, {result['tokens_per_prompt']} new tokens; median (least–most); "
+        "lossless: speed-up of mode speculative",
     )
-    for column in ("threshold", "depth", "next token", "text", "tok/s", "speed-up"):
+    for column in ("threshold", "depth", "next token", "text", "tok/s", "speed-up", "lossless"):
         speeds.add_column(column, justify="right", no_wrap=True)
     for row in result["threshold_rows"]:
         speeds.add_row(
@@ -142,6 +143,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{row['text_agreement']:.1%}",
             speed_text(row["speed"]),
             f"{row['speedup']:.2f}×",
+            f"{row['speculative']['speedup']:.2f}×" if row["speculative"] else "",
         )
     theirs = result["transformers"]
     speeds.add_row(

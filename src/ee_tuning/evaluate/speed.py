@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput
+from ee_tuning.decode.generate import active_exits
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
@@ -76,9 +77,18 @@ def measure_thresholds(
             "speed": speeds[threshold],
             "speedup": speedups[threshold],
             "speedup_over_transformers": _speedup(theirs, seconds[threshold]),
+            "speculative": None,
         }
         for threshold in thresholds
     ]
+    for row in rows:
+        name = ("speculative", row["threshold"])
+        if name in methods:
+            row["speculative"] = {
+                "speed": speeds[name],
+                "speedup": speedups[name],
+                "identical_texts": sum(map(_same, outputs[name], outputs["full"])),
+            }
     return {
         "threshold_rows": rows,
         "transformers": {"speed": speeds["transformers"], "speedup": speedups["transformers"]},
@@ -121,7 +131,15 @@ def _methods(
     def at(threshold: float) -> Method:
         return lambda ids: model.generate(ids, mode="threshold", threshold=threshold, **common)
 
+    active = active_exits(model, config.exit_layers or None)
+    drafting = [layer for layer in active if layer < model.backbone.num_layers]
+
+    def drafted(threshold: float) -> Method:
+        settings = common | {"mode": "speculative", "exit_layers": drafting}
+        return lambda ids: model.generate(ids, threshold=threshold, **settings)
+
     return {
+        **{("speculative", t): drafted(t) for t in thresholds if drafting and t < 1},
         "transformers": lambda ids: model.backbone.model.generate(ids, **length),
         "full": lambda ids: model.generate(ids, mode="full", **common),
         **{threshold: at(threshold) for threshold in thresholds},
@@ -141,6 +159,10 @@ def _row(model: EarlyExitModel, outputs: dict[Any, list[Any]], threshold: float)
         "text_agreement": torch.cat(same).double().mean().item(),
         "identical_texts": sum(bool(s.all()) for s in same),
     }
+
+
+def _same(output: GenerateOutput, full: GenerateOutput) -> bool:
+    return torch.equal(_new(output), _new(full))
 
 
 def _new(output: GenerateOutput) -> Tensor:
