@@ -128,7 +128,7 @@ def test_generated_text_by_threshold(run):
         assert row["speedup_over_transformers"] > 0
         drafted = row["speculative"]
         assert (drafted is None) == (row["threshold"] == 1)
-        assert drafted is None or drafted["identical_texts"] == result["prompts"]
+        assert drafted is None or drafted["identical_texts"] == run[0]["prompts"]
 
 
 def test_speedup_is_the_median_of_ratios_within_rounds():
