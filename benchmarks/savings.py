@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table import losses
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, versions
@@ -26,9 +27,8 @@ from ee_tuning.files import write_json
 from ee_tuning.tune import tune
 
 ROOT = Path(__file__).parent.parent
-PLAIN = "bf16, fp32 masters"
 SAVINGS: dict[str, dict[str, Any]] = {
-    PLAIN: {},
+    "bf16, fp32 masters": {},
     "backbone in fp8": {"backbone_precision": "fp8"},
     "backbone and exits in fp8": {"backbone_precision": "fp8", "exit_precision": "fp8"},
     "8-bit optimizer state": {"optimizer": "adamw-8bit"},
@@ -66,19 +66,6 @@ def tune_with(saving: dict[str, Any], model: Path, data: Path, args: argparse.Na
     }
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Final losses per exit, and how far each is from the plain run's."""
-    plain = runs[PLAIN]["after"]
-    lines = [
-        "| tuned with | " + " | ".join(f"exit {layer}" for layer in plain) + " | seconds |",
-        "|---" * (len(plain) + 2) + "|",
-    ]
-    for name, run in runs.items():
-        cells = [f"{v:.4f} ({v / plain[k] - 1:+.2%})" for k, v in run["after"].items()]
-        lines.append(f"| {name} | {' | '.join(cells)} | {run['seconds']:.0f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Pre-train, tune with each saving, write the result after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -109,7 +96,8 @@ def main() -> None:
         result["runs"][name] = tune_with(saving, model, data, args)
         if args.out:
             write_json(args.out, result)
-        print(table(result["runs"]), flush=True)
+        print(f"{name}: {result['runs'][name]['seconds']} s")
+        print(losses(result["runs"]), flush=True)
 
 
 if __name__ == "__main__":

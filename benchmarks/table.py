@@ -55,10 +55,8 @@ def steps() -> str:
     return "\n".join([*lines, "", *sorted(machines)])
 
 
-def savings() -> str:
-    """Final losses of the same exits tuned with each saving."""
-    result = json.loads((RESULTS / "savings.json").read_text())
-    runs = result["runs"]
+def losses(runs: dict[str, Any]) -> str:
+    """Final losses per exit, and how far each is from the first run's."""
     plain = next(iter(runs.values()))["after"]
     lines = [
         "| tuned with | " + " | ".join(f"exit {layer}" for layer in plain) + " |",
@@ -67,10 +65,17 @@ def savings() -> str:
     for name, run in runs.items():
         cells = [f"{v:.4f} ({v / plain[k] - 1:+.2%})" for k, v in run["after"].items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def savings() -> str:
+    """Final losses of the same exits tuned with each saving."""
+    result = json.loads((RESULTS / "savings.json").read_text())
+    runs = result["runs"]
     base, given = result["backbone"], next(iter(runs.values()))["settings"]
     return "\n".join(
         [
-            *lines,
+            losses(runs),
             "",
             f"{result['hardware']}; {result['versions']}. Backbone: {base['parameters']:,} "
             f"parameters, {base['layers']} layers, pre-trained for {base['train_seconds']:.0f} s "

@@ -24,12 +24,10 @@ from ee_tuning.backbone import State
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
-from ee_tuning.plan import flop_per_token
+from ee_tuning.plan import GIB, flop_per_token
 from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_features, place_batch, tuning_step
-
-GIB = 2**30
 
 
 def timed(

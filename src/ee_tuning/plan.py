@@ -74,7 +74,8 @@ def plan(config: PlanConfig) -> None:
         raise UserError(f"{config.gpus} GPUs cannot be divided into {config.pp} pipeline stages")
     gpu, console = GPUS[config.gpu], Console()
     config = dataclasses.replace(config, dp=config.gpus // config.pp)
-    parts = largest_stage(config)
+    model = shapes_of(config)
+    parts = largest_stage(model, config)
     table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
     table.add_column("part")
     table.add_column("GiB", justify="right")
@@ -85,7 +86,7 @@ def plan(config: PlanConfig) -> None:
     console.print(table)
     if config.backbone_precision == "fp8" and not gpu.fp8:
         console.print(f"{config.gpu} has no fp8 units: fp8 saves memory there, not time")
-    seconds = sum(step_seconds(shapes_of(config), config, gpu).values()) / config.gpus
+    seconds = sum(step_seconds(model, config, gpu).values()) / config.gpus
     rate = config.global_batch_size * config.seq_length / seconds
     console.print(
         f"about {rate:,.0f} tokens/s on {config.gpus} GPU(s), communication and idle time left "
@@ -96,7 +97,8 @@ def plan(config: PlanConfig) -> None:
         console.print("it fits")
     else:
         console.print(
-            f"it does not fit by {total - gpu.memory:.1f} GiB; " + advice(config, gpu.memory),
+            f"it does not fit by {total - gpu.memory:.1f} GiB; "
+            + advice(model, config, gpu.memory),
             soft_wrap=True,
         )
 
@@ -115,9 +117,8 @@ def shapes_of(config: TuneConfig) -> EarlyExitModel:
     return EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
 
 
-def largest_stage(config: TuneConfig) -> dict[str, float]:
+def largest_stage(model: EarlyExitModel, config: TuneConfig) -> dict[str, float]:
     """`memory` of the pipeline stage that takes most; one stage without --pp."""
-    model = shapes_of(config)
     stages = cut_stages(model, config) if config.pp > 1 else [range(model.exit_layers[-1])]
     return max((memory(model, config, stage) for stage in stages), key=lambda p: sum(p.values()))
 
@@ -206,7 +207,7 @@ def flop_per_token(model: EarlyExitModel, length: int, exit_vocab: int = 0) -> d
     return found
 
 
-def advice(config: TuneConfig, available: float) -> str:
+def advice(model: EarlyExitModel, config: TuneConfig, available: float) -> str:
     """Which flags would make `config` fit into `available` GiB."""
     flags: list[str] = []
     for saving in SAVINGS:
@@ -216,7 +217,9 @@ def advice(config: TuneConfig, available: float) -> str:
             continue
         config = dataclasses.replace(config, **saving)  # type: ignore[arg-type]
         flags += [f"--{name.replace('_', '-')} {value}" for name, value in saving.items()]
-        if sum(largest_stage(config).values()) / GIB <= available:
+        if "head" in saving:  # the one that changes the exits
+            model = shapes_of(config)
+        if sum(largest_stage(model, config).values()) / GIB <= available:
             return "it would with " + " ".join(flags)
     return f"not even with {' '.join(flags)}: use fewer or shallower exits, or more GPUs with --pp"
 
@@ -227,17 +230,18 @@ def refuse_if_too_large(config: TuneConfig, available: float) -> None:
     Raises:
         UserError: by how much, and what would help.
     """
-    needed = sum(largest_stage(config).values()) / GIB
+    model = shapes_of(config)
+    needed = sum(largest_stage(model, config).values()) / GIB
     if needed > available:
         raise UserError(
             f"this run needs about {needed:.1f} GiB, {needed - available:.1f} more than the GPU "
-            f"has; {advice(config, available)}"
+            f"has; {advice(model, config, available)}"
         )
 
 
 def largest_parts(config: TuneConfig) -> str:
     """The three largest parts of the memory, in words."""
-    parts = sorted(largest_stage(config).items(), key=lambda part: -part[1])[:3]
+    parts = sorted(largest_stage(shapes_of(config), config).items(), key=lambda part: -part[1])[:3]
     return ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def make_decoder(
 ) -> Decoder:
     """The decoder of a mode; see `generate` for the arguments and errors."""
     depth = model.backbone.num_layers
-    active = active_exits(model, exit_layers)
+    active = _active(model, exit_layers)
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
@@ -126,12 +126,7 @@ def make_decoder(
     return Decoder(model, inner, depth, max_pending, lambda _, value: value >= threshold)
 
 
-def active_exits(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
-    """The exits named by `exit_layers`, by depth; default: all.
-
-    Raises:
-        UserError: there is no such exit.
-    """
+def _active(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
     if not exit_layers:
         return model.exit_layers
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
@@ -180,8 +175,28 @@ def _loop(
     if generation_config.num_beams != 1:
         raise UserError("beam search is not possible with early exits: leave num_beams at 1")
     chooser = Chooser(logits_processor, generation_config.do_sample)
+    ids = input_ids
+    for token, chosen in _tokens(decoder, ids, chooser, generation_config.max_length):
+        ids = torch.cat([ids, chosen], dim=-1)
+        seen(token)
+        if streamer is not None:
+            streamer.put(chosen[0].cpu())
+        if stopping_criteria(ids, None).all():
+            break
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+def _tokens(
+    decoder: Decoder, ids: Tensor, chooser: Chooser, max_length: int
+) -> Iterator[tuple[Token, Tensor]]:
+    """What follows the prompt ids (1, T), without end: each token and its id (1, 1).
+
+    Drafts come once they are settled. No draft goes beyond `max_length` tokens.
+    """
     pace = Pace(decoder.max_pending)
-    ids, drafts = input_ids, list[Draft]()  # the drafts are the end of ids
+    drafts: list[Draft] = []  # the end of ids
     token = decoder.prefill(ids)
     while True:
         if decoder.verifies and token.exit_layer < decoder.end:
@@ -189,19 +204,12 @@ def _loop(
             ids = torch.cat([ids, drafts[-1].chosen], dim=-1)
         else:
             settled = settle(ids, drafts, token, chooser)
-            ids = ids[:, : ids.shape[1] - len(drafts)]
-            for done, chosen in settled:
-                ids = torch.cat([ids, chosen], dim=-1)
-                seen(done)
-                if streamer is not None:
-                    streamer.put(chosen[0].cpu())
-                if stopping_criteria(ids, None).all():
-                    if streamer is not None:
-                        streamer.end()
-                    return ids
+            yield from settled
+            before = ids[:, : ids.shape[1] - len(drafts)]
+            ids = torch.cat([before, *(chosen for _, chosen in settled)], dim=-1)
             if decoder.verifies:
                 decoder.take_back(len(drafts) + 1 - len(settled))
                 pace.learn(len(drafts), len(settled) - 1)
-                decoder.max_pending = pace.drafts(generation_config.max_length - ids.shape[1])
+                decoder.max_pending = pace.drafts(max_length - ids.shape[1])
             drafts = []
         token = decoder.step(ids[:, -1:])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput
-from ee_tuning.decode.generate import active_exits
 from ee_tuning.errors import UserError
+from ee_tuning.evaluate.exits import active_exits
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 
@@ -71,24 +71,24 @@ def measure_thresholds(
     speeds = {name: speed(times, total) for name, times in seconds.items()}
     speedups = {name: _speedup(seconds["full"], times) for name, times in seconds.items()}
     theirs = seconds["transformers"]
+
+    def drafted(threshold: float) -> dict[str, Any] | None:
+        name = ("speculative", threshold)
+        if name not in methods:
+            return None
+        texts = _identical_texts(outputs[name], outputs["full"])
+        return {"speed": speeds[name], "speedup": speedups[name], "identical_texts": texts}
+
     rows = [
         _row(model, outputs, threshold)
         | {
             "speed": speeds[threshold],
             "speedup": speedups[threshold],
             "speedup_over_transformers": _speedup(theirs, seconds[threshold]),
-            "speculative": None,
+            "speculative": drafted(threshold),
         }
         for threshold in thresholds
     ]
-    for row in rows:
-        name = ("speculative", row["threshold"])
-        if name in methods:
-            row["speculative"] = {
-                "speed": speeds[name],
-                "speedup": speedups[name],
-                "identical_texts": sum(map(_same, outputs[name], outputs["full"])),
-            }
     return {
         "threshold_rows": rows,
         "transformers": {"speed": speeds["transformers"], "speedup": speedups["transformers"]},
@@ -131,8 +131,7 @@ def _methods(
     def at(threshold: float) -> Method:
         return lambda ids: model.generate(ids, mode="threshold", threshold=threshold, **common)
 
-    active = active_exits(model, config.exit_layers or None)
-    drafting = [layer for layer in active if layer < model.backbone.num_layers]
+    drafting = active_exits(model, config)
 
     def drafted(threshold: float) -> Method:
         settings = common | {"mode": "speculative", "exit_layers": drafting}
@@ -157,12 +156,14 @@ def _row(model: EarlyExitModel, outputs: dict[Any, list[Any]], threshold: float)
         "shares": {layer: (layers == layer).double().mean().item() for layer in places},
         "mean_depth": layers.double().mean().item(),
         "text_agreement": torch.cat(same).double().mean().item(),
-        "identical_texts": sum(bool(s.all()) for s in same),
+        "identical_texts": _identical_texts(out, outputs["full"]),
     }
 
 
-def _same(output: GenerateOutput, full: GenerateOutput) -> bool:
-    return torch.equal(_new(output), _new(full))
+def _identical_texts(outputs: list[GenerateOutput], full: list[GenerateOutput]) -> int:
+    """How many of `outputs` have the new tokens of `full`."""
+    pairs = zip(outputs, full, strict=True)
+    return sum(torch.equal(_new(output), _new(other)) for output, other in pairs)
 
 
 def _new(output: GenerateOutput) -> Tensor:

@@ -204,11 +204,6 @@ class Mesh:
         return self.rank - self.tp * self.dp
 
 
-def local_rank() -> int:
-    """This process's number on its own host."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def restarts() -> int:
     """How often torchrun has restarted this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
