@@ -6,7 +6,7 @@ Nothing here knows a model family, except for the few lines of `FAMILIES`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,10 +178,32 @@ class Segment:
             layers = [DynamicLayer() for _ in layers]
         return SegmentCache(layers, self.start)
 
-    def compile(self) -> None:
-        """Compile each layer, without its hooks; layers of a kind share one graph."""
-        for layer in self._layers:
+    def windows(self) -> list[int | None]:
+        """Per layer, how many tokens its sliding window sees; None for all."""
+        layers = DynamicCache(config=self._backbone.config).layers[self.start : self.stop]
+        return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+
+    def masks(self, mask_of: Callable[[int], Tensor]) -> Any:
+        """A mask for the trunk, from that of each layer, counted from the segment's start.
+
+        Hybrid trunks take one per type of layer.
+        """
+        types = getattr(self._backbone.config, "layer_types", None)
+        if not types or len(set(types)) == 1:
+            return mask_of(0)
+        own = self.trunk.config.layer_types
+        return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
+
+    def compile(self, cache: Cache | None = None) -> None:
+        """Compile each layer, without its hooks; layers of a kind share one graph.
+
+        cache: the one that every call will bring. A layer then sees only its own part of it: its
+        number would be a constant of the graph.
+        """
+        for i, layer in enumerate(self._layers):
             layer.forward = torch.compile(layer.forward, dynamic=False)
+            if cache is not None:
+                layer.forward = _with_cache(layer.forward, cache.layers[i])
 
     def __call__(
         self,
@@ -238,6 +260,16 @@ class Segment:
         recorded.register_forward_pre_hook(keep_call, with_kwargs=True)
         recorded.register_forward_hook(keep_attention)
         return recorded
+
+
+def _with_cache(forward: Callable[..., Any], own: Any) -> Callable[..., Any]:
+    """A layer's forward that gets `own` where the trunk gives it the whole cache."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = {k: own if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        return forward(*args, **given)
+
+    return call
 
 
 class _Kept(nn.Module):
@@ -365,6 +397,10 @@ class Backbone:
         """
         return twin(self.model, {self.anatomy.trunk: _Passthrough(), self.anatomy.head: head})
 
+    def logits(self, features: Tensor) -> Tensor:
+        """The final exit's head: normalised (B, T, H) → (B, T, V)."""
+        return self._final_output(inputs_embeds=features).logits
+
     def final_logits(self, hidden: Tensor) -> Tensor:
         """The final exit: (B, T, H) after the last layer → (B, T, V)."""
-        return self._final_output(inputs_embeds=self.norm(hidden)).logits
+        return self.logits(self.norm(hidden))

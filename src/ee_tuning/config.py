@@ -17,11 +17,13 @@ Arch = Literal["embedding", "norm", "mlp", "layer"]
 Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold", "speculative"]
+Measure = Literal["probability", "margin", "entropy"]
 MatrixPrecision = Literal["same", "fp8"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
 MODES: tuple[str, ...] = get_args(Mode)
+MEASURES: tuple[str, ...] = get_args(Measure)
 
 
 def option(default: Any, help: str) -> Any:

@@ -52,6 +52,17 @@ def warn_without_fp8(setting: str, device: torch.device) -> None:
         )
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on `device`, None where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable")]
+    return int(found[0]) * 1024 if found else None
+
+
 def hardware(device: torch.device) -> str:
     """What `device` is."""
     if device.type == "cuda":

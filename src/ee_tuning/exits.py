@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_tuning.backbone import Backbone, SegmentCache, State, attention_name, mlp_names
+from ee_tuning.backbone import (
+    Backbone,
+    Segment,
+    SegmentCache,
+    State,
+    attention_name,
+    mlp_names,
+)
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
 from ee_tuning.losses import SOFTMAX, Softmax
@@ -80,12 +87,17 @@ class Exit(nn.Module):
             self._frozen["segment"] = backbone.block(self.block)
         self._frozen["output"] = backbone.output(self.head if spec.head == "own" else backbone.head)
 
+    @property
+    def segment(self) -> Segment | None:
+        """The block of a `layer` exit as a segment; None for the others."""
+        return self._frozen.get("segment")
+
     def new_cache(self, whole: bool = False) -> SegmentCache | None:
         """An empty K/V cache for the block of a `layer` exit; None for the others.
 
         whole: see `Segment.new_cache`.
         """
-        return self._frozen["segment"].new_cache(whole) if self.spec.arch == "layer" else None
+        return self.segment.new_cache(whole) if self.segment else None
 
     def features(self, state: State, cache: SegmentCache | None = None) -> Tensor:
         """What goes into the head: (B, T, H). `cache` is for the block of a `layer` exit."""
@@ -93,8 +105,8 @@ class Exit(nn.Module):
         if self.spec.arch == "mlp":
             hidden = self._replace_mlp(state)
         if self.spec.arch == "layer":
-            segment = self._frozen["segment"]
-            hidden = segment(hidden, state.position_ids, cache, state.boundaries).hidden
+            assert self.segment is not None
+            hidden = self.segment(hidden, state.position_ids, cache, state.boundaries).hidden
         return hidden if self.spec.arch == "embedding" else self.norm(hidden)
 
     def reduce_vocabulary(self, backbone: Backbone, tokens: Tensor) -> None:

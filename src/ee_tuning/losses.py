@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,18 @@ def distillation(
     return LossSum((losses * mask).sum(), mask.sum())
 
 
-def confidence(logits: Tensor) -> Tensor:
-    """Largest softmax probability: (…, V) → (…)."""
+def confidence(logits: Tensor, measure: str = "probability") -> Tensor:
+    """How sure logits are, between 0 and 1: (…, V) → (…) fp32.
+
+    measure: ``probability``, the largest of the softmax; ``margin``, by how much it exceeds the
+    second; ``entropy``, 1 − H / log V, H being the softmax's entropy.
+    """
     logits = logits.float()
+    if measure == "margin":
+        first, second = logits.softmax(-1).topk(2).values.unbind(-1)
+        return first - second
+    if measure == "entropy":
+        found = logits.log_softmax(-1)
+        entropy = torch.special.entr(found.exp()).sum(-1)
+        return 1 - entropy / math.log(logits.shape[-1])
     return torch.exp(logits.amax(-1) - logits.logsumexp(-1))

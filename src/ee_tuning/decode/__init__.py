@@ -1,6 +1,23 @@
-"""Decoding with early exits. `decoder` is the whole mechanism, `generate` the way in."""
+"""Decoding with early exits.
 
-from ee_tuning.decode.decoder import Decoder, Token
-from ee_tuning.decode.generate import GenerateOutput, generate
+`engine` says which sequence goes through which segment next, `passes` runs the segments, `cache`
+keeps their K/V, `policy` says when a token leaves, `speculative` how drafts are verified, and
+`generate` is the way in.
+"""
 
-__all__ = ["Decoder", "GenerateOutput", "Token", "generate"]
+from ee_tuning.decode.engine import Engine, Request
+from ee_tuning.decode.generate import GenerateOutput, generate, generate_batch, warm_up
+from ee_tuning.decode.policy import Policy
+from ee_tuning.decode.speculative import Chooser, Token
+
+__all__ = [
+    "Chooser",
+    "Engine",
+    "GenerateOutput",
+    "Policy",
+    "Request",
+    "Token",
+    "generate",
+    "generate_batch",
+    "warm_up",
+]

@@ -1,31 +1,43 @@
-"""`generate`: transformers' preparation, samplers, stopping and streaming around a `Decoder`."""
+"""`generate`: transformers' preparation, samplers, stopping and streaming around an `Engine`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.utils import ModelOutput
 
-from ee_tuning.config import MODES, Layers, parse_layers
-from ee_tuning.decode.decoder import Decoder, Token
-from ee_tuning.decode.speculative import Chooser, Draft, Pace, settle
+from ee_tuning.config import Layers
+from ee_tuning.decode.engine import Engine, Request
+from ee_tuning.decode.policy import Policy, active_layers, make_policy
+from ee_tuning.decode.speculative import Chooser, Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
 
+IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Room of an engine is a multiple of this, so that texts of about the same length share one.
+ROOM = 256
+
 
 @dataclass
 class GenerateOutput(ModelOutput):
-    """What `generate` returns.
+    """What `generate` returns, for B prompts of P tokens and N new ones.
 
-    sequences: (1, P + N) int64, prompt and new tokens. exit_layers: (1, N) int64, the layer
-    each new token left at. confidences: (1, N) fp32, its largest softmax probability there.
+    sequences: (B, P + N) int64, prompts and new tokens, then padding. exit_layers: (B, N) int64,
+    the layer each new token left at, 0 where a text has ended. confidences: (B, N) fp32, how sure
+    it was there.
     """
 
     sequences: Tensor | None = None
@@ -33,104 +45,289 @@ class GenerateOutput(ModelOutput):
     confidences: Tensor | None = None
 
 
-def generate(
-    model: EarlyExitModel,
-    input_ids: Tensor,
-    *,
-    mode: str = "threshold",
-    threshold: float = 0.8,
-    exit_layers: Layers | None = None,
-    max_pending: int = 8,
-    on_token: Callable[[Token], None] | None = None,
-    streamer: Any = None,
-    **kwargs: Any,
-) -> GenerateOutput:
-    """Generate from one prompt (1, P); `kwargs` are those of transformers' ``generate``.
+@dataclass
+class Settings:
+    """Where tokens leave.
 
     mode: ``full`` is the backbone alone; ``fixed`` ends every token at the one exit in
         `exit_layers`; ``threshold`` lets a token leave at the first active exit whose
         confidence is at least `threshold`. Threshold 1 switches exits off. ``speculative``
         takes such tokens for drafts that the remaining layers verify together: greedy tokens are
         those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.speculative`.
+    threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``.
     exit_layers: the active exits; default: all.
-    max_pending: tokens that may wait for their deeper K/V before one has to go all the way; the
-        longest draft.
-    on_token: called with every `Token`, before the streamer gets it and the next is computed.
-    streamer: as in transformers.
+    max_pending: tokens that may leave before one has to go all the way; the longest draft.
+    measure: of confidence: ``probability``, ``margin`` or ``entropy``, see
+        `ee_tuning.losses.confidence`.
+    min_depth: exits at shallower layers are not active.
+    """
+
+    mode: str = "threshold"
+    threshold: float | Mapping[int, float] = 0.8
+    exit_layers: Layers | None = None
+    max_pending: int = 8
+    measure: str = "probability"
+    min_depth: int = 0
+
+    def policy(self, model: EarlyExitModel) -> Policy:
+        """See `make_policy` for the errors."""
+        return make_policy(model, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def generate(
+    model: EarlyExitModel,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    compile: bool | None = None,
+    on_token: Callable[[int, Token], None] | None = None,
+    streamer: Any = None,
+    return_dict_in_generate: bool = True,
+    **kwargs: Any,
+) -> GenerateOutput | Tensor:
+    """Generate from prompts (B, P); `kwargs` are `Settings` and those of transformers' ``generate``.
+
+    Every row decides for itself, and its tokens do not depend on its neighbours (sampled ones do,
+    by the order in which they are drawn).
+
+    attention_mask: (B, P), 0 where a shorter prompt is padded on its left; default: leading
+        padding tokens, in a batch.
+    compile: layers and exits, and capture passes as CUDA graphs; default: on CUDA. The first calls
+        compile; `warm_up` does it ahead.
+    on_token: called with the row and each settled `Token` before the streamer gets it.
+    streamer: as in transformers, for one prompt.
+    return_dict_in_generate: False gives the sequences alone.
 
     Raises:
-        UserError: an unknown mode or exit, a threshold outside [0, 1], an empty prompt, one
-            longer than the context, or more than one prompt.
+        UserError: an unknown mode, measure or exit, a threshold outside [0, 1], an empty batch or
+            prompt, one longer than the context, or K/V that do not fit into memory.
     """
-    _check_prompt(model, input_ids)
-    decoder = make_decoder(model, mode, threshold, exit_layers, max_pending)
-    tokens: list[Token] = []
-
-    def seen(token: Token) -> None:
-        tokens.append(token)
+    prompts = _prompts(model, input_ids, attention_mask)
+    if streamer is not None and len(prompts) > 1:
+        raise UserError("a streamer takes one prompt: leave it out, or use on_token for a batch")
+    requests = [r for ids in prompts for r in prepare(model, ids, streamer=streamer, **kwargs)]
+    # A length with the prompt is one with its padding, as transformers has it.
+    room = min(request.max_length - len(request.ids) for request in requests)
+    for request in requests:
+        request.max_length = len(request.ids) + room
+    rows = {request: row for row, request in enumerate(requests)}
+    tokens: list[list[Token]] = [[] for _ in requests]
+    for request, token in engine_for(model, requests, compile).stream(requests):
+        tokens[rows[request]].append(token)
         if on_token:
-            on_token(token)
+            on_token(rows[request], token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token.id]))
+    if streamer is not None:
+        streamer.end()
+    given = input_ids.repeat_interleave(len(requests) // len(prompts), 0)
+    output = _output(given, tokens, _padding(model, kwargs), model.backbone.device)
+    return output if return_dict_in_generate else output.sequences
+
+
+def generate_batch(
+    model: EarlyExitModel,
+    prompts: Iterable[Any],
+    *,
+    slots: int = 16,
+    capacity: int | None = None,
+    compile: bool | None = None,
+    **kwargs: Any,
+) -> Iterator[tuple[int, GenerateOutput]]:
+    """Generate from any number of prompts, `slots` at a time: (number, output) as each text ends.
+
+    A text that ends frees its slot for the next prompt, which is asked for only then. Ending the
+    iteration gives up what is in progress.
+
+    prompts: token ids, as lists or tensors (P,); or dicts of ``input_ids`` and arguments that this
+        prompt has for itself: a mode, a threshold, …
+    capacity: tokens of a prompt with its text at most; default: the backbone's context.
+    kwargs: `Settings` and arguments of transformers' ``generate``, for all prompts. Their
+        `exit_layers` and `max_pending` bound those of the single prompts.
+
+    Raises:
+        UserError: as `generate`; a prompt that does not fit is refused when its turn comes.
+    """
+    capacity = capacity or model.backbone.context
+    if not capacity:
+        raise UserError("the backbone's config has no context length: give capacity")
+    exits = active_layers(model, kwargs.get("exit_layers"))
+    bound = kwargs.get("max_pending", Settings.max_pending)
+    engine = _engine(model, exits, slots, capacity, bound, compile)
+    numbers: dict[Request, tuple[int, list[Token]]] = {}
+
+    def requests() -> Iterator[Request]:
+        for number, prompt in enumerate(prompts):
+            own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
+            ids = torch.as_tensor(own.pop("input_ids"), dtype=torch.int64).reshape(1, -1)
+            for request in prepare(model, _prompts(model, ids, None)[0], **kwargs | own):
+                numbers[request] = number, []
+                yield request
+
+    for request, token in engine.stream(requests()):
+        number, tokens = numbers[request]
+        tokens.append(token)
+        if request.finished:
+            del numbers[request]
+            prompt = torch.tensor([request.ids])
+            yield number, _output(prompt, [tokens], 0, model.backbone.device)
+
+
+def warm_up(
+    model: EarlyExitModel,
+    *,
+    slots: int = 1,
+    capacity: int | None = None,
+    compile: bool | None = None,
+    **settings: Any,
+) -> float:
+    """Compile and capture what `generate` with these `Settings` will run; gives the seconds.
+
+    slots: prompts at a time. capacity: as for `generate_batch`.
+    """
+    given = Settings(**settings)
+    policy = given.policy(model)
+    capacity = capacity or model.backbone.context or ROOM
+    engine = _engine(model, policy.exit_layers, slots, capacity, policy.max_pending, compile)
+    return engine.warm_up([policy.measure])
+
+
+def prepare(
+    model: EarlyExitModel, ids: list[int], *, streamer: Any = None, **kwargs: Any
+) -> list[Request]:
+    """Requests for a prompt, ``num_return_sequences`` of them, as transformers reads `kwargs`."""
+    names = {f.name for f in fields(Settings)} & kwargs.keys()
+    policy = Settings(**{name: kwargs.pop(name) for name in names}).policy(model)
+    _warn_ignored(kwargs)
+    requests: list[Request] = []
 
     def loop(_: Any, input_ids: Tensor, **prepared: Any) -> Tensor:
-        return _loop(decoder, input_ids, seen, streamer, **prepared)
+        config = prepared["generation_config"]
+        if config.num_beams != 1:
+            raise UserError("beam search is not possible with early exits: leave num_beams at 1")
+        stops = _stops(prepared["stopping_criteria"], input_ids.device)
+        for row in input_ids.tolist():
+            chooser = Chooser(prepared["logits_processor"], config.do_sample)
+            requests.append(Request(row, policy, config.max_length, chooser, stops))
+        return input_ids
 
     # transformers prepares the configuration, samplers and stopping criteria and puts the prompt
     # into the streamer. It hands neither streamer nor tokenizer on to a loop that is not its own.
-    sequences = model.backbone.model.generate(
-        input_ids.to(model.backbone.device),
+    prompt = torch.tensor([ids], device=model.backbone.device)
+    model.backbone.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
         custom_generate=loop,
         use_cache=False,
         streamer=streamer,
         stopping_criteria=_stopping_criteria(kwargs),
         **kwargs,
     )
+    return requests
+
+
+def engine_for(model: EarlyExitModel, requests: list[Request], compile: bool | None) -> Engine:
+    """An engine in which all of `requests` have a slot."""
+    policies = [request.policy for request in requests]
+    exits = sorted({layer for policy in policies for layer in policy.exit_layers})
+    pending = max(policy.max_pending for policy in policies)
+    capacity = max(request.max_length for request in requests)
+    return _engine(model, exits, len(requests), capacity, pending, compile)
+
+
+def _engine(
+    model: EarlyExitModel,
+    exit_layers: Sequence[int],
+    slots: int,
+    capacity: int,
+    max_pending: int,
+    compile: bool | None,
+) -> Engine:
+    """The model's engine if it has room and fits; else a new one, which the model then keeps.
+
+    Captured graphs hold the addresses of weights, so other weights want another engine.
+    """
+    compile = model.backbone.device.type == "cuda" if compile is None else compile
+    weights = tuple(p.data_ptr() for p in model.parameters())
+    same = (tuple(exit_layers), max_pending, compile, weights)
+    kept: tuple[Any, Engine] | None = model.engine
+    if kept and kept[0] == same and not kept[1].busy:
+        passes = kept[1].passes
+        if passes.slots >= slots and passes.capacity >= capacity:
+            return kept[1]
+    model.engine = None  # its memory is free before the next one takes its own
+    room = -(-capacity // ROOM) * ROOM
+    room = max(capacity, min(room, model.backbone.context or room))
+    settings = {"slots": slots, "capacity": room, "max_pending": max_pending, "compile": compile}
+    model.engine = same, Engine(model, exit_layers, **settings)
+    return model.engine[1]
+
+
+def _prompts(
+    model: EarlyExitModel, input_ids: Tensor, attention_mask: Tensor | None
+) -> list[list[int]]:
+    """The rows of a batch, without their padding."""
+    if input_ids is None or input_ids.ndim != 2 or not len(input_ids):
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise UserError(f"generate takes prompts of shape (B, P), not {shape}")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+        padding = getattr(model.backbone.config, "pad_token_id", None)
+        if len(input_ids) > 1 and padding is not None and padding != _end(model):
+            attention_mask = (input_ids != padding).cummax(-1).values.long()
+    if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+        raise UserError(
+            "a prompt is padded on its right: set the tokenizer's padding_side to left"
+        )
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    context = model.backbone.context
+    for ids in rows:
+        if not ids:
+            raise UserError("the prompt is empty: give at least one token")
+        if context and len(ids) >= context:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the backbone's context is {context}: shorten it"
+            )
+    return rows
+
+
+def _end(model: EarlyExitModel) -> Any:
+    return getattr(model.backbone.config, "eos_token_id", None)
+
+
+def _padding(model: EarlyExitModel, kwargs: dict[str, Any]) -> int:
+    """The token behind a text that ended, as transformers chooses it."""
+    ends = _end(model)
+    found = [
+        kwargs.get("pad_token_id"),
+        model.backbone.model.generation_config.pad_token_id,
+        ends[0] if isinstance(ends, list) else ends,
+    ]
+    return next((token for token in found if token is not None), 0)
+
+
+def _output(
+    prompts: Tensor, tokens: list[list[Token]], padding: int, device: torch.device
+) -> GenerateOutput:
+    """prompts: (B, P); tokens: those of each row."""
+
+    def table(values: list[list[Any]], fill: Any) -> Tensor:
+        rows = [[*row, *[fill] * (longest - len(row))] for row in values]
+        return torch.tensor(rows, device=device)
+
+    longest = max(len(row) for row in tokens)
+    new = table([[token.id for token in row] for row in tokens], padding)
     return GenerateOutput(
-        sequences=sequences,
-        exit_layers=torch.tensor([[token.exit_layer for token in tokens]]),
-        confidences=torch.tensor([[token.confidence for token in tokens]]),
+        sequences=torch.cat([prompts.to(device), new], dim=1),
+        exit_layers=table([[token.exit_layer for token in row] for row in tokens], 0),
+        confidences=table([[token.confidence for token in row] for row in tokens], 0.0),
     )
 
 
-def make_decoder(
-    model: EarlyExitModel,
-    mode: str,
-    threshold: float = 1.0,
-    exit_layers: Layers | None = None,
-    max_pending: int = 8,
-) -> Decoder:
-    """The decoder of a mode; see `generate` for the arguments and errors."""
-    depth = model.backbone.num_layers
-    active = _active(model, exit_layers)
-    if mode not in MODES:
-        raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")
-    if not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
-        raise UserError(f"threshold {threshold!r} is outside [0, 1]")
-    if max_pending < 0:
-        raise UserError(f"max_pending {max_pending} is negative")
-    if mode == "fixed":
-        if len(active) != 1:
-            raise UserError(
-                f"mode fixed needs one exit, there are {active}: name it with exit_layers"
-            )
-        return Decoder(model, active, active[0], max_pending, lambda *_: True)
-    if mode == "full" or threshold == 1:
-        return Decoder(model, [], depth, max_pending, lambda *_: False)
-    inner = [layer for layer in active if layer < depth]
-    if mode == "speculative":
-        if inner != active:
-            raise UserError(
-                f"mode speculative cannot draft with the exit at the last layer, {depth}: leave it "
-                "out of exit_layers"
-            )
-        return Decoder(model, inner, depth, max_pending, lambda _, v: v >= threshold, True)
-    return Decoder(model, inner, depth, max_pending, lambda _, value: value >= threshold)
-
-
-def _active(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
-    if not exit_layers:
-        return model.exit_layers
-    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
-    return [model.exit(layer).spec.layer for layer in layers]
+def _warn_ignored(kwargs: dict[str, Any]) -> None:
+    for name in IGNORED:
+        if kwargs.get(name):
+            warnings.warn(f"{name} is ignored: tokens come with exit_layers alone", stacklevel=3)
 
 
 def _stopping_criteria(kwargs: dict[str, Any]) -> StoppingCriteriaList:
@@ -144,72 +341,17 @@ def _stopping_criteria(kwargs: dict[str, Any]) -> StoppingCriteriaList:
     return criteria
 
 
-def _check_prompt(model: EarlyExitModel, input_ids: Tensor) -> None:
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
-        raise UserError(
-            f"generate takes one prompt of shape (1, T), not {tuple(input_ids.shape)}: "
-            "call it once per prompt"
-        )
-    if input_ids.shape[1] == 0:
-        raise UserError("the prompt is empty: give at least one token")
-    context = model.backbone.context
-    if context and input_ids.shape[1] >= context:
-        raise UserError(
-            f"the prompt has {input_ids.shape[1]} tokens, the backbone's context is {context}: "
-            "shorten it"
-        )
+def _stops(
+    criteria: StoppingCriteriaList, device: torch.device
+) -> Callable[[Sequence[int]], bool]:
+    """Whether ids end by `criteria`; of the usual ones the device is not asked."""
+    ends = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
+    usual = (EosTokenCriteria, MaxLengthCriteria)  # a request has its length itself
+    others = StoppingCriteriaList(c for c in criteria if not isinstance(c, usual))
 
+    def stops(ids: Sequence[int]) -> bool:
+        if any(ids[-1] in tokens for tokens in ends):
+            return True
+        return bool(others) and bool(others(torch.tensor([ids], device=device), None).all())
 
-def _loop(
-    decoder: Decoder,
-    input_ids: Tensor,
-    seen: Callable[[Token], None],
-    streamer: Any,
-    *,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    **_: Any,
-) -> Tensor:
-    """Predict, choose, append, until a criterion stops it: transformers' own order of things."""
-    if generation_config.num_beams != 1:
-        raise UserError("beam search is not possible with early exits: leave num_beams at 1")
-    chooser = Chooser(logits_processor, generation_config.do_sample)
-    ids = input_ids
-    for token, chosen in _tokens(decoder, ids, chooser, generation_config.max_length):
-        ids = torch.cat([ids, chosen], dim=-1)
-        seen(token)
-        if streamer is not None:
-            streamer.put(chosen[0].cpu())
-        if stopping_criteria(ids, None).all():
-            break
-    if streamer is not None:
-        streamer.end()
-    return ids
-
-
-def _tokens(
-    decoder: Decoder, ids: Tensor, chooser: Chooser, max_length: int
-) -> Iterator[tuple[Token, Tensor]]:
-    """What follows the prompt ids (1, T), without end: each token and its id (1, 1).
-
-    Drafts come once they are settled. No draft goes beyond `max_length` tokens.
-    """
-    pace = Pace(decoder.max_pending)
-    drafts: list[Draft] = []  # the end of ids
-    token = decoder.prefill(ids)
-    while True:
-        if decoder.verifies and token.exit_layer < decoder.end:
-            drafts.append(Draft(token, *chooser.choose(ids, token.logits)))
-            ids = torch.cat([ids, drafts[-1].chosen], dim=-1)
-        else:
-            settled = settle(ids, drafts, token, chooser)
-            yield from settled
-            before = ids[:, : ids.shape[1] - len(drafts)]
-            ids = torch.cat([before, *(chosen for _, chosen in settled)], dim=-1)
-            if decoder.verifies:
-                decoder.take_back(len(drafts) + 1 - len(settled))
-                pace.learn(len(drafts), len(settled) - 1)
-                decoder.max_pending = pace.drafts(max_length - ids.shape[1])
-            drafts = []
-        token = decoder.step(ids[:, -1:])
+    return stops

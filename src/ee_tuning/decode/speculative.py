@@ -8,69 +8,59 @@ normalised. What comes out has the distribution p (speculative sampling: Leviath
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.decoder import Token
-from ee_tuning.losses import confidence
-
 
 @dataclass
-class Draft:
-    """A token that left early: its prediction, what was chosen (1, 1), and q (1, V) if sampled."""
+class Token:
+    """A token of a sequence, the layer at which it was predicted, and the confidence there."""
 
-    token: Token
-    chosen: Tensor
-    probabilities: Tensor | None
+    id: int
+    exit_layer: int
+    confidence: float
+    probabilities: Tensor | None = None  # (V,), of a draft that was sampled
 
 
 class Chooser:
     """Chooses tokens from logits as transformers does."""
 
-    def __init__(self, processors: Any, sample: bool) -> None:
+    def __init__(self, processors: Any = (), sample: bool = False) -> None:
         self.processors, self.sample = processors, sample
 
-    def choose(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What follows ids (1, T) by logits (1, V): a token (1, 1); its distribution if sampled."""
-        scores = self.processors(ids, logits)
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the likeliest token, whatever came before."""
+        return not self.sample and not len(self.processors)
+
+    def choose(self, ids: Sequence[int], logits: Tensor, likeliest: int) -> tuple[int, Any]:
+        """What follows `ids` by logits (V,): a token, and its distribution (V,) if sampled."""
+        if self.greedy:
+            return likeliest, None
+        scores = self._scores(ids, logits)
         if not self.sample:
-            return scores.argmax(-1, keepdim=True), None
+            return int(scores.argmax()), None
         probabilities = scores.softmax(-1)
-        return torch.multinomial(probabilities, num_samples=1), probabilities
+        return int(torch.multinomial(probabilities, num_samples=1)), probabilities
 
-    def verify(self, ids: Tensor, logits: Tensor, draft: Draft) -> Tensor:
-        """The token (1, 1) that follows ids by the final logits (1, V): the draft's, if kept."""
-        scores = self.processors(ids, logits)
+    def verify(self, ids: Sequence[int], logits: Tensor, likeliest: int, draft: Token) -> int:
+        """The token that follows `ids` by the final logits (V,): the draft's, if it is kept."""
         if draft.probabilities is None:
-            return scores.argmax(-1, keepdim=True)
-        p, q = scores.softmax(-1), draft.probabilities
-        kept = torch.rand((), device=p.device) * q[0, draft.chosen[0]] < p[0, draft.chosen[0]]
-        if kept:
-            return draft.chosen
+            return self.choose(ids, logits, likeliest)[0]
+        p, q = self._scores(ids, logits).softmax(-1), draft.probabilities
+        if torch.rand((), device=p.device) * q[draft.id] < p[draft.id]:
+            return draft.id
         rest = (p - q).clamp(min=0)
-        return torch.multinomial(rest if rest.sum() > 0 else p, num_samples=1)
+        return int(torch.multinomial(rest if rest.sum() > 0 else p, num_samples=1))
 
-
-def settle(
-    ids: Tensor, drafts: list[Draft], token: Token, chooser: Chooser
-) -> list[tuple[Token, Tensor]]:
-    """The tokens that a full pass settles, each with its (1, 1) id: kept drafts, then one more.
-
-    ids: (1, T), ending with the drafts. token: the full pass's prediction, logits (N + 1, V).
-    """
-    settled: list[tuple[Token, Tensor]] = []
-    start = ids.shape[1] - len(drafts)
-    for i, draft in enumerate(drafts):
-        logits = token.logits[i : i + 1]
-        chosen = chooser.verify(ids[:, : start + i], logits, draft)
-        if chosen.item() != draft.chosen.item():
-            own = Token(logits, token.exit_layer, confidence(logits[-1]).item())
-            return [*settled, (own, chosen)]
-        settled.append((draft.token, draft.chosen))
-    return [*settled, (token, chooser.choose(ids, token.logits[-1:])[0])]
+    def _scores(self, ids: Sequence[int], logits: Tensor) -> Tensor:
+        if not len(self.processors):
+            return logits
+        return self.processors(torch.tensor([ids], device=logits.device), logits[None])[0]
 
 
 class Pace:

@@ -1,0 +1,140 @@
+"""Static K/V caches: every sequence has a slot, every position its place in the slot.
+
+A place is written again before it is read again, so nothing is ever cleared: to take tokens back,
+to pad a window or to hand a slot on to the next sequence is to write over it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ee_tuning.devices import free_memory
+from ee_tuning.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass
+class Place:
+    """Where the tokens of the pass in progress belong.
+
+    slots: (n,) int64, one per row of the batch; positions: (n, T) int64. reach: K/V up to this
+    position are looked at. in_order: the slots are 0, 1, …, n − 1. empty: nothing is in the slots
+    yet, so tokens attend to those of the same pass alone.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    reach: int
+    in_order: bool
+    empty: bool = False
+
+
+class SlotLayer(CacheLayerMixin):
+    """K/V of one layer: keys and values (slots, heads, size, head dim), a ring over positions.
+
+    window: how many tokens a sliding window sees, None for all. `size` has room for the whole
+    capacity, or for a window and what is written at a time.
+    """
+
+    is_compileable = True
+
+    def __init__(self, window: int | None, slots: int, capacity: int, longest: int) -> None:
+        super().__init__()
+        self.window, self.slots = window, slots
+        self.is_sliding = window is not None
+        self.size = capacity if window is None else min(capacity, window + longest)
+        self.place: Place
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room, given K and V (n, heads, T, head dim) of whatever tokens."""
+        for name, x in (("keys", key_states), ("values", value_states)):
+            shape = (self.slots, x.shape[1], self.size, x.shape[3])
+            setattr(self, name, torch.zeros(shape, dtype=x.dtype, device=x.device))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Write K and V (n, heads, T, head dim); gives what their queries may look at."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        states = ((self.keys, key_states), (self.values, value_states))
+        found = tuple(self._write(kept, new) for kept, new in states)
+        return (key_states, value_states) if self.place.empty else found
+
+    def _write(self, kept: Tensor, new: Tensor) -> Tensor:
+        place = self.place
+        positions = place.positions[:, -self.size :]
+        rows = place.slots[:, None], slice(None), positions % self.size
+        kept[rows] = new[:, :, -self.size :].transpose(1, 2)
+        seen = kept[:, :, : place.reach]
+        return seen[: len(place.slots)] if place.in_order else seen[place.slots]
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What the queries of the pass see of `update`'s K/V: (n, 1, T, K), to be added."""
+        queries = self.place.positions[..., None]
+        places = torch.arange(min(self.size, self.place.reach), device=queries.device)
+        age = (queries - places) % self.size
+        hidden = age > queries
+        if self.window is not None:
+            hidden |= age >= self.window
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(hidden.shape, dtype=dtype, device=age.device).masked_fill_(
+            hidden, lowest
+        )[:, None]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """transformers makes a mask itself only where the slots are empty."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """As for `get_mask_sizes`."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for."""
+        return self.size
+
+
+class SlotCache(Cache):
+    """The `SlotLayer`s of a run of layers that starts at layer `first`, counted from 0."""
+
+    def __init__(self, layers: list[SlotLayer], first: int) -> None:
+        super().__init__(layers=layers)
+        self.first = first
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """As `SlotLayer.update`, of a layer counted from the model's start."""
+        return self.layers[layer_idx - self.first].update(key_states, value_states)
+
+    def put(self, place: Place) -> None:
+        """The next pass is at `place`."""
+        for layer in self.layers:
+            layer.place = place  # type: ignore[union-attr]
+
+
+def check_room(pairs: Sequence[tuple[Any, Any]], device: torch.device) -> None:
+    """Refuse caches that would not fit, before any is made.
+
+    pairs: for each layer one that holds a token, and the `SlotLayer` to be made like it.
+
+    Raises:
+        UserError: says how much they need and how much is free.
+    """
+    needed = sum(
+        x.nbytes // x.shape[2] * large.slots * large.size
+        for small, large in pairs
+        for x in (small.keys, small.values)
+    )
+    free = free_memory(device)
+    if free is not None and needed > free:
+        slots, size = pairs[0][1].slots, max(large.size for _, large in pairs)
+        raise UserError(
+            f"K/V of {slots} sequences of {size} tokens need {needed / GIB:.1f} GiB, "
+            f"{device} has {free / GIB:.1f} GiB free: decode fewer at a time, or shorter ones"
+        )

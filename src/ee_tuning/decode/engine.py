@@ -1,0 +1,271 @@
+"""Which sequence goes through which segment next.
+
+A sequence stands at the *door* of a segment with the tokens that the segment has not computed yet.
+The engine always opens the shallowest door at which anyone stands, for all that stand there. So
+sequences whose tokens leave early go on drafting, at a few layers a token, until each of them needs
+depth; then they go deep together, and what a token left behind is computed in the same pass: KV
+recomputation (arXiv 2312.04916) of the missing layers only. Nothing else is needed: full depth is
+decoding in which no token leaves, a fixed depth a model that ends at an exit, and in
+self-speculation what left is a draft until the next token that goes to the end has verified it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from ee_tuning.decode.passes import Passes, Predictions, Wanted, Window
+from ee_tuning.decode.policy import Policy
+from ee_tuning.decode.speculative import Chooser, Pace, Token
+from ee_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
+
+
+def _never(ids: Sequence[int]) -> bool:
+    return False
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it.
+
+    max_length: tokens with the prompt's, at most. stops: whether what is written ends the text.
+    Set `cancelled` to give it up; `finished` says that the last token has come.
+    """
+
+    ids: list[int]
+    policy: Policy
+    max_length: int
+    chooser: Chooser = field(default_factory=Chooser)
+    stops: Callable[[Sequence[int]], bool] = _never
+    cancelled: bool = False
+    finished: bool = False
+
+
+class _Row:
+    """A sequence in progress, in its slot.
+
+    ids: prompt, settled tokens, drafts. done: per segment up to the `last`, how many of them it
+    has computed. door: the segment it stands before. limit: tokens that may leave before one has
+    to go to the end.
+    """
+
+    def __init__(self, request: Request, slot: int, last: int) -> None:
+        self.request, self.slot, self.last = request, slot, last
+        self.policy = request.policy
+        self.ids = list(request.ids)
+        self.done = [len(self.ids)] * (last + 1)
+        self.door = 0
+        self.drafts: list[Token] = []
+        self.pace = Pace(self.policy.max_pending)
+        self.limit = self.policy.max_pending
+
+    def window(self, i: int) -> Window:
+        """What segment `i` has not computed yet."""
+        first = self.done[i]
+        if i:
+            return Window(self.slot, self.done[i - 1] - first)
+        return Window(self.slot, len(self.ids) - first, self.ids[first:])
+
+    def may_leave(self, layer: int) -> bool:
+        """Whether the newest token may leave at `layer`, if it is sure enough."""
+        pending = self.done[0] - 1 - self.done[self.last]
+        return layer in self.policy.thresholds and pending < self.limit
+
+
+Event = tuple[Request, Token]
+
+
+class Engine:
+    """Decodes many sequences at a time; one engine, one stream of requests at a time."""
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        exit_layers: Sequence[int],
+        *,
+        slots: int = 1,
+        capacity: int,
+        max_pending: int = 8,
+        compile: bool = False,
+    ) -> None:
+        """exit_layers: the exits that any request may use. slots: sequences at a time.
+        capacity: tokens of a sequence at most. max_pending: the largest of any request.
+        compile: see `ee_tuning.decode.passes.Passes`.
+
+        Raises:
+            UserError: the K/V do not fit into the memory that is free.
+        """
+        self.passes = Passes(
+            model,
+            exit_layers,
+            slots=slots,
+            capacity=capacity,
+            longest=max_pending + 1,
+            compile=compile,
+        )
+        self.max_pending = max_pending
+        self._stops = [segment.stop for segment in self.passes.segments]
+        self._rows: list[_Row | None] = [None] * slots
+
+    @property
+    def busy(self) -> int:
+        """How many slots have a sequence in them."""
+        return sum(row is not None for row in self._rows)
+
+    def warm_up(self, measures: Sequence[str] = ("probability",)) -> float:
+        """Compile and capture everything now; gives the seconds it took."""
+        assert not self.busy
+        return self.passes.warm_up(measures)
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Every token of every request, as soon as it is settled.
+
+        The next request is taken when a slot is free for it. Ending the iteration early gives up
+        what is in progress.
+
+        Raises:
+            UserError: a request does not fit this engine.
+        """
+        assert not self.busy, "an engine runs one stream at a time"
+        waiting = iter(requests)
+        try:
+            while True:
+                yield from self._admit(waiting)
+                if not self.busy:
+                    return
+                live = [row for row in self._rows if row is not None]
+                door = min(row.door for row in live)
+                yield from self._advance(door, [row for row in live if row.door == door])
+        finally:
+            self._rows = [None] * len(self._rows)
+
+    def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
+        """Fill the free slots with the next requests, and read their prompts."""
+        for slot in range(len(self._rows)):
+            row = self._rows[slot]
+            if row is not None and row.request.cancelled:
+                self._rows[slot] = None
+            while self._rows[slot] is None:
+                request = next(waiting, None)
+                if request is None:
+                    break
+                self._check(request)
+                last = self._stops.index(request.policy.end)
+                row = self._rows[slot] = _Row(request, slot, last)
+                wanted = Wanted("last", request.policy.final, request.policy.measure)
+                found = self.passes.prompt(slot, row.ids, last, wanted)
+                yield from self._settle(row, found, 0, 0)
+
+    def _advance(self, i: int, rows: list[_Row]) -> Iterator[Event]:
+        """Rows that stand before segment `i` go through it, those that want the same together."""
+
+        def kind(row: _Row) -> tuple[str, bool]:
+            return row.policy.measure, i == row.last and row.policy.final
+
+        for (measure, final), group in groupby(sorted(rows, key=kind), key=kind):
+            alike = list(group)
+            wanted = Wanted(self._after(i, alike), final, measure)
+            windows = [row.window(i) for row in alike]
+            starts = [row.done[i] if row and i <= row.last else 0 for row in self._rows]
+            found = self.passes.window(i, windows, starts, wanted)
+            for j, row in enumerate(alike):
+                row.done[i] += windows[j].count
+                yield from self._decide(i, row, found, j, windows[j].count)
+
+    def _after(self, i: int, rows: list[_Row]) -> str:
+        """What a pass of segment `i` has to predict for `rows`."""
+        if any(i == row.last and row.drafts for row in rows):
+            return "each"
+        asked = any(i == row.last or self._may_leave(i, row) for row in rows)
+        return "last" if asked else "nothing"
+
+    def _may_leave(self, i: int, row: _Row) -> bool:
+        """Whether the newest token of `row` may leave after segment `i`, which it goes through."""
+        newest = row.done[0] + (1 if i == 0 else 0)
+        pending = newest - 1 - row.done[row.last]
+        return self._stops[i] in row.policy.thresholds and pending < row.limit
+
+    def _decide(
+        self, i: int, row: _Row, found: Predictions | None, j: int, count: int
+    ) -> Iterator[Event]:
+        """What becomes of a row, window `j` of a pass of segment `i`."""
+        layer = self._stops[i]
+        if i == row.last:
+            assert found is not None
+            yield from self._settle(row, found, j, count - 1)
+            return
+        row.door = i + 1
+        if found is None or not row.may_leave(layer):
+            return
+        confidence = found.confidences[j][0]
+        if row.policy.leaves(layer, confidence):
+            row.door = 0
+            logits, likeliest = found.logits_of(j)[0], found.greedy[j][0]
+            chosen, q = row.request.chooser.choose(row.ids, logits, likeliest)
+            token = Token(chosen, layer, confidence, q)
+            row.ids.append(chosen)
+            if row.policy.verifies:
+                row.drafts.append(token)
+            else:
+                yield from self._emit(row, [token])
+
+    def _settle(self, row: _Row, found: Predictions, j: int, newest: int) -> Iterator[Event]:
+        """A token went to the end: keep drafts while the end agrees, then take its own token.
+
+        newest: the place of that token among those of the window, all of which have predictions
+        if there are drafts.
+        """
+        chooser, logits = row.request.chooser, found.logits_of(j)
+        first = len(row.ids) - len(row.drafts)
+        at = newest - len(row.drafts) if len(found.greedy[j]) > 1 else 0
+        for kept, draft in enumerate(row.drafts):
+            context = row.ids[: first + kept]
+            own = chooser.verify(context, logits[at], found.greedy[j][at], draft)
+            if own != draft.id:
+                break
+            at += 1
+        else:
+            kept = len(row.drafts)
+            own, _ = chooser.choose(row.ids, logits[at], found.greedy[j][at])
+        token = Token(own, self._stops[row.last], found.confidences[j][at])
+        row.ids[first + kept :] = [own]
+        row.done = [min(done, len(row.ids) - 1) for done in row.done]
+        row.door, drafted, row.drafts = 0, row.drafts, []
+        if row.policy.verifies:
+            row.pace.learn(len(drafted), kept)
+            row.limit = row.pace.drafts(row.request.max_length - len(row.ids))
+        yield from self._emit(row, [*drafted[:kept], token])
+
+    def _emit(self, row: _Row, tokens: list[Token]) -> Iterator[Event]:
+        """Hand out settled tokens, the last ones of row.ids, until one of them ends the text."""
+        request = row.request
+        for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
+            ends = length >= request.max_length or request.stops(row.ids[:length])
+            request.finished = ends
+            if ends or request.cancelled:
+                self._rows[row.slot] = None
+            if not request.cancelled:
+                yield request, token
+            if ends or request.cancelled:
+                return
+
+    def _check(self, request: Request) -> None:
+        policy, passes = request.policy, self.passes
+        if request.max_length > passes.capacity:
+            raise UserError(
+                f"{request.max_length} tokens are asked for, there is room for {passes.capacity}"
+            )
+        missing = sorted({*policy.exit_layers} - {*passes.exits})
+        if missing:
+            raise UserError(
+                f"the exit at layer {missing[0]} is not among the engine's: {sorted(passes.exits)}"
+            )
+        if policy.max_pending > self.max_pending:
+            raise UserError(
+                f"max_pending {policy.max_pending} is above the engine's, {self.max_pending}"
+            )

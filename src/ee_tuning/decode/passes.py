@@ -1,0 +1,338 @@
+"""The forward passes of decoding: prompts whole, then windows of many sequences at a time.
+
+What a pass needs and gives lies in buffers of fixed size, so that it can be compiled for a few
+sizes and, on CUDA, captured as a graph. What a segment gives for the tokens of a sequence waits in
+the *ring* before the next segment until that one computes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ee_tuning.backbone import Segment, State
+from ee_tuning.decode.cache import Place, SlotCache, SlotLayer, check_room
+from ee_tuning.exits import Exit
+from ee_tuning.losses import confidence
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
+
+VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
+LEAST_REACH = 256  # compiled passes look at so many places at least, and at twice, 4 times, … it
+
+
+@dataclass
+class Window:
+    """Tokens of one sequence that a segment computes at once: its next `count` ones.
+
+    ids: the tokens, where the segment is the first.
+    """
+
+    slot: int
+    count: int
+    ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass is to predict.
+
+    after: ``nothing``, ``last`` (what follows the last token of each window) or ``each``.
+    final: by the final exit, not by the one that may sit at the same layer. measure: of
+    confidence, see `ee_tuning.losses.confidence`.
+    """
+
+    after: str
+    final: bool
+    measure: str = "probability"
+
+
+@dataclass
+class Predictions:
+    """What follows the tokens of windows: after the last of each (A = 1), or after each.
+
+    logits: (n, A, V) fp32, good until the next pass; rows: the row of each window there. greedy,
+    confidences: the likeliest token and how sure, by window, then token.
+    """
+
+    logits: Tensor
+    rows: list[int]
+    greedy: list[list[int]]
+    confidences: list[list[float]]
+
+    def logits_of(self, window: int) -> Tensor:
+        """(A, V) of one window."""
+        return self.logits[self.rows[window]]
+
+
+class Passes:
+    """The chain of segments with its caches and rings, for up to `slots` sequences at a time.
+
+    Memory is taken once; see `__init__`. No pass keeps any.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        exit_layers: Sequence[int],
+        *,
+        slots: int,
+        capacity: int,
+        longest: int,
+        compile: bool = False,
+    ) -> None:
+        """exit_layers: where the backbone is cut. capacity: tokens of a sequence at most.
+        longest: tokens of a window at most. compile: layers and exits, on CUDA with graphs.
+
+        Raises:
+            UserError: the K/V do not fit into the memory that is free.
+        """
+        self.model, self.slots, self.compile = model, slots, compile
+        self.device = model.backbone.device
+        self.longest = self._bucket(longest)
+        self.capacity = capacity
+        self.limit = max(capacity, model.backbone.context or 0) - 1  # for padding: no position more
+        self.segments = model.segments(exit_layers, last=model.backbone.num_layers)
+        self.exits = {k: model.exit(k) for k in exit_layers}
+        self._make_caches()
+        hidden = {"device": self.device, "dtype": model.backbone.dtype}
+        size = (slots, 2 * self.longest, model.backbone.config.hidden_size)
+        self._rings = [torch.zeros(size, **hidden) for _ in self.segments]
+        self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
+        self._steps, self._predict = self.segments, _predict
+        self._graphs: dict[Any, Any] = {}
+        if compile:
+            self._steps = model.segments(exit_layers, last=model.backbone.num_layers)
+            for segment, cache in zip(self._steps, self.caches, strict=True):
+                segment.compile(cache)
+            self._predict = torch.compile(_predict, dynamic=False)
+
+    @torch.inference_mode()
+    def prompt(self, slot: int, ids: Sequence[int], last: int, wanted: Wanted) -> Predictions:
+        """Read a prompt into an empty slot, through segment `last`; predicts what follows."""
+        hidden = torch.tensor([list(ids)], device=self.device)
+        positions = torch.arange(len(ids), device=self.device)[None]
+        slots = torch.tensor([slot], device=self.device)
+        self._put(Place(slots, positions, len(ids), in_order=False, empty=True))
+        for i, segment in enumerate(self.segments[: last + 1]):
+            state = segment(hidden, positions, self.caches[i])
+            hidden, exit = state.hidden, self.exits.get(segment.stop)
+            if exit is not None and exit.segment is not None and i < last:
+                exit.features(state, self.exit_caches[segment.stop])
+        count = torch.tensor([len(ids)], device=self.device)
+        found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
+        return _read(*found, rows=[0])
+
+    @torch.inference_mode()
+    def window(
+        self, i: int, windows: list[Window], starts: Sequence[int], wanted: Wanted
+    ) -> Predictions | None:
+        """Run segment `i` on windows of different sequences.
+
+        starts: for every slot, the position of the first token that the segment has not computed.
+        """
+        given = {window.slot: window for window in windows}
+        slots = self._filled(list(given))
+        length = self._bucket(max(window.count for window in windows))
+        reach = max(starts[slot] for slot in slots) + length
+        reach = min(self.capacity + self.longest, self._bucket(reach, LEAST_REACH))
+        table = [[slot, starts[slot], 0] for slot in slots]
+        for row in table:
+            window = given.get(row[0], Window(0, 0))
+            row[2] = window.count
+            row += [*window.ids, *[0] * (length - len(window.ids))]
+        control = torch.tensor(table, pin_memory=self.device.type == "cuda")
+        self._control[: len(slots), : 3 + length].copy_(control, non_blocking=True)
+        in_order = slots == list(range(len(slots)))
+        found = self._run((i, len(slots), length, reach, in_order, wanted))
+        if wanted.after == "nothing":
+            return None
+        return _read(*found, rows=[slots.index(window.slot) for window in windows])
+
+    @torch.inference_mode()
+    def warm_up(self, measures: Sequence[str] = ("probability",), verify: bool = True) -> float:
+        """Compile, and capture on CUDA, what decoding with all slots free will ask for.
+
+        A sequence must not be in progress. Gives the seconds it took.
+        """
+        start = time.perf_counter()
+        self._control.zero_()
+        self._control[:, 0] = torch.arange(self.slots, device=self.device)
+        numbers = _powers(self.slots)
+        reaches = [r for r in _powers(self.capacity + self.longest) if r >= LEAST_REACH]
+        for i, n, measure in product(range(len(self._steps)), numbers, measures):
+            last = i == len(self._steps) - 1
+            afters = ["last", "each"] if last and verify else ["last"]
+            afters += [] if last else ["nothing"]
+            for length in _powers(self.longest) if i else [1]:
+                for reach, after in product(reaches or [self.capacity + self.longest], afters):
+                    self._run((i, n, length, reach, True, Wanted(after, last, measure)))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    # -- one pass ------------------------------------------------------------------------------
+
+    def _run(self, key: tuple[Any, ...]) -> Any:
+        """`_forward` of these arguments, as a graph where there are graphs."""
+        if not self.compile:
+            return self._forward(*key)
+        if key not in self._graphs:
+            with torch._dynamo.config.patch(recompile_limit=VERSIONS):
+                self._graphs[key] = self._captured(lambda: self._forward(*key))
+        return self._graphs[key]()
+
+    def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """`function` as a CUDA graph that gives the same tensors each time; as it is elsewhere.
+
+        It is run before: compiled code compiles then. Running a pass twice changes nothing.
+        """
+        function()
+        if self.device.type != "cuda":
+            return function
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            found = function()
+
+        def replay() -> Any:
+            graph.replay()
+            return found
+
+        return replay
+
+    def _forward(
+        self, i: int, rows: int, length: int, reach: int, in_order: bool, wanted: Wanted
+    ) -> Any:
+        control = self._control[:rows, : 3 + length]
+        slots, starts, counts = control[:, 0], control[:, 1], control[:, 2]
+        positions = starts[:, None] + torch.arange(length, device=self.device)
+        self._put(Place(slots, positions, reach, in_order))
+        ring = slots[:, None], positions % (2 * self.longest)
+        segment = self._steps[i]
+        inputs = self._rings[i][ring] if i else control[:, 3:]
+        masks = self._masks(segment, self.caches[i])
+        position_ids = positions.clamp(max=self.limit)
+        state = segment(inputs, position_ids, self.caches[i], masks)
+        if i + 1 < len(self._steps):
+            self._rings[i + 1][ring] = state.hidden
+        exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
+        if cache is not None and exit is not None and exit.segment is not None:
+            state = replace(state, boundaries=self._masks(exit.segment, cache))
+        if wanted.after == "nothing" and cache is None:
+            return None
+        return self._predict(self.model, exit, state, cache, counts, wanted)
+
+    def _masks(self, segment: Segment, cache: SlotCache) -> Any:
+        return segment.masks(lambda j: cache.layers[j].mask(self.model.backbone.dtype))
+
+    def _exit_cache(self, i: int) -> SlotCache | None:
+        return self.exit_caches.get(self.segments[i].stop)
+
+    def _put(self, place: Place) -> None:
+        for cache in (*self.caches, *self.exit_caches.values()):
+            cache.put(place)
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def _bucket(self, number: int, least: int = 1) -> int:
+        """`number`, or where passes are compiled the next power of two, `least` at least."""
+        return max(least, 1 << (number - 1).bit_length()) if self.compile else number
+
+    def _filled(self, slots: list[int]) -> list[int]:
+        """`slots` and as many idle ones as make it a size that is compiled for, ascending.
+
+        What is written for idle slots lies beyond what is known of them.
+        """
+        number = min(self.slots, self._bucket(len(slots)))
+        idle = [slot for slot in range(self.slots) if slot not in slots]
+        return sorted([*slots, *idle[: number - len(slots)]])
+
+    @torch.inference_mode()
+    def _make_caches(self) -> None:
+        """Caches as large as K/V of one token, which the model is asked for, tell."""
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        blocks = {k: exit.segment for k, exit in self.exits.items() if exit.segment is not None}
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        place, hidden = Place(token[0], token, 1, in_order=True, empty=True), token
+        sample = [self._cache(s, 1, 1, 1, place) for s in self.segments]
+        samples = {k: self._cache(block, 1, 1, 1, place) for k, block in blocks.items()}
+        for segment, cache in zip(self.segments, sample, strict=True):
+            state = segment(hidden, place.positions, cache)
+            hidden = state.hidden
+            if segment.stop in blocks:
+                self.exits[segment.stop].features(state, samples[segment.stop])
+        size = (self.slots, self.capacity + self.longest, self.longest)
+        self.caches = [self._cache(segment, *size) for segment in self.segments]
+        self.exit_caches = {k: self._cache(block, *size) for k, block in blocks.items()}
+        pairs = [
+            (small, large)
+            for a, b in zip(
+                [*sample, *samples.values()],
+                [*self.caches, *self.exit_caches.values()],
+                strict=True,
+            )
+            for small, large in zip(a.layers, b.layers, strict=True)
+        ]
+        check_room(pairs, self.device)
+        for small, large in pairs:
+            large.lazy_initialization(small.keys, small.values)
+
+    def _cache(
+        self, segment: Segment, slots: int, capacity: int, longest: int, place: Place | None = None
+    ) -> SlotCache:
+        layers = [SlotLayer(window, slots, capacity, longest) for window in segment.windows()]
+        cache = SlotCache(layers, segment.start)
+        if place:
+            cache.put(place)
+        return cache
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, … up to the first that is at least `most`, which then stands for it."""
+    return [1 << k for k in range(most.bit_length()) if 1 << k < most] + [most]
+
+
+def _predict(
+    model: EarlyExitModel,
+    exit: Exit | None,
+    state: State,
+    cache: SlotCache | None,
+    counts: Tensor,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """logits (n, A, V), the likeliest tokens (n, A) and the confidence in them (n, A).
+
+    counts: (n,), the tokens of each window. A `layer` exit keeps its K/V of all of them, whatever
+    is wanted.
+    """
+    features = state.hidden
+    if exit is not None and (cache is not None or not wanted.final):
+        features = exit.features(state, cache)
+    if wanted.after == "nothing":
+        return None
+    features = model.backbone.norm(state.hidden) if wanted.final else features
+    if wanted.after == "last":
+        rows = torch.arange(len(counts), device=counts.device)
+        features = features[rows, (counts - 1).clamp(min=0)][:, None]
+    head = model.backbone if wanted.final else exit
+    logits = head.logits(features).float()  # type: ignore[union-attr]
+    return logits, logits.argmax(-1), confidence(logits, wanted.measure)
+
+
+def _read(logits: Tensor, greedy: Tensor, sure: Tensor, rows: list[int]) -> Predictions:
+    """The one wait for the device in a pass. Tokens are exact in fp32 up to 2²⁴."""
+    tokens, values = torch.stack([greedy.float(), sure]).tolist()
+    greedy_tokens = [[int(token) for token in tokens[row]] for row in rows]
+    return Predictions(logits, rows, greedy_tokens, [values[row] for row in rows])

@@ -1,0 +1,110 @@
+"""Where a token may leave: what `generate`'s settings come down to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ee_tuning.config import MEASURES, MODES, Layers, parse_layers
+from ee_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where the tokens of a sequence may leave.
+
+    end: the layer at which every token stops; final: by the final exit there, not by an exit.
+    thresholds: of the active exits before it, by layer. measure: of confidence. max_pending:
+    tokens that may have left since the last one that went to the end. verifies: what left is a
+    draft, which the next token that goes to the end verifies.
+    """
+
+    end: int
+    final: bool = True
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    measure: str = "probability"
+    max_pending: int = 8
+    verifies: bool = False
+
+    def leaves(self, layer: int, confidence: float) -> bool:
+        """Whether a token leaves at an active exit."""
+        return confidence >= self.thresholds[layer]
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Every layer at which a token may stop at an exit, by depth."""
+        return [*self.thresholds, *([] if self.final else [self.end])]
+
+
+def make_policy(
+    model: EarlyExitModel,
+    mode: str,
+    threshold: float | Mapping[int, float] = 0.8,
+    exit_layers: Layers | None = None,
+    max_pending: int = 8,
+    measure: str = "probability",
+    min_depth: int = 0,
+) -> Policy:
+    """The policy of a mode; see `ee_tuning.decode.generate` for the arguments and errors."""
+    depth = model.backbone.num_layers
+    if mode not in MODES:
+        raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    if measure not in MEASURES:
+        raise UserError(f"measure {measure!r} is unknown: use one of {', '.join(MEASURES)}")
+    if max_pending < 0:
+        raise UserError(f"max_pending {max_pending} is negative")
+    active = [k for k in active_layers(model, exit_layers) if k >= min_depth]
+    thresholds = _thresholds(threshold, active)
+    if mode == "fixed":
+        if len(active) != 1:
+            raise UserError(
+                f"mode fixed needs one exit, there are {active}: name it with exit_layers"
+            )
+        return Policy(active[0], final=False, measure=measure)
+    if mode == "speculative" and depth in active:
+        raise UserError(
+            f"mode speculative cannot draft with the exit at the last layer, {depth}: leave it "
+            "out of exit_layers"
+        )
+    # At a threshold of 1 an exit is switched off: rounding may give a probability of 1.
+    inner = {k: t for k, t in thresholds.items() if k < depth and t < 1 and mode != "full"}
+    verifies = mode == "speculative" and bool(inner)
+    return Policy(depth, True, inner, measure, max_pending, verifies)
+
+
+def active_layers(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
+    """The layers of the exits that `exit_layers` names, by depth; all, if it names none.
+
+    Raises:
+        UserError: there is no exit at one of them.
+    """
+    if not exit_layers:
+        return model.exit_layers
+    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
+    return [model.exit(layer).spec.layer for layer in layers]
+
+
+def _thresholds(threshold: float | Mapping[int, float], active: list[int]) -> dict[int, float]:
+    """The threshold of every active exit.
+
+    Raises:
+        UserError: one is outside [0, 1], is for no active exit, or an exit has none.
+    """
+    given: dict[Any, Any] = (
+        {int(layer): value for layer, value in threshold.items()}
+        if isinstance(threshold, Mapping)
+        else dict.fromkeys(active, threshold)
+    )
+    for value in given.values() if active else [threshold]:
+        if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise UserError(f"threshold {value!r} is outside [0, 1]")
+    unknown, missing = sorted(given.keys() - set(active)), sorted(set(active) - given.keys())
+    if unknown:
+        raise UserError(f"threshold for layer {unknown[0]}: the active exits are at {active}")
+    if missing:
+        raise UserError(f"no threshold for the exit at layer {missing[0]}: give one for each")
+    return {layer: given[layer] for layer in active}
