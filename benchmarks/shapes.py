@@ -36,9 +36,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build(
-    shape: str, exits: ExitConfig, device: torch.device, dtype: torch.dtype, fp8: bool
+    shape: str,
+    exits: ExitConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    fp8: bool,
+    whole: bool = False,
 ) -> EarlyExitModel:
-    """A random model of `shape` with `exits`, as deep as the deepest exit.
+    """A random model of `shape` with `exits`, as deep as the deepest exit, or `whole`.
 
     Layer by layer, so that a backbone kept in fp8 never takes more than that and one layer.
     """
@@ -49,7 +54,7 @@ def build(
     torch.manual_seed(0)
     fill(model.exits.float(), device)
     for number, layer in enumerate(model.backbone.layers, start=1):
-        if number <= model.exit_layers[-1]:
+        if whole or number <= model.exit_layers[-1]:
             fill(layer, device)
             if fp8:
                 freeze_in_fp8(layer)

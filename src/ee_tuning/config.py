@@ -96,6 +96,20 @@ def parse_layers(layers: Layers, num_layers: int) -> list[int]:
     return found
 
 
+def parse_threshold(threshold: str | float) -> float | dict[int, float]:
+    """One threshold, or one per exit layer: ``"8:0.9,16:0.7"``."""
+    try:
+        if ":" not in str(threshold):
+            return float(threshold)
+        pairs = (item.split(":") for item in str(threshold).split(","))
+        return {int(layer): float(value) for layer, value in pairs}
+    except ValueError:
+        raise UserError(
+            f"threshold {threshold!r} is not understood: give a number, or one per exit layer "
+            "(8:0.9,16:0.7)"
+        ) from None
+
+
 def _parse_layer(item: int | str, num_layers: int) -> list[int]:
     text = str(item).strip()
     try:
@@ -257,8 +271,28 @@ class SamplingConfig:
         "auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU"
     )
     max_new_tokens: int = option(64, "tokens to generate")
-    max_pending: int = option(8, "tokens that may wait for their deeper K/V before a full pass")
+    max_pending: int = option(
+        8, "tokens that may leave before one has to go all the way; the longest draft"
+    )
+    measure: Measure = option("probability", "confidence: probability, margin or entropy")
+    min_depth: int = option(0, "exits at shallower layers are not active")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
+    )
     seed: int = option(0, "seed of the sampling")
+
+    def leaving(self) -> dict[str, Any]:
+        """Where tokens may leave, as arguments of `ee_tuning.decode.generate`."""
+        return {
+            "exit_layers": self.exit_layers or None,
+            "max_pending": self.max_pending,
+            "measure": self.measure,
+            "min_depth": self.min_depth,
+        }
+
+    def compiled(self) -> bool | None:
+        """`compile` as `ee_tuning.decode.generate` takes it."""
+        return {"auto": None, "on": True, "off": False}[self.compile]
 
 
 @dataclass
@@ -271,7 +305,9 @@ class GenerateConfig(SamplingConfig):
         "full depth, a fixed exit layer, the first confident exit, or speculative: exits draft, "
         "the remaining layers verify, the text is that of full depth",
     )
-    threshold: float = option(0.8, "confidence from which a token leaves; 1 switches exits off")
+    threshold: str | float = option(
+        0.8, "confidence from which a token leaves; 1 switches exits off; per exit: 8:0.9,16:0.7"
+    )
     do_sample: bool = option(False, "sample instead of taking the likeliest token")
     temperature: float = option(1.0, "sampling temperature")
     top_k: int = option(50, "sample among the k likeliest tokens; 0: all")

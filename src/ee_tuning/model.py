@@ -91,7 +91,7 @@ class EarlyExitModel(nn.Module):
         self.compiled = False
         self.takes_boundaries = False
         self._chains: dict[bool, list[Segment]] = {}
-        self.engine: Any = None  # of the last `generate`, see `ee_tuning.decode.generate`
+        self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
 
     @classmethod
     def from_base(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 # Room of an engine is a multiple of this, so that texts of about the same length share one.
 ROOM = 256
+ENGINES = 4  # kept by a model: one for each way to decode that is used in turns
 
 
 @dataclass
@@ -243,24 +244,28 @@ def _engine(
     max_pending: int,
     compile: bool | None,
 ) -> Engine:
-    """The model's engine if it has room and fits; else a new one, which the model then keeps.
+    """One of the model's engines if it fits and has room; else a new one, which the model keeps.
 
     Captured graphs hold the addresses of weights, so other weights want another engine.
     """
     compile = model.backbone.device.type == "cuda" if compile is None else compile
     weights = tuple(p.data_ptr() for p in model.parameters())
-    same = (tuple(exit_layers), max_pending, compile, weights)
-    kept: tuple[Any, Engine] | None = model.engine
-    if kept and kept[0] == same and not kept[1].busy:
-        passes = kept[1].passes
-        if passes.slots >= slots and passes.capacity >= capacity:
-            return kept[1]
-    model.engine = None  # its memory is free before the next one takes its own
-    room = -(-capacity // ROOM) * ROOM
-    room = max(capacity, min(room, model.backbone.context or room))
-    settings = {"slots": slots, "capacity": room, "max_pending": max_pending, "compile": compile}
-    model.engine = same, Engine(model, exit_layers, **settings)
-    return model.engine[1]
+    key = (tuple(exit_layers), max_pending, compile, weights)
+    kept = model.engines.pop(key, None)
+    if kept is None or kept.busy or kept.passes.slots < slots or kept.passes.capacity < capacity:
+        room = -(-capacity // ROOM) * ROOM
+        room = max(capacity, min(room, model.backbone.context or room))
+        settings = {"slots": slots, "capacity": room, "max_pending": max_pending}
+        kept = None
+        try:
+            kept = Engine(model, exit_layers, **settings, compile=compile)
+        except UserError:  # no room: that of the others may be enough
+            model.engines.clear()
+            kept = Engine(model, exit_layers, **settings, compile=compile)
+    model.engines[key] = kept
+    for oldest in list(model.engines)[:-ENGINES]:
+        del model.engines[oldest]
+    return kept
 
 
 def _prompts(

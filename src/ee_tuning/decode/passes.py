@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
 
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
-LEAST_REACH = 256  # compiled passes look at so many places at least, and at twice, 4 times, … it
+# With this, products of one row become reductions, which reach more of the memory's bandwidth.
+OPTIONS = {"coordinate_descent_tuning": True}
+# Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
+ROWS_FACTOR = LENGTH_FACTOR = 4
+REACH_FACTOR, LEAST_REACH = 2, 256
+ALIGNED = 64  # places that there are is a multiple of this, as fast attention wants it
 
 
 @dataclass
@@ -96,8 +101,12 @@ class Passes:
         """
         self.model, self.slots, self.compile = model, slots, compile
         self.device = model.backbone.device
-        self.longest = self._bucket(longest)
-        self.capacity = capacity
+        self.longest, self.capacity = longest, capacity
+        # Windows may be padded beyond the last token.
+        self.places = -(-(capacity + longest) // ALIGNED) * ALIGNED
+        self.row_sizes = _sizes(slots, ROWS_FACTOR)
+        self.length_sizes = _sizes(longest, LENGTH_FACTOR)
+        self.reach_sizes = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
         self.limit = max(capacity, model.backbone.context or 0) - 1  # for padding: no position more
         self.segments = model.segments(exit_layers, last=model.backbone.num_layers)
         self.exits = {k: model.exit(k) for k in exit_layers}
@@ -111,8 +120,8 @@ class Passes:
         if compile:
             self._steps = model.segments(exit_layers, last=model.backbone.num_layers)
             for segment, cache in zip(self._steps, self.caches, strict=True):
-                segment.compile(cache)
-            self._predict = torch.compile(_predict, dynamic=False)
+                segment.compile(cache, OPTIONS)
+            self._predict = torch.compile(_predict, dynamic=False, options=OPTIONS)
 
     @torch.inference_mode()
     def prompt(self, slot: int, ids: Sequence[int], last: int, wanted: Wanted) -> Predictions:
@@ -140,9 +149,8 @@ class Passes:
         """
         given = {window.slot: window for window in windows}
         slots = self._filled(list(given))
-        length = self._bucket(max(window.count for window in windows))
-        reach = max(starts[slot] for slot in slots) + length
-        reach = min(self.capacity + self.longest, self._bucket(reach, LEAST_REACH))
+        length = self._size(max(window.count for window in windows), self.length_sizes)
+        reach = self._size(max(starts[slot] for slot in slots) + length, self.reach_sizes)
         table = [[slot, starts[slot], 0] for slot in slots]
         for row in table:
             window = given.get(row[0], Window(0, 0))
@@ -165,15 +173,13 @@ class Passes:
         start = time.perf_counter()
         self._control.zero_()
         self._control[:, 0] = torch.arange(self.slots, device=self.device)
-        numbers = _powers(self.slots)
-        reaches = [r for r in _powers(self.capacity + self.longest) if r >= LEAST_REACH]
-        for i, n, measure in product(range(len(self._steps)), numbers, measures):
+        sizes = product(range(len(self._steps)), self.row_sizes, self.reach_sizes, measures)
+        for i, rows, reach, measure in sizes:
             last = i == len(self._steps) - 1
-            afters = ["last", "each"] if last and verify else ["last"]
-            afters += [] if last else ["nothing"]
-            for length in _powers(self.longest) if i else [1]:
-                for reach, after in product(reaches or [self.capacity + self.longest], afters):
-                    self._run((i, n, length, reach, True, Wanted(after, last, measure)))
+            for length in self.length_sizes if i else [1]:
+                for after in ("last", "each") if last and verify else ("nothing", "last"):
+                    if not (last and after == "nothing"):
+                        self._run((i, rows, length, reach, True, Wanted(after, last, measure)))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -246,16 +252,16 @@ class Passes:
 
     # -- sizes ---------------------------------------------------------------------------------
 
-    def _bucket(self, number: int, least: int = 1) -> int:
-        """`number`, or where passes are compiled the next power of two, `least` at least."""
-        return max(least, 1 << (number - 1).bit_length()) if self.compile else number
+    def _size(self, number: int, sizes: list[int]) -> int:
+        """`number`, or where passes are compiled the next one of `sizes`."""
+        return next(size for size in sizes if size >= number) if self.compile else number
 
     def _filled(self, slots: list[int]) -> list[int]:
         """`slots` and as many idle ones as make it a size that is compiled for, ascending.
 
         What is written for idle slots lies beyond what is known of them.
         """
-        number = min(self.slots, self._bucket(len(slots)))
+        number = self._size(len(slots), self.row_sizes)
         idle = [slot for slot in range(self.slots) if slot not in slots]
         return sorted([*slots, *idle[: number - len(slots)]])
 
@@ -273,7 +279,7 @@ class Passes:
             hidden = state.hidden
             if segment.stop in blocks:
                 self.exits[segment.stop].features(state, samples[segment.stop])
-        size = (self.slots, self.capacity + self.longest, self.longest)
+        size = (self.slots, self.places, self.longest)
         self.caches = [self._cache(segment, *size) for segment in self.segments]
         self.exit_caches = {k: self._cache(block, *size) for k, block in blocks.items()}
         pairs = [
@@ -299,9 +305,13 @@ class Passes:
         return cache
 
 
-def _powers(most: int) -> list[int]:
-    """1, 2, 4, … up to the first that is at least `most`, which then stands for it."""
-    return [1 << k for k in range(most.bit_length()) if 1 << k < most] + [most]
+def _sizes(most: int, factor: int, least: int = 1) -> list[int]:
+    """`least`, `factor` times that, … up to `most`, which comes last."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= factor
+    return [*sizes, most]
 
 
 def _predict(

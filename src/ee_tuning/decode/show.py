@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ee_tuning.config import GenerateConfig, SamplingConfig
-from ee_tuning.decode.decoder import Token
+from ee_tuning.config import GenerateConfig, SamplingConfig, parse_threshold
+from ee_tuning.decode.speculative import Token
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.loading import load_tokenizer
@@ -41,7 +41,7 @@ class DepthStreamer:
         self.layers: list[int] = []
         self.prompt_seen = False
 
-    def on_token(self, token: Token) -> None:
+    def on_token(self, row: int, token: Token) -> None:
         """The next token left at ``token.exit_layer``."""
         self.layer = token.exit_layer
         self.layers.append(token.exit_layer)
@@ -81,15 +81,15 @@ def generate_and_show(config: GenerateConfig, console: Console | None = None) ->
     model.generate(
         input_ids,
         mode=config.mode,
-        threshold=config.threshold,
-        exit_layers=config.exit_layers or None,
-        max_pending=config.max_pending,
+        threshold=parse_threshold(config.threshold),
+        compile=config.compiled(),
         max_new_tokens=config.max_new_tokens,
         do_sample=config.do_sample,
         stop_strings=config.stop_strings or None,
         tokenizer=tokenizer,
         streamer=streamer,
         on_token=streamer.on_token,
+        **config.leaving(),
         **(sampling if config.do_sample else {}),
     )
     seconds = time.perf_counter() - start

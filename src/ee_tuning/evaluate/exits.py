@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import micro_batches
-from ee_tuning.decode.generate import make_decoder
+from ee_tuning.decode.policy import make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import EarlyExitModel
@@ -27,12 +27,12 @@ class Predictions:
     tokens: list[Tensor] = field(default_factory=list)
     confidences: list[Tensor] = field(default_factory=list)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits (B, T, V), labels (B, T)."""
+    def add(self, logits: Tensor, labels: Tensor, measure: str) -> None:
+        """Add a batch: logits (B, T, V), labels (B, T); measure: of confidence."""
         self.loss += cross_entropy(logits, labels).total.item()
         labelled = logits[:, :-1][labels[:, 1:] != IGNORED]
         self.tokens.append(labelled.argmax(-1).cpu())
-        self.confidences.append(confidence(labelled).cpu())
+        self.confidences.append(confidence(labelled, measure).cpu())
 
 
 @torch.inference_mode()
@@ -68,8 +68,7 @@ def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
     Raises:
         UserError: `exit_layers` names a layer without an exit, or `max_pending` is negative.
     """
-    decoder = make_decoder(model, "threshold", 0, config.exit_layers or None, config.max_pending)
-    return list(decoder.exit_caches)
+    return list(make_policy(model, "threshold", 0.0, **config.leaving()).thresholds)
 
 
 def _predict(
@@ -88,7 +87,7 @@ def _predict(
         logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
         for found in (*exits, final):
             # Never given a name here: one exit's logits are gone when the next one's are made.
-            found.add(next(logits_by_depth), batch["labels"])
+            found.add(next(logits_by_depth), batch["labels"], config.measure)
     return exits, final
 
 

@@ -122,11 +122,7 @@ def _methods(
         "max_new_tokens": config.max_new_tokens, "min_new_tokens": config.max_new_tokens,
         "do_sample": False,
     }  # fmt: skip
-    common = {
-        "exit_layers": config.exit_layers or None,
-        "max_pending": config.max_pending,
-        **length,
-    }
+    common = config.leaving() | {"compile": config.compiled()} | length
 
     def at(threshold: float) -> Method:
         return lambda ids: model.generate(ids, mode="threshold", threshold=threshold, **common)

@@ -1,0 +1,265 @@
+"""Speed of decoding on a model of a named shape with random weights, exit decisions forced.
+
+What leaves where is given by a pattern, so that speed is measured apart from quality. The engine is
+the one that `generate` uses.
+
+python benchmarks/decode.py --shape llama2-7b --out benchmarks/results/decode-7b.json
+python benchmarks/decode.py --shape tiny --device cpu --new-tokens 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from shapes import SHAPES, build
+from tune import timed
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.decode import Chooser, Engine, Policy, Request, Token
+from ee_tuning.decode.passes import Wanted, Window
+from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.evaluate.speed import speed
+
+SHARE, ACCEPTANCE = 0.5, 0.8  # of tokens that leave in the pattern; of drafts that are kept
+
+
+@dataclass(frozen=True)
+class Pattern(Policy):
+    """Leaves where a seeded coin says so, whatever the confidence."""
+
+    share: float = 1.0
+    coin: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def leaves(self, layer: int, confidence: float) -> bool:
+        """Heads with probability `share`."""
+        return self.coin.random() < self.share
+
+
+class Accepting(Chooser):
+    """Keeps a draft where a seeded coin says so."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.coin = share, random.Random(0)
+
+    def verify(self, ids: Sequence[int], logits: Any, likeliest: int, draft: Token) -> int:
+        """The draft, or another token."""
+        return draft.id if self.coin.random() < self.share else (draft.id + 1) % logits.shape[-1]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of a large copy, bytes read and written counted."""
+    size = 2**32 if device.type == "cuda" else 2**27
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / median(timed(lambda: target.copy_(source), device, 10, 2)) / 1e9
+
+
+class Bench:
+    """A model, a prompt and the measured ways to go on from it."""
+
+    def __init__(self, model: EarlyExitModel, args: argparse.Namespace) -> None:
+        self.model, self.args, self.device = model, args, model.backbone.device
+        self.depth = model.backbone.num_layers
+        self.compile = self.device.type == "cuda" and not args.eager
+        draw = torch.Generator().manual_seed(0)
+        vocabulary = model.backbone.config.vocab_size
+        self.prompt = torch.randint(vocabulary, (args.prompt_length,), generator=draw).tolist()
+
+    def run(self, policy: Callable[[], Policy], batch: int, chooser: Any = Chooser) -> dict:
+        """Tokens per second of `batch` equal prompts, from the first new token to the last.
+
+        The time to the first token, prompts read one after another, is told apart.
+        """
+        first = policy()
+        length = self.args.prompt_length + self.args.new_tokens
+        engine = Engine(
+            self.model,
+            first.exit_layers,
+            slots=batch,
+            capacity=length,
+            max_pending=first.max_pending,
+            compile=self.compile,
+        )
+        waits, seconds, tokens, warm = [], [], [], 0.0
+        begun = time.perf_counter()
+        for _ in range(self.args.rounds + 1):
+            requests = [Request(self.prompt, policy(), length, chooser()) for _ in range(batch)]
+            started = time.perf_counter()
+            times = [time.perf_counter() for _ in engine.stream(requests)]
+            waits.append(times[batch - 1] - started)
+            seconds.append(times[-1] - times[batch - 1])
+            tokens.append(len(times) - batch)
+            if not warm:
+                warm = time.perf_counter() - begun
+        rate = speed(seconds[1:], tokens[0])
+        return {
+            "tokens_per_second": {k: round(v, 1) for k, v in rate.items()},
+            "ms_per_step": round(1000 * batch / rate["median"], 3),
+            "first_token_ms": round(1000 * median(waits[1:]), 2),
+            "first_round_seconds": round(warm, 1),
+            "graphs": len(engine.passes._graphs),
+        }
+
+    def parts(self, exit_layers: list[int], lengths: list[int]) -> dict[str, float]:
+        """Milliseconds of one pass of each segment, by tokens in the window, batch 1."""
+        length = self.args.prompt_length + self.args.new_tokens
+        settings = {"slots": 1, "capacity": length, "max_pending": max(lengths)}
+        passes = Engine(self.model, exit_layers, **settings, compile=self.compile).passes
+        found = {}
+        start = 0
+        for i, stop in enumerate(segment.stop for segment in passes.segments):
+            last = i == len(passes.segments) - 1
+            for count in lengths if i else [1]:
+                window = Window(0, count, self.prompt[:count] if not i else ())
+                for after in ("nothing", "last") if not last else ("last",):
+                    wanted = Wanted(after, last)
+                    place = [self.args.prompt_length]
+
+                    def one(i: int = i, window: Window = window, wanted: Wanted = wanted) -> None:
+                        passes.window(i, [window], place, wanted)  # noqa: B023
+
+                    taken = median(timed(one, self.device, 20, 3))
+                    name = f"layers {start + 1}-{stop}, {count} tokens, logits: {after}"
+                    found[name] = round(1000 * taken, 3)
+            start = stop
+        return found
+
+    def prefill(self, length: int) -> dict[str, float]:
+        """Milliseconds to read a long prompt, and transformers' for the same."""
+        draw = torch.Generator().manual_seed(1)
+        vocabulary = self.model.backbone.config.vocab_size
+        ids = torch.randint(vocabulary, (1, length), generator=draw)
+        engine = Engine(self.model, [], capacity=length + 1, compile=False)
+        there = ids.to(self.device)
+
+        def ours() -> None:
+            engine.passes.prompt(0, ids[0].tolist(), 0, Wanted("last", True))
+
+        @torch.inference_mode()
+        def theirs() -> None:
+            self.model.backbone.model(there, use_cache=True, logits_to_keep=1).logits[0, -1, 0].item()
+
+        pairs = [
+            (timed(ours, self.device, 1)[0], timed(theirs, self.device, 1)[0])
+            for _ in range(self.args.rounds)
+        ]
+        return {
+            "prompt_tokens": length,
+            "ms": round(1000 * median(a for a, _ in pairs), 2),
+            "transformers_ms": round(1000 * median(b for _, b in pairs), 2),
+            "share_of_transformers_speed": round(median(b / a for a, b in pairs), 3),
+        }
+
+    def transformers(self, static: bool) -> dict:
+        """transformers' own greedy `generate`, dynamic or static and compiled."""
+        ids = torch.tensor([self.prompt], device=self.device)
+        kind = {"cache_implementation": "static"} if static else {}
+
+        def run(number: int) -> float:
+            length = {"max_new_tokens": number, "min_new_tokens": number}
+            start = time.perf_counter()
+            self.model.backbone.model.generate(ids, do_sample=False, **length, **kind)
+            return time.perf_counter() - start
+
+        count = self.args.new_tokens
+        run(count)
+        run(count)
+        seconds = [run(count + 1) - run(1) for _ in range(self.args.rounds)]
+        rate = speed(seconds, count)
+        return {"tokens_per_second": {k: round(v, 1) for k, v in rate.items()}}
+
+
+def weight_bytes(model: EarlyExitModel, upto: int, exit: int | None) -> int:
+    """Bytes of weights that one token reads: its layers, its exit or the final norm and head."""
+    modules = [*list(model.backbone.layers)[:upto]]  # type: ignore[call-overload]
+    modules += [model.exit(exit)] if exit else [model.backbone.norm, model.backbone.head]
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Every way to decode, one after another."""
+    depth, (early, half) = bench.depth, bench.model.exit_layers
+    pattern = {"thresholds": {early: 0.0}, "share": SHARE}
+    drafts = {"thresholds": {early: 0.0}, "max_pending": 4, "verifies": True}
+    ways: dict[str, tuple[Any, ...]] = {
+        "full depth": (lambda: Policy(depth), 1),
+        f"every token leaves at {half}": (lambda: Policy(half, final=False), 1),
+        f"every token leaves at {early}": (lambda: Policy(early, final=False), 1),
+        f"{SHARE:.0%} leave at {early}": (lambda: Pattern(depth, **pattern), 1),
+        f"speculative, drafts at {early}, {ACCEPTANCE:.0%} kept": (
+            lambda: Pattern(depth, **drafts),
+            1,
+            lambda: Accepting(ACCEPTANCE),
+        ),
+        **{f"full depth, batch {n}": (lambda: Policy(depth), n) for n in bench.args.batches},
+        **{
+            f"{SHARE:.0%} leave at {early}, batch {n}": (lambda: Pattern(depth, **pattern), n)
+            for n in bench.args.batches
+        },
+    }
+    bandwidth = copy_bandwidth(bench.device)
+    found: dict[str, Any] = {}
+    for name, way in ways.items():
+        if bench.args.only and not any(part in name for part in bench.args.only):
+            continue
+        found[name] = bench.run(*way)
+        policy = way[0]()
+        if way[1] == 1 and not isinstance(policy, Pattern):
+            read = weight_bytes(bench.model, policy.end, None if policy.final else policy.end)
+            rate = read * found[name]["tokens_per_second"]["median"] / 1e9
+            found[name] |= {"gb_per_second": round(rate), "of_copy": round(rate / bandwidth, 3)}
+        print(name, json.dumps(found[name]), flush=True)
+    result: dict[str, Any] = {"copy_gb_per_second": round(bandwidth), "decoding": found}
+    result["pass_ms"] = bench.parts([early], [1, 4, 8])
+    print(json.dumps(result["pass_ms"], indent=1), flush=True)
+    result["prefill"] = bench.prefill(bench.args.long_prompt)
+    print(result["prefill"], flush=True)
+    if not bench.args.only:
+        result["transformers"] = {
+            "eager": bench.transformers(False),
+            "static cache": bench.transformers(True),
+        }
+        print(result["transformers"], flush=True)
+    return result
+
+
+def main() -> None:
+    """Build, measure, print and write one result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--layers", default="1/4,1/2", help="two exits: the early one, the half")
+    parser.add_argument("--arch", default="mlp")
+    parser.add_argument("--prompt-length", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--long-prompt", type=int, default=2048)
+    parser.add_argument("--batches", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="measure the ways with this in their names")
+    parser.add_argument("--eager", action="store_true", help="neither compile nor capture")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    exits = ExitConfig(args.layers, args.arch)
+    dtype = pick_dtype("auto", device)
+    model = build(args.shape, exits, device, dtype, fp8=False, whole=True)
+    model.exits.to(dtype)
+    result = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
+    result |= {"hardware": hardware(device), "versions": versions()}
+    result |= measure(Bench(model.eval(), args))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
