@@ -25,7 +25,7 @@ from tune import timed
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Policy, Request, Token
-from ee_tuning.decode.passes import Wanted, Window
+from ee_tuning.decode.passes import Prediction, Wanted, Window
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 
@@ -51,9 +51,9 @@ class Accepting(Chooser):
         super().__init__()
         self.share, self.coin = share, random.Random(0)
 
-    def verify(self, ids: Sequence[int], logits: Any, likeliest: int, draft: Token) -> int:
+    def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
         """The draft, or another token."""
-        return draft.id if self.coin.random() < self.share else (draft.id + 1) % logits.shape[-1]
+        return draft.id if self.coin.random() < self.share else draft.id ^ 1
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -159,7 +159,7 @@ class Engine:
                 row = self._rows[slot] = _Row(request, slot, last)
                 wanted = Wanted("last", request.policy.final, request.policy.measure)
                 found = self.passes.prompt(slot, row.ids, last, wanted)
-                yield from self._settle(row, found, 0, 0)
+                yield from self._settle(row, found, 0, 1)
 
     def _advance(self, i: int, rows: list[_Row]) -> Iterator[Event]:
         """Rows that stand before segment `i` go through it, those that want the same together."""
@@ -197,49 +197,48 @@ class Engine:
         layer = self._stops[i]
         if i == row.last:
             assert found is not None
-            yield from self._settle(row, found, j, count - 1)
+            yield from self._settle(row, found, j, count)
             return
         row.door = i + 1
         if found is None or not row.may_leave(layer):
             return
-        confidence = found.confidences[j][0]
-        if row.policy.leaves(layer, confidence):
+        prediction = found.of(j, 0)
+        if row.policy.leaves(layer, prediction.confidence):
             row.door = 0
-            logits, likeliest = found.logits_of(j)[0], found.greedy[j][0]
-            chosen, q = row.request.chooser.choose(row.ids, logits, likeliest)
-            token = Token(chosen, layer, confidence, q)
+            chosen, q = row.request.chooser.choose(row.ids, prediction)
+            token = Token(chosen, layer, prediction.confidence, q)
             row.ids.append(chosen)
             if row.policy.verifies:
                 row.drafts.append(token)
             else:
                 yield from self._emit(row, [token])
 
-    def _settle(self, row: _Row, found: Predictions, j: int, newest: int) -> Iterator[Event]:
+    def _settle(self, row: _Row, found: Predictions, j: int, count: int) -> Iterator[Event]:
         """A token went to the end: keep drafts while the end agrees, then take its own token.
 
-        newest: the place of that token among those of the window, all of which have predictions
-        if there are drafts.
+        count: tokens of window `j`. If there are drafts, there are predictions after each.
         """
-        chooser, logits = row.request.chooser, found.logits_of(j)
-        first = len(row.ids) - len(row.drafts)
-        at = newest - len(row.drafts) if len(found.greedy[j]) > 1 else 0
-        for kept, draft in enumerate(row.drafts):
-            context = row.ids[: first + kept]
-            own = chooser.verify(context, logits[at], found.greedy[j][at], draft)
+        chooser, drafts = row.request.chooser, row.drafts
+        first, place = len(row.ids) - len(drafts), count - 1 - len(drafts)
+        kept, own = 0, None
+        for draft in drafts:
+            settled = row.ids[: first + kept]
+            own = chooser.verify(settled, found.of(j, place + kept), draft)
             if own != draft.id:
                 break
-            at += 1
-        else:
-            kept = len(row.drafts)
-            own, _ = chooser.choose(row.ids, logits[at], found.greedy[j][at])
-        token = Token(own, self._stops[row.last], found.confidences[j][at])
+            kept += 1
+        prediction = found.of(j, place + kept)
+        if kept == len(drafts):
+            own, _ = chooser.choose(row.ids, prediction)
+        assert own is not None
         row.ids[first + kept :] = [own]
         row.done = [min(done, len(row.ids) - 1) for done in row.done]
-        row.door, drafted, row.drafts = 0, row.drafts, []
+        row.door, row.drafts = 0, []
         if row.policy.verifies:
-            row.pace.learn(len(drafted), kept)
+            row.pace.learn(len(drafts), kept)
             row.limit = row.pace.drafts(row.request.max_length - len(row.ids))
-        yield from self._emit(row, [*drafted[:kept], token])
+        token = Token(own, self._stops[row.last], prediction.confidence)
+        yield from self._emit(row, [*drafts[:kept], token])
 
     def _emit(self, row: _Row, tokens: list[Token]) -> Iterator[Event]:
         """Hand out settled tokens, the last ones of row.ids, until one of them ends the text."""

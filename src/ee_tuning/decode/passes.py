@@ -63,18 +63,37 @@ class Wanted:
 class Predictions:
     """What follows the tokens of windows: after the last of each (A = 1), or after each.
 
-    logits: (n, A, V) fp32, good until the next pass; rows: the row of each window there. greedy,
-    confidences: the likeliest token and how sure, by window, then token.
+    logits: (n, A, V) fp32, good until the next pass. tokens, confidences: the likeliest token and
+    how sure, by row of `logits`, then token. rows: the row of each window.
     """
 
     logits: Tensor
-    rows: list[int]
-    greedy: list[list[int]]
+    tokens: list[list[float]]
     confidences: list[list[float]]
+    rows: list[int]
 
-    def logits_of(self, window: int) -> Tensor:
-        """(A, V) of one window."""
-        return self.logits[self.rows[window]]
+    def of(self, window: int, place: int) -> Prediction:
+        """What follows one token of a window; its last one, if that is all there is."""
+        row = self.rows[window]
+        place = min(place, len(self.tokens[row]) - 1)
+        token, confidence = int(self.tokens[row][place]), self.confidences[row][place]
+        return Prediction(token, confidence, self, row, place)
+
+
+@dataclass
+class Prediction:
+    """What follows a token: the likeliest one, how sure, and on demand all logits."""
+
+    token: int
+    confidence: float
+    _all: Predictions
+    _row: int
+    _place: int
+
+    @property
+    def logits(self) -> Tensor:
+        """(V,) fp32, good until the next pass."""
+        return self._all.logits[self._row, self._place]
 
 
 class Passes:
@@ -156,8 +175,7 @@ class Passes:
             window = given.get(row[0], Window(0, 0))
             row[2] = window.count
             row += [*window.ids, *[0] * (length - len(window.ids))]
-        control = torch.tensor(table, pin_memory=self.device.type == "cuda")
-        self._control[: len(slots), : 3 + length].copy_(control, non_blocking=True)
+        self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
         in_order = slots == list(range(len(slots)))
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
@@ -321,8 +339,9 @@ def _predict(
     cache: SlotCache | None,
     counts: Tensor,
     wanted: Wanted,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """logits (n, A, V), the likeliest tokens (n, A) and the confidence in them (n, A).
+) -> tuple[Tensor, Tensor] | None:
+    """logits (n, A, V), and (2, n, A): the likeliest tokens (exact in fp32 up to 2²⁴) and the
+    confidence in them.
 
     counts: (n,), the tokens of each window. A `layer` exit keeps its K/V of all of them, whatever
     is wanted.
@@ -338,11 +357,10 @@ def _predict(
         features = features[rows, (counts - 1).clamp(min=0)][:, None]
     head = model.backbone if wanted.final else exit
     logits = head.logits(features).float()  # type: ignore[union-attr]
-    return logits, logits.argmax(-1), confidence(logits, wanted.measure)
+    return logits, torch.stack([logits.argmax(-1).float(), confidence(logits, wanted.measure)])
 
 
-def _read(logits: Tensor, greedy: Tensor, sure: Tensor, rows: list[int]) -> Predictions:
-    """The one wait for the device in a pass. Tokens are exact in fp32 up to 2²⁴."""
-    tokens, values = torch.stack([greedy.float(), sure]).tolist()
-    greedy_tokens = [[int(token) for token in tokens[row]] for row in rows]
-    return Predictions(logits, rows, greedy_tokens, [values[row] for row in rows])
+def _read(logits: Tensor, answers: Tensor, rows: list[int]) -> Predictions:
+    """The one wait for the device in a pass."""
+    tokens, confidences = answers.tolist()
+    return Predictions(logits, tokens, confidences, rows)

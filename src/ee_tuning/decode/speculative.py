@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.passes import Prediction
+
 
 @dataclass
 class Token:
@@ -32,26 +34,21 @@ class Chooser:
     def __init__(self, processors: Any = (), sample: bool = False) -> None:
         self.processors, self.sample = processors, sample
 
-    @property
-    def greedy(self) -> bool:
-        """Whether it takes the likeliest token, whatever came before."""
-        return not self.sample and not len(self.processors)
-
-    def choose(self, ids: Sequence[int], logits: Tensor, likeliest: int) -> tuple[int, Any]:
-        """What follows `ids` by logits (V,): a token, and its distribution (V,) if sampled."""
-        if self.greedy:
-            return likeliest, None
-        scores = self._scores(ids, logits)
+    def choose(self, ids: Sequence[int], found: Prediction) -> tuple[int, Tensor | None]:
+        """What follows `ids` by a prediction: a token, and its distribution (V,) if sampled."""
+        if not self.sample and not len(self.processors):
+            return found.token, None
+        scores = self._scores(ids, found.logits)
         if not self.sample:
             return int(scores.argmax()), None
         probabilities = scores.softmax(-1)
         return int(torch.multinomial(probabilities, num_samples=1)), probabilities
 
-    def verify(self, ids: Sequence[int], logits: Tensor, likeliest: int, draft: Token) -> int:
-        """The token that follows `ids` by the final logits (V,): the draft's, if it is kept."""
+    def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
+        """The token that follows `ids` by the final exit's prediction: the draft, if it is kept."""
         if draft.probabilities is None:
-            return self.choose(ids, logits, likeliest)[0]
-        p, q = self._scores(ids, logits).softmax(-1), draft.probabilities
+            return self.choose(ids, found)[0]
+        p, q = self._scores(ids, found.logits).softmax(-1), draft.probabilities
         if torch.rand((), device=p.device) * q[draft.id] < p[draft.id]:
             return draft.id
         rest = (p - q).clamp(min=0)
