@@ -1,40 +1,43 @@
-"""One decoding step, for every mode.
+"""One sequence, one token at a time, with transformers' growing caches: what the engine must equal.
 
-Each segment has an *inbox*: the hidden states of tokens it has not computed yet. A token goes
-down the segments until an exit lets it leave; what it leaves behind waits in the next segment's
-inbox and is computed there together with the next token that gets so far. That is KV
-recomputation (arXiv 2312.04916) of the missing layers only, and nothing else is needed: full
-depth is decoding in which no token leaves, a fixed depth is a model that ends at an exit. In
-self-speculation what left is a draft: the next token that goes all the way brings the final logits
-of all that waited, and drafts that they reject are taken back.
+Each segment has an *inbox*: the hidden states of tokens it has not computed yet. A token goes down
+the segments until an exit lets it leave; what it leaves behind waits in the next segment's inbox
+and is computed there together with the next token that gets so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
-from ee_tuning.backbone import State
+from ee_tuning import EarlyExitModel
+from ee_tuning.backbone import Segment, State
 from ee_tuning.losses import confidence
-
-if TYPE_CHECKING:
-    from ee_tuning.model import EarlyExitModel
 
 # Whether a token leaves at an exit, from the exit's layer and its confidence there.
 Policy = Callable[[int, float], bool]
 
 
+class SegmentCache(Cache):
+    """The K/V cache of a run of layers, seen by a trunk that owns only these."""
+
+    def __init__(self, model: EarlyExitModel, segment: Segment) -> None:
+        layers = DynamicCache(config=model.backbone.config).layers
+        super().__init__(layers=layers[segment.start : segment.stop])
+        self.first = segment.start
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args, **kwargs):
+        return super().update(keys, values, layer_idx - self.first, *args, **kwargs)
+
+
 @dataclass
 class Token:
-    """The prediction of one step: logits, the layer it left at, its confidence there.
-
-    logits: (1, V); of a decoder that verifies, at the end (N + 1, V): those of the N tokens that
-    left since the last full pass, which predict what came after each, and of the newest.
-    """
+    """The prediction of one step: logits (1, V), the layer it left at, its confidence there."""
 
     logits: Tensor
     exit_layer: int
@@ -46,7 +49,7 @@ class Decoder:
 
     exit_layers: the active exits, by depth. end: the layer every token stops at, the backbone's
     last one or an exit. max_pending: how many tokens may leave before the next one has to go all
-    the way. policy: which tokens leave at an exit before `end`. verifies: see `Token`.
+    the way. policy: which tokens leave at an exit before `end`.
     """
 
     def __init__(
@@ -56,17 +59,16 @@ class Decoder:
         end: int,
         max_pending: int,
         policy: Policy,
-        verifies: bool = False,
     ) -> None:
         self.model = model
-        self.verifies = verifies
         self.pending = 0  # tokens that left since the last one that went all the way
         self.policy = policy
         self.max_pending = max_pending
         self.end = end
         self.segments = model.segments(exit_layers, last=end)
-        self.caches = [segment.new_cache(verifies) for segment in self.segments]
-        self.exit_caches = {k: model.exit(k).new_cache(verifies) for k in exit_layers}
+        self.caches = [SegmentCache(model, segment) for segment in self.segments]
+        blocks = {k: model.exit(k).segment for k in exit_layers}
+        self.exit_caches = {k: block and SegmentCache(model, block) for k, block in blocks.items()}
         self.inboxes: list[Tensor | None] = [None for _ in self.segments]
         self.lengths = [0 for _ in self.segments]
 
@@ -79,14 +81,6 @@ class Decoder:
     def step(self, input_ids: Tensor) -> Token:
         """Read one token (1, 1) and predict the next."""
         return self._descend(input_ids, may_leave=True)
-
-    def take_back(self, count: int) -> None:
-        """Forget the last `count` tokens, at a time when none is pending."""
-        assert self.pending == 0
-        self.lengths = [length - count for length in self.lengths]
-        for cache in (*self.caches, *self.exit_caches.values()):
-            for layer in cache.layers if cache is not None and count else ():
-                layer.crop(-count)  # type: ignore[union-attr]
 
     def _descend(self, window: Tensor, may_leave: bool) -> Token:
         """Send the newest tokens down the segments until their last one leaves."""
@@ -105,9 +99,8 @@ class Decoder:
                     self.inboxes[i + 1] = _joined(self.inboxes[i + 1], window)
                     self.pending += 1
                     return token
-        asked = 1 + self.pending if self.verifies else 1
         self.pending = 0
-        return self._token(self.model.backbone.final_logits(window[:, -asked:]), self.end)
+        return self._token(self.model.backbone.final_logits(window[:, -1:]), self.end)
 
     def _run(self, i: int, window: Tensor) -> State:
         """Segment `i` on what waits in its inbox and on `window`: (1, T) ids or (1, T, H)."""

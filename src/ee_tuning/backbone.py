@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -114,31 +114,13 @@ class State:
     """The hidden state at an exit layer, and what an exit may need besides.
 
     hidden: (B, T, H); position_ids: (B, T) int64; call: how the exit layer was called, if
-    it was recorded; boundaries: see `ee_tuning.varlen`, if attention was told of them.
+    it was recorded; boundaries: as `Segment` takes them, for attention in the exit.
     """
 
     hidden: Tensor
     position_ids: Tensor
     call: Call | None = None
-    boundaries: Tensor | None = None
-
-
-class SegmentCache(Cache):
-    """The K/V cache of a run of layers, seen by a trunk that owns only these.
-
-    transformers asks cache layer 0 for the length and the mask sizes; a deep segment's first
-    layer is its own, at place 0 of `layers`, while its attention counts from the model's start.
-    """
-
-    def __init__(self, layers: list[Any], first: int) -> None:
-        super().__init__(layers=layers)
-        self.first = first
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append K/V of a layer counted from the model's start; gives all K/V it attends to."""
-        return super().update(key_states, value_states, layer_idx - self.first, *args, **kwargs)
+    boundaries: Any = None
 
 
 class Segment:
@@ -167,16 +149,6 @@ class Segment:
         self.trunk.config = slice_config(backbone.config, range(self.start, self.stop))
         for name, value in family.later_attributes.items() if later else ():
             setattr(self.trunk, name, value)
-
-    def new_cache(self, whole: bool = False) -> SegmentCache:
-        """An empty K/V cache for this segment.
-
-        whole: sliding windows keep all K/V, too, so that the last tokens can be taken back.
-        """
-        layers = DynamicCache(config=self._backbone.config).layers[self.start : self.stop]
-        if whole:
-            layers = [DynamicLayer() for _ in layers]
-        return SegmentCache(layers, self.start)
 
     def windows(self) -> list[int | None]:
         """Per layer, how many tokens its sliding window sees; None for all."""
@@ -209,13 +181,15 @@ class Segment:
         self,
         inputs: Tensor,
         position_ids: Tensor,
-        cache: SegmentCache | None = None,
-        boundaries: Tensor | None = None,
+        cache: Cache | None = None,
+        boundaries: Any = None,
     ) -> State:
         """Run the layers on token ids (B, T) or hidden states (B, T, H).
 
-        With a cache, `inputs` follow the tokens already in it. Without one, positions that
-        start again mark packed documents, which do not see each other.
+        cache: has a part for each layer of the segment, at the layer's number counted from the
+        model's start. Without one, positions that start again mark packed documents, which do not
+        see each other. boundaries: what attention is told in place of transformers' own mask: see
+        `ee_tuning.varlen` and `masks`.
         """
         mask = boundaries
         if mask is None and cache is None and not self._backbone.family.masks_packing:

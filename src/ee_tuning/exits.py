@@ -19,15 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from ee_tuning.backbone import (
-    Backbone,
-    Segment,
-    SegmentCache,
-    State,
-    attention_name,
-    mlp_names,
-)
+from ee_tuning.backbone import Backbone, Segment, State, attention_name, mlp_names
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
 from ee_tuning.losses import SOFTMAX, Softmax
@@ -92,14 +86,7 @@ class Exit(nn.Module):
         """The block of a `layer` exit as a segment; None for the others."""
         return self._frozen.get("segment")
 
-    def new_cache(self, whole: bool = False) -> SegmentCache | None:
-        """An empty K/V cache for the block of a `layer` exit; None for the others.
-
-        whole: see `Segment.new_cache`.
-        """
-        return self.segment.new_cache(whole) if self.segment else None
-
-    def features(self, state: State, cache: SegmentCache | None = None) -> Tensor:
+    def features(self, state: State, cache: Cache | None = None) -> Tensor:
         """What goes into the head: (B, T, H). `cache` is for the block of a `layer` exit."""
         hidden = state.hidden
         if self.spec.arch == "mlp":
@@ -132,7 +119,7 @@ class Exit(nn.Module):
         """
         return self._frozen["output"](inputs_embeds=features).logits
 
-    def forward(self, state: State, cache: SegmentCache | None = None) -> Tensor:
+    def forward(self, state: State, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) at this exit."""
         return self.logits(self.features(state, cache))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -297,10 +297,43 @@ class EarlyExitModel(nn.Module):
         )
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """Generate from one prompt; see `ee_tuning.decode.generate`."""
+        """Generate from prompts (B, P); see `ee_tuning.decode.generate`."""
         from ee_tuning.decode import generate
 
         return generate(self, input_ids, **kwargs)
+
+    def generate_batch(self, prompts: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:
+        """Generate from any number of prompts; see `ee_tuning.decode.generate_batch`."""
+        from ee_tuning.decode import generate_batch
+
+        return generate_batch(self, prompts, **kwargs)
+
+    def warm_up(self, **kwargs: Any) -> float:
+        """Compile decoding ahead; see `ee_tuning.decode.warm_up`."""
+        from ee_tuning.decode import warm_up
+
+        return warm_up(self, **kwargs)
+
+    # What transformers' pipelines ask a model for.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the backbone's weights."""
+        return self.backbone.dtype
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's."""
+        return self.model.generation_config
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True
 
     def train(self, mode: bool = True) -> EarlyExitModel:
         """Exits and backbone stay in evaluation mode: dropout is off while tuning, too."""

@@ -1,16 +1,25 @@
-"""Decoding with caches equals a slow reference that recomputes everything at every token."""
+"""The engine equals a slow decoder of one sequence, and that equals recomputing everything."""
+
+import resource
+from dataclasses import dataclass, field
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import FAMILIES, MOE, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_decoder import Decoder
+from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.decode import Decoder
+from ee_tuning.decode import Chooser, Engine, Policy, Request
+from ee_tuning.decode.cache import SlotLayer, check_room
+from ee_tuning.losses import confidence
 
 DEPTH = 4
 MODELS: dict[str, EarlyExitModel] = {}
+# Tiny windows of 6 tokens: the rings of these families are written over several times.
+MIXED = ["llama", "mistral", "gemma2", "gemma3", "opt", "gpt2", "falcon", "granite", "phi"]
 
 
 def early_exit(family="llama", arch="mlp,norm,layer"):
@@ -27,37 +36,97 @@ def logits_from_scratch(model, ids, layer):
     return (out.logits if layer == DEPTH else out.exit_logits[layer])[:, -1]
 
 
+def prompt(length, seed=0):
+    return torch.randint(3, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def padded(prompts):
+    """A batch (B, P) with its attention mask, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@dataclass(frozen=True)
+class Forced(Policy):
+    """The n-th token after the prompt's own may leave from the n-th layer of `pattern` on."""
+
+    pattern: list[int] = field(default_factory=list)
+    settled: list[int] = field(default_factory=list)
+
+    def leaves(self, layer, confidence):
+        return layer >= self.pattern[len(self.settled) - 1]
+
+
+class Told(Chooser):
+    """Takes the tokens it is told, and keeps the logits it was shown."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.seen = list(tokens), []
+
+    def choose(self, ids, found):
+        self.seen.append(found.logits.clone())
+        return self.tokens[len(self.seen) - 1], None
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    family=st.sampled_from(
-        ["llama", "mistral", "gemma2", "opt", "gpt2", "falcon", "granite", "phi"]
+    family=st.sampled_from(MIXED),
+    rows=st.lists(
+        st.tuples(
+            st.integers(1, 20),
+            st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14),
+            st.integers(0, 4),
+        ),
+        min_size=1,
+        max_size=4,
     ),
-    pattern=st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14),
-    length=st.integers(1, 9),
-    max_pending=st.integers(0, 4),
     seed=st.integers(0, 1000),
 )
-def test_kv_recomputation_equals_recomputing_everything(family, pattern, length, max_pending, seed):
-    """Over random exit patterns. Tolerance: a window of several tokens sums in another order."""
+def test_any_pattern_of_exits_gives_what_recomputing_everything_gives(family, rows, seed):
+    """Rows of different prompts, patterns and pending bounds in one batch: at every token, the
+    logits of the exit where the slow decoder's token leaves, from scratch.
+
+    Tolerance: a window of several tokens sums in another order.
+    """
     model = early_exit(family)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 96, (1, length), generator=generator)
+    requests, given_tokens = [], []
+    for length, pattern, bound in rows:
+        tokens = torch.randint(3, 96, (len(pattern) + 1,), generator=generator).tolist()
+        policy = Forced(DEPTH, True, dict.fromkeys([1, 2, 3], 0.5), max_pending=bound, pattern=pattern)
+        total = length + len(tokens)
+        requests.append(Request(prompt(length, seed), policy, total, Told(tokens)))
+        given_tokens.append(tokens)
+    engine = Engine(model, [1, 2, 3], slots=len(rows), capacity=64, max_pending=4)
+    left = {id(request): [] for request in requests}
+    for request, token in engine.stream(requests):
+        left[id(request)].append(token.exit_layer)
+        request.policy.settled.append(token.id)
+    for request, tokens in zip(requests, given_tokens, strict=True):
+        expected = slow_layers(model, request, tokens)
+        assert left[id(request)] == expected
+        ids = list(request.ids)
+        for layer, logits, token in zip(expected, request.chooser.seen, tokens, strict=True):
+            wanted = logits_from_scratch(model, torch.tensor([ids]), layer)[0]
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+            ids.append(token)
 
-    def policy(layer, confidence):
-        return layer >= wanted_layer
 
-    decoder = Decoder(model, [1, 2, 3], DEPTH, max_pending, policy)
-    token = decoder.prefill(ids)
-    assert token.exit_layer == DEPTH
-    for wanted_layer in [*pattern, DEPTH]:
-        expected = logits_from_scratch(model, ids, token.exit_layer)
-        torch.testing.assert_close(token.logits, expected, rtol=1e-4, atol=1e-4)
-        chosen = torch.randint(3, 96, (1, 1), generator=generator)
-        ids = torch.cat([ids, chosen], dim=1)
-        token = decoder.step(chosen)
-        assert all(x is None or x.shape[1] <= max_pending for x in decoder.inboxes)
-        assert token.exit_layer in (wanted_layer, *range(wanted_layer, DEPTH + 1))
-    assert decoder.lengths[0] == ids.shape[1]
+def slow_layers(model, request, tokens):
+    """Where the tokens of a request leave in the slow decoder."""
+    settled = []
+    policy = request.policy
+    decoder = Decoder(
+        model, [1, 2, 3], DEPTH, policy.max_pending,
+        lambda layer, _: layer >= policy.pattern[len(settled) - 1],
+    )  # fmt: skip
+    settled.append(decoder.prefill(torch.tensor([request.ids])).exit_layer)
+    for token in tokens[:-1]:
+        settled.append(decoder.step(torch.tensor([[token]])).exit_layer)
+    return settled
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,33 +144,174 @@ def test_fixed_mode_equals_the_exit_from_scratch(family, layer):
     assert (out.exit_layers == layer).all()
 
 
+@pytest.mark.parametrize("family", [*MIXED, *MOE])
+@pytest.mark.parametrize("mode", ["full", "fixed", "threshold", "speculative"])
+def test_a_row_does_not_depend_on_its_neighbours(family, mode):
+    model = early_exit(family, "norm,layer,norm")
+    prompts = [prompt(n, n) for n in (3, 19, 5, 12, 1)]
+    ids, mask = padded(prompts)
+    common = {
+        "mode": mode, "threshold": 0.02, "max_new_tokens": 15, "eos_token_id": None,
+        "exit_layers": [2] if mode == "fixed" else None,
+    }  # fmt: skip
+    out = model.generate(ids, attention_mask=mask, **common)
+    for row, own in enumerate(prompts):
+        alone = model.generate(torch.tensor([own]), **common)
+        assert torch.equal(out.sequences[row, ids.shape[1] :], alone.sequences[0, len(own) :])
+        assert torch.equal(out.exit_layers[row], alone.exit_layers[0])
+    if mode == "full":
+        expected = model.backbone.model.generate(
+            ids, attention_mask=mask, max_new_tokens=15, do_sample=False, eos_token_id=None
+        )
+        assert torch.equal(out.sequences, expected)
+
+
+def test_every_request_of_a_batch_may_decode_in_its_own_way():
+    model = early_exit()
+    policies = [
+        Policy(DEPTH),
+        Policy(2, final=False),
+        Policy(DEPTH, thresholds={1: 0.001, 3: 0.002}, measure="margin", max_pending=3),
+        Policy(DEPTH, thresholds={2: 0.0}, verifies=True, max_pending=4),
+        Policy(DEPTH, thresholds={1: 0.03}, measure="entropy"),
+        Policy(3, final=False),
+    ]
+
+    def run(slots, chosen):
+        engine = Engine(model, [1, 2, 3], slots=slots, capacity=64)
+        requests = [Request(prompt(4 + i, i), policies[i], 24 + i) for i in chosen]
+        found = {i: [] for i in chosen}
+        for request, token in engine.stream(requests):
+            found[chosen[requests.index(request)]].append((token.id, token.exit_layer))
+        assert all(request.finished for request in requests)
+        return found
+
+    together, few = run(6, list(range(6))), run(2, list(range(6)))
+    assert together == few
+    for i in range(6):
+        assert run(1, [i])[i] == together[i]
+        assert len(together[i]) == 20
+    assert len({layer for _, layer in together[2]}) > 1
+
+
+def test_a_text_that_ends_frees_its_slot_for_the_next_prompt():
+    """Prompts are asked for one by one; outputs come as texts end, and equal single ones."""
+    model = early_exit()
+    asked, ended = [], []
+
+    def prompts():
+        for i in range(9):
+            asked.append(i)
+            yield {"input_ids": prompt(3 + i % 4, i), "max_new_tokens": 3 + 5 * (i % 3)}
+
+    common = {"threshold": 0.02, "eos_token_id": None}
+    for number, out in model.generate_batch(prompts(), slots=3, capacity=64, **common):
+        ended.append(number)
+        assert len(asked) <= len(ended) + 3
+        own = torch.tensor([prompt(3 + number % 4, number)])
+        alone = model.generate(own, max_new_tokens=3 + 5 * (number % 3), **common)
+        assert torch.equal(out.sequences, alone.sequences)
+    assert sorted(ended) == list(range(9))
+    assert ended != list(range(9))
+
+
+def test_giving_up_a_stream_frees_its_slots():
+    model = early_exit()
+    engine = Engine(model, [1], slots=2, capacity=64)
+
+    def requests():
+        return [Request(prompt(4, i), Policy(DEPTH), 40) for i in range(3)]
+
+    stream = engine.stream(requests())
+    for _ in range(5):
+        next(stream)
+    assert engine.busy == 2
+    stream.close()
+    assert engine.busy == 0
+
+    first, second, third = requests()
+    texts = {id(r): 0 for r in (first, second, third)}
+    for request, _ in engine.stream([first, second, third]):
+        texts[id(request)] += 1
+        if texts[id(first)] == 3:
+            first.cancelled = True
+    assert texts == {id(first): 3, id(second): 36, id(third): 36}
+
+    def stop(row, token):
+        raise KeyboardInterrupt
+
+    ids = torch.tensor([[5, 9, 11]])
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=5, on_token=stop)
+    assert model.generate(ids, max_new_tokens=5, eos_token_id=None).sequences.shape == (1, 8)
+
+
+@pytest.mark.parametrize("arch", ["mlp,norm,layer"])
+def test_compiled_passes_give_the_same_tokens_and_compile_once(arch):
+    model = early_exit("llama", arch)
+    ids, mask = padded([prompt(5, 1), prompt(3, 2)])
+    common = {"attention_mask": mask, "max_new_tokens": 20, "eos_token_id": None, "max_pending": 3}
+    ways = [
+        {"mode": "threshold", "threshold": 0.02, "exit_layers": [1, 3]},
+        {"mode": "speculative", "threshold": 0.0, "exit_layers": [1, 3]},
+    ]
+    seconds = model.warm_up(
+        slots=2, capacity=30, compile=True, threshold=0.5, exit_layers=[1, 3], max_pending=3
+    )
+    assert seconds > 1
+    graphs = counters["stats"]["unique_graphs"]
+    for way in ways:
+        plain = model.generate(ids, compile=False, **way, **common)
+        out = model.generate(ids, compile=True, **way, **common)
+        assert torch.equal(out.sequences, plain.sequences)
+        assert torch.equal(out.exit_layers, plain.exit_layers)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_memory_does_not_grow_over_1000_requests():
+    model = early_exit()
+
+    def serve(number):
+        prompts = ({"input_ids": prompt(2 + i % 5, i)} for i in range(number))
+        settings = {"threshold": 0.02, "max_new_tokens": 4, "eos_token_id": None}
+        return sum(1 for _ in model.generate_batch(prompts, slots=8, capacity=32, **settings))
+
+    serve(300)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert serve(1000) == 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
 def test_layer_exit_uses_positions_in_training_and_decoding_alike():
     """The block's logits depend on order, and are the same with caches and in one pass."""
     model = early_exit(arch="layer")
-    ids = torch.tensor([[5, 9, 11, 40, 7, 8]])
-    decoder = Decoder(model, [2], 2, 8, lambda *_: True)
-    decoder.prefill(ids[:, :3])
-    for i in (3, 4, 5):
-        token = decoder.step(ids[:, i : i + 1])
-        expected = logits_from_scratch(model, ids[:, : i + 1], 2)
-        torch.testing.assert_close(token.logits, expected, rtol=1e-4, atol=1e-5)
-    swapped = logits_from_scratch(model, torch.tensor([[9, 5, 11, 40, 7, 8]]), 2)
-    assert not torch.allclose(token.logits, swapped, atol=1e-3)
+    tokens = [40, 7, 8, 3]
+    request = Request([5, 9, 11], Policy(2, final=False), 7, Told(tokens))
+    engine = Engine(model, [2], capacity=16)
+    assert [token.exit_layer for _, token in engine.stream([request])] == [2] * 4
+    ids = [*request.ids, *tokens]
+    for i, logits in enumerate(request.chooser.seen):
+        expected = logits_from_scratch(model, torch.tensor([ids[: 3 + i]]), 2)[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    swapped = logits_from_scratch(model, torch.tensor([[9, 5, 11, *tokens[:3]]]), 2)[0]
+    assert not torch.allclose(logits, swapped, atol=1e-3)
 
 
 def test_threshold_lets_confident_tokens_leave_at_the_first_exit_that_is_sure():
     model = early_exit()
-    out = model.generate(
-        torch.tensor([[5, 9, 11]]), threshold=0.02, max_new_tokens=30, eos_token_id=None
-    )
+    ids = torch.tensor([[5, 9, 11]])
+    common = {"max_new_tokens": 30, "eos_token_id": None}
+    out = model.generate(ids, threshold=0.02, **common)
     layers, sure = out.exit_layers[0], out.confidences[0]
     assert layers[0] == DEPTH
     assert (sure[layers < DEPTH] >= 0.02).all()
     assert len(set(layers.tolist())) > 1
-    always = model.generate(
-        torch.tensor([[5, 9, 11]]), threshold=0.0, max_pending=100, max_new_tokens=9
-    )
+    always = model.generate(ids, threshold=0.0, max_pending=100, max_new_tokens=9)
     assert always.exit_layers[0].tolist() == [DEPTH] + [1] * 8
+    each = model.generate(ids, threshold={1: 1.0, 2: 0.0, 3: 0.5}, max_pending=100, **common)
+    assert each.exit_layers[0].tolist() == [DEPTH] + [2] * 29
+    deep = model.generate(ids, threshold=0.0, min_depth=3, max_pending=100, **common)
+    assert deep.exit_layers[0].tolist() == [DEPTH] + [3] * 29
 
 
 def test_pending_bound_forces_a_full_pass():
@@ -112,57 +322,83 @@ def test_pending_bound_forces_a_full_pass():
     assert out.exit_layers[0].tolist() == [4, 1, 1, 4, 1, 1, 4, 1, 1, 4]
 
 
-def test_streaming_and_callbacks_see_every_token():
-    model = early_exit()
-    seen, streamed = [], []
-
-    class Streamer:
-        def put(self, ids):
-            streamed.extend(ids.flatten().tolist())
-
-        def end(self):
-            streamed.append("end")
-
-    ids = torch.tensor([[5, 9, 11]])
-    out = model.generate(
-        ids, threshold=0.02, max_new_tokens=6, streamer=Streamer(), on_token=seen.append
-    )
-    assert streamed == [*out.sequences[0].tolist(), "end"]
-    assert [token.exit_layer for token in seen] == out.exit_layers[0].tolist()
+def test_measures_of_confidence():
+    logits = torch.randn(3, 5, 17) * 3
+    p = logits.softmax(-1)
+    ordered = p.sort(-1, descending=True).values
+    entropy = -(p * p.log()).sum(-1) / torch.tensor(17.0).log()
+    torch.testing.assert_close(confidence(logits), ordered[..., 0])
+    torch.testing.assert_close(confidence(logits, "margin"), ordered[..., 0] - ordered[..., 1])
+    torch.testing.assert_close(confidence(logits, "entropy"), 1 - entropy)
+    for measure in ("probability", "margin", "entropy"):
+        certain = torch.tensor([0.0, -torch.inf, -torch.inf])
+        assert confidence(certain, measure) == 1
 
 
-def test_eos_and_stop_strings_end_generation(base, tokenizer):
-    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm"))
-    ids = tokenizer("def function", return_tensors="pt").input_ids
-    free = model.generate(ids, mode="full", max_new_tokens=8, eos_token_id=None).sequences[0]
-    new = free[ids.shape[1] :]
-    stopped = model.generate(ids, mode="full", max_new_tokens=8, eos_token_id=new[2].item())
-    assert stopped.sequences.shape[1] <= ids.shape[1] + 3
-    text = tokenizer.decode(new[1:3])  # spans two tokens
-    out = model.generate(
-        ids, mode="full", max_new_tokens=8, stop_strings=[text], tokenizer=tokenizer
-    )
-    new_text = tokenizer.decode(out.sequences[0, ids.shape[1] :])
-    assert text in new_text
-    assert text not in tokenizer.decode(out.sequences[0, ids.shape[1] : -1])
+def test_a_ring_holds_what_a_window_sees():
+    """Size, mask and content of a sliding layer, against positions written down one by one."""
+    layer = SlotLayer(window=4, slots=1, capacity=100, longest=3)
+    assert layer.size == 7
+    from ee_tuning.decode.cache import Place
+
+    written = {}
+    start = 0
+    for count in (2, 3, 1, 3, 3, 2):
+        positions = torch.arange(start, start + count)[None]
+        layer.place = Place(torch.tensor([0]), positions, reach=start + count, in_order=True)
+        values = positions[:, None, :, None].float()
+        keys, _ = layer.update(values, values)
+        written |= {int(p): float(p) for p in positions[0]}
+        mask = layer.mask(torch.float32)[0, 0]
+        for row, query in enumerate(positions[0].tolist()):
+            seen = keys[0, 0, mask[row] == 0, 0].tolist()
+            assert sorted(seen) == [p for p in range(query - 3, query + 1) if p >= 0]
+        start += count
 
 
-@pytest.mark.parametrize(
-    ("ids", "kwargs", "message"),
-    [
-        ([[]], {}, "prompt is empty"),
-        ([[1] * 64], {}, "context is 64"),
-        ([[1], [2]], {}, "one prompt"),
-        ([[1]], {"threshold": 1.5}, r"outside \[0, 1\]"),
-        ([[1]], {"threshold": -0.1}, r"outside \[0, 1\]"),
-        ([[1]], {"mode": "fast"}, "use one of full, fixed, threshold, speculative"),
-        ([[1]], {"mode": "fixed"}, "needs one exit"),
-        ([[1]], {"exit_layers": [4]}, "no exit at layer 4"),
-        ([[1]], {"exit_layers": [9]}, "exit layer 9 does not exist"),
-        ([[1]], {"max_pending": -1}, "negative"),
-        ([[1]], {"num_beams": 2}, "beam search"),
-    ],
-)
+def test_caches_that_do_not_fit_are_refused_with_their_size():
+    small = SlotLayer(None, 1, 1, 1)
+    small.lazy_initialization(torch.zeros(1, 8, 1, 128), torch.zeros(1, 8, 1, 128))
+    large = SlotLayer(None, 4096, 2**20, 1)
+    with pytest.raises(UserError, match=r"K/V of 4096 sequences of 1048576 tokens need 32768\.0 GiB"):
+        check_room([(small, large)], torch.device("cpu"))
+
+
+BAD: list[tuple] = [
+    ([[]], {}, "prompt is empty"),
+    ([[1] * 64], {}, "context is 64"),
+    (1, {}, r"prompts of shape \(B, P\)"),
+    (torch.zeros(0, 3), {}, r"prompts of shape \(B, P\), not \(0, 3\)"),
+    ([[1]], {"threshold": 1.5}, r"outside \[0, 1\]"),
+    ([[1]], {"threshold": -0.1}, r"outside \[0, 1\]"),
+    ([[1]], {"threshold": {1: 0.5}}, "no threshold for the exit at layer 2"),
+    ([[1]], {"threshold": {1: 0.5, 2: 0.5, 3: 0.5, 9: 0.5}}, "threshold for layer 9"),
+    ([[1]], {"mode": "fast"}, "use one of full, fixed, threshold, speculative"),
+    ([[1]], {"measure": "luck"}, "use one of probability, margin, entropy"),
+    ([[1]], {"mode": "fixed"}, "needs one exit"),
+    ([[1]], {"exit_layers": [4]}, "no exit at layer 4"),
+    ([[1]], {"exit_layers": [9]}, "exit layer 9 does not exist"),
+    ([[1]], {"max_pending": -1}, "negative"),
+    ([[1]], {"num_beams": 2}, "beam search"),
+    ([[1, 1], [1, 0]], {"attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padded on its right"),
+    ([[1], [2]], {"streamer": object()}, "a streamer takes one prompt"),
+]
+
+
+@pytest.mark.parametrize(("ids", "kwargs", "message"), BAD)
 def test_bad_calls(ids, kwargs, message):
+    ids = torch.as_tensor(ids, dtype=torch.long)
     with pytest.raises(UserError, match=message):
-        early_exit().generate(torch.tensor(ids, dtype=torch.long), max_new_tokens=2, **kwargs)
+        early_exit().generate(ids, max_new_tokens=2, **kwargs)
+
+
+def test_requests_that_do_not_fit_an_engine_are_refused():
+    engine = Engine(early_exit(), [1], capacity=16, max_pending=2)
+    for request, message in [
+        (Request([1], Policy(DEPTH), 17), "17 tokens are asked for, there is room for 16"),
+        (Request([1], Policy(2, final=False), 9), "exit at layer 2 is not among the engine's"),
+        (Request([1], Policy(DEPTH, max_pending=3), 9), "max_pending 3 is above the engine's, 2"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            list(engine.stream([request]))
+        assert engine.busy == 0

@@ -8,10 +8,10 @@ import torch
 from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import DEPTH, MODELS, early_exit
+from test_decode import DEPTH, MODELS, early_exit, logits_from_scratch, padded, prompt
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.decode import Decoder
+from ee_tuning.decode import Chooser, Engine, Policy, Request
 from ee_tuning.decode.speculative import Pace
 from ee_tuning.loading import load_tokenizer
 
@@ -59,17 +59,19 @@ def test_drafts_are_kept_and_rejected_in_these_tests():
     max_pending=st.integers(0, 9),
     new=st.integers(1, 30),
     exits=st.sampled_from([[2], [3], [2, 3]]),
-    length=st.integers(1, 30),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    measure=st.sampled_from(["probability", "margin", "entropy"]),
 )
 def test_any_setting_gives_the_tokens_of_full_depth(
-    family, threshold, max_pending, new, exits, length
+    family, threshold, max_pending, new, exits, lengths, measure
 ):
+    """Batches of different lengths, each accepting and rejecting at its own places."""
     model = good_exit(family)
-    ids = torch.arange(length)[None] * 7 % 90 + 3
-    common = {"max_new_tokens": new, "eos_token_id": None}
+    ids, mask = padded([prompt(length, length) for length in lengths])
+    common = {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": None}
     out = model.generate(
         ids, mode="speculative", threshold=threshold, exit_layers=exits,
-        max_pending=max_pending, **common,
+        max_pending=max_pending, measure=measure, **common,
     )  # fmt: skip
     assert torch.equal(out.sequences, model.generate(ids, mode="full", **common).sequences)
 
@@ -82,12 +84,12 @@ def test_200_prompts_of_real_text_give_the_tokens_of_full_depth():
     tokenizer = load_tokenizer(str(demo / "model"))
     lines = (demo / "data" / "validation.jsonl").read_text().splitlines()
     ids = tokenizer("".join(json.loads(line)["text"] for line in lines), return_tensors="pt")
-    prompts = ids.input_ids[0][: 200 * 20].view(200, 1, 20)
+    prompts = ids.input_ids[0][: 200 * 20].view(200, 20)
     kept = 0
-    for prompt in prompts:
+    for batch in prompts.split(20):
         common = {"max_new_tokens": 8, "eos_token_id": None}
-        full = model.generate(prompt, mode="full", **common).sequences
-        out = model.generate(prompt, mode="speculative", threshold=0.3, **common)
+        full = model.generate(batch, mode="full", **common).sequences
+        out = model.generate(batch, mode="speculative", threshold=0.3, **common)
         assert torch.equal(out.sequences, full)
         kept += (out.exit_layers < model.backbone.num_layers).sum().item()
     assert kept > 100
@@ -105,12 +107,15 @@ def test_samples_have_the_full_models_distribution():
     for layer in model.exit_layers:
         model.exit(layer).head.weight.data.mul_(4)
     ids = torch.tensor([[1, 5]])
-    common = {"do_sample": True, "temperature": 0.8, "top_k": 6, "max_new_tokens": 3}
     draws = 3000
+    common = {"do_sample": True, "temperature": 0.8, "top_k": 6, "max_new_tokens": 3}
     counts, early = torch.zeros(8, 8, 8), 0
-    for _ in range(draws):
-        out = model.generate(ids, mode="speculative", threshold=0.0, **common)
-        counts[tuple(out.sequences[0, 2:].tolist())] += 1
+    for _ in range(draws // 100):
+        out = model.generate(
+            ids, mode="speculative", threshold=0.0, num_return_sequences=100, **common
+        )
+        for text in out.sequences[:, 2:].tolist():
+            counts[tuple(text)] += 1
         early += (out.exit_layers < DEPTH).sum().item()
     assert draws / 8 < early < 0.9 * draws  # drafts take part in what is tested
 
@@ -136,28 +141,45 @@ def test_samples_have_the_full_models_distribution():
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_taking_tokens_back_leaves_what_was_there(family):
-    """Tolerance: a window of several tokens sums in another order."""
-    model = early_exit(family, "layer")
+class Rejecting(Chooser):
+    """Settles tokens by a list, so that most drafts are rejected; keeps what it was shown."""
 
-    def decoder():
-        return Decoder(model, [1, 2], DEPTH, 8, lambda *_: leaves, True)
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens, self.seen = tokens, []
 
-    leaves, plain, other = False, decoder(), decoder()
-    plain.prefill(IDS)
-    expected = plain.step(torch.tensor([[20]])).logits
-    other.prefill(IDS)
-    leaves = True
-    for token in (20, 31, 32):
-        other.step(torch.tensor([[token]]))
-    leaves = False
-    window = other.step(torch.tensor([[33]])).logits
-    assert window.shape[0] == 4
-    torch.testing.assert_close(window[:1], expected, rtol=1e-4, atol=1e-4)
-    other.take_back(3)
-    after = [d.step(torch.tensor([[50]])).logits for d in (plain, other)]
-    torch.testing.assert_close(*after, rtol=1e-4, atol=1e-4)
+    def choose(self, ids, found):
+        self.seen.append((list(ids), found.logits.clone()))
+        return self.tokens[len(ids) % len(self.tokens)], None
+
+    def verify(self, ids, found, draft):
+        self.seen.append((list(ids), found.logits.clone()))
+        return draft.id if len(ids) % 3 else (draft.id + 1) % 96
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("arch", ["layer", "mlp"])
+def test_rejected_drafts_leave_nothing_behind(family, arch):
+    """Every prediction after a rejection, of the exits and of the end, is that from scratch.
+
+    Tolerance: a window of several tokens sums in another order.
+    """
+    model = early_exit(family, arch)
+    policy = Policy(DEPTH, thresholds={1: 0.0}, max_pending=4, verifies=True)
+    chooser = Rejecting([20, 31, 50, 7, 9])
+    engine = Engine(model, [1], capacity=60, max_pending=4)
+    request = Request(prompt(7), policy, 45, chooser)
+    layers = [token.exit_layer for _, token in engine.stream([request])]
+    assert set(layers) == {1, DEPTH}
+    wrong = 0
+    for ids, logits in chooser.seen:
+        ids = torch.tensor([ids])
+        errors = [
+            (logits - logits_from_scratch(model, ids, layer)[0]).abs().max() for layer in (1, DEPTH)
+        ]
+        wrong += min(errors) > 1e-3
+    assert len(chooser.seen) > 60
+    assert not wrong
 
 
 def test_an_end_token_within_a_draft_ends_it_as_at_full_depth():

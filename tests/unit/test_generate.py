@@ -1,0 +1,158 @@
+"""`generate` follows transformers' conventions."""
+
+import pytest
+import torch
+from families import tiny
+from test_decode import early_exit, padded, prompt
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, pipeline
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.loading import load_tokenizer
+
+
+class Streamer:
+    def __init__(self):
+        self.seen = []
+
+    def put(self, ids):
+        self.seen.extend(ids.flatten().tolist())
+
+    def end(self):
+        self.seen.append("end")
+
+
+def test_streaming_and_callbacks_see_every_token():
+    model, seen, streamer = early_exit(), [], Streamer()
+    ids = torch.tensor([[5, 9, 11]])
+    out = model.generate(
+        ids, threshold=0.02, max_new_tokens=6, streamer=streamer,
+        on_token=lambda row, token: seen.append((row, token.exit_layer)),
+    )  # fmt: skip
+    assert streamer.seen == [*out.sequences[0].tolist(), "end"]
+    assert seen == [(0, layer) for layer in out.exit_layers[0].tolist()]
+
+
+def test_end_token_and_stop_strings_end_generation(base, tokenizer):
+    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm"))
+    ids = tokenizer("def function", return_tensors="pt").input_ids
+    free = model.generate(ids, mode="full", max_new_tokens=8, eos_token_id=None).sequences[0]
+    new = free[ids.shape[1] :]
+    stopped = model.generate(ids, mode="full", max_new_tokens=8, eos_token_id=new[2].item())
+    assert stopped.sequences.shape[1] <= ids.shape[1] + 3
+    text = tokenizer.decode(new[1:3])  # spans two tokens
+    for mode in ("full", "speculative"):
+        out = model.generate(
+            ids, mode=mode, threshold=0.0, max_new_tokens=8, stop_strings=[text],
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        assert text in tokenizer.decode(out.sequences[0, ids.shape[1] :])
+        assert text not in tokenizer.decode(out.sequences[0, ids.shape[1] : -1])
+
+
+def test_rows_that_end_are_padded():
+    model = early_exit()
+    prompts = [prompt(4, 1), prompt(6, 2)]
+    ids, mask = padded(prompts)
+    free = model.generate(ids, attention_mask=mask, mode="full", max_new_tokens=9, eos_token_id=None)
+    row = free.sequences[0, 6:].tolist()
+    end = next(token for token in row if token not in free.sequences[1, 6:].tolist())
+    length = row.index(end) + 1
+    given = {"attention_mask": mask, "max_new_tokens": 9, "eos_token_id": end, "pad_token_id": 77}
+    out = model.generate(ids, mode="full", **given)
+    expected = model.backbone.model.generate(ids, do_sample=False, **given)
+    assert torch.equal(out.sequences, expected)
+    assert (out.sequences[0, 6 + length :] == 77).all()
+    assert (out.exit_layers[0, length:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"max_new_tokens": 7},
+        {"max_length": 17},
+        {"generation_config": GenerationConfig(max_new_tokens=5, repetition_penalty=1.8)},
+        {"max_new_tokens": 9, "min_new_tokens": 6, "eos_token_id": [7, 40, 41, 42, 43]},
+        {"max_new_tokens": 8, "no_repeat_ngram_size": 1},
+    ],
+)
+def test_transformers_arguments_mean_what_they_mean_there(kwargs):
+    model = early_exit()
+    ids, mask = padded([prompt(4, 1), prompt(6, 2)])
+    common = {"eos_token_id": None, **kwargs}
+    out = model.generate(ids, attention_mask=mask, mode="full", **common)
+    expected = model.backbone.model.generate(ids, attention_mask=mask, do_sample=False, **common)
+    assert torch.equal(out.sequences, expected)
+
+
+def test_seeded_samples_are_those_of_transformers():
+    model = early_exit()
+    ids = torch.tensor([[5, 9, 11]])
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 9, "max_new_tokens": 12}
+    torch.manual_seed(3)
+    expected = model.backbone.model.generate(ids, **sampling)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(ids, mode="full", **sampling).sequences, expected)
+
+
+def test_several_sequences_per_prompt_and_plain_tensors():
+    model = early_exit()
+    ids = torch.tensor([[5, 9, 11], [4, 6, 8]])
+    found = model.generate(
+        ids, do_sample=True, num_return_sequences=3, max_new_tokens=4, eos_token_id=None,
+        return_dict_in_generate=False,
+    )  # fmt: skip
+    assert found.shape == (6, 7)
+    assert torch.equal(found[:, :3], ids.repeat_interleave(3, 0))
+
+
+def test_stopping_criteria_of_the_caller_are_asked():
+    class Third(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= 6] * len(input_ids))
+
+    out = early_exit().generate(
+        torch.tensor([[5, 9, 11]]), mode="full", max_new_tokens=9, eos_token_id=None,
+        stopping_criteria=StoppingCriteriaList([Third()]),
+    )  # fmt: skip
+    assert out.sequences.shape == (1, 6)
+
+
+def test_what_is_not_given_is_said():
+    with pytest.warns(UserWarning, match="output_scores is ignored"):
+        early_exit().generate(torch.tensor([[5, 9]]), max_new_tokens=1, output_scores=True)
+
+
+def test_in_a_pipeline(base, data):
+    """Text generation of transformers' own, alone and in batches."""
+    tokenizer = load_tokenizer(base)
+    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
+    tokenizer.padding_side = "left"
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["def function", "print(", "for item in value"]
+    common = {"max_new_tokens": 5, "do_sample": False, "mode": "threshold", "threshold": 0.004}
+    alone = [generator(text, **common)[0]["generated_text"] for text in prompts]
+    assert all(text.startswith(start) for text, start in zip(alone, prompts, strict=True))
+    together = generator(prompts, batch_size=3, **common)
+    assert [found[0]["generated_text"] for found in together] == alone
+    ids = tokenizer(prompts[0], return_tensors="pt").input_ids
+    out = model.generate(ids, **common)
+    assert tokenizer.decode(out.sequences[0], skip_special_tokens=True) == alone[0]
+
+
+def test_engines_are_kept_and_given_up():
+    """One per way to decode, a few at most; other weights want another one."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="norm")).eval()
+    ids = torch.tensor([[5, 9]])
+    common = {"max_new_tokens": 2, "eos_token_id": None}
+    model.generate(ids, mode="full", **common)
+    (engine,) = model.engines.values()
+    model.generate(ids, mode="full", **common)
+    assert list(model.engines.values()) == [engine]
+    before = model.generate(ids, mode="fixed", exit_layers=[1], **common).sequences
+    with torch.no_grad():
+        model.exit(1).head.weight.copy_(-model.exit(1).head.weight)
+    after = model.generate(ids, mode="fixed", exit_layers=[1], **common).sequences
+    assert not torch.equal(before, after)
+    for bound in range(2, 9):
+        model.generate(ids, max_pending=bound, **common)
+    assert len(model.engines) <= 4
