@@ -147,7 +147,9 @@ class Bench:
 
         @torch.inference_mode()
         def theirs() -> None:
-            self.model.backbone.model(there, use_cache=True, logits_to_keep=1).logits[0, -1, 0].item()
+            self.model.backbone.model(there, use_cache=True, logits_to_keep=1).logits[
+                0, -1, 0
+            ].item()
 
         pairs = [
             (timed(ours, self.device, 1)[0], timed(theirs, self.device, 1)[0])

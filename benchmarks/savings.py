@@ -40,6 +40,18 @@ SAVINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def pretrain(model: Path, data: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Pre-train a backbone of about 100 M parameters into `model`, its text into `data`."""
+    command = [sys.executable, str(ROOT / "demo" / "pretrain.py"), "--out", str(model),
+               "--data-out", str(data), "--minutes", str(args.minutes), "--evals", "0",
+               "--hidden-size", "768", "--intermediate-size", "2048", "--heads", "12",
+               "--lr", "1e-3", *args.pretrain.split()]  # fmt: skip
+    subprocess.run(command, check=True)
+    training = json.loads((model / "training.json").read_text())
+    kept = ("parameters", "layers", "hidden_size", "tokens", "nats_per_token", "train_seconds")
+    return {key: training[key] for key in kept}
+
+
 def tune_with(saving: dict[str, Any], model: Path, data: Path, args: argparse.Namespace) -> dict:
     """Held-out losses by exit layer before and after, and the seconds of the whole run."""
     torch.compiler.reset()
@@ -79,17 +91,10 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp())
     model, data = work / "model", work / "data"
-    command = [sys.executable, str(ROOT / "demo" / "pretrain.py"), "--out", str(model),
-               "--data-out", str(data), "--minutes", str(args.minutes), "--evals", "0",
-               "--hidden-size", "768", "--intermediate-size", "2048", "--heads", "12",
-               "--lr", "1e-3", *args.pretrain.split()]  # fmt: skip
-    subprocess.run(command, check=True)
-    training = json.loads((model / "training.json").read_text())
-    kept = ("parameters", "layers", "hidden_size", "tokens", "nats_per_token", "train_seconds")
     result: dict[str, Any] = {
         "hardware": hardware(pick_device("auto")),
         "versions": versions(),
-        "backbone": {key: training[key] for key in kept},
+        "backbone": pretrain(model, data, args),
         "runs": {},
     }
     for name, saving in SAVINGS.items():

@@ -153,7 +153,7 @@ class Segment:
     def windows(self) -> list[int | None]:
         """Per layer, how many tokens its sliding window sees; None for all."""
         layers = DynamicCache(config=self._backbone.config).layers[self.start : self.stop]
-        return [layer.sliding_window if layer.is_sliding else None for layer in layers]
+        return [getattr(layer, "sliding_window", None) for layer in layers]
 
     def masks(self, mask_of: Callable[[int], Tensor]) -> Any:
         """A mask for the trunk, from that of each layer, counted from the segment's start.
@@ -163,7 +163,7 @@ class Segment:
         types = getattr(self._backbone.config, "layer_types", None)
         if not types or len(set(types)) == 1:
             return mask_of(0)
-        own = self.trunk.config.layer_types
+        own: list[str] = types[self.start : self.stop]
         return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
 
     def compile(self, cache: Cache | None = None, options: dict[str, Any] | None = None) -> None:

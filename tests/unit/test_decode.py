@@ -96,7 +96,9 @@ def test_any_pattern_of_exits_gives_what_recomputing_everything_gives(family, ro
     requests, given_tokens = [], []
     for length, pattern, bound in rows:
         tokens = torch.randint(3, 96, (len(pattern) + 1,), generator=generator).tolist()
-        policy = Forced(DEPTH, True, dict.fromkeys([1, 2, 3], 0.5), max_pending=bound, pattern=pattern)
+        policy = Forced(
+            DEPTH, True, dict.fromkeys([1, 2, 3], 0.5), max_pending=bound, pattern=pattern
+        )
         total = length + len(tokens)
         requests.append(Request(prompt(length, seed), policy, total, Told(tokens)))
         given_tokens.append(tokens)
@@ -360,7 +362,9 @@ def test_caches_that_do_not_fit_are_refused_with_their_size():
     small = SlotLayer(None, 1, 1, 1)
     small.lazy_initialization(torch.zeros(1, 8, 1, 128), torch.zeros(1, 8, 1, 128))
     large = SlotLayer(None, 4096, 2**20, 1)
-    with pytest.raises(UserError, match=r"K/V of 4096 sequences of 1048576 tokens need 32768\.0 GiB"):
+    with pytest.raises(
+        UserError, match=r"K/V of 4096 sequences of 1048576 tokens need 32768\.0 GiB"
+    ):
         check_room([(small, large)], torch.device("cpu"))
 
 

@@ -53,7 +53,9 @@ def test_rows_that_end_are_padded():
     model = early_exit()
     prompts = [prompt(4, 1), prompt(6, 2)]
     ids, mask = padded(prompts)
-    free = model.generate(ids, attention_mask=mask, mode="full", max_new_tokens=9, eos_token_id=None)
+    free = model.generate(
+        ids, attention_mask=mask, mode="full", max_new_tokens=9, eos_token_id=None
+    )
     row = free.sequences[0, 6:].tolist()
     end = next(token for token in row if token not in free.sequences[1, 6:].tolist())
     length = row.index(end) + 1

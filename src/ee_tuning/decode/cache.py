@@ -51,6 +51,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.size = capacity if window is None else min(capacity, window + longest)
         self.place: Place
+        self.keys: Tensor
+        self.values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room, given K and V (n, heads, T, head dim) of whatever tokens."""
@@ -58,6 +60,10 @@ class SlotLayer(CacheLayerMixin):
             shape = (self.slots, x.shape[1], self.size, x.shape[3])
             setattr(self, name, torch.zeros(shape, dtype=x.dtype, device=x.device))
         self.is_initialized = True
+
+    def make_like(self, other: SlotLayer) -> None:
+        """Make room for K and V of the heads that `other` has."""
+        self.lazy_initialization(other.keys, other.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Write K and V (n, heads, T, head dim); gives what their queries may look at."""
@@ -105,17 +111,19 @@ class SlotCache(Cache):
     """The `SlotLayer`s of a run of layers that starts at layer `first`, counted from 0."""
 
     def __init__(self, layers: list[SlotLayer], first: int) -> None:
-        super().__init__(layers=layers)
-        self.first = first
+        super().__init__(layers=list(layers))
+        self.slot_layers, self.first = layers, first
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> Any:
         """As `SlotLayer.update`, of a layer counted from the model's start."""
-        return self.layers[layer_idx - self.first].update(key_states, value_states)
+        return self.slot_layers[layer_idx - self.first].update(key_states, value_states)
 
     def put(self, place: Place) -> None:
         """The next pass is at `place`."""
-        for layer in self.layers:
-            layer.place = place  # type: ignore[union-attr]
+        for layer in self.slot_layers:
+            layer.place = place
 
 
 def check_room(pairs: Sequence[tuple[Any, Any]], device: torch.device) -> None:

@@ -86,7 +86,7 @@ def generate(
     return_dict_in_generate: bool = True,
     **kwargs: Any,
 ) -> GenerateOutput | Tensor:
-    """Generate from prompts (B, P); `kwargs` are `Settings` and those of transformers' ``generate``.
+    """Generate from prompts (B, P); `kwargs`: `Settings` and those of transformers' ``generate``.
 
     Every row decides for itself, and its tokens do not depend on its neighbours (sampled ones do,
     by the order in which they are drawn).
@@ -123,7 +123,7 @@ def generate(
         streamer.end()
     given = input_ids.repeat_interleave(len(requests) // len(prompts), 0)
     output = _output(given, tokens, _padding(model, kwargs), model.backbone.device)
-    return output if return_dict_in_generate else output.sequences
+    return output if return_dict_in_generate else output["sequences"]
 
 
 def generate_batch(
@@ -281,9 +281,7 @@ def _prompts(
         if len(input_ids) > 1 and padding is not None and padding != _end(model):
             attention_mask = (input_ids != padding).cummax(-1).values.long()
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
-        raise UserError(
-            "a prompt is padded on its right: set the tokenizer's padding_side to left"
-        )
+        raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
     context = model.backbone.context
     for ids in rows:
@@ -346,9 +344,7 @@ def _stopping_criteria(kwargs: dict[str, Any]) -> StoppingCriteriaList:
     return criteria
 
 
-def _stops(
-    criteria: StoppingCriteriaList, device: torch.device
-) -> Callable[[Sequence[int]], bool]:
+def _stops(criteria: StoppingCriteriaList, device: torch.device) -> Callable[[Sequence[int]], bool]:
     """Whether ids end by `criteria`; of the usual ones the device is not asked."""
     ends = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
     usual = (EosTokenCriteria, MaxLengthCriteria)  # a request has its length itself

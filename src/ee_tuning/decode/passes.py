@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
 # With this, products of one row become reductions, which reach more of the memory's bandwidth.
-OPTIONS = {"coordinate_descent_tuning": True}
+OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
 REACH_FACTOR, LEAST_REACH = 2, 256
@@ -130,9 +130,9 @@ class Passes:
         self.segments = model.segments(exit_layers, last=model.backbone.num_layers)
         self.exits = {k: model.exit(k) for k in exit_layers}
         self._make_caches()
-        hidden = {"device": self.device, "dtype": model.backbone.dtype}
-        size = (slots, 2 * self.longest, model.backbone.config.hidden_size)
-        self._rings = [torch.zeros(size, **hidden) for _ in self.segments]
+        like: dict[str, Any] = {"device": self.device, "dtype": model.backbone.dtype}
+        size = (slots, 2 * longest, model.backbone.config.hidden_size)
+        self._rings = [torch.zeros(size, **like) for _ in self.segments]
         self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self._steps, self._predict = self.segments, _predict
         self._graphs: dict[Any, Any] = {}
@@ -156,7 +156,8 @@ class Passes:
                 exit.features(state, self.exit_caches[segment.stop])
         count = torch.tensor([len(ids)], device=self.device)
         found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
-        return _read(*found, rows=[0])
+        assert found is not None
+        return _read(*found, [0])
 
     @torch.inference_mode()
     def window(
@@ -180,7 +181,8 @@ class Passes:
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
-        return _read(*found, rows=[slots.index(window.slot) for window in windows])
+        logits, answers = found
+        return _read(logits, answers, [slots.index(window.slot) for window in windows])
 
     @torch.inference_mode()
     def warm_up(self, measures: Sequence[str] = ("probability",), verify: bool = True) -> float:
@@ -259,7 +261,7 @@ class Passes:
         return self._predict(self.model, exit, state, cache, counts, wanted)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
-        return segment.masks(lambda j: cache.layers[j].mask(self.model.backbone.dtype))
+        return segment.masks(lambda j: cache.slot_layers[j].mask(self.model.backbone.dtype))
 
     def _exit_cache(self, i: int) -> SlotCache | None:
         return self.exit_caches.get(self.segments[i].stop)
@@ -307,11 +309,11 @@ class Passes:
                 [*self.caches, *self.exit_caches.values()],
                 strict=True,
             )
-            for small, large in zip(a.layers, b.layers, strict=True)
+            for small, large in zip(a.slot_layers, b.slot_layers, strict=True)
         ]
         check_room(pairs, self.device)
         for small, large in pairs:
-            large.lazy_initialization(small.keys, small.values)
+            large.make_like(small)
 
     def _cache(
         self, segment: Segment, slots: int, capacity: int, longest: int, place: Place | None = None

@@ -1,0 +1,138 @@
+"""What exits bring to decoding on a real, trained model, and what they cost in agreement.
+
+Pre-trains a backbone with demo/pretrain.py, tunes exits on it, and generates from held-out prompts,
+one at a time: at full depth, with thresholds, and lossless with drafts, greedy and sampled.
+
+python benchmarks/speedup.py --minutes 3 --out benchmarks/results/speedup.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from savings import pretrain
+
+from ee_tuning import EarlyExitModel
+from ee_tuning.config import TuneConfig
+from ee_tuning.data import load_packed
+from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.evaluate.speed import take_prompts
+from ee_tuning.files import write_json
+from ee_tuning.loading import load_tokenizer
+from ee_tuning.tune import tune
+
+
+def tuned(arch: str, base: Path, data: Path, out: str, args: argparse.Namespace) -> Path:
+    """A folder of exits of `arch`, tuned on the backbone's own distribution and the text."""
+    tune(
+        TuneConfig(
+            model=str(base), layers=args.layers, arch=arch, out=out, overwrite=True,
+            data=[str(data / "train.jsonl")], valid_data=[str(data / "validation.jsonl")],
+            steps=args.steps, seq_length=512, micro_batch_size=8, lr=1e-3, min_lr=1e-4,
+            loss="mixed", kl_weight=0.8, eval_every=0, save_every=0,
+        )
+    )  # fmt: skip
+    return Path(out)
+
+
+def ways(thresholds: list[float]) -> dict[str, dict[str, Any]]:
+    """Every way to decode, by name; each "full depth" is what those after it compare with."""
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 0}
+    found: dict[str, dict[str, Any]] = {"full depth": {"mode": "full"}}
+    found |= {f"threshold {t:g}": {"mode": "threshold", "threshold": t} for t in thresholds}
+    drafts = {f"speculative {t:g}": {"mode": "speculative", "threshold": t} for t in thresholds}
+    found |= drafts
+    found["full depth, sampled"] = {"mode": "full", **sampled}
+    return found | {f"{name}, sampled": {**way, **sampled} for name, way in drafts.items()}
+
+
+def measure(model: EarlyExitModel, prompts: list[list[int]], args: argparse.Namespace) -> dict:
+    """Speed, depth and agreement of every way, round by round."""
+    length = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
+    inputs = [torch.tensor([ids], device=model.device) for ids in prompts]
+    seconds: dict[str, list[float]] = {}
+    outputs: dict[str, list[Any]] = {}
+    chosen = ways(args.thresholds)
+    for way in chosen.values():  # compile
+        for ids in inputs[:10]:
+            model.generate(ids, **({"do_sample": False} | way), **length)
+    for _ in range(args.rounds):
+        for name, way in chosen.items():
+            torch.manual_seed(0)
+            start = time.perf_counter()
+            found = [
+                model.generate(ids, **({"do_sample": False} | way), **length) for ids in inputs
+            ]
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
+            outputs[name] = found
+    rows = {}
+    for name, times in seconds.items():
+        reference = "full depth, sampled" if "sampled" in name else "full depth"
+        new = [out.sequences[0, -args.new_tokens :].cpu() for out in outputs[name]]
+        theirs = [out.sequences[0, -args.new_tokens :].cpu() for out in outputs[reference]]
+        same = torch.stack([a == b for a, b in zip(new, theirs, strict=True)])
+        depth = torch.cat([out.exit_layers[0] for out in outputs[name]]).double().mean().item()
+        ratios = [a / b for a, b in zip(seconds[reference], times, strict=True)]
+        rows[name] = {
+            "tokens_per_second": round(len(inputs) * args.new_tokens / median(times), 1),
+            "speedup": round(median(ratios), 3),
+            "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+            "mean_layer": round(depth, 2),
+        }
+        if "sampled" not in name:  # samples are drawn in another order
+            rows[name] |= {
+                "identical_texts": int(same.all(1).sum()),
+                "text_agreement": round(same.double().mean().item(), 4),
+            }
+        print(name, json.dumps(rows[name]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Pre-train, tune each architecture, measure, write the result after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=3, help="of pre-training")
+    parser.add_argument("--pretrain", default="", help="more arguments for demo/pretrain.py")
+    parser.add_argument("--layers", default="4")
+    parser.add_argument("--archs", nargs="*", default=["mlp", "layer"])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="folder to keep the backbone in")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    work = args.work or Path(tempfile.mkdtemp())
+    model, data = work / "model", work / "data"
+    device = pick_device("auto")
+    result: dict[str, Any] = {
+        "hardware": hardware(device),
+        "versions": versions(),
+        "backbone": pretrain(model, data, args),
+        "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "work")},
+        "runs": {},
+    }
+    tokenizer = load_tokenizer(str(model))
+    packed = load_packed([str(data / "validation.jsonl")], tokenizer, 512, 0, False)
+    prompts = take_prompts(packed, args.prompts, 64)
+    result["prompts"] = len(prompts)
+    for arch in args.archs:
+        folder = tuned(arch, model, data, str(work / arch), args)
+        settings = {"dtype": pick_dtype("auto", device), "device": str(device)}
+        early_exit = EarlyExitModel.from_pretrained(str(folder), **settings).eval()
+        print(arch, flush=True)
+        result["runs"][arch] = measure(early_exit, prompts, args)
+        if args.out:
+            write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
