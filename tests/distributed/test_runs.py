@@ -50,7 +50,25 @@ def runs(new_runs, backbones, data):
     for name, (size, settings) in bad.items():
         runs.add(name, size, **({"head": "own"} | settings))
     runs.add("other-settings", 2, dp=2, only_rank={1: {"lr": 0.5}})
-    runs.add("other-data", 2, dp=2, only_rank={1: {"data": [data + "l"], "model": "x"}})
+    runs.add("other-paths", 2, dp=2, only_rank={1: {"data": [data + "l"], "model": "x"}})
+    # The same relative paths, from folders of their own: other data, no data, a missing shard.
+    folders = {"other-data": "one word more", "no-data": None, "missing-shard-pp": ""}
+    for name, words in (folders | {"missing-shard-tp": ""}).items():
+        places = [runs.root / f"{name}-{rank}" for rank in (0, 1)]
+        for place in places:
+            place.mkdir()
+            subprocess.run(["cp", data, place / "code.jsonl"], check=True)
+            subprocess.run(["cp", "-r", backbones / "llama", place / "model"], check=True)
+        if words:
+            with (places[1] / "code.jsonl").open("a") as file:
+                file.write(json.dumps({"text": words}) + "\n")
+        if words is None:
+            (places[1] / "code.jsonl").unlink()
+        if words == "":
+            sorted((places[1] / "model").glob("*.safetensors"))[-1].unlink()
+        axis = "dp" if "data" in name else name[-2:]
+        given = {axis: 2, "data": ["code.jsonl"], "model": "model"}
+        runs.add(name, 2, folders=list(map(str, places)), **given)
     runs.start()
     # One layout left off at step 4 of 4: pretend that it was cut off after 3, and go on elsewhere.
     for name in ("a", "b"):
@@ -146,7 +164,11 @@ def test_data_parallel_ranks_exchange_gradients_of_exits(runs):
         ("few", "global_batch_size 1 is less than dp 2"),
         ("no-plan", "tensor-parallel plan for GPT2LMHeadModel does not exist"),
         ("other-settings", "rank 1 has other settings than rank 0"),
-        ("other-data", "rank 1 has other settings than rank 0"),
+        ("other-paths", "rank 1 has other settings than rank 0"),
+        ("other-data", "rank 1 has other data than rank 0"),
+        ("no-data", "code.jsonl does not exist"),
+        ("missing-shard-pp", "cannot load the backbone model: "),
+        ("missing-shard-tp", "cannot load the backbone model: "),
     ],
 )
 def test_mistakes_are_refused_on_every_rank(runs, name, message):

@@ -175,6 +175,22 @@ class Mesh:
             raise box[1]
         return box[0]
 
+    def on_all(self, function: Callable[[], Value]) -> Value:
+        """What `function`, which waits for no other process, gives on this one.
+
+        Raises:
+            UserError: on every process, if it does on one: the first one's.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except UserError as mistake:
+            error = mistake
+        for found in self.gather_on_host(error):
+            if found is not None:
+                raise found
+        return result  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:

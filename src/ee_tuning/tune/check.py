@@ -49,23 +49,22 @@ def check(config: TuneConfig) -> None:
 
 def _check_parallel(config: TuneConfig) -> None:
     """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
-    eight_bit = config.optimizer == "adamw-8bit"
+    tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
+    eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
+    blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
+    scales = "fp8 keeps a scale per row of a whole matrix"
     reduced = bool(config.exit_vocab) and config.loss != "ce"
+    split = "each rank has the final exit's logits of other tokens than its exits know"
     refused = [
-        ("--tp", config.tp > 1, "--backbone-precision fp8", config.backbone_precision == "fp8"),
-        ("--tp", config.tp > 1, "--exit-precision fp8", config.exit_precision == "fp8"),
-        ("--tp", config.tp > 1, "--optimizer adamw-8bit", eight_bit),
-        ("--tp", config.tp > 1, "--compile on", config.compile == "on"),
-        (
-            "--tp",
-            config.tp > 1,
-            "--exit-vocab and --loss",
-            reduced,
-        ),
-        ("--tp", config.tp > 1, "--shard", config.shard),
-        ("--shard", config.shard, "--optimizer adamw-8bit", eight_bit),
-        ("--shard", config.shard, "--dp 1", config.dp == 1),
+        (tp, ("--backbone-precision fp8", config.backbone_precision == "fp8"), scales),
+        (tp, ("--exit-precision fp8", config.exit_precision == "fp8"), scales),
+        (tp, eight_bit, blocks),
+        (tp, ("--compile on", config.compile == "on"), "sums between ranks do not compile"),
+        (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
+        (tp, shard, "a matrix would be cut twice"),
+        (shard, eight_bit, blocks),
+        (("--dp 1", config.dp == 1), shard, "there is no other rank to share with"),
     ]
-    for one, has_one, other, has_other in refused:
+    for (one, has_one), (other, has_other), reason in refused:
         if has_one and has_other:
-            raise UserError(f"{other} cannot be had with {one}: leave one of them out")
+            raise UserError(f"{other} cannot be had with {one}: {reason}; leave one of them out")

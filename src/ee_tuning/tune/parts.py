@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ee_tuning.config import TuneConfig
-from ee_tuning.data import load_packed, micro_batches, split_validation
+from ee_tuning.data import collate, load_packed, micro_batches, split_validation
 from ee_tuning.errors import UserError
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.losses import IGNORED
@@ -23,6 +23,7 @@ from ee_tuning.plan import shapes_of
 from ee_tuning.tune.step import Batch
 from ee_tuning.vocabulary import most_frequent
 
+COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
 COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
 
 
@@ -41,11 +42,14 @@ def build_model(
         "device": device,
         "backbone_precision": config.backbone_precision,
     }
-    if config.exits:
+
+    def read() -> EarlyExitModel:
+        if not config.exits:
+            return EarlyExitModel.from_base(config.model, config.exit_config(), **load)
         given = config.exits, config.model or None
-        model = EarlyExitModel.from_pretrained(*given, exit_dtype=torch.float32, **load)
-    else:
-        model = EarlyExitModel.from_base(config.model, config.exit_config(), **load)
+        return EarlyExitModel.from_pretrained(*given, exit_dtype=torch.float32, **load)
+
+    model = mesh.on_all(read)
     model.tensor_hashes = {
         part: value
         for hashes in mesh.gather_on_host(model.tensor_hashes)
@@ -83,20 +87,24 @@ def load_data(
     Raises:
         UserError: no data, or other data than another process has.
     """
-    tokenizer = load_tokenizer(config.tokenizer or model.backbone.model.name_or_path)
     context = model.backbone.context
     if context and config.seq_length > context:
         raise UserError(
             f"seq_length {config.seq_length} is beyond the backbone's context of {context}"
         )
+    both = mesh.on_all(lambda: _pack(config, model.backbone.model.name_or_path))
+    mesh.check_same("data", digest(*map(_sample, both)))
+    return both
+
+
+def _pack(config: TuneConfig, backbone: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """See `load_data`."""
+    tokenizer = load_tokenizer(config.tokenizer or backbone)
     load = (tokenizer, config.seq_length, config.seed, config.skip_bad_records)
     packed = load_packed(config.data, *load)
     if config.valid_data:
-        both = packed, load_packed(config.valid_data, *load)
-    else:
-        both = split_validation(packed, config.valid_fraction, config.seed)
-    mesh.check_same("data", digest(*map(_sample, both)))
-    return both
+        return packed, load_packed(config.valid_data, *load)
+    return split_validation(packed, config.valid_fraction, config.seed)
 
 
 def digest(*values: Any) -> str:
@@ -105,8 +113,11 @@ def digest(*values: Any) -> str:
 
 
 def _sample(data: datasets.Dataset) -> Any:
-    """The size of a packed data set and some of its tokens."""
-    return len(data), [data[len(data) * i // 16]["input_ids"] for i in range(16)]
+    """The size of a packed data set and a hash of rows of it, spread evenly."""
+    rows = range(0, len(data), max(1, len(data) // COMPARED_ROWS))
+    found = collate(data, rows)
+    hashes = [hashlib.sha256(values.numpy().tobytes()).hexdigest() for values in found.values()]
+    return len(data), hashes
 
 
 def reduce_vocabulary(
