@@ -24,10 +24,9 @@ from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.out import claim_folder
-from ee_tuning.parallel.data import deal, deal_batches, shard_exits
+from ee_tuning.parallel.data import deal, deal_batches
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline
-from ee_tuning.parallel.tensor import split_model
 from ee_tuning.parallel.trace import save_timeline
 from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large
 from ee_tuning.tune.check import check
@@ -102,10 +101,7 @@ class Run:
         self.train_data, self.valid_data = load_data(config, self.model, mesh)
         if config.exit_vocab:
             reduce_vocabulary(self.model, self.train_data, self.valid_data, config, console)
-        split_model(self.model, mesh, self.objective.needs_teacher)
-        prepare(self.model, config)
-        if config.shard:
-            shard_exits(self.model, mesh)
+        prepare(self.model, config, mesh)
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
         self.optimizers = build_optimizers(self.model, config)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms

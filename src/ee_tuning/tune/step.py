@@ -215,9 +215,9 @@ def exit_gradients(
     scales = {layer: weights[layer] / count for layer in model.exit_layers}
     means = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
     cast = partial(torch.autocast, device.type, autocast, enabled=autocast is not None)
-    waves = _waves(model, micro_batches, objective)
+    runs_together = waves(model, micro_batches, objective)
     pipeline.settle()
-    for wave in waves:
+    for wave in runs_together:
         batches = [place_batch(model, batch) for batch in wave]
         with cast():
             runs = [exit_losses(model, batch, objective, scales, pipeline) for batch in batches]
@@ -226,7 +226,7 @@ def exit_gradients(
                 for run in runs:
                     with pipeline.timeline.record("exit work"):
                         means[layer] += next(run)[1].total / count
-            if wave is waves[-1]:
+            if wave is runs_together[-1]:
                 yield layer, means[layer]
 
 
@@ -269,7 +269,7 @@ def _hand_over(p: Tensor, copy: Tensor) -> None:
     copy.grad = None
 
 
-def _waves(
+def waves(
     model: EarlyExitModel, micro_batches: list[Batch], objective: Objective
 ) -> list[list[Batch]]:
     """The micro-batches that go down the layers side by side.
@@ -334,9 +334,10 @@ def tuning_step(
             layer, gradients = summed.popleft()
             with pipeline.timeline.record("waiting"):
                 gradients.wait()
-            norms[layer] = clip_gradients(model.exit(layer), clip).to(losses[layer].device)
-            optimizers[layer].step()
-            optimizers[layer].zero_grad(set_to_none=True)
+            with pipeline.timeline.record("exit work"):
+                norms[layer] = clip_gradients(model.exit(layer), clip).to(losses[layer].device)
+                optimizers[layer].step()
+                optimizers[layer].zero_grad(set_to_none=True)
 
     given = micro_batches, objective, weights, autocast, pipeline
     for layer, loss in exit_gradients(model, *given):
