@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fp8 import freeze_in_fp8
 from ee_tuning.loading import (
     Parts,
+    Slices,
     check_same,
     config_values,
     load_backbone,
@@ -35,6 +36,7 @@ from ee_tuning.loading import (
     tensor_hashes,
 )
 from ee_tuning.losses import cross_entropy
+from ee_tuning.parallel.split import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -103,15 +105,18 @@ class EarlyExitModel(nn.Module):
         device: str | torch.device | None = None,
         backbone_precision: MatrixPrecision = "same",
         stage: range | None = None,
+        slices: Slices | None = None,
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
         whole: False leaves out of memory the layers deeper than the deepest exit, and what
         another `stage` (layers counted from 0) of a pipeline has. device: default where the model
-        is, CPU if it was not loaded yet. backbone_precision: see `place`.
+        is, CPU if it was not loaded yet. backbone_precision: see `place`. slices: see
+        `load_backbone`.
         """
         if isinstance(model, str):
-            model = load_backbone(model, None if whole else _needed(model, config, stage), dtype)
+            parts = None if whole else _needed(model, config, stage)
+            model = load_backbone(model, parts, dtype, slices)
         early_exit = cls(model, config, stage)
         early_exit.place(device or model.device, backbone_precision)
         return early_exit
@@ -128,11 +133,12 @@ class EarlyExitModel(nn.Module):
         device: str | torch.device | None = None,
         backbone_precision: MatrixPrecision = "same",
         stage: range | None = None,
+        slices: Slices | None = None,
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
-        whole, device, backbone_precision, stage: as for `from_base`. exit_dtype: default the
-        backbone's.
+        whole, device, backbone_precision, stage, slices: as for `from_base`. exit_dtype: default
+        the backbone's.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
@@ -145,7 +151,10 @@ class EarlyExitModel(nn.Module):
             path = str(folder) if path == HERE else path
             if not path:
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
-            model = load_backbone(path, None if whole else _needed(path, config, stage), dtype)
+            if slices and saved.get("vocab_size"):
+                slices = replace(slices, head=False)  # its rows are picked first
+            parts = None if whole else _needed(path, config, stage)
+            model = load_backbone(path, parts, dtype, slices)
         check_same(saved["backbone"]["config"], config_values(model.config), exits)
         early_exit = cls(model, config, stage)
         hashes, found = saved["backbone"]["tensors"], early_exit.tensor_hashes
@@ -387,7 +396,8 @@ class EarlyExitModel(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 names = [k for k in file.keys() if k.partition(".")[0] not in elsewhere]  # noqa: SIM118
-                tensors = {name: file.get_tensor(name) for name in names}
+                own = dict(self.exits.named_parameters())
+                tensors = {name: _read_part(file, name, own.get(name)) for name in names}
             if "vocabulary" in tensors:
                 self.reduce_vocabulary(tensors.pop("vocabulary"))
             derived = self.exits.state_dict()
@@ -412,6 +422,13 @@ class EarlyExitModel(nn.Module):
         finally:
             shutil.rmtree(folder)
         return str(url)
+
+
+def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
+    """What parameter `p` needs of a tensor in a file."""
+    if not isinstance(p, SplitParameter):
+        return file.get_tensor(name)
+    return read_part(file.get_slice(name), p.split_dim, p.mesh)
 
 
 def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:

@@ -13,12 +13,13 @@ from rich.console import Console
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import collate, load_packed, micro_batches, split_validation
 from ee_tuning.errors import UserError
-from ee_tuning.loading import load_tokenizer
+from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.parallel.tensor import check_splits, layer_plan
+from ee_tuning.parallel.split import layer_plan
+from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan import shapes_of
 from ee_tuning.tune.step import Batch
 from ee_tuning.vocabulary import most_frequent
@@ -42,6 +43,8 @@ def build_model(
         "device": device,
         "backbone_precision": config.backbone_precision,
     }
+    if config.tp > 1:  # rows of a head are picked from all of it
+        load["slices"] = Slices(mesh.axis("tp"), head=not config.exit_vocab)
 
     def read() -> EarlyExitModel:
         if not config.exits:
@@ -70,7 +73,8 @@ def own_stage(config: TuneConfig, mesh: Mesh, console: Console) -> range | None:
         return None
     shapes = shapes_of(config)
     if config.tp > 1:
-        check_splits(shapes.backbone.config, layer_plan(shapes.backbone), config.tp)
+        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
+        check_splits(shapes.backbone.config, plan, config.tp)
     if config.pp == 1:
         return None
     stages = cut_stages(shapes, config)

@@ -26,7 +26,7 @@ from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
-from ee_tuning.parallel.tensor import whole
+from ee_tuning.parallel.split import whole
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 from ee_tuning.varlen import boundaries
 
