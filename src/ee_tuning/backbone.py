@@ -178,6 +178,11 @@ class Segment:
             layers = [DynamicLayer() for _ in layers]
         return SegmentCache(layers, self.start)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers it runs, twins of the backbone's."""
+        return self._layers
+
     def compile(self) -> None:
         """Compile each layer, without its hooks; layers of a kind share one graph."""
         for layer in self._layers:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,11 +32,13 @@ from ee_tuning.loading import (
     Slices,
     check_same,
     config_values,
+    in_memory,
     load_backbone,
     load_config,
     tensor_hashes,
 )
 from ee_tuning.losses import cross_entropy
+from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
 from ee_tuning.parallel.split import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
 
@@ -93,6 +96,7 @@ class EarlyExitModel(nn.Module):
         self.compiled = False
         self.takes_boundaries = False
         self._chains: dict[bool, list[Segment]] = {}
+        self._shards: dict[int, FrozenShard] = {}  # by layer from 0, see `place`
 
     @classmethod
     def from_base(
@@ -106,19 +110,20 @@ class EarlyExitModel(nn.Module):
         backbone_precision: MatrixPrecision = "same",
         stage: range | None = None,
         slices: Slices | None = None,
+        shard: dist.ProcessGroup | None = None,
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
         whole: False leaves out of memory the layers deeper than the deepest exit, and what
         another `stage` (layers counted from 0) of a pipeline has. device: default where the model
-        is, CPU if it was not loaded yet. backbone_precision: see `place`. slices: see
-        `load_backbone`.
+        is, CPU if it was not loaded yet. backbone_precision, shard: see `place`. slices:
+        see `load_backbone`.
         """
         if isinstance(model, str):
             parts = None if whole else _needed(model, config, stage)
             model = load_backbone(model, parts, dtype, slices)
         early_exit = cls(model, config, stage)
-        early_exit.place(device or model.device, backbone_precision)
+        early_exit.place(device or model.device, backbone_precision, shard)
         return early_exit
 
     @classmethod
@@ -134,11 +139,12 @@ class EarlyExitModel(nn.Module):
         backbone_precision: MatrixPrecision = "same",
         stage: range | None = None,
         slices: Slices | None = None,
+        shard: dist.ProcessGroup | None = None,
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
-        whole, device, backbone_precision, stage, slices: as for `from_base`. exit_dtype: default
-        the backbone's.
+        whole, device, backbone_precision, stage, slices, shard: as for `from_base`. exit_dtype:
+        default the backbone's.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
@@ -163,26 +169,36 @@ class EarlyExitModel(nn.Module):
         check_same(hashes, found, exits)
         early_exit.exits.to(exit_dtype or early_exit.backbone.dtype)
         early_exit.load_exits(folder / WEIGHTS_NAME)
-        early_exit.place(device or model.device, backbone_precision)
+        early_exit.place(device or model.device, backbone_precision, shard)
         return early_exit
 
-    def place(self, device: str | torch.device, backbone_precision: MatrixPrecision) -> None:
+    def place(
+        self,
+        device: str | torch.device,
+        backbone_precision: MatrixPrecision,
+        shard: dist.ProcessGroup | None = None,
+    ) -> None:
         """Move to `device`, layer by layer.
 
         backbone_precision: ``fp8`` quantises the frozen layers' matrices on the way, and the
-        head's if an exit shares it.
+        head's if an exit shares it. shard: the processes that each keep a part of the frozen
+        layers' matrices, which are whole only while their layer runs.
 
         Raises:
             UserError: there is nothing that can be quantised.
         """
         fp8 = backbone_precision == "fp8"
-        if fp8:
+        if fp8 or shard:
             self.tensor_hashes  # noqa: B018 - of the weights as they are
+        if fp8:
             warn_without_fp8("--backbone-precision", torch.device(device))
         quantised = 0
-        for layer in self.backbone.layers:  # type: ignore[attr-defined]
+        layers: list[nn.Module] = list(self.backbone.layers)  # type: ignore[call-overload]
+        for number, layer in enumerate(layers):
             layer.to(device)
             quantised += freeze_in_fp8(layer) if fp8 else 0
+            if shard and in_memory(layer):
+                self._shards[number] = FrozenShard(layer, shard)
         self.to(device)
         if fp8:
             self.freeze_shared_head()
@@ -201,6 +217,11 @@ class EarlyExitModel(nn.Module):
     def tensor_hashes(self) -> dict[str, str]:
         """The backbone's fingerprint; see `ee_tuning.loading.tensor_hashes`."""
         return tensor_hashes(self.backbone, self.all_exit_layers[-1])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the layers: all have to run them equally often."""
+        return bool(self._shards)
 
     @property
     def exit_layers(self) -> list[int]:
@@ -267,6 +288,9 @@ class EarlyExitModel(nn.Module):
             self._chains[to_end] = self.segments(last=None if to_end else self.stage.stop)
             for segment in self._chains[to_end] if self.compiled else ():
                 segment.compile()
+            for segment in self._chains[to_end] if self._shards else ():
+                shards = [self._shards[k] for k in range(segment.start, segment.stop)]
+                gather_while_running(segment.layers, shards)
         return self._chains[to_end]
 
     def forward(

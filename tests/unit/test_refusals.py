@@ -20,6 +20,11 @@ REFUSED = [
     ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
     ({"dp": 2, "shard": True, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--shard", "blocks"]),
     ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),
+    ({"shard_backbone": True}, ["--shard-backbone", "--dp 1", "no other rank"]),
+    (
+        {"dp": 2, "shard_backbone": True, "backbone_precision": "fp8"},
+        ["--backbone-precision fp8", "--shard-backbone", "dtype of the checkpoint"],
+    ),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]

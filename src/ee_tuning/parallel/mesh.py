@@ -19,6 +19,9 @@ Value = TypeVar("Value")
 AXES = ("pp", "dp", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
 # A device's collectives may wait longer than the host's, whose time-out has the better message.
 GRACE = timedelta(minutes=1)
+# torch 2.13 has new names for these and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Mesh:

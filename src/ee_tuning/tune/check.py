@@ -50,20 +50,24 @@ def check(config: TuneConfig) -> None:
 def _check_parallel(config: TuneConfig) -> None:
     """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
     tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
+    frozen, alone = ("--shard-backbone", config.shard_backbone), ("--dp 1", config.dp == 1)
+    fp8 = ("--backbone-precision fp8", config.backbone_precision == "fp8")
     eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
     scales = "fp8 keeps a scale per row of a whole matrix"
     reduced = bool(config.exit_vocab) and config.loss != "ce"
     split = "each rank has the final exit's logits of other tokens than its exits know"
     refused = [
-        (tp, ("--backbone-precision fp8", config.backbone_precision == "fp8"), scales),
+        (tp, fp8, scales),
         (tp, ("--exit-precision fp8", config.exit_precision == "fp8"), scales),
         (tp, eight_bit, blocks),
         (tp, ("--compile on", config.compile == "on"), "sums between ranks do not compile"),
         (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
         (tp, shard, "a matrix would be cut twice"),
         (shard, eight_bit, blocks),
-        (("--dp 1", config.dp == 1), shard, "there is no other rank to share with"),
+        (frozen, fp8, "matrices are gathered in the dtype of the checkpoint"),
+        (alone, shard, "there is no other rank to share with"),
+        (alone, frozen, "there is no other rank to share with"),
     ]
     for (one, has_one), (other, has_other), reason in refused:
         if has_one and has_other:

@@ -24,7 +24,7 @@ from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.out import claim_folder
-from ee_tuning.parallel.data import deal, deal_batches
+from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.trace import save_timeline
@@ -208,8 +208,12 @@ class Run:
             )  # fmt: skip
 
     def _micro_batches(self, step: int) -> list[Batch]:
-        indices = deal(self.order.indices(step), self.mesh)
-        return list(micro_batches(self.train_data, indices, self.config.micro_batch_size))
+        config, indices = self.config, deal(self.order.indices(step), self.mesh)
+        batches = list(micro_batches(self.train_data, indices, config.micro_batch_size))
+        most = math.ceil(config.global_batch_size / self.mesh.dp / config.micro_batch_size)
+        if config.shard_backbone and len(batches) < most:
+            batches.append(without_labels(batches[0]))
+        return batches
 
     def _check_finite(self, step: int, losses: dict[int, float], norms: dict[int, float]) -> None:
         for layer in self.layers:

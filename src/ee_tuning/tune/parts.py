@@ -43,6 +43,8 @@ def build_model(
         "device": device,
         "backbone_precision": config.backbone_precision,
     }
+    if config.shard_backbone:
+        load["shard"] = mesh.group("dp")
     if config.tp > 1:  # rows of a head are picked from all of it
         load["slices"] = Slices(mesh.axis("tp"), head=not config.exit_vocab)
 

@@ -276,9 +276,11 @@ def waves(
 
     All of them, so that only one exit's gradients exist at a time, where their hidden states take
     less memory than the other exits' gradients would; else one after another. Sharded exits are
-    gathered, and their gradients summed, only once.
+    gathered, and their gradients summed, only once; of a sharded backbone all ranks run the same
+    layers at a time.
     """
-    if any(isinstance(p, ShardedParameter) for p in model.exits.parameters()):
+    sharded = any(isinstance(p, ShardedParameter) for p in model.exits.parameters())
+    if sharded or model.is_sharded:
         return [micro_batches]
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
