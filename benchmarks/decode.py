@@ -254,7 +254,8 @@ def main() -> None:
     device = pick_device(args.device)
     exits = ExitConfig(args.layers, args.arch)
     dtype = pick_dtype("auto", device)
-    model = build(args.shape, exits, device, dtype, fp8=False, whole=True)
+    layers = range(SHAPES[args.shape]["num_hidden_layers"])
+    model = build(args.shape, exits, device, dtype, fp8=False, stage=layers)
     model.exits.to(dtype)
     result = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     result |= {"hardware": hardware(device), "versions": versions()}

@@ -28,6 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
     },
+    "160m": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "vocab_size": 32000,
+    },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
         "num_attention_heads": 4, "vocab_size": 512,
@@ -41,25 +45,33 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     fp8: bool,
-    whole: bool = False,
+    stage: range | None = None,
 ) -> EarlyExitModel:
-    """A random model of `shape` with `exits`, as deep as the deepest exit, or `whole`.
+    """A random model of `shape` with `exits`, as deep as the deepest exit, or a `stage` of it.
 
-    Layer by layer, so that a backbone kept in fp8 never takes more than that and one layer.
+    Layer by layer, so that a backbone kept in fp8 never takes more than that and one layer. Each
+    part's weights come from a seed of its own: they are the same in every stage.
     """
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096)
     with torch.device("meta"):
         backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model = EarlyExitModel(backbone, exits)
-    torch.manual_seed(0)
-    fill(model.exits.float(), device)
-    for number, layer in enumerate(model.backbone.layers, start=1):
-        if whole or number <= model.exit_layers[-1]:
-            fill(layer, device)
-            if fp8:
-                freeze_in_fp8(layer)
-    for part in (backbone.get_input_embeddings(), model.backbone.norm, model.backbone.head):
-        fill(part, device)
+        model = EarlyExitModel(backbone, exits, stage)
+    for layer in model.exit_layers:
+        fill(model.exit(layer).float(), device, 1000 + layer)
+    layers = model.backbone.layers
+    for number, layer in enumerate(layers):
+        if number not in model.stage:
+            layers[number] = nn.Module()
+            continue
+        fill(layer, device, number)
+        if fp8:
+            freeze_in_fp8(layer)
+    if model.stage.start:
+        backbone.set_input_embeddings(nn.Module())
+    else:
+        fill(backbone.get_input_embeddings(), device, 2000)
+    fill(model.backbone.norm, device, 2001)
+    fill(model.backbone.head, device, 2002)
     if fp8:
         model.freeze_shared_head()
     rotary = model.backbone.trunk.rotary_emb
@@ -68,9 +80,10 @@ def build(
     return model
 
 
-def fill(module: nn.Module, device: torch.device) -> None:
+def fill(module: nn.Module, device: torch.device, seed: int) -> None:
     """Give a module that was built on ``meta`` random matrices and norms of 1 on `device`."""
     module.to_empty(device=device)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
             if p.dim() >= 2:

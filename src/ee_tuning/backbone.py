@@ -177,6 +177,11 @@ class Segment:
             if cache is not None:
                 layer.forward = _with_cache(layer.forward, cache.layers[i])
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers it runs, twins of the backbone's."""
+        return self._layers
+
     def __call__(
         self,
         inputs: Tensor,

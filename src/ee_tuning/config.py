@@ -237,6 +237,9 @@ class TuneConfig(NewExitsConfig):
     pp: int = option(1, "pipeline stages")
     stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
     shard: bool = option(False, "each data-parallel rank keeps a part of the exits only")
+    shard_backbone: bool = option(
+        False, "each data-parallel rank keeps a part of the frozen layers, gathered as they run"
+    )
     trace: bool = option(False, "draw the timeline of the second step: OUT/trace.png")
     timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
 

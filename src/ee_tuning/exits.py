@@ -25,6 +25,7 @@ from ee_tuning.backbone import Backbone, Segment, State, attention_name, mlp_nam
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
 from ee_tuning.losses import SOFTMAX, Softmax
+from ee_tuning.parallel.split import SplitParameter, part
 from ee_tuning.twin import twin
 from ee_tuning.vocabulary import select_rows
 
@@ -146,9 +147,10 @@ class Exit(nn.Module):
                 continue
             for name, p in module.named_parameters(recurse=False):
                 std = small if WRITES_BACK & {*path.split("."), name} else 0.02
-                values = torch.empty(p.shape).normal_(0, std, generator=generator)
+                shape = p.whole_shape if isinstance(p, SplitParameter) else p.shape
+                values = torch.empty(shape).normal_(0, std, generator=generator)
                 with torch.no_grad():
-                    p.copy_(values if p.dim() >= 2 else torch.zeros(p.shape))
+                    p.copy_(part(p, values if p.dim() >= 2 else torch.zeros(shape)))
 
 
 def _trainable(module: nn.Module) -> nn.Module:

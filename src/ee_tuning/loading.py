@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -18,10 +21,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from ee_tuning.backbone import Backbone, find_anatomy
+from ee_tuning.backbone import Anatomy, Backbone, find_anatomy
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.files import read_json
+from ee_tuning.parallel.split import (
+    STYLES,
+    SUMMED,
+    SplitParameter,
+    Style,
+    layer_plan,
+    made_part,
+    read_part,
+    split_linear,
+)
 
 # Values of a config that change what a model computes, whatever its weights are.
 CONFIG_KEYS = (
@@ -30,6 +45,7 @@ CONFIG_KEYS = (
     "layer_norm_eps", "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings",
 )  # fmt: skip
 SAMPLES_PER_TENSOR = 64
+Left = dict[str, tuple[Any, Style]]  # linear layers left to be read in slices, by path
 
 
 def load_config(path: str) -> Any:
@@ -72,27 +88,49 @@ class Parts:
     head: bool = True
 
 
+@dataclass(frozen=True)
+class Slices:
+    """The matrices of which this process reads its part only: the layers', and perhaps the head."""
+
+    mesh: DeviceMesh
+    head: bool = True
+
+
 def load_backbone(
     path: str,
     parts: Parts | None = None,
     dtype: torch.dtype | str = "auto",
+    slices: Slices | None = None,
 ) -> PreTrainedModel:
     """A causal LM with only `parts` in memory; None loads all.
 
     A part left out is an empty placeholder: its tensors are never read from the safetensors
-    files, and every other layer keeps its place and number.
+    files, and every other layer keeps its place and number. slices: split by the model's
+    tensor-parallel plan, of which no more than this process's part is read.
 
     Raises:
-        UserError: files missing, truncated or corrupt, tensors missing or of another shape.
+        UserError: files missing, truncated or corrupt, tensors missing or of another shape, or a
+            model that cannot be split.
     """
     config = load_config(path)
-    model_class = _with_parts(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], parts, config)
+    left: Left = {}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if parts is not None or slices is not None:
+        parts = parts or Parts(frozenset(range(1, config.num_hidden_layers + 1)))
+        model_class = _with_parts(model_class, parts, config, slices, left)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
         )
+        files = tensor_files(path) if left else {}
+        if slices is not None and files.keys() >= {f"{name}.weight" for name in left}:
+            read_slices(model, left, files, slices.mesh)
+        elif slices is not None:  # the files have older names, which transformers knows alone
+            return load_backbone(path, parts, dtype)
+    except UserError:
+        raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot load the backbone {path}: {first_line(error)}; a file may be missing, cut "
@@ -109,10 +147,13 @@ def load_backbone(
     return model
 
 
-def _with_parts(model_class: Any, parts: Parts | None, config: Any) -> Any:
-    """`model_class`, but building empty placeholders for what is not in `parts`."""
-    if parts is None:
-        return model_class
+def _with_parts(
+    model_class: Any, parts: Parts, config: Any, slices: Slices | None, left: Left
+) -> Any:
+    """`model_class`, but building empty placeholders for what is not in `parts`, and for `slices`.
+
+    What is to be read in slices is put into `left`, on the meta device.
+    """
     tied = config.tie_word_embeddings
     embedding = parts.embedding or (tied and parts.head)
     head = parts.head or (tied and parts.embedding)
@@ -127,12 +168,78 @@ def _with_parts(model_class: Any, parts: Parts | None, config: Any) -> Any:
         paths = [path for path, module in self.named_modules() if module is given]
         for path in ([] if embedding else paths) + ([] if head else [anatomy.head]):
             self.set_submodule(path, nn.Module())
+        if slices is None:
+            return
+        left.update(_split_by_plan(self, anatomy, parts.layers))
+        if slices.head and head and not tied:
+            left[anatomy.head] = self.get_submodule(anatomy.head), STYLES["colwise"]
+        for path in left:
+            self.set_submodule(path, nn.Module())
 
     # So that transformers neither warns of tensors left unread nor ties what is not there.
     body: dict[str, Any] = {"__init__": __init__, "_keys_to_ignore_on_load_unexpected": [r"."]}
-    if not (embedding and head):
+    if not (embedding and head) or (slices is not None and not tied):
         body["_tied_weights_keys"] = {}
     return type(model_class.__name__, (model_class,), body | {"__module__": model_class.__module__})
+
+
+def _split_by_plan(model: PreTrainedModel, anatomy: Anatomy, layers: frozenset[int]) -> Left:
+    """The linear layers of `layers` (from 1) that the model's tensor-parallel plan splits."""
+    plan = {k: v for k, v in layer_plan(model.config, anatomy).items() if v != SUMMED}
+    found: Left = {}
+    for number in sorted(layers):
+        path = f"{anatomy.trunk}.{anatomy.layers}.{number - 1}"
+        modules = dict(model.get_submodule(path).named_modules())
+        found |= {
+            f"{path}.{name}": (modules[name], STYLES[style])
+            for name, style in plan.items()
+            if name in modules
+        }
+    return found
+
+
+def tensor_files(path: str) -> dict[str, str]:
+    """The file of each tensor of a checkpoint in safetensors: a local folder's or the hub's."""
+
+    def find(name: str) -> str:
+        return str(cached_file(path, name))
+
+    try:
+        single = find(SAFE_WEIGHTS_NAME)
+    except OSError:
+        index = read_json(Path(find(SAFE_WEIGHTS_INDEX_NAME)))["weight_map"]
+        files = {file: find(file) for file in set(index.values())}
+        return {name: files[file] for name, file in index.items()}
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def read_slices(model: PreTrainedModel, left: Left, files: dict[str, str], tp: DeviceMesh) -> None:
+    """Read this process's part of the linear layers in `left` and put them into `model`."""
+    for path, (linear, style) in left.items():
+        read = partial(_read_slice, linear, path, files, tp)
+        split_linear(linear, path, style, tp, read)
+        model.set_submodule(path, linear)
+
+
+def _read_slice(
+    linear: nn.Linear, path: str, files: dict[str, str], tp: DeviceMesh, key: str, dim: int | None
+) -> nn.Parameter:
+    """The part of a parameter that is cut along `dim`, or all of it; see `split_linear`."""
+    p, name = linear.get_parameter(key), f"{path}.{key}"
+    with safe_open(files[name], "pt") as file:
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != tuple(p.shape):
+            raise UserError(f"{files[name]}: {name} is {stored.get_shape()}, expected {[*p.shape]}")
+        if dim is None:
+            return nn.Parameter(stored[:].to(p.dtype), requires_grad=False)
+        # A copy: a part of what is mapped would keep all pages that were looked at in memory.
+        values = read_part(stored, dim, tp).to(p.dtype, copy=True).contiguous()
+        part = made_part(SplitParameter(values, requires_grad=False), dim, tp)
+        places = np.unravel_index(_places(p.numel()).numpy(), tuple(p.shape))
+        one_by_one = [tuple(slice(i, i + 1) for i in place) for place in zip(*places, strict=True)]
+        part.sample = torch.cat([stored[place].flatten() for place in one_by_one])
+        return part
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -175,11 +282,19 @@ def in_memory(module: nn.Module) -> bool:
 def _hash_tensors(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in module.named_parameters():
-        flat = p.detach().flatten()
-        places = torch.linspace(0, flat.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64)
-        sample = flat[places.long().to(flat.device)].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
+        if isinstance(p, SplitParameter):
+            assert p.sample is not None, "split after it was read: too late for a fingerprint"
+            shape, sample = p.whole_shape, p.sample
+        else:
+            shape, sample = p.shape, p.detach().flatten()[_places(p.numel()).to(p.device)]
+        values = sample.to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name}{tuple(shape)}".encode() + values.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _places(size: int) -> Tensor:
+    """The places among `size` values that a fingerprint looks at."""
+    return torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
 
 
 def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,13 +29,17 @@ from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fp8 import freeze_in_fp8
 from ee_tuning.loading import (
     Parts,
+    Slices,
     check_same,
     config_values,
+    in_memory,
     load_backbone,
     load_config,
     tensor_hashes,
 )
 from ee_tuning.losses import cross_entropy
+from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
+from ee_tuning.parallel.split import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -92,6 +97,7 @@ class EarlyExitModel(nn.Module):
         self.takes_boundaries = False
         self._chains: dict[bool, list[Segment]] = {}
         self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
+        self._shards: dict[int, FrozenShard] = {}  # by layer from 0, see `place`
 
     @classmethod
     def from_base(
@@ -104,17 +110,21 @@ class EarlyExitModel(nn.Module):
         device: str | torch.device | None = None,
         backbone_precision: MatrixPrecision = "same",
         stage: range | None = None,
+        slices: Slices | None = None,
+        shard: dist.ProcessGroup | None = None,
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
         whole: False leaves out of memory the layers deeper than the deepest exit, and what
         another `stage` (layers counted from 0) of a pipeline has. device: default where the model
-        is, CPU if it was not loaded yet. backbone_precision: see `place`.
+        is, CPU if it was not loaded yet. backbone_precision, shard: see `place`. slices:
+        see `load_backbone`.
         """
         if isinstance(model, str):
-            model = load_backbone(model, None if whole else _needed(model, config, stage), dtype)
+            parts = None if whole else _needed(model, config, stage)
+            model = load_backbone(model, parts, dtype, slices)
         early_exit = cls(model, config, stage)
-        early_exit.place(device or model.device, backbone_precision)
+        early_exit.place(device or model.device, backbone_precision, shard)
         return early_exit
 
     @classmethod
@@ -129,11 +139,13 @@ class EarlyExitModel(nn.Module):
         device: str | torch.device | None = None,
         backbone_precision: MatrixPrecision = "same",
         stage: range | None = None,
+        slices: Slices | None = None,
+        shard: dist.ProcessGroup | None = None,
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
-        whole, device, backbone_precision, stage: as for `from_base`. exit_dtype: default the
-        backbone's.
+        whole, device, backbone_precision, stage, slices, shard: as for `from_base`. exit_dtype:
+        default the backbone's.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
@@ -146,7 +158,10 @@ class EarlyExitModel(nn.Module):
             path = str(folder) if path == HERE else path
             if not path:
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
-            model = load_backbone(path, None if whole else _needed(path, config, stage), dtype)
+            if slices and saved.get("vocab_size"):
+                slices = replace(slices, head=False)  # its rows are picked first
+            parts = None if whole else _needed(path, config, stage)
+            model = load_backbone(path, parts, dtype, slices)
         check_same(saved["backbone"]["config"], config_values(model.config), exits)
         early_exit = cls(model, config, stage)
         hashes, found = saved["backbone"]["tensors"], early_exit.tensor_hashes
@@ -155,26 +170,36 @@ class EarlyExitModel(nn.Module):
         check_same(hashes, found, exits)
         early_exit.exits.to(exit_dtype or early_exit.backbone.dtype)
         early_exit.load_exits(folder / WEIGHTS_NAME)
-        early_exit.place(device or model.device, backbone_precision)
+        early_exit.place(device or model.device, backbone_precision, shard)
         return early_exit
 
-    def place(self, device: str | torch.device, backbone_precision: MatrixPrecision) -> None:
+    def place(
+        self,
+        device: str | torch.device,
+        backbone_precision: MatrixPrecision,
+        shard: dist.ProcessGroup | None = None,
+    ) -> None:
         """Move to `device`, layer by layer.
 
         backbone_precision: ``fp8`` quantises the frozen layers' matrices on the way, and the
-        head's if an exit shares it.
+        head's if an exit shares it. shard: the processes that each keep a part of the frozen
+        layers' matrices, which are whole only while their layer runs.
 
         Raises:
             UserError: there is nothing that can be quantised.
         """
         fp8 = backbone_precision == "fp8"
-        if fp8:
+        if fp8 or shard:
             self.tensor_hashes  # noqa: B018 - of the weights as they are
+        if fp8:
             warn_without_fp8("--backbone-precision", torch.device(device))
         quantised = 0
-        for layer in self.backbone.layers:  # type: ignore[attr-defined]
+        layers: list[nn.Module] = list(self.backbone.layers)  # type: ignore[call-overload]
+        for number, layer in enumerate(layers):
             layer.to(device)
             quantised += freeze_in_fp8(layer) if fp8 else 0
+            if shard and in_memory(layer):
+                self._shards[number] = FrozenShard(layer, shard)
         self.to(device)
         if fp8:
             self.freeze_shared_head()
@@ -193,6 +218,11 @@ class EarlyExitModel(nn.Module):
     def tensor_hashes(self) -> dict[str, str]:
         """The backbone's fingerprint; see `ee_tuning.loading.tensor_hashes`."""
         return tensor_hashes(self.backbone, self.all_exit_layers[-1])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether other processes hold parts of the layers: all have to run them equally often."""
+        return bool(self._shards)
 
     @property
     def exit_layers(self) -> list[int]:
@@ -259,6 +289,9 @@ class EarlyExitModel(nn.Module):
             self._chains[to_end] = self.segments(last=None if to_end else self.stage.stop)
             for segment in self._chains[to_end] if self.compiled else ():
                 segment.compile()
+            for segment in self._chains[to_end] if self._shards else ():
+                shards = [self._shards[k] for k in range(segment.start, segment.stop)]
+                gather_while_running(segment.layers, shards)
         return self._chains[to_end]
 
     def forward(
@@ -421,7 +454,8 @@ class EarlyExitModel(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 names = [k for k in file.keys() if k.partition(".")[0] not in elsewhere]  # noqa: SIM118
-                tensors = {name: file.get_tensor(name) for name in names}
+                own = dict(self.exits.named_parameters())
+                tensors = {name: _read_part(file, name, own.get(name)) for name in names}
             if "vocabulary" in tensors:
                 self.reduce_vocabulary(tensors.pop("vocabulary"))
             derived = self.exits.state_dict()
@@ -446,6 +480,13 @@ class EarlyExitModel(nn.Module):
         finally:
             shutil.rmtree(folder)
         return str(url)
+
+
+def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
+    """What parameter `p` needs of a tensor in a file."""
+    if not isinstance(p, SplitParameter):
+        return file.get_tensor(name)
+    return read_part(file.get_slice(name), p.split_dim, p.mesh)
 
 
 def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:

@@ -68,8 +68,8 @@ def plan(config: PlanConfig) -> None:
     """
     if config.gpu not in GPUS:
         raise UserError(f"gpu {config.gpu!r} is unknown: use one of {', '.join(GPUS)}")
-    if config.tp > 1 or config.shard:
-        raise UserError("plan knows neither --tp nor --shard: leave them out")
+    if config.tp > 1 or config.shard or config.shard_backbone:
+        raise UserError("plan knows neither --tp nor --shard nor --shard-backbone: leave them out")
     if config.gpus % config.pp:
         raise UserError(f"{config.gpus} GPUs cannot be divided into {config.pp} pipeline stages")
     gpu, console = GPUS[config.gpu], Console()

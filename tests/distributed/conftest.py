@@ -33,6 +33,11 @@ def free_ports(number):
     return list(found)
 
 
+@pytest.fixture
+def free_port():
+    return free_ports(1)[0]
+
+
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory, tokenizer):
     """Folders of tiny models of 5 layers by name."""
@@ -56,9 +61,10 @@ class Runs:
     def __init__(self, root: Path, common: dict):
         self.root, self.common, self.cases = root, common, []
 
-    def add(self, name, size=1, only_rank=None, count=False, **settings):
+    def add(self, name, size=1, only_rank=None, count=False, folders=(), **settings):
         case = {
             "size": size, "error": str(self.root / f"{name}.error-"), "only_rank": only_rank or {},
+            "folders": folders,
             "settings": self.common | {"out": str(self.root / name)} | settings,
         }  # fmt: skip
         self.cases.append(case | ({"count": str(self.root / f"{name}.traffic-")} if count else {}))

@@ -2,7 +2,7 @@
 
 A case is {"size", "port", "settings", "error"}: the first `size` ranks call `tune` with
 `settings`; what goes wrong on a rank is written to the file `error` + its number. A case
-may `count` its traffic: see `traffic`.
+may `count` its traffic: see `traffic`; its ranks may each work in one of its `folders`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def run(rank: int, cases: list[dict]) -> None:
             traffic(f"{case['count']}{rank}")
         settings = dict(case["settings"])
         settings |= case.get("only_rank", {}).get(str(rank), {})
+        if case["folders"]:
+            os.chdir(case["folders"][rank])
         try:
             tuning.tune(TuneConfig(**settings), Console(quiet=True))
         except Exception as error:

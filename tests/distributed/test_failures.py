@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,3 +99,26 @@ def test_ranks_give_up_on_a_hanging_one_in_time(start, tmp_path):
     assert re.match(r"ee-tuning: rank 0 \(pp 0, dp 0, tp 0\) failed at step \d+: .*[Tt]im", line)
     main(["tune", *start.common, "--resume", "--pp", "1"])
     assert (tmp_path / "cut/exits.safetensors").exists()
+
+
+def test_a_missing_shard_is_one_line_and_status_2(backbones, data, tmp_path, free_port):
+    """Rank 1's disk lacks a file, rank 0 need not wait for it."""
+    processes = []
+    for rank in (0, 1):
+        folder = tmp_path / str(rank)
+        shutil.copytree(backbones / "llama", folder / "model")
+        env = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
+        flags = ["--model", "model", "--data", data, "--layers", "1,5", "--out", tmp_path / "out"]
+        command = [sys.executable, "-m", "ee_tuning", "tune", *flags, "--pp", "2"]
+        processes.append((command, folder, os.environ | {k: str(v) for k, v in env.items()}))
+    min((tmp_path / "1/model").glob("*.safetensors")).unlink()
+    started = [
+        subprocess.Popen(command, cwd=folder, env=env, text=True, stderr=subprocess.PIPE)
+        for command, folder, env in processes
+    ]
+    for rank, process in enumerate(started):
+        said = process.communicate(timeout=90)[1]
+        assert process.returncode == 2, said
+        (line,) = [text for text in said.splitlines() if text.startswith("ee-tuning: ")]
+        assert line.startswith(f"ee-tuning: rank {rank}: cannot load the backbone model: ")
+        assert "Traceback" not in said

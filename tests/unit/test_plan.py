@@ -20,9 +20,9 @@ sys.path.insert(0, str(BENCHMARKS))
 from shapes import SHAPES  # noqa: E402
 
 MEASURED = {
-    path.stem: json.loads(path.read_text())
+    path.stem: result
     for path in sorted((BENCHMARKS / "results").glob("*.json"))
-    if "peak_gib" in path.read_text()
+    if "peak_gib" in (result := json.loads(path.read_text()))
 }
 
 

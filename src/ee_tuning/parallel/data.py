@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
-from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.tensor import SplitParameter, split_parameter
+from ee_tuning.parallel.mesh import Mesh, reduce_scatter
+from ee_tuning.parallel.split import SplitParameter, split_parameter
 
 Item = TypeVar("Item")
 Batch = dict[str, Tensor]
@@ -39,9 +39,13 @@ def deal_batches(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
     """
     share = deal(batches, mesh)
     if len(share) * mesh.dp < len(batches):
-        nothing = torch.full_like(batches[0]["labels"], IGNORED)
-        share.append(batches[0] | {"labels": nothing})
+        share.append(without_labels(batches[0]))
     return share
+
+
+def without_labels(batch: Batch) -> Batch:
+    """A batch that adds nothing to losses and gradients, for a rank to keep step with others."""
+    return batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
 
 
 class ShardedParameter(SplitParameter):
@@ -93,7 +97,7 @@ class GradientSum:
             return
         p.grad, whole = torch.empty_like(p), p.whole_grad.contiguous()
         group = p.mesh.get_group()
-        work = dist.reduce_scatter_tensor(p.grad, whole, group=group, async_op=True)
+        work = reduce_scatter(p.grad, whole, group=group, async_op=True)
         assert work is not None
         self.works.append(work.wait)
         p.whole_grad = None

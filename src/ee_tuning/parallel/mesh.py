@@ -19,6 +19,9 @@ Value = TypeVar("Value")
 AXES = ("pp", "dp", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
 # A device's collectives may wait longer than the host's, whose time-out has the better message.
 GRACE = timedelta(minutes=1)
+# torch 2.13 has new names for these and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Mesh:
@@ -174,6 +177,22 @@ class Mesh:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def on_all(self, function: Callable[[], Value]) -> Value:
+        """What `function`, which waits for no other process, gives on this one.
+
+        Raises:
+            UserError: on every process, if it does on one: the first one's.
+        """
+        result, error = None, None
+        try:
+            result = function()
+        except UserError as mistake:
+            error = mistake
+        for found in self.gather_on_host(error):
+            if found is not None:
+                raise found
+        return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for every process."""

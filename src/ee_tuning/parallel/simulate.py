@@ -20,12 +20,14 @@ def simulate(
     micro_batches: int,
     send: float = 0.0,
     steps: int = 8,
+    together: bool = False,
 ) -> Schedule:
     """A run of `steps` steps of stages that each do `micro_batches` times forward, then exits.
 
     forward, exits: seconds per micro-batch and stage, optimizer included. send: seconds until the
-    next stage has a hidden state. A stage begins step n + 2 when all have ended step n: losses are
-    read together, one step late.
+    next stage has a hidden state. together: a stage begins its exits once all micro-batches went
+    through its layers, as `ee_tuning.tune.step.waves` has it for most models. A stage begins step
+    n + 2 when all have ended step n: losses are read together, one step late.
     """
     ends = [[0.0] * len(forward)]
     for step in range(steps):
@@ -37,7 +39,8 @@ def simulate(
             for m in range(micro_batches):
                 now = max(now, arrived[m]) + run
                 arrived[m] = now + send
-                now += work
+                now += 0 if together else work
+            now += work * micro_batches if together else 0
             ended.append(now)
         ends.append(ended)
     # The first steps fill the pipeline.

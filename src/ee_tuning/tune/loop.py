@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import shlex
 import signal
@@ -12,29 +11,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import datasets
 import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ee_tuning.config import TuneConfig
-from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
+from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
-from ee_tuning.loading import load_tokenizer
-from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.out import claim_folder
-from ee_tuning.parallel.data import deal, deal_batches, shard_exits
+from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
-from ee_tuning.parallel.pipeline import Pipeline, cut_stages
-from ee_tuning.parallel.tensor import check_splits, layer_plan, split_model
+from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.trace import save_timeline
-from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large, shapes_of
+from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large
+from ee_tuning.tune.check import check
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -48,11 +43,9 @@ from ee_tuning.tune.optimizer import (
     loss_weights,
     set_learning_rate,
 )
+from ee_tuning.tune.parts import build_model, digest, load_data, reduce_vocabulary
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Batch, Objective, mean_losses, tuning_step
-from ee_tuning.vocabulary import most_frequent
-
-COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
@@ -72,77 +65,12 @@ def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
     mesh = Mesh(config.dp, config.tp, config.pp)
     device = pick_device(config.device)
     with mesh.connected(device, config.timeout):
-        mesh.check_same("settings", _digest(dataclasses.asdict(config)))
+        mesh.check_same("settings", digest(dataclasses.asdict(config)))
         out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
         console = console or Console(stderr=True, quiet=not mesh.is_main)
         run = Run(config, out, console, mesh, device)
         run.go()
     return run.model
-
-
-def check(config: TuneConfig) -> None:
-    """Refuse settings that cannot work before anything is loaded.
-
-    Raises:
-        UserError: names the setting.
-    """
-    if not config.data:
-        raise UserError("no data given: name files, folders or hub ids with --data")
-    if bool(config.exits) == bool(config.layers):
-        raise UserError("give either --exits or --layers: one says which exits to tune")
-    for key in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "keep"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
-    if config.seq_length < 2:
-        raise UserError("seq_length is 1: a token needs another one before it")
-    if config.master_weights == "bf16" and config.optimizer != "adamw-8bit":
-        raise UserError(
-            "master_weights bf16 needs an optimizer that rounds stochastically: add "
-            "--optimizer adamw-8bit"
-        )
-    for key in ("lr", "eps", "kl_temperature"):
-        if not getattr(config, key) > 0:
-            raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
-    if config.pp > 1 and config.loss != "ce":
-        raise UserError(
-            f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
-            "from the last stage only; use --loss ce or --pp 1"
-        )
-    _check_parallel(config)
-    if config.global_batch_size < config.dp:
-        raise UserError(
-            f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
-            "data-parallel rank needs a sequence"
-        )
-    if config.stage_layers and config.pp == 1:
-        raise UserError("stage_layers needs --pp: a single stage has all layers")
-    for key in ("kl_weight", "valid_fraction"):
-        if not 0 <= getattr(config, key) <= 1:
-            raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
-
-
-def _check_parallel(config: TuneConfig) -> None:
-    """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
-    eight_bit = config.optimizer == "adamw-8bit"
-    reduced = bool(config.exit_vocab) and config.loss != "ce"
-    refused = [
-        ("--tp", config.tp > 1, "--backbone-precision fp8", config.backbone_precision == "fp8"),
-        ("--tp", config.tp > 1, "--exit-precision fp8", config.exit_precision == "fp8"),
-        ("--tp", config.tp > 1, "--optimizer adamw-8bit", eight_bit),
-        ("--tp", config.tp > 1, "--compile on", config.compile == "on"),
-        (
-            "--tp",
-            config.tp > 1,
-            "--exit-vocab and --loss",
-            reduced,
-        ),
-        ("--tp", config.tp > 1, "--shard", config.shard),
-        ("--shard", config.shard, "--optimizer adamw-8bit", eight_bit),
-        ("--shard", config.shard, "--dp 1", config.dp == 1),
-    ]
-    for one, has_one, other, has_other in refused:
-        if has_one and has_other:
-            raise UserError(f"{other} cannot be had with {one}: leave one of them out")
 
 
 class Run:
@@ -163,116 +91,22 @@ class Run:
         )
         if device.type == "cuda" and config.dp == config.tp == 1:
             refuse_if_too_large(config, torch.cuda.mem_get_info(device)[1] / GIB)
-        self.model = self._model()
+        self.model = build_model(config, mesh, device, self.dtype, console)
         self.layers = self.model.all_exit_layers
         if config.loss_weights and len(config.loss_weights) != len(self.layers):
             raise UserError(
                 f"{len(config.loss_weights)} loss_weights for {len(self.layers)} exits: "
                 "give one each"
             )
-        self.train_data, self.valid_data = self._data()
-        mesh.check_same("data", _digest(*map(_sample, (self.train_data, self.valid_data))))
+        self.train_data, self.valid_data = load_data(config, self.model, mesh)
         if config.exit_vocab:
-            self._reduce_vocabulary()
-        split_model(self.model, mesh, self.objective.needs_teacher)
-        prepare(self.model, config)
-        if config.shard:
-            shard_exits(self.model, mesh)
+            reduce_vocabulary(self.model, self.train_data, self.valid_data, config, console)
+        prepare(self.model, config, mesh)
         self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
         self.optimizers = build_optimizers(self.model, config)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.stopping = False  # every process knows that one of them was asked to stop
         self.checkpoints = out / "checkpoints"
-
-    def _model(self) -> EarlyExitModel:
-        """Exits to tune, of this stage, on what they need of the backbone."""
-        config = self.config
-        load = {
-            "stage": self._stage(),
-            "whole": self.objective.needs_teacher,
-            "dtype": self.dtype,
-            "device": self.device,
-            "backbone_precision": config.backbone_precision,
-        }
-        if config.exits:
-            model = EarlyExitModel.from_pretrained(
-                config.exits,
-                config.model or None,
-                exit_dtype=torch.float32,
-                **load,  # type: ignore[arg-type]
-            )
-        else:
-            model = EarlyExitModel.from_base(
-                config.model,
-                config.exit_config(),
-                **load,  # type: ignore[arg-type]
-            )
-        model.tensor_hashes = {
-            part: value
-            for hashes in self.mesh.gather_on_host(model.tensor_hashes)
-            for part, value in hashes.items()
-        }
-        if not any(
-            self.mesh.gather_on_host(any(p.requires_grad for p in model.exits.parameters()))
-        ):
-            raise UserError(
-                "nothing to tune: embedding exits with a shared head have no parameters"
-            )
-        return model
-
-    def _stage(self) -> range | None:
-        """The layers of this stage, counted from 0; None for all that the exits need.
-
-        Raises:
-            UserError: the backbone cannot be cut into so many stages, or split so often.
-        """
-        config = self.config
-        if config.pp == config.tp == 1:
-            return None
-        shapes = shapes_of(config)
-        if config.tp > 1:
-            check_splits(shapes.backbone.config, layer_plan(shapes.backbone), config.tp)
-        if config.pp == 1:
-            return None
-        stages = cut_stages(shapes, config)
-        text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
-        self.console.print(f"layers of the stages: {text}", highlight=False)
-        return stages[self.mesh.pp_rank]
-
-    def _data(self):  # type: ignore[no-untyped-def]
-        config = self.config
-        tokenizer = load_tokenizer(config.tokenizer or self.model.backbone.model.name_or_path)
-        context = self.model.backbone.context
-        if context and config.seq_length > context:
-            raise UserError(
-                f"seq_length {config.seq_length} is beyond the backbone's context of {context}"
-            )
-        load = (tokenizer, config.seq_length, config.seed, config.skip_bad_records)
-        packed = load_packed(config.data, *load)
-        if config.valid_data:
-            return packed, load_packed(config.valid_data, *load)
-        return split_validation(packed, config.valid_fraction, config.seed)
-
-    def _reduce_vocabulary(self) -> None:
-        """Let the exits know only the most frequent tokens of the data, and say what is lost."""
-
-        def batches(data: datasets.Dataset) -> Iterator[Batch]:
-            rows = min(len(data), COUNTED_TOKENS // self.config.seq_length + 1)
-            return micro_batches(data, range(rows), 64)
-
-        size = self.model.backbone.config.vocab_size
-        tokens = most_frequent(batches(self.train_data), self.config.exit_vocab, size)
-        self.model.reduce_vocabulary(tokens)
-        vocabulary = self.model.vocabulary
-        assert vocabulary is not None
-        labels = torch.cat([batch["labels"].flatten() for batch in batches(self.valid_data)])
-        lost = (vocabulary.known(labels) == IGNORED).sum() - (labels == IGNORED).sum()
-        share = lost / (labels != IGNORED).sum().clamp(min=1)
-        self.console.print(
-            f"exits know {len(tokens):,} of {size:,} tokens; {share:.2%} of the held-out targets "
-            "are others, which no exit is tuned on or measured with",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
 
     def go(self) -> None:
         """Every step from the first, or the last checkpoint's, to the end."""
@@ -374,8 +208,12 @@ class Run:
             )  # fmt: skip
 
     def _micro_batches(self, step: int) -> list[Batch]:
-        indices = deal(self.order.indices(step), self.mesh)
-        return list(micro_batches(self.train_data, indices, self.config.micro_batch_size))
+        config, indices = self.config, deal(self.order.indices(step), self.mesh)
+        batches = list(micro_batches(self.train_data, indices, config.micro_batch_size))
+        most = math.ceil(config.global_batch_size / self.mesh.dp / config.micro_batch_size)
+        if config.shard_backbone and len(batches) < most:
+            batches.append(without_labels(batches[0]))
+        return batches
 
     def _check_finite(self, step: int, losses: dict[int, float], norms: dict[int, float]) -> None:
         for layer in self.layers:
@@ -421,16 +259,6 @@ def stop_requests() -> Iterator:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _digest(*values: Any) -> str:
-    """A short text that differs where `values` do."""
-    return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-def _sample(data: datasets.Dataset) -> Any:
-    """The size of a packed data set and some of its tokens."""
-    return len(data), [data[len(data) * i // 16]["input_ids"] for i in range(16)]
 
 
 def describe_run(config: TuneConfig) -> str:

@@ -1,4 +1,4 @@
-"""What makes tuning fast and small, applied to a model from outside, in this order."""
+"""What divides tuning, and makes it fast and small: applied to a model from outside, in order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.devices import warn_without_fp8
 from ee_tuning.fp8 import tune_in_fp8
 from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.data import shard_exits
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.tensor import split_model
+
+ONE_PROCESS = Mesh()
 
 
-def prepare(model: EarlyExitModel, config: TuneConfig) -> EarlyExitModel:
-    """`model`, on its device, as `config` wants it tuned; the backbone is in its precision."""
+def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> EarlyExitModel:
+    """`model`, on its device, as `config` wants it tuned on this process of a connected `mesh`.
+
+    The backbone is in its precision, and of a pipeline only this process's stage is there.
+
+    Raises:
+        UserError: see `split_model`.
+    """
+    split_model(model, mesh, teacher=config.loss != "ce")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.master_weights]
     for p in model.exits.parameters():
         if p.requires_grad:
@@ -27,4 +39,6 @@ def prepare(model: EarlyExitModel, config: TuneConfig) -> EarlyExitModel:
     model.compiled = config.compile == "on" or (
         config.compile == "auto" and on_gpu and config.tp == 1
     )
+    if config.shard:
+        shard_exits(model, mesh)
     return model.train()

@@ -26,7 +26,7 @@ from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
-from ee_tuning.parallel.tensor import whole
+from ee_tuning.parallel.split import whole
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 from ee_tuning.varlen import boundaries
 
@@ -215,9 +215,9 @@ def exit_gradients(
     scales = {layer: weights[layer] / count for layer in model.exit_layers}
     means = {layer: torch.zeros((), device=device) for layer in model.exit_layers}
     cast = partial(torch.autocast, device.type, autocast, enabled=autocast is not None)
-    waves = _waves(model, micro_batches, objective)
+    runs_together = waves(model, micro_batches, objective)
     pipeline.settle()
-    for wave in waves:
+    for wave in runs_together:
         batches = [place_batch(model, batch) for batch in wave]
         with cast():
             runs = [exit_losses(model, batch, objective, scales, pipeline) for batch in batches]
@@ -226,7 +226,7 @@ def exit_gradients(
                 for run in runs:
                     with pipeline.timeline.record("exit work"):
                         means[layer] += next(run)[1].total / count
-            if wave is waves[-1]:
+            if wave is runs_together[-1]:
                 yield layer, means[layer]
 
 
@@ -269,16 +269,18 @@ def _hand_over(p: Tensor, copy: Tensor) -> None:
     copy.grad = None
 
 
-def _waves(
+def waves(
     model: EarlyExitModel, micro_batches: list[Batch], objective: Objective
 ) -> list[list[Batch]]:
     """The micro-batches that go down the layers side by side.
 
     All of them, so that only one exit's gradients exist at a time, where their hidden states take
     less memory than the other exits' gradients would; else one after another. Sharded exits are
-    gathered, and their gradients summed, only once.
+    gathered, and their gradients summed, only once; of a sharded backbone all ranks run the same
+    layers at a time.
     """
-    if any(isinstance(p, ShardedParameter) for p in model.exits.parameters()):
+    sharded = any(isinstance(p, ShardedParameter) for p in model.exits.parameters())
+    if sharded or model.is_sharded:
         return [micro_batches]
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
@@ -334,9 +336,10 @@ def tuning_step(
             layer, gradients = summed.popleft()
             with pipeline.timeline.record("waiting"):
                 gradients.wait()
-            norms[layer] = clip_gradients(model.exit(layer), clip).to(losses[layer].device)
-            optimizers[layer].step()
-            optimizers[layer].zero_grad(set_to_none=True)
+            with pipeline.timeline.record("exit work"):
+                norms[layer] = clip_gradients(model.exit(layer), clip).to(losses[layer].device)
+                optimizers[layer].step()
+                optimizers[layer].zero_grad(set_to_none=True)
 
     given = micro_batches, objective, weights, autocast, pipeline
     for layer, loss in exit_gradients(model, *given):

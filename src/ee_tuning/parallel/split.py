@@ -1,0 +1,183 @@
+"""Parameters of which every process of a group has a part, and linear layers that have them.
+
+A split matrix stays an `nn.Linear` with a smaller, ordinary weight, so optimizers and casts need
+not know; DTensor moves the activations between the parts and back, gradients included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from ee_tuning.backbone import Anatomy
+from ee_tuning.errors import UserError
+
+ROWS, COLUMNS = 0, 1  # of a weight (out, in)
+# The styles of transformers' plans: which dim of the weight is split, and how input and output
+# lie before and after.
+Style = tuple[int, Placement, Placement]
+STYLES: dict[str, Style] = {
+    "colwise": (ROWS, Replicate(), Shard(-1)),
+    "colwise_gather_output": (ROWS, Replicate(), Replicate()),
+    "rowwise": (COLUMNS, Shard(-1), Replicate()),
+    "rowwise_split_input": (COLUMNS, Replicate(), Replicate()),
+}
+SUMMED = "replicated_with_grad_allreduce"  # whole, but each process sees some of its inputs only
+Read = Callable[[str, int | None], nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How a linear layer is split, and over which processes; copies of the layer share it."""
+
+    mesh: DeviceMesh
+    style: Style
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
+        return self
+
+
+class ParallelLinear(nn.Linear):
+    """A linear layer of which this process has some rows or columns."""
+
+    parallel: Parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, M), or as much of either as this process has in the layer's style."""
+        mesh, (dim, before, after) = self.parallel.mesh, self.parallel.style
+        if dim == ROWS:
+            x = _to_parts(x, mesh)
+            y = F.linear(x, self.weight, self.bias)
+            return y if after.is_shard() else move(y, mesh, Shard(-1), Replicate())
+        if before.is_replicate():
+            x = move(x, mesh, Replicate(), Shard(-1))
+        y = move(F.linear(x, self.weight), mesh, Partial(), Replicate())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def move(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement) -> Tensor:
+    """`x` from one placement to another; its gradient goes the other way."""
+    moved = DTensor.from_local(x, mesh, [have], run_check=False).redistribute(placements=[want])
+    return moved.to_local()
+
+
+def _to_parts(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """`x` as it is, for parts that each give a term of its gradient."""
+    given = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    return given.to_local(grad_placements=[Partial()])
+
+
+class SplitParameter(nn.Parameter):
+    """This process's part of a parameter that is split along `split_dim`; otherwise ordinary.
+
+    sample: of the whole tensor's values, those that tell backbones apart, where only this part
+    was ever in memory; see `ee_tuning.loading.tensor_hashes`.
+    """
+
+    split_dim: int
+    mesh: DeviceMesh
+    sample: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitParameter:
+        copied = type(self)(self.detach().clone(), self.requires_grad)
+        copied.__dict__.update(self.__dict__)
+        memo[id(self)] = copied
+        return copied
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        """The shape of the parameter that this is a part of."""
+        shape = list(self.shape)
+        shape[self.split_dim] *= self.mesh.size()
+        return torch.Size(shape)
+
+
+def split_parameter(
+    p: Tensor, dim: int, mesh: DeviceMesh, kind: type[SplitParameter] = SplitParameter
+) -> SplitParameter:
+    """This process's part of `p`, cut along `dim` into as many as `mesh` has processes."""
+    values = p.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
+    return made_part(kind(values, p.requires_grad), dim, mesh)
+
+
+def made_part(p: SplitParameter, dim: int, mesh: DeviceMesh) -> SplitParameter:
+    """`p`, whose values are this process's part, told so."""
+    p.split_dim, p.mesh = dim, mesh
+    return p
+
+
+def whole(p: Tensor, values: Tensor) -> Tensor:
+    """The whole tensor of which `values` is this process's part, split as parameter `p` is."""
+    if not isinstance(p, SplitParameter):
+        return values
+    placements = [Shard(p.split_dim)]
+    parts = DTensor.from_local(values.contiguous(), p.mesh, placements, run_check=False)
+    return parts.full_tensor()
+
+
+def part(p: Tensor, values: Tensor) -> Tensor:
+    """This process's part of `values`, split as parameter `p` is."""
+    if not isinstance(p, SplitParameter):
+        return values
+    return values.chunk(p.mesh.size(), p.split_dim)[p.mesh.get_local_rank()]
+
+
+def read_part(stored: Any, dim: int, mesh: DeviceMesh) -> Tensor:
+    """This process's part, cut along `dim`, of a slice of safetensors; the rest is not read."""
+    size = stored.get_shape()[dim] // mesh.size()
+    first = size * mesh.get_local_rank()
+    return stored[(slice(None),) * dim + (slice(first, first + size),)]
+
+
+def layer_plan(config: Any, anatomy: Anatomy) -> dict[str, str]:
+    """Style of each module of a layer, by its path in the layer, from transformers' own plan.
+
+    Raises:
+        UserError: the model has none, or one with styles of which this knows nothing.
+    """
+    whole = getattr(config, "base_model_tp_plan", None) or {}
+    prefix = f"{anatomy.layers}.*."
+    plan = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+    unknown = sorted(set(plan.values()) - {*STYLES, SUMMED})
+    if not plan or unknown:
+        reason = f"uses {', '.join(unknown)}" if unknown else "does not exist"
+        raise UserError(
+            f"transformers' tensor-parallel plan for {config.model_type} {reason}: use --tp 1, "
+            "with --dp or --pp"
+        )
+    return plan
+
+
+def split_linear(
+    linear: nn.Module, name: str, style: Style, tp: DeviceMesh, read: Read | None = None
+) -> None:
+    """Keep this process's part of a linear layer, in place; one that is split already stays.
+
+    read: gives the part of a parameter, cut along a dim or None, where `linear` is on the meta
+    device; default: cut it out.
+
+    Raises:
+        UserError: it is another kind of layer, or its size is no multiple of the processes.
+    """
+    if type(linear) is ParallelLinear:
+        return
+    if type(linear) is not nn.Linear:
+        raise UserError(f"{name} is a {type(linear).__name__}, which cannot be split: use --tp 1")
+    dim = style[0]
+    if linear.weight.shape[dim] % tp.size():
+        raise UserError(f"tp is {tp.size()}: it must divide {name}, {linear.weight.shape[dim]}")
+    for key, p in list(linear.named_parameters()):
+        split_dim = dim if key == "weight" or dim == ROWS else None
+        if read is not None:
+            linear.register_parameter(key, read(key, split_dim))
+        elif split_dim is not None:
+            linear.register_parameter(key, split_parameter(p, split_dim, tp))
+    linear.__class__ = ParallelLinear
+    linear.parallel = Parallel(tp, style)  # type: ignore[assignment]

@@ -1,0 +1,74 @@
+"""Which settings cannot work, alone or together."""
+
+from __future__ import annotations
+
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+
+
+def check(config: TuneConfig) -> None:
+    """Refuse settings that cannot work before anything is loaded.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if not config.data:
+        raise UserError("no data given: name files, folders or hub ids with --data")
+    if bool(config.exits) == bool(config.layers):
+        raise UserError("give either --exits or --layers: one says which exits to tune")
+    for key in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "keep"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
+    if config.seq_length < 2:
+        raise UserError("seq_length is 1: a token needs another one before it")
+    if config.master_weights == "bf16" and config.optimizer != "adamw-8bit":
+        raise UserError(
+            "master_weights bf16 needs an optimizer that rounds stochastically: add "
+            "--optimizer adamw-8bit"
+        )
+    for key in ("lr", "eps", "kl_temperature"):
+        if not getattr(config, key) > 0:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
+    if config.pp > 1 and config.loss != "ce":
+        raise UserError(
+            f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
+            "from the last stage only; use --loss ce or --pp 1"
+        )
+    _check_parallel(config)
+    if config.global_batch_size < config.dp:
+        raise UserError(
+            f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
+            "data-parallel rank needs a sequence"
+        )
+    if config.stage_layers and config.pp == 1:
+        raise UserError("stage_layers needs --pp: a single stage has all layers")
+    for key in ("kl_weight", "valid_fraction"):
+        if not 0 <= getattr(config, key) <= 1:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
+
+
+def _check_parallel(config: TuneConfig) -> None:
+    """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
+    tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
+    frozen, alone = ("--shard-backbone", config.shard_backbone), ("--dp 1", config.dp == 1)
+    fp8 = ("--backbone-precision fp8", config.backbone_precision == "fp8")
+    eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
+    blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
+    scales = "fp8 keeps a scale per row of a whole matrix"
+    reduced = bool(config.exit_vocab) and config.loss != "ce"
+    split = "each rank has the final exit's logits of other tokens than its exits know"
+    refused = [
+        (tp, fp8, scales),
+        (tp, ("--exit-precision fp8", config.exit_precision == "fp8"), scales),
+        (tp, eight_bit, blocks),
+        (tp, ("--compile on", config.compile == "on"), "sums between ranks do not compile"),
+        (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
+        (tp, shard, "a matrix would be cut twice"),
+        (shard, eight_bit, blocks),
+        (frozen, fp8, "matrices are gathered in the dtype of the checkpoint"),
+        (alone, shard, "there is no other rank to share with"),
+        (alone, frozen, "there is no other rank to share with"),
+    ]
+    for (one, has_one), (other, has_other), reason in refused:
+        if has_one and has_other:
+            raise UserError(f"{other} cannot be had with {one}: {reason}; leave one of them out")

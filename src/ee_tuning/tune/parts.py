@@ -1,0 +1,154 @@
+"""What a run works on, made from its settings: this process's part of the model, and the data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import torch
+from rich.console import Console
+
+from ee_tuning.config import TuneConfig
+from ee_tuning.data import collate, load_packed, micro_batches, split_validation
+from ee_tuning.errors import UserError
+from ee_tuning.loading import Slices, load_tokenizer
+from ee_tuning.losses import IGNORED
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.pipeline import cut_stages
+from ee_tuning.parallel.split import layer_plan
+from ee_tuning.parallel.tensor import check_splits
+from ee_tuning.plan import shapes_of
+from ee_tuning.tune.step import Batch
+from ee_tuning.vocabulary import most_frequent
+
+COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
+COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
+
+
+def build_model(
+    config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, console: Console
+) -> EarlyExitModel:
+    """Exits to tune, of this process's stage, on what they need of the backbone in `dtype`.
+
+    Raises:
+        UserError: see `own_stage`, `EarlyExitModel.from_base`; or no exit has a parameter.
+    """
+    load: dict[str, Any] = {
+        "stage": own_stage(config, mesh, console),
+        "whole": config.loss != "ce",
+        "dtype": dtype,
+        "device": device,
+        "backbone_precision": config.backbone_precision,
+    }
+    if config.shard_backbone:
+        load["shard"] = mesh.group("dp")
+    if config.tp > 1:  # rows of a head are picked from all of it
+        load["slices"] = Slices(mesh.axis("tp"), head=not config.exit_vocab)
+
+    def read() -> EarlyExitModel:
+        if not config.exits:
+            return EarlyExitModel.from_base(config.model, config.exit_config(), **load)
+        given = config.exits, config.model or None
+        return EarlyExitModel.from_pretrained(*given, exit_dtype=torch.float32, **load)
+
+    model = mesh.on_all(read)
+    model.tensor_hashes = {
+        part: value
+        for hashes in mesh.gather_on_host(model.tensor_hashes)
+        for part, value in hashes.items()
+    }
+    if not any(mesh.gather_on_host(any(p.requires_grad for p in model.exits.parameters()))):
+        raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
+    return model
+
+
+def own_stage(config: TuneConfig, mesh: Mesh, console: Console) -> range | None:
+    """The layers of this process's stage, counted from 0; None for all that the exits need.
+
+    Raises:
+        UserError: the backbone cannot be cut into so many stages, or split so often.
+    """
+    if config.pp == config.tp == 1:
+        return None
+    shapes = shapes_of(config)
+    if config.tp > 1:
+        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
+        check_splits(shapes.backbone.config, plan, config.tp)
+    if config.pp == 1:
+        return None
+    stages = cut_stages(shapes, config)
+    text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
+    console.print(f"layers of the stages: {text}", highlight=False)
+    return stages[mesh.pp_rank]
+
+
+def load_data(
+    config: TuneConfig, model: EarlyExitModel, mesh: Mesh
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Packed sequences to tune on, and to validate with.
+
+    Raises:
+        UserError: no data, or other data than another process has.
+    """
+    context = model.backbone.context
+    if context and config.seq_length > context:
+        raise UserError(
+            f"seq_length {config.seq_length} is beyond the backbone's context of {context}"
+        )
+    both = mesh.on_all(lambda: _pack(config, model.backbone.model.name_or_path))
+    mesh.check_same("data", digest(*map(_sample, both)))
+    return both
+
+
+def _pack(config: TuneConfig, backbone: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """See `load_data`."""
+    tokenizer = load_tokenizer(config.tokenizer or backbone)
+    load = (tokenizer, config.seq_length, config.seed, config.skip_bad_records)
+    packed = load_packed(config.data, *load)
+    if config.valid_data:
+        return packed, load_packed(config.valid_data, *load)
+    return split_validation(packed, config.valid_fraction, config.seed)
+
+
+def digest(*values: Any) -> str:
+    """A short text that differs where `values` do."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def _sample(data: datasets.Dataset) -> Any:
+    """The size of a packed data set and a hash of rows of it, spread evenly."""
+    rows = range(0, len(data), max(1, len(data) // COMPARED_ROWS))
+    found = collate(data, rows)
+    hashes = [hashlib.sha256(values.numpy().tobytes()).hexdigest() for values in found.values()]
+    return len(data), hashes
+
+
+def reduce_vocabulary(
+    model: EarlyExitModel,
+    train: datasets.Dataset,
+    valid: datasets.Dataset,
+    config: TuneConfig,
+    console: Console,
+) -> None:
+    """Let the exits know only the most frequent tokens of the data, and say what is lost."""
+
+    def batches(data: datasets.Dataset) -> Iterator[Batch]:
+        rows = min(len(data), COUNTED_TOKENS // config.seq_length + 1)
+        return micro_batches(data, range(rows), 64)
+
+    size = model.backbone.config.vocab_size
+    tokens = most_frequent(batches(train), config.exit_vocab, size)
+    model.reduce_vocabulary(tokens)
+    vocabulary = model.vocabulary
+    assert vocabulary is not None
+    labels = torch.cat([batch["labels"].flatten() for batch in batches(valid)])
+    lost = (vocabulary.known(labels) == IGNORED).sum() - (labels == IGNORED).sum()
+    share = lost / (labels != IGNORED).sum().clamp(min=1)
+    console.print(
+        f"exits know {len(tokens):,} of {size:,} tokens; {share:.2%} of the held-out targets "
+        "are others, which no exit is tuned on or measured with",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

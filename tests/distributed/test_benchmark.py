@@ -1,0 +1,55 @@
+"""benchmarks/parallel.py as torchrun starts it, which runs the command's own step on GPUs, too."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks/parallel.py"
+
+FLAGS = [
+    "--shape", "tiny", "--seq-length", "32", "--micro-batch-size", "2", "--device", "cpu",
+    "--global-batch-size", "8", "--layers", "1,2,3,4", "--warmup", "1",
+]  # fmt: skip
+
+
+def test_layouts_are_measured_against_one_process(tmp_path):
+    """Losses and norms in fp32 within 1e-4: sums in another order, over four steps."""
+    layouts = {"one": 1, "dp2": 2, "tp2": 2, "pp2": 2}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        BENCHMARK, *FLAGS, "--layouts", ",".join(layouts), "--steps", "1", "--check", "1e-4",
+        "--out", tmp_path / "found.json",
+    ]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "every layout gives one process's losses and norms within 0.0001" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["layouts"]
+    assert list(found) == list(layouts)
+    for name, processes in layouts.items():
+        one = found[name]
+        assert len(one["peak_gib"]) == processes
+        rate = one["tokens_per_second"]["median"]
+        assert rate == pytest.approx(8 * 32 / one["seconds"][0], rel=0.01)
+        assert one["efficiency"] == pytest.approx(one["speedup"] / processes, abs=1e-3)
+        assert 0 <= one["idle"]["measured"] < 1
+        assert len(one["losses"]) == len(one["norms"]) == 4
+        assert all(len(step) == 4 and min(step) > 1 for step in one["losses"])
+    assert found["dp2"]["idle"]["ideal"] == 0 < found["pp2"]["idle"]["ideal"] < 0.5
+    assert found["one"]["losses"][-1] < found["one"]["losses"][0]
+
+
+def test_losses_that_differ_fail_the_check(monkeypatch):
+    """Nothing differs by less than nothing."""
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    parallel = importlib.import_module("parallel")
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr("sys.argv", ["", *FLAGS, "--layouts", "one", "--steps", "1", "--check=-1"])
+    with pytest.raises(SystemExit, match=r"one is not within -1.0 of one process: \[0.0, 0.0\]"):
+        parallel.main()

@@ -1,0 +1,41 @@
+"""Settings that cannot be had together are refused in one line that says why."""
+
+import pytest
+
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+from ee_tuning.tune.check import check
+
+REFUSED = [
+    ({"pp": 2, "loss": "kl"}, ["loss kl", "pp 2", "the last stage only"]),
+    ({"pp": 2, "loss": "mixed"}, ["loss mixed", "pp 2", "the last stage only"]),
+    (
+        {"tp": 2, "backbone_precision": "fp8"},
+        ["--backbone-precision fp8", "--tp", "whole matrix"],
+    ),
+    ({"tp": 2, "exit_precision": "fp8"}, ["--exit-precision fp8", "--tp", "a whole matrix"]),
+    ({"tp": 2, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--tp", "blocks"]),
+    ({"tp": 2, "compile": "on"}, ["--compile on", "--tp", "do not compile"]),
+    ({"tp": 2, "exit_vocab": 9, "loss": "kl"}, ["--exit-vocab", "--loss kl", "--tp", "logits of"]),
+    ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
+    ({"dp": 2, "shard": True, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--shard", "blocks"]),
+    ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),
+    ({"shard_backbone": True}, ["--shard-backbone", "--dp 1", "no other rank"]),
+    (
+        {"dp": 2, "shard_backbone": True, "backbone_precision": "fp8"},
+        ["--backbone-precision fp8", "--shard-backbone", "dtype of the checkpoint"],
+    ),
+    ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
+    ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), REFUSED)
+def test_what_cannot_be_combined(settings, parts):
+    allowed = {"data": ["a.jsonl"], "layers": "4"}
+    check(TuneConfig(**allowed))
+    with pytest.raises(UserError) as refusal:
+        check(TuneConfig(**allowed | settings))
+    assert "\n" not in str(refusal.value)
+    for part in parts:
+        assert part in str(refusal.value)
