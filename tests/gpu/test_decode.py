@@ -1,0 +1,40 @@
+"""Decoding on a GPU: captured graphs give the tokens of plain passes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+
+from ee_tuning import EarlyExitModel, ExitConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from test_decode import padded, prompt
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2", "opt", "qwen3_moe"])
+def test_graphs_give_the_tokens_of_plain_passes(family):
+    """In fp32, so that rounding does not turn a token: batches, all modes, rings written over."""
+    arch = "norm,layer,norm" if "moe" in family else "mlp,layer,norm"
+    model = EarlyExitModel.from_base(tiny(family).cuda(), ExitConfig("1,2,3", arch)).eval()
+    ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(9, 3)])
+    common = {
+        "attention_mask": mask.cuda(), "max_new_tokens": 24, "eos_token_id": None, "max_pending": 3,
+    }  # fmt: skip
+    expected = model.model.generate(
+        ids.cuda(), attention_mask=mask.cuda(), do_sample=False, max_new_tokens=24,
+        eos_token_id=None,
+    )  # fmt: skip
+    for mode, threshold in (("full", 1.0), ("threshold", 0.02), ("speculative", 0.0)):
+        way = {"mode": mode, "threshold": threshold, "exit_layers": [1, 3]}
+        plain = model.generate(ids.cuda(), compile=False, **way, **common)
+        found = model.generate(ids.cuda(), compile=True, **way, **common)
+        again = model.generate(ids.cuda(), compile=True, **way, **common)
+        assert torch.equal(found.sequences, plain.sequences)
+        assert torch.equal(found.exit_layers, plain.exit_layers)
+        assert torch.equal(again.sequences, plain.sequences)
+        if mode != "threshold":
+            assert torch.equal(found.sequences, expected)
