@@ -28,6 +28,7 @@ from ee_tuning.decode import Chooser, Engine, Policy, Request, Token
 from ee_tuning.decode.passes import Prediction, Wanted, Window
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
+from ee_tuning.files import write_json
 
 SHARE, ACCEPTANCE = 0.5, 0.8  # of tokens that leave in the pattern; of drafts that are kept
 
@@ -188,8 +189,8 @@ def weight_bytes(model: EarlyExitModel, upto: int, exit: int | None) -> int:
     return sum(p.nbytes for module in modules for p in module.parameters())
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """Every way to decode, one after another."""
+def measure(bench: Bench, result: dict[str, Any], write: Callable[[], None]) -> None:
+    """Every way to decode, one after another, into `result`."""
     depth, (early, half) = bench.depth, bench.model.exit_layers
     pattern = {"thresholds": {early: 0.0}, "share": SHARE}
     drafts = {"thresholds": {early: 0.0}, "max_pending": 4, "verifies": True}
@@ -211,6 +212,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     }
     bandwidth = copy_bandwidth(bench.device)
     found: dict[str, Any] = {}
+    result |= {"copy_gb_per_second": round(bandwidth), "decoding": found}
     for name, way in ways.items():
         if bench.args.only and not any(part in name for part in bench.args.only):
             continue
@@ -221,18 +223,18 @@ def measure(bench: Bench) -> dict[str, Any]:
             rate = read * found[name]["tokens_per_second"]["median"] / 1e9
             found[name] |= {"gb_per_second": round(rate), "of_copy": round(rate / bandwidth, 3)}
         print(name, json.dumps(found[name]), flush=True)
-    result: dict[str, Any] = {"copy_gb_per_second": round(bandwidth), "decoding": found}
+        write()
     result["pass_ms"] = bench.parts([early], [1, 4, 8])
     print(json.dumps(result["pass_ms"], indent=1), flush=True)
     result["prefill"] = bench.prefill(bench.args.long_prompt)
     print(result["prefill"], flush=True)
-    if not bench.args.only:
-        result["transformers"] = {
-            "eager": bench.transformers(False),
-            "static cache": bench.transformers(True),
-        }
-        print(result["transformers"], flush=True)
-    return result
+    write()
+    result["transformers"] = {}
+    for name, static in (("eager", False), ("static cache, compiled", True)):
+        if not bench.args.only:
+            result["transformers"][name] = bench.transformers(static)
+            print(name, result["transformers"][name], flush=True)
+            write()
 
 
 def main() -> None:
@@ -259,9 +261,12 @@ def main() -> None:
     model.exits.to(dtype)
     result = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     result |= {"hardware": hardware(device), "versions": versions()}
-    result |= measure(Bench(model.eval(), args))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    def write() -> None:
+        if args.out:
+            write_json(args.out, result)
+
+    measure(Bench(model.eval(), args), result, write)
 
 
 if __name__ == "__main__":

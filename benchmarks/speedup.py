@@ -121,7 +121,8 @@ def main() -> None:
         "runs": {},
     }
     tokenizer = load_tokenizer(str(model))
-    packed = load_packed([str(data / "validation.jsonl")], tokenizer, 512, 0, False)
+    # One prompt per packed row: short rows, so that there are enough of them.
+    packed = load_packed([str(data / "validation.jsonl")], tokenizer, 96, 0, False)
     prompts = take_prompts(packed, args.prompts, 64)
     result["prompts"] = len(prompts)
     for arch in args.archs:

@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
 
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
-# With this, products of one row become reductions, which reach more of the memory's bandwidth.
-OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
 REACH_FACTOR, LEAST_REACH = 2, 256
+CHUNK, CHUNKS = 64, 4  # prompts of so many chunks at most are read as windows, if compiled
 ALIGNED = 64  # places that there are is a multiple of this, as fast attention wants it
 
 
@@ -120,11 +119,13 @@ class Passes:
         """
         self.model, self.slots, self.compile = model, slots, compile
         self.device = model.backbone.device
-        self.longest, self.capacity = longest, capacity
+        self.capacity = capacity
+        self.window_sizes = _sizes(longest, LENGTH_FACTOR)
+        self.length_sizes = sorted({*self.window_sizes, CHUNK})
+        self.longest = longest = self.length_sizes[-1] if compile else longest
         # Windows may be padded beyond the last token.
         self.places = -(-(capacity + longest) // ALIGNED) * ALIGNED
         self.row_sizes = _sizes(slots, ROWS_FACTOR)
-        self.length_sizes = _sizes(longest, LENGTH_FACTOR)
         self.reach_sizes = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
         self.limit = max(capacity, model.backbone.context or 0) - 1  # for padding: no position more
         self.segments = model.segments(exit_layers, last=model.backbone.num_layers)
@@ -139,12 +140,14 @@ class Passes:
         if compile:
             self._steps = model.segments(exit_layers, last=model.backbone.num_layers)
             for segment, cache in zip(self._steps, self.caches, strict=True):
-                segment.compile(cache, OPTIONS)
-            self._predict = torch.compile(_predict, dynamic=False, options=OPTIONS)
+                segment.compile(cache)
+            self._predict = torch.compile(_predict, dynamic=False)
 
     @torch.inference_mode()
     def prompt(self, slot: int, ids: Sequence[int], last: int, wanted: Wanted) -> Predictions:
         """Read a prompt into an empty slot, through segment `last`; predicts what follows."""
+        if self.compile and len(ids) <= CHUNK * CHUNKS:
+            return self._prompt_in_chunks(slot, ids, last, wanted)
         hidden = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(len(ids), device=self.device)[None]
         slots = torch.tensor([slot], device=self.device)
@@ -177,12 +180,27 @@ class Passes:
             row[2] = window.count
             row += [*window.ids, *[0] * (length - len(window.ids))]
         self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
-        in_order = slots == list(range(len(slots)))
+        in_order = self._in_order(slots)
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
         logits, answers = found
         return _read(logits, answers, [slots.index(window.slot) for window in windows])
+
+    def _prompt_in_chunks(
+        self, slot: int, ids: Sequence[int], last: int, wanted: Wanted
+    ) -> Predictions:
+        """As `prompt`, but by compiled passes: where launching takes longer than computing."""
+        starts, nothing = [0] * self.slots, Wanted("nothing", False)
+        for start in range(0, len(ids), CHUNK):
+            chunk, starts[slot] = ids[start : start + CHUNK], start
+            for i in range(last + 1):
+                asked = wanted if i == last and start + CHUNK >= len(ids) else nothing
+                found = self.window(
+                    i, [Window(slot, len(chunk), () if i else chunk)], starts, asked
+                )
+        assert found is not None
+        return found
 
     @torch.inference_mode()
     def warm_up(self, measures: Sequence[str] = ("probability",), verify: bool = True) -> float:
@@ -196,10 +214,15 @@ class Passes:
         sizes = product(range(len(self._steps)), self.row_sizes, self.reach_sizes, measures)
         for i, rows, reach, measure in sizes:
             last = i == len(self._steps) - 1
-            for length in self.length_sizes if i else [1]:
-                for after in ("last", "each") if last and verify else ("nothing", "last"):
-                    if not (last and after == "nothing"):
-                        self._run((i, rows, length, reach, True, Wanted(after, last, measure)))
+            in_order = self._in_order(list(range(rows)))
+            # Prompts come alone, and before the first segment there is one token otherwise.
+            many = self.window_sizes if i else [1]
+            for length in self.length_sizes if rows == 1 else many:
+                for after in (
+                    ("last", "nothing", "each") if last and verify else ("last", "nothing")
+                ):
+                    wanted = Wanted(after, last and after != "nothing", measure)
+                    self._run((i, rows, length, reach, in_order, wanted))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -211,7 +234,13 @@ class Passes:
         if not self.compile:
             return self._forward(*key)
         if key not in self._graphs:
-            with torch._dynamo.config.patch(recompile_limit=VERSIONS):
+            # With this, products of one token become reductions, which reach more of the memory's
+            # bandwidth; for more tokens it takes time to compile and brings nothing.
+            single = key[1:3] == (1, 1)
+            with (
+                torch._dynamo.config.patch(recompile_limit=VERSIONS),
+                torch._inductor.config.patch(coordinate_descent_tuning=single),
+            ):
                 self._graphs[key] = self._captured(lambda: self._forward(*key))
         return self._graphs[key]()
 
@@ -275,6 +304,14 @@ class Passes:
     def _size(self, number: int, sizes: list[int]) -> int:
         """`number`, or where passes are compiled the next one of `sizes`."""
         return next(size for size in sizes if size >= number) if self.compile else number
+
+    def _in_order(self, slots: list[int]) -> bool:
+        """Whether the K/V of `slots` can be looked at where they are.
+
+        Compiled, only if they are all: each case is one more graph.
+        """
+        whole = not self.compile or len(slots) == self.slots
+        return whole and slots == list(range(len(slots)))
 
     def _filled(self, slots: list[int]) -> list[int]:
         """`slots` and as many idle ones as make it a size that is compiled for, ascending.

@@ -1,16 +1,10 @@
 """Decoding on a GPU: captured graphs give the tokens of plain passes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from test_decode import padded, prompt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -20,7 +14,8 @@ def test_graphs_give_the_tokens_of_plain_passes(family):
     """In fp32, so that rounding does not turn a token: batches, all modes, rings written over."""
     arch = "norm,layer,norm" if "moe" in family else "mlp,layer,norm"
     model = EarlyExitModel.from_base(tiny(family).cuda(), ExitConfig("1,2,3", arch)).eval()
-    ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(9, 3)])
+    ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(9) >= torch.tensor([[4], [6], [0]])).long()
     common = {
         "attention_mask": mask.cuda(), "max_new_tokens": 24, "eos_token_id": None, "max_pending": 3,
     }  # fmt: skip
