@@ -273,7 +273,9 @@ class Passes:
         control = self._control[:rows, : 3 + length]
         slots, starts, counts = control[:, 0], control[:, 1], control[:, 2]
         positions = starts[:, None] + torch.arange(length, device=self.device)
-        self._put(Place(slots, positions, reach, in_order))
+        known = rows == 1 and in_order and not self.compile
+        start = reach - length if known else None
+        self._put(Place(slots, positions, reach, in_order, start=start))
         ring = slots[:, None], positions % (2 * self.longest)
         segment = self._steps[i]
         inputs = self._rings[i][ring] if i else control[:, 3:]
@@ -290,6 +292,8 @@ class Passes:
         return self._predict(self.model, exit, state, cache, counts, wanted)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
+        if not any(layer.hides for layer in cache.slot_layers):
+            return None
         return segment.masks(lambda j: cache.slot_layers[j].mask(self.model.backbone.dtype))
 
     def _exit_cache(self, i: int) -> SlotCache | None:
