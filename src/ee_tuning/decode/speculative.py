@@ -29,10 +29,15 @@ class Token:
 
 
 class Chooser:
-    """Chooses tokens from logits as transformers does."""
+    """Chooses tokens from logits as transformers does.
+
+    generator: of the samples; default: torch's own. drawn: how many it was used for.
+    """
 
     def __init__(self, processors: Any = (), sample: bool = False) -> None:
         self.processors, self.sample = processors, sample
+        self.generator: torch.Generator | None = None
+        self.drawn = 0
 
     def choose(self, ids: Sequence[int], found: Prediction) -> tuple[int, Tensor | None]:
         """What follows `ids` by a prediction: a token, and its distribution (V,) if sampled."""
@@ -42,7 +47,16 @@ class Chooser:
         if not self.sample:
             return int(scores.argmax()), None
         probabilities = scores.softmax(-1)
-        return int(torch.multinomial(probabilities, num_samples=1)), probabilities
+        return self._draw(probabilities), probabilities
+
+    def catch_up(self, drawn: int, like: Tensor) -> None:
+        """Leave out the draws before the `drawn`-th, from (V,) like these: others made them."""
+        while self.sample and self.drawn < drawn:
+            self._draw(like)
+
+    def _draw(self, probabilities: Tensor) -> int:
+        self.drawn += 1
+        return int(torch.multinomial(probabilities, num_samples=1, generator=self.generator))
 
     def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
         """The token that follows `ids` by the final exit's prediction: the draft, if it is kept."""
