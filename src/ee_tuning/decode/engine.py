@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ee_tuning.decode.passes import Passes, Predictions, Wanted, Window
 from ee_tuning.decode.policy import Policy
-from ee_tuning.decode.speculative import Chooser, Pace, Token
+from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Engine:
             UserError: a request does not fit this engine.
         """
         assert not self.busy, "an engine runs one stream at a time"
-        waiting = iter(requests)
+        waiting, self._generators = iter(requests), Generators(self.passes.device)
         try:
             while True:
                 yield from self._admit(waiting)
@@ -146,6 +146,7 @@ class Engine:
                 yield from self._advance(door, [row for row in live if row.door == door])
         finally:
             self._rows = [None] * len(self._rows)
+            self._generators.close()
 
     def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
         """Fill the free slots with the next requests, and read their prompts."""
@@ -158,6 +159,7 @@ class Engine:
                 if request is None:
                     break
                 self._check(request)
+                request.chooser.generator = self._generators.next()
                 last = self._stops.index(request.policy.end)
                 row = self._rows[slot] = _Row(request, slot, last)
                 wanted = Wanted("last", request.policy.final, request.policy.measure)

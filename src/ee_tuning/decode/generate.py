@@ -89,9 +89,9 @@ def generate(
 ) -> GenerateOutput | Tensor:
     """Generate from prompts (B, P); `kwargs`: `Settings` and those of transformers' ``generate``.
 
-    Every row decides for itself, and its tokens do not depend on its neighbours (sampled ones do,
-    by the order in which they are drawn). A model that several processes have parts of, see
-    `ee_tuning.decode.load_part`, is called on all of them alike, and gives the same on each.
+    Every row decides for itself, and its tokens do not depend on its neighbours. A model that
+    several processes have parts of, see `ee_tuning.decode.load_part`, is called on all of them
+    alike, and gives the same on each.
 
     attention_mask: (B, P), 0 where a shorter prompt is padded on its left; default: leading
         padding tokens, in a batch.

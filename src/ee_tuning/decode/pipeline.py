@@ -19,7 +19,7 @@ from torch import Tensor
 from ee_tuning.decode.engine import Engine, Event, Request, _Row
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
 from ee_tuning.decode.passes import Prediction, Predictions, Wanted
-from ee_tuning.decode.speculative import Token
+from ee_tuning.decode.speculative import Generators, Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Stage(Engine):
         """As `Engine.stream`. Every process has to be given the same requests."""
         assert not self.busy, "an engine runs one stream at a time"
         self._given_up = False
-        self._generators = _generators(self.passes.device)
+        self._generators = Generators(self.passes.device)
         waiting = iter(requests)
         events = self._lead(waiting) if self.passes.is_first else self._follow(waiting)
         self._mail.open()
@@ -60,6 +60,7 @@ class Stage(Engine):
             yield from self._until_given_up(events)
         finally:
             self._rows = [None] * len(self._rows)
+            self._generators.close()
 
     def _until_given_up(self, events: Iterator[Event]) -> Iterator[Event]:
         try:
@@ -113,7 +114,7 @@ class Stage(Engine):
         # Rows that end before this stage have no segment here; one more if they end after it.
         last = sum(stop < policy.end for stop in self._stops) if policy.end > self.start else -1
         row = self._rows[slot] = _Row(request, slot, last)
-        request.chooser.generator = next(self._generators)
+        request.chooser.generator = self._generators.next()
         if last >= 0:
             asks = self._ends_here(row)
             wanted = Wanted("last" if asks else "nothing", asks and policy.final, policy.measure)
@@ -213,12 +214,3 @@ class Stage(Engine):
 def _places(news: list[News]) -> tuple[list[int], list[int]]:
     return [item.slot for item in news], [item.position for item in news]
 
-
-def _generators(device: torch.device) -> Iterator[torch.Generator | None]:
-    """For the samples of each row: torch's own for the first, so that a single prompt is continued
-    as by one process; then others, whose samples do not depend on which row is faster."""
-    seeds = torch.Generator().manual_seed(torch.initial_seed())
-    yield None
-    while True:
-        seed = int(torch.randint(2**62, (), generator=seeds))
-        yield torch.Generator(device).manual_seed(seed)

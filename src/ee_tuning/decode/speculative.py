@@ -63,15 +63,43 @@ class Chooser:
         if draft.probabilities is None:
             return self.choose(ids, found)[0]
         p, q = self._scores(ids, found.logits).softmax(-1), draft.probabilities
-        if torch.rand((), device=p.device) * q[draft.id] < p[draft.id]:
+        if torch.rand((), device=p.device, generator=self.generator) * q[draft.id] < p[draft.id]:
             return draft.id
         rest = (p - q).clamp(min=0)
-        return int(torch.multinomial(rest if rest.sum() > 0 else p, num_samples=1))
+        return self._draw(rest if rest.sum() > 0 else p)
 
     def _scores(self, ids: Sequence[int], logits: Tensor) -> Tensor:
         if not len(self.processors):
             return logits
         return self.processors(torch.tensor([ids], device=logits.device), logits[None])[0]
+
+
+class Generators:
+    """Generators for the samples of a stream's rows.
+
+    The first row has torch's own, so that a single prompt is continued as by transformers. Each of
+    the others has one for itself: no row's samples depend on how fast another one is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rows = device, 0
+        self._seeds = torch.Generator(device)
+        on_gpu = device.type == "cuda"
+        state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+        self._seeds.set_state(state)
+
+    def next(self) -> torch.Generator | None:
+        """The next row's; None is torch's own."""
+        self.rows += 1
+        if self.rows == 1:
+            return None
+        seed = torch.randint(2**62, (), device=self.device, generator=self._seeds)
+        return torch.Generator(self.device).manual_seed(int(seed))
+
+    def close(self) -> None:
+        """Move torch's own on, if it has seeded others, which the next stream's shall not equal."""
+        if self.rows > 1:
+            torch.rand((), device=self.device)
 
 
 class Pace:
