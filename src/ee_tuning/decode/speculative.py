@@ -83,23 +83,28 @@ class Generators:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rows = device, 0
-        self._seeds = torch.Generator(device)
         on_gpu = device.type == "cuda"
         state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-        self._seeds.set_state(state)
+        copied = torch.Generator(device)
+        copied.set_state(state)
+        # Not numbers of torch's own, which the next stream would come across again.
+        self._seeds = torch.Generator().manual_seed(_seed(copied))
 
     def next(self) -> torch.Generator | None:
         """The next row's; None is torch's own."""
         self.rows += 1
         if self.rows == 1:
             return None
-        seed = torch.randint(2**62, (), device=self.device, generator=self._seeds)
-        return torch.Generator(self.device).manual_seed(int(seed))
+        return torch.Generator(self.device).manual_seed(_seed(self._seeds))
 
     def close(self) -> None:
         """Move torch's own on, if it has seeded others, which the next stream's shall not equal."""
         if self.rows > 1:
             torch.rand((), device=self.device)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), device=generator.device, generator=generator))
 
 
 class Pace:
