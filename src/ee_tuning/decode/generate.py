@@ -261,7 +261,7 @@ def _engine(
     if kept is None or kept.busy or kept.passes.slots < slots or kept.passes.capacity < capacity:
         room = -(-capacity // ROOM) * ROOM
         room = max(capacity, min(room, model.backbone.context or room))
-        settings = {"slots": slots, "capacity": room, "max_pending": max_pending}
+        settings: dict[str, Any] = {"slots": slots, "capacity": room, "max_pending": max_pending}
         kind = Engine if mesh.pp == 1 else Stage
         kept = None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, empty_backbone
@@ -19,7 +22,7 @@ def load_part(
     model: str | None = None,
     *,
     mesh: Mesh,
-    stage_layers: list[int] | None = None,
+    stage_layers: Sequence[int] = (),
     **load: Any,
 ) -> EarlyExitModel:
     """`EarlyExitModel.from_pretrained` of what this process of a connected `mesh` needs.
@@ -32,7 +35,7 @@ def load_part(
             many stages, or split so often.
     """
     if mesh.pp > 1 or mesh.tp > 1:
-        load["stage"] = mesh.on_all(lambda: _own_stage(exits, model, mesh, stage_layers or []))
+        load["stage"] = mesh.on_all(lambda: _own_stage(exits, model, mesh, stage_layers))
         load["whole"] = False
     if mesh.tp > 1:
         load["slices"] = Slices(mesh.axis("tp"), gather=True)
@@ -43,7 +46,7 @@ def load_part(
     return found
 
 
-def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: list[int]) -> range:
+def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]) -> range:
     """The layers of this process's stage, counted from 0."""
     folder = find_exits(exits)
     saved = read_exit_config(folder)
@@ -61,7 +64,8 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: list[int]) ->
 
 def _costs(model: EarlyExitModel) -> list[float]:
     """Weights that a token is multiplied with in each layer and in what predicts after it."""
-    costs = [float(weights(layer)) for layer in model.backbone.layers]  # type: ignore[union-attr]
+    layers: list[nn.Module] = list(model.backbone.layers)  # type: ignore[call-overload]
+    costs = [float(weights(layer)) for layer in layers]
     head = weights(model.backbone.head)
     costs[-1] += head
     for layer in model.exit_layers:

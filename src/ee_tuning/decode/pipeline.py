@@ -4,7 +4,8 @@ Every token goes through all stages, one after another. The stage at which it le
 one, which begins the next token at once, while later stages go on computing K/V of this one. So
 nothing is recomputed, and no token waits for layers that it does not need.
 
-Every stage has the same requests, sees the same tokens in the same order, and gives the same events.
+Every stage is given the same requests, sees the same tokens in the same order, and gives the same
+events.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Stage(Engine):
 
     def _until_given_up(self, events: Iterator[Event]) -> Iterator[Event]:
         try:
-            for event in events:
+            for event in events:  # noqa: UP028 - closed, `yield from` would close `events`, too
                 yield event
         except GeneratorExit:
             self._given_up = True
@@ -213,4 +214,3 @@ class Stage(Engine):
 
 def _places(news: list[News]) -> tuple[list[int], list[int]]:
     return [item.slot for item in news], [item.position for item in news]
-
