@@ -159,7 +159,7 @@ class Engine:
                 if request is None:
                     break
                 self._check(request)
-                request.chooser.generator = self._generators.next()
+                self._generators.give(request.chooser)
                 last = self._stops.index(request.policy.end)
                 row = self._rows[slot] = _Row(request, slot, last)
                 wanted = Wanted("last", request.policy.final, request.policy.measure)

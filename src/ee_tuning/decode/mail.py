@@ -74,8 +74,8 @@ class Message:
 class Mail:
     """This stage's letter box, and the way to other ones'.
 
-    A thread reads what arrives, so that neither a sender waits for this stage's work, nor this
-    stage for one sender while another has something for it.
+    A thread for each sender reads what arrives, so that neither a sender waits for this stage's
+    work, nor this stage for one sender while another has something for it.
     """
 
     def __init__(self, mesh: Mesh, longest: int, like: Tensor) -> None:
@@ -86,22 +86,28 @@ class Mail:
         self._arrived: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._held: Message | None = None  # taken out of the queue, not read yet
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        self._listener: threading.Thread | None = None
+        self._listeners: list[threading.Thread] = []
 
     def open(self) -> None:
         """Listen until every sender has said that there will be no more."""
-        if self.speaks:
-            self._listener = threading.Thread(target=self._listen, daemon=True)
-            self._listener.start()
+        if not self.speaks:
+            return
+        later = range(self.mesh.tp, self.mesh.size, self.mesh.tp)
+        senders = later if self.is_first else [self.mesh.previous_stage]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(sender,), daemon=True) for sender in senders
+        ]
+        for listener in self._listeners:
+            listener.start()
 
     def close(self) -> None:
         """Say that there will be no more, and wait until nothing is on its way."""
         self.tell_next(Message(Kind.STOP, []))
         self.tell_first(Message(Kind.STOP, []))
-        if self._listener is not None:
-            self._listener.join()
-            while not self._arrived.empty():
-                self._next()
+        for listener in self._listeners:
+            listener.join()
+        while not self._arrived.empty():
+            self._next()
         while self._sent:
             self._sent.popleft()[0].wait()
 
@@ -155,16 +161,15 @@ class Mail:
             raise found
         return found
 
-    def _listen(self) -> None:
-        """The thread: put what arrives into the queue, or why nothing can any more."""
-        senders = self.mesh.pp - 1 if self.is_first else 1
-        source = None if self.is_first else self.mesh.previous_stage  # None: any
+    def _listen(self, sender: int) -> None:
+        """A thread: put what arrives into the queue, or why nothing can any more."""
+        kind = None
         try:
-            while senders:
+            while kind != Kind.STOP:
                 table = self._empty_table()
-                dist.recv(table, src=source, group=self.mesh.host)
+                dist.recv(table, src=sender, group=self.mesh.host)
                 message = _message(table)
-                senders -= message.kind == Kind.STOP
+                kind = message.kind
                 self._arrived.put(message)
         except Exception as error:
             self._arrived.put(error)

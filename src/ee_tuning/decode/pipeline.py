@@ -48,17 +48,20 @@ class Stage(Engine):
         self._at_a_time = math.ceil(slots / self.mesh.pp)
         self._answers: list[News] = []  # to the first stage
         self._given_up = False
+        self._mistake: UserError | None = None
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
         """As `Engine.stream`. Every process has to be given the same requests."""
         assert not self.busy, "an engine runs one stream at a time"
-        self._given_up = False
+        self._given_up, self._mistake = False, None
         self._generators = Generators(self.passes.device)
         waiting = iter(requests)
         events = self._lead(waiting) if self.passes.is_first else self._follow(waiting)
         self._mail.open()
         try:
             yield from self._until_given_up(events)
+            if self._mistake is not None:
+                raise self._mistake
         finally:
             self._rows = [None] * len(self._rows)
             self._generators.close()
@@ -78,9 +81,10 @@ class Stage(Engine):
         ready: list[News] = []
         while True:
             for slot, row in enumerate(self._rows):
-                request = None if row or self._given_up else next(waiting, None)
-                if request is not None:
-                    self._begin(slot, request)
+                if row is None and not self._given_up:
+                    request = self._next(waiting)
+                    if request is not None or self._mistake is not None:
+                        self._begin(slot, request)
             if not self.busy:
                 break
             news, self._answers = self._answers, []
@@ -99,7 +103,7 @@ class Stage(Engine):
             news, hidden = message.news, message.hidden
             assert hidden is not None
             if message.kind == Kind.PROMPT:
-                self._begin(news[0].slot, next(waiting), hidden)
+                self._begin(news[0].slot, self._next(waiting), hidden)
                 continue
             for item in news:
                 yield from self._take(item, item.fate)
@@ -108,14 +112,27 @@ class Stage(Engine):
             self._compute(news)
         self._mail.close()
 
-    def _begin(self, slot: int, request: Request, hidden: Tensor | None = None) -> None:
+    def _next(self, waiting: Iterator[Request]) -> Request | None:
+        """The next request; what is wrong with it is raised when all stages have ended."""
+        try:
+            request = next(waiting, None)
+            if request is not None:
+                self._check(request)
+            return request
+        except UserError as mistake:
+            self._given_up, self._mistake = True, mistake
+            return None
+
+    def _begin(self, slot: int, request: Request | None, hidden: Tensor | None = None) -> None:
         """Read a prompt; hidden: (P, H), what the stage before gave for it."""
-        self._check(request)
+        if request is None:  # the next stage will find the same mistake
+            self._mail.tell_next(Message(Kind.PROMPT, [News(slot)]))
+            return
         policy = request.policy
         # Rows that end before this stage have no segment here; one more if they end after it.
         last = sum(stop < policy.end for stop in self._stops) if policy.end > self.start else -1
         row = self._rows[slot] = _Row(request, slot, last)
-        request.chooser.generator = self._generators.next()
+        self._generators.give(request.chooser)
         if last >= 0:
             asks = self._ends_here(row)
             wanted = Wanted("last" if asks else "nothing", asks and policy.final, policy.measure)
@@ -124,7 +141,7 @@ class Stage(Engine):
             found, hidden = self.passes.prompt(slot, inputs, through, wanted)
             if found is not None:
                 self._answer(row, policy.end, found.of(0, 0))
-                self._post_answers()
+        self._post_answers(alive=True)
         states = len(row.ids) if self._goes_beyond(row) else 0
         self._mail.tell_next(Message(Kind.PROMPT, [News(slot, states=states)], hidden))
 
@@ -161,6 +178,7 @@ class Stage(Engine):
             for _ in self._advance(i, rows) if rows else ():
                 pass
             self._post_answers()
+        self._post_answers(alive=True)
         for item in news:
             row = alive.get(item.slot)
             item.states = int(row is not None and self._goes_beyond(row))
@@ -188,9 +206,13 @@ class Stage(Engine):
         place, row.asks = len(row.ids), False
         self._answers.append(News(row.slot, chosen, place, layer, found.confidence, asks=True))
 
-    def _post_answers(self) -> None:
-        """Tell the first stage at once what was found."""
-        if self._answers and not self.passes.is_first:
+    def _post_answers(self, alive: bool = False) -> None:
+        """Tell the first stage at once what was found.
+
+        alive: if nothing, tell it that: it waits for a stage that says nothing no longer than
+        --timeout.
+        """
+        if (self._answers or alive) and not self.passes.is_first:
             self._mail.tell_first(Message(Kind.TOKENS, self._answers))
             self._answers = []
 

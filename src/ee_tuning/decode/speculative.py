@@ -77,25 +77,29 @@ class Chooser:
 class Generators:
     """Generators for the samples of a stream's rows.
 
-    The first row has torch's own, so that a single prompt is continued as by transformers. Each of
-    the others has one for itself: no row's samples depend on how fast another one is.
+    The first row that samples has torch's own, so that a single prompt is continued as by
+    transformers. Each of the others has one for itself: no row's samples depend on how fast another
+    one is.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.rows = device, 0
         on_gpu = device.type == "cuda"
-        state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-        copied = torch.Generator(device)
-        copied.set_state(state)
-        # Not numbers of torch's own, which the next stream would come across again.
-        self._seeds = torch.Generator().manual_seed(_seed(copied))
+        self._state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+        self._seeds = torch.Generator()
 
-    def next(self) -> torch.Generator | None:
-        """The next row's; None is torch's own."""
+    def give(self, chooser: Chooser) -> None:
+        """Give the next row's to its chooser, if it samples."""
+        if not chooser.sample:
+            return
         self.rows += 1
-        if self.rows == 1:
-            return None
-        return torch.Generator(self.device).manual_seed(_seed(self._seeds))
+        if self.rows == 2:
+            # One number of torch's own, and no more: the next stream will come across the others.
+            copied = torch.Generator(self.device)
+            copied.set_state(self._state)
+            self._seeds.manual_seed(_seed(copied))
+        if self.rows > 1:
+            chooser.generator = torch.Generator(self.device).manual_seed(_seed(self._seeds))
 
     def close(self) -> None:
         """Move torch's own on, if it has seeded others, which the next stream's shall not equal."""
