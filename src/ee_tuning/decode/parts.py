@@ -34,7 +34,8 @@ def load_part(
         UserError: as `from_pretrained`, on every process; or the backbone cannot be cut into so
             many stages, or split so often.
     """
-    if mesh.pp > 1 or mesh.tp > 1:
+    assert mesh.dp == 1, "processes that decode together have no data of their own"
+    if mesh.size > 1:
         load["stage"] = mesh.on_all(lambda: _own_stage(exits, model, mesh, stage_layers))
         load["whole"] = False
     if mesh.tp > 1:

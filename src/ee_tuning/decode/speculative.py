@@ -90,6 +90,7 @@ class Generators:
 
     def give(self, chooser: Chooser) -> None:
         """Give the next row's to its chooser, if it samples."""
+        chooser.generator, chooser.drawn = None, 0
         if not chooser.sample:
             return
         self.rows += 1
