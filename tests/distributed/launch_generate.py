@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_ports
 from rich.console import Console
 
 from ee_tuning import UserError
@@ -25,10 +27,23 @@ from ee_tuning.decode import load_part
 from ee_tuning.decode.generate import engine_for, prepare
 from ee_tuning.decode.pipeline import Stage
 from ee_tuning.decode.show import generate_and_show
+from ee_tuning.devices import pick_device
 from ee_tuning.parallel.mesh import Mesh
 
 IDS = torch.tensor([[0, 0, 5, 9, 11], [3, 4, 6, 8, 9], [0, 0, 0, 0, 7]])
 PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
+
+
+def start(cases: list[dict], folder: Path, seconds: int = 300) -> str:
+    """Run the cases on ports of their own; what the ranks leave is in `folder`."""
+    for case, port in zip(cases, free_ports(len(cases)), strict=True):
+        case["port"] = port
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, path]
+    done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def generate(model, calls):
@@ -39,7 +54,8 @@ def generate(model, calls):
         ids = IDS[1:2] if call.pop("alone", False) else IDS
         torch.manual_seed(3)
         out = model.generate(ids, attention_mask=(ids != 0).long(), **call)
-        found.append({key: out[key] for key in ("sequences", "exit_layers", "confidences")})
+        keys = ("sequences", "exit_layers", "confidences")
+        found.append({key: out[key].cpu() for key in keys})
     return found
 
 
@@ -110,9 +126,9 @@ def work(case, path):
             console = Console(file=file, quiet=os.environ["RANK"] != "0")
             generate_and_show(GenerateConfig(**case["settings"]), console)
         return None
-    mesh = Mesh(1, case["tp"], case["pp"])
-    with mesh.connected(torch.device("cpu"), 60.0, advice="Start it again"):
-        load = {"stage_layers": case.get("stage_layers", [])}
+    mesh, device = Mesh(1, case["tp"], case["pp"]), pick_device(case.get("device", "cpu"))
+    with mesh.connected(device, 60.0, advice="Start it again"):
+        load = {"stage_layers": case.get("stage_layers", []), "device": device}
         model = load_part(case["exits"], mesh=mesh, **load).eval()
         done = globals()[case["todo"]](model, case["calls"])
         return {"stage": list(model.stage), "found": done, "size": size(model)}

@@ -1,6 +1,5 @@
 """Decoding over several processes gives what one process gives."""
 
-import json
 import os
 import re
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import launch_generate
 import pytest
 import torch
-from conftest import free_ports
 from families import tiny
 from rich.console import Console
 
@@ -18,7 +16,6 @@ from ee_tuning.cli import main
 from ee_tuning.config import GenerateConfig
 from ee_tuning.decode.show import generate_and_show
 
-HERE = os.path.dirname(__file__)
 CALLS = [
     {"mode": "full"},
     {"mode": "fixed", "exit_layers": [2]},
@@ -103,14 +100,7 @@ def found(exits, tmp_path_factory):
         {"name": "size", **two, "size": 1, "todo": "show", "settings": show | {"pp": 2}},
         {"name": "die", **two, "todo": "die", "calls": [early]},
     ]
-    for case, port in zip(cases, free_ports(len(cases)), strict=True):
-        case["port"] = port
-    path = folder / "cases.json"
-    path.write_text(json.dumps(cases))
-    command = [sys.executable, f"{HERE}/launch_generate.py", path]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, timeout=300, capture_output=True, text=True)
-    print(done.stdout + done.stderr, flush=True)
+    print(launch_generate.start(cases, folder))
     return folder
 
 
