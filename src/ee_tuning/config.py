@@ -317,6 +317,12 @@ class GenerateConfig(SamplingConfig):
     top_p: float = option(1.0, "sample among the likeliest tokens up to this probability")
     stop_strings: list[str] = option([], "end the text at one of these strings")
     chat: bool = option(False, "wrap the prompt in the tokenizer's chat template")
+    tp: int = option(1, "tensor-parallel ranks; tp × pp processes are started by torchrun")
+    pp: int = option(
+        1, "pipeline stages: the next token begins where one leaves, deeper stages catch up"
+    )
+    stage_layers: list[int] = option([], "layers per stage; default: balanced by their sizes")
+    timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
 
 
 @dataclass

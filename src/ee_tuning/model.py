@@ -39,6 +39,7 @@ from ee_tuning.loading import (
 )
 from ee_tuning.losses import cross_entropy
 from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
+from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.split import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
 
@@ -97,6 +98,7 @@ class EarlyExitModel(nn.Module):
         self.takes_boundaries = False
         self._chains: dict[bool, list[Segment]] = {}
         self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
+        self.mesh = Mesh()  # of the processes that decode together
         self._shards: dict[int, FrozenShard] = {}  # by layer from 0, see `place`
 
     @classmethod
@@ -235,11 +237,19 @@ class EarlyExitModel(nn.Module):
         Raises:
             UserError: there is none.
         """
-        if str(layer) not in self.exits:
-            raise UserError(
-                f"there is no exit at layer {layer}: the exits are at {self.exit_layers}"
-            )
+        self.check_exit(layer)
         return self.exits[str(layer)]  # type: ignore[return-value]
+
+    def check_exit(self, layer: int) -> None:
+        """Refuse a layer without an exit, whatever stage it is in.
+
+        Raises:
+            UserError: there is none.
+        """
+        if layer not in self.all_exit_layers:
+            raise UserError(
+                f"there is no exit at layer {layer}: the exits are at {self.all_exit_layers}"
+            )
 
     def segments(
         self, exit_layers: Sequence[int] | None = None, last: int | None = None
@@ -490,14 +500,15 @@ def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
 
 
 def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
-    """What tuning these exits, or those of a stage (layers from 0), needs: its layers, the last
-    one if a `layer` exit is made from it, and the embedding and head where they are used."""
+    """What these exits, or those of a stage (layers from 0), need: its layers, the last one if a
+    `layer` exit is made from it, and the embedding and head where they are used."""
     num_layers = load_config(path).num_hidden_layers
     specs = config.specs(num_layers)
     layers = range(specs[-1].layer) if stage is None else stage
     own = [spec for spec in specs if spec.layer - 1 in layers]
     last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
-    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, bool(own))
+    head = bool(own) or layers.stop == num_layers
+    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)
 
 
 def saved_exits(saved: dict[str, Any]) -> ExitConfig:
