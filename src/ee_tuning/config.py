@@ -235,6 +235,9 @@ class TuneConfig(NewExitsConfig):
     dp: int = option(1, "data-parallel ranks; dp × tp × pp processes are started by torchrun")
     tp: int = option(1, "tensor-parallel ranks")
     pp: int = option(1, "pipeline stages")
+    sequence_parallel: bool = option(
+        False, "each tensor-parallel rank keeps a part of the sequence between split products"
+    )
     stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
     shard: bool = option(False, "each data-parallel rank keeps a part of the exits only")
     shard_backbone: bool = option(

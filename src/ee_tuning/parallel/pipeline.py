@@ -62,8 +62,13 @@ class Pipeline:
             yield item
 
     def _receive(self, model: EarlyExitModel, ids: Tensor) -> Tensor:
-        """The hidden states (B, T, H) of token ids (B, T) after the stage before."""
-        size = (*ids.shape, model.backbone.config.hidden_size)
+        """The hidden states (B, T, H) of token ids (B, T) after the stage before.
+
+        Or this process's part of them, which the same one there has.
+        """
+        batch, length = ids.shape
+        parts = model.sequence.size if model.sequence else 1
+        size = (batch, length // parts, model.backbone.config.hidden_size)
         hidden = torch.empty(size, dtype=model.backbone.dtype, device=ids.device)
         with self.timeline.record("waiting"):
             dist.recv(hidden, src=self.mesh.previous_stage)

@@ -7,6 +7,7 @@ heads over the vocabulary; `split` has the parts, this the losses over them and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from ee_tuning.exits import Exit
 from ee_tuning.losses import Softmax
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.sequence import SequencePart, gather_before, regions, run_on_part
 from ee_tuning.parallel.split import (
+    COLUMNS,
     STYLES,
     SUMMED,
+    ParallelLinear,
     SplitParameter,
     layer_plan,
     move,
@@ -88,11 +92,13 @@ def _normaliser(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
 # -- applying it -----------------------------------------------------------------------------------
 
 
-def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool) -> None:
+def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool, sequence: bool = False) -> None:
     """Split layers, exits and heads of `model`, in place; teacher: the backbone's head too.
 
+    sequence: between them, split the sequence.
+
     Raises:
-        UserError: see `check_splits` and `split_linear`.
+        UserError: see `check_splits`, `split_linear` and `regions`.
     """
     if mesh.tp == 1:
         return
@@ -106,6 +112,8 @@ def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool) -> None:
         _split_by_plan(layer, plan, tp)
     for exit in exits:
         _split_exit(exit, plan, tp, backbone.config.vocab_size)
+    if sequence:
+        _split_sequence(model, plan, SequencePart(tp))
 
 
 def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, vocabulary: int) -> None:
@@ -117,6 +125,42 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, vocabulary: in
         if hasattr(exit, name):
             split_linear(getattr(exit, name), "an exit's head", STYLES["colwise"], tp)
     exit.softmax = SplitSoftmax(tp, vocabulary if exit.tokens is None else len(exit.tokens))
+
+
+def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequencePart) -> None:
+    """Let layers and exits of `model`, which are split, work on parts of the sequence."""
+    model.sequence = part
+    for number in model.stage:
+        _gather_in(model.backbone.layers[number], plan, part)  # type: ignore[index]
+    for exit in (model.exit(layer) for layer in model.exit_layers):
+        exit.sequence = part
+        if exit.spec.arch == "mlp":
+            _gather_in(exit.mlp, plan, part)
+        if exit.segment is not None:
+            _gather_in(exit.block, plan, part)
+            run_on_part(exit.segment, part)
+        if exit.spec.arch != "embedding":
+            _sum_gradients(exit.norm)
+
+
+def _gather_in(module: nn.Module, plan: dict[str, str], part: SequencePart) -> None:
+    """Gather and scatter the sequence around the regions of a layer, or of an exit's part of it."""
+    names = regions(plan)
+    for name, child in module.named_children():
+        if name in names:
+            gather_before(child, part)
+        else:
+            _sum_gradients(child)
+    for linear in (m for m in module.modules() if isinstance(m, ParallelLinear)):
+        linear.parallel = replace(linear.parallel, sequence=True)
+        if linear.parallel.style[0] == COLUMNS and linear.bias is not None:
+            linear.bias.summed = True  # type: ignore[attr-defined]
+
+
+def _sum_gradients(module: nn.Module) -> None:
+    """Let the gradients of `module`, which sees other positions elsewhere, be summed over tp."""
+    for p in module.parameters():
+        p.summed = True  # type: ignore[attr-defined]
 
 
 def check_splits(config: Any, plan: dict[str, str], tp: int) -> None:
@@ -142,8 +186,7 @@ def _split_by_plan(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> N
         if name not in modules:
             continue
         if style == SUMMED:
-            for p in modules[name].parameters():
-                p.summed = True
+            _sum_gradients(modules[name])
         else:
             split_linear(modules[name], name, STYLES[style], tp)
 

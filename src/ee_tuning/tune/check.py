@@ -51,6 +51,7 @@ def _check_parallel(config: TuneConfig) -> None:
     """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
     tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
     frozen, alone = ("--shard-backbone", config.shard_backbone), ("--dp 1", config.dp == 1)
+    sequence = ("--sequence-parallel", config.sequence_parallel)
     fp8 = ("--backbone-precision fp8", config.backbone_precision == "fp8")
     eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
@@ -68,7 +69,13 @@ def _check_parallel(config: TuneConfig) -> None:
         (frozen, fp8, "matrices are gathered in the dtype of the checkpoint"),
         (alone, shard, "there is no other rank to share with"),
         (alone, frozen, "there is no other rank to share with"),
+        (("--tp 1", config.tp == 1), sequence, "there is no other rank to share with"),
     ]
+    if config.sequence_parallel and config.seq_length % config.tp:
+        raise UserError(
+            f"seq_length {config.seq_length} cannot be split by --sequence-parallel: tp, "
+            f"{config.tp}, must divide it"
+        )
     for (one, has_one), (other, has_other), reason in refused:
         if has_one and has_other:
             raise UserError(f"{other} cannot be had with {one}: {reason}; leave one of them out")

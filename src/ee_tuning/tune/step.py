@@ -93,7 +93,8 @@ def _losses(
     teacher = None
     if objective.needs_teacher:
         states = list(states)
-        teacher = _teacher(model, states[-1][1].hidden)
+        final = states[-1][1].hidden
+        teacher = _teacher(model, model.sequence.gather(final) if model.sequence else final)
     for layer, state in states:
         if layer in model.exit_layers:
             scale = scales[layer] if scales else None
@@ -285,6 +286,7 @@ def waves(
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
     kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
+    tokens //= model.sequence.size if model.sequence else 1
     states = tokens * kept * model.backbone.config.hidden_size * model.backbone.dtype.itemsize
     if states <= sum(sizes) - max(sizes):
         return [micro_batches]
