@@ -13,6 +13,7 @@ from ee_tuning.loading import Parts, load_backbone
 ODD = {"layers": "2,5", "arch": "mlp,layer", "head": "own"}
 VARIANTS = {
     "kl-tp": (2, {"tp": 2}, {"loss": "mixed", "kl_temperature": 2.0}),
+    "kl-tp-sequence": (2, {"tp": 2, "sequence_parallel": True}, {"loss": "mixed"}),
     "kl-dp": (2, {"dp": 2}, {"loss": "kl"}),
     "random": (4, {"tp": 2, "pp": 2}, {"init": "random"}),
     "no-exit": (4, {"pp": 4, "stage_layers": [1, 1, 1, 2]}, {"layers": "2,5", **ODD}),

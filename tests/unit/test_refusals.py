@@ -25,6 +25,8 @@ REFUSED = [
         {"dp": 2, "shard_backbone": True, "backbone_precision": "fp8"},
         ["--backbone-precision fp8", "--shard-backbone", "dtype of the checkpoint"],
     ),
+    ({"sequence_parallel": True}, ["--sequence-parallel", "--tp 1", "no other rank"]),
+    ({"sequence_parallel": True, "tp": 2, "seq_length": 33}, ["seq_length 33", "tp, 2"]),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]
