@@ -33,6 +33,9 @@ def runs(new_runs, backbones, data):
     for name, (size, layout, settings) in VARIANTS.items():
         runs.add(name, size, **layout, **settings)
         runs.add(f"{name}-one", **settings)
+    # Of 300 logits a token, 150 here: 5 positions of 2 rows at a time.
+    runs.add("chunks", 2, tp=2, logits=1500)
+    runs.add("chunks-one")
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
     runs.add("sends", 2, pp=2, count=True, trace=True)
@@ -100,7 +103,7 @@ def close(runs, one, many, tolerance):
             assert torch.equal(value, found[name])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "chunks"])
 def test_settings_and_shapes_of_pipelines(runs, name):
     close(runs, f"{name}-one", name, 1e-5)
 

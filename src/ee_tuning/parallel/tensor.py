@@ -18,7 +18,7 @@ from torch.distributed.tensor import Partial, Replicate
 
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
-from ee_tuning.losses import Softmax
+from ee_tuning.losses import IGNORED, Softmax
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, gather_before, regions, run_on_part
@@ -47,10 +47,15 @@ class SplitSoftmax(Softmax):
         """Of the tokens here: (…, V/tp) → (…, V/tp)."""
         return _LogSoftmax.apply(logits, self.group)
 
-    def places(self, labels: Tensor, ignored: int) -> Tensor:
-        """Labels as places among the logits here, `ignored` where they are elsewhere."""
-        here = (labels >= self.start) & (labels < self.start + self.size)
-        return torch.where(here, labels - self.start, ignored)
+    def share(self, vocabulary: int) -> int:
+        """How many of a vocabulary's logits are here."""
+        return vocabulary // self.mesh.size()
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """−log of the targets' probabilities: (N, V/tp), (N,) → (N,), 0 for those ignored."""
+        here = (targets >= self.start) & (targets < self.start + self.size)
+        places = torch.where(here, targets - self.start, IGNORED)
+        return _CrossEntropy.apply(logits, places, targets != IGNORED, self.group)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every process's `values`."""
@@ -59,6 +64,34 @@ class SplitSoftmax(Softmax):
     def confidence(self, logits: Tensor) -> Tensor:
         """Largest probability of the full softmax: (…, V/tp) → (…)."""
         return 1 / _normaliser(logits.float(), self.group)[1]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy over the parts of a group: three numbers per token are sent, none backward.
+
+    Keeps the logits and makes their gradient from them, in one tensor of that size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, places: Tensor, labelled: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
+        largest, total = _normaliser(logits, group)
+        here = places != IGNORED
+        index = places.where(here, 0).unsqueeze(-1)
+        chosen = logits.gather(-1, index).squeeze(-1).where(here, 0.0)
+        dist.all_reduce(chosen, group=group)
+        normaliser = largest + total.log()
+        ctx.save_for_backward(logits, normaliser, index, here, labelled)
+        return (normaliser - chosen).where(labelled, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, normaliser, index, here, labelled = ctx.saved_tensors
+        given = grads[0].where(labelled, 0.0).unsqueeze(-1)
+        gradient = (logits - normaliser.unsqueeze(-1)).exp_().mul_(given)
+        gradient.scatter_add_(-1, index, -given.where(here.unsqueeze(-1), 0.0))
+        return gradient, None, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):

@@ -121,7 +121,7 @@ def _exit_loss(
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
     known = model.backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
-    for tokens in _chunks(labels, known):
+    for tokens in _chunks(labels, exit.softmax.share(known)):
         chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
         target = teacher(tokens.start, tokens.stop) if teacher else None
         loss = loss_of(exit, chunk, labels[:, tokens], target, objective)
@@ -177,7 +177,7 @@ def _teacher(model: EarlyExitModel, final: Tensor) -> Callable[[int, int], Tenso
 
 
 def _chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
-    """The positions of labels (B, T) in runs whose logits are at most about `LOGITS` values.
+    """The positions of labels (B, T) in runs whose logits here are at most about `LOGITS` values.
 
     A run ends with the first position of the next: the losses of a run are those of all its
     positions but the last, which has nothing after it there.
