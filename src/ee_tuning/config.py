@@ -238,7 +238,10 @@ class TuneConfig(NewExitsConfig):
     sequence_parallel: bool = option(
         False, "each tensor-parallel rank keeps a part of the sequence between split products"
     )
-    stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
+    balance: Literal["counted", "measured"] = option(
+        "counted", "stages of equal FLOP, or of equal time as rank 0 measures it at start"
+    )
+    stage_layers: list[int] = option([], "layers per stage; default: as --balance says")
     shard: bool = option(False, "each data-parallel rank keeps a part of the exits only")
     shard_backbone: bool = option(
         False, "each data-parallel rank keeps a part of the frozen layers, gathered as they run"

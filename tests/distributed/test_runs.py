@@ -22,6 +22,7 @@ VARIANTS = {
     "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
     "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
         "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
+    "measured": (2, {"pp": 2, "balance": "measured"}, {}),
     "warm-up": (2, {"pp": 2}, {"loss_weights": [1.0, 0.5, 2.0, 1.0], "loss_weight_warmup": 4}),
 }  # fmt: skip
 

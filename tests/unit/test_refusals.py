@@ -27,6 +27,8 @@ REFUSED = [
     ),
     ({"sequence_parallel": True}, ["--sequence-parallel", "--tp 1", "no other rank"]),
     ({"sequence_parallel": True, "tp": 2, "seq_length": 33}, ["seq_length 33", "tp, 2"]),
+    ({"balance": "measured"}, ["balance measured needs --pp"]),
+    ({"balance": "measured", "pp": 2, "stage_layers": [2, 2]}, ["no --stage-layers"]),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]

@@ -81,10 +81,13 @@ class Pipeline:
         self._sent.append((work, hidden))
 
 
-def cut_stages(model: EarlyExitModel, config: TuneConfig) -> list[range]:
+def cut_stages(
+    model: EarlyExitModel, config: TuneConfig, costs: Sequence[float] | None = None
+) -> list[range]:
     """The layers of each stage, counted from 0, up to the deepest exit of `model`.
 
-    model: may be on the meta device: only its shapes are looked at.
+    model: may be on the meta device: only its shapes are looked at. costs: of each layer with the
+    exit after it; default: counted.
 
     Raises:
         UserError: more stages than layers, or a --stage-layers that does not fit.
@@ -94,7 +97,8 @@ def cut_stages(model: EarlyExitModel, config: TuneConfig) -> list[range]:
         raise UserError(
             f"pp is {config.pp}: there are only {deepest} layers up to the deepest exit"
         )
-    numbers = config.stage_layers or balance(layer_costs(model, config.seq_length), config.pp)
+    costs = costs or layer_costs(model, config.seq_length)
+    numbers = config.stage_layers or balance(costs, config.pp)
     if len(numbers) != config.pp or sum(numbers) != deepest or min(numbers) < 1:
         raise UserError(
             f"stage_layers {numbers} does not fit: give {config.pp} numbers of layers, each at "

@@ -42,6 +42,8 @@ def check(config: TuneConfig) -> None:
         )
     if config.stage_layers and config.pp == 1:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
+    if config.balance == "measured" and (config.pp == 1 or config.stage_layers):
+        raise UserError("balance measured needs --pp, and no --stage-layers: nothing to balance")
     for key in ("kl_weight", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")

@@ -126,7 +126,7 @@ def _exit_loss(
         target = teacher(tokens.start, tokens.stop) if teacher else None
         loss = loss_of(exit, chunk, labels[:, tokens], target, objective)
         total += loss.detach()
-        if scale is not None:
+        if scale is not None and loss.requires_grad:  # not of an exit without parameters
             _backward(scale * loss)
         if gradient is not None:
             assert chunk.grad is not None
