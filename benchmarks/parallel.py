@@ -43,6 +43,7 @@ from ee_tuning.parallel.pipeline import Pipeline, cut_stages
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import Event, idle_share
 from ee_tuning.tune.check import check
+from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizer import build_optimizers
 from ee_tuning.tune.prepare import prepare
@@ -57,7 +58,8 @@ def settings(layout: str, args: argparse.Namespace) -> TuneConfig:
     same = {f.name for f in dataclasses.fields(TuneConfig)} & vars(args).keys()
     given = {name: getattr(args, name) for name in same} | {"out": "", "data": ["random"]}
     flags = {"shard": "shard" in layout, "sequence_parallel": "sequence" in layout}
-    config = TuneConfig(**given | sizes | flags)
+    balance = "measured" if "measured" in layout else "counted"
+    config = TuneConfig(**given | sizes | flags, balance=balance)
     check(config)
     return config
 
@@ -149,7 +151,13 @@ def build_stage(
     stage = None
     if config.pp > 1:
         shapes = build(shape, exits, torch.device("meta"), dtype, False)
-        stage = cut_stages(shapes, config)[mesh.pp_rank]
+        costs = None
+        if config.balance == "measured":
+            costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
+        stages = cut_stages(shapes, config, costs)
+        stage = stages[mesh.pp_rank]
+        if mesh.is_main:
+            print("layers of the stages:", *map(len, stages))
     return build(shape, exits, device, dtype, False, stage)
 
 
@@ -230,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument(
-        "--layouts", default="one,dp2,tp2,pp2", help="also dp2-shard, tp2-sequence, …"
+        "--layouts", default="one,dp2,tp2,pp2", help="also dp2-shard, tp2-sequence, pp2-measured, …"
     )
     parser.add_argument("--layers", default="1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8")
     parser.add_argument("--head", default="own")

@@ -34,7 +34,7 @@ def check(config: TuneConfig) -> None:
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
         )
-    _check_parallel(config)
+    check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
             f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
@@ -49,8 +49,12 @@ def check(config: TuneConfig) -> None:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
 
 
-def _check_parallel(config: TuneConfig) -> None:
-    """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
+def check_parallel(config: TuneConfig) -> None:
+    """Refuse what cannot be had with matrices that are split, or exits that are sharded.
+
+    Raises:
+        UserError: names both.
+    """
     tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
     frozen, alone = ("--shard-backbone", config.shard_backbone), ("--dp 1", config.dp == 1)
     sequence = ("--sequence-parallel", config.sequence_parallel)
