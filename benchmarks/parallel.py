@@ -8,7 +8,8 @@ Random weights, the same in every layout, and the same random tokens at every st
 says: tokens per second, also against one process; the peak memory of every rank; losses and
 gradient norms of all steps, and how far they are from one process's. One more step, with a
 timeline, gives the share of time in which ranks are idle, and what the simulator says it must be
-with the parts of the step as measured. `--check` fails where losses or norms differ by more.
+with the parts of the step as measured; for its seconds, too. `--check` fails where losses or norms
+differ by more. A layout may have a global batch of its own, ``pp2-batch8``; it is not compared.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ee_tuning.parallel.pipeline import Pipeline, cut_stages
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import Event, idle_share
 from ee_tuning.tune.check import check
+from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizer import build_optimizers
 from ee_tuning.tune.prepare import prepare
@@ -49,11 +51,15 @@ from ee_tuning.tune.step import Batch, Objective, tuning_step, waves
 
 
 def settings(layout: str, args: argparse.Namespace) -> TuneConfig:
-    """What ``dp2-tp2-shard`` and the like mean, with the sizes of `args`."""
+    """What ``dp2-tp2-sequence``, ``dp2-shard`` and the like mean, with the sizes of `args`."""
     sizes = {axis: int(n) for axis, n in re.findall(r"(dp|tp|pp)(\d+)", layout)}
+    batch = re.search(r"batch(\d+)", layout)
+    sizes |= {"global_batch_size": int(batch[1])} if batch else {}
     same = {f.name for f in dataclasses.fields(TuneConfig)} & vars(args).keys()
     given = {name: getattr(args, name) for name in same} | {"out": "", "data": ["random"]}
-    config = TuneConfig(**given | sizes, shard="shard" in layout)
+    flags = {"shard": "shard" in layout, "sequence_parallel": "sequence" in layout}
+    balance = "measured" if "measured" in layout else "counted"
+    config = TuneConfig(**given | sizes | flags, balance=balance)
     check(config)
     return config
 
@@ -112,7 +118,7 @@ class Layout:
         return [b - a for a, b in pairwise(times[:-1])], values
 
     def idle(self) -> dict[str, float]:
-        """The idle share of one step by itself, and the simulator's with the same parts."""
+        """The idle share of one step by itself, and its seconds; the simulator's of its parts."""
         self.mesh.barrier()
         self.pipeline.timeline.on = True
         self.step().read()
@@ -124,8 +130,12 @@ class Layout:
         if self.mesh.pp == 1:  # the layers run inside the exit work, which asks for them
             parts[1] = [work - run for run, work in zip(*parts, strict=True)]
         together = len(waves(self.model, self.batches, Objective())) == 1
-        ideal = simulate(*parts, each, steps=1, together=together).idle
-        return {"measured": round(idle_share(events), 4), "ideal": round(ideal, 4)}
+        ideal = simulate(*parts, each, steps=1, together=together)
+        took = max(stop for own in events for *_, stop in own)
+        took -= min(start for own in events for _, start, _ in own)
+        found = {"measured": idle_share(events), "ideal": ideal.idle}
+        found |= {"seconds": took, "simulated_seconds": ideal.seconds}
+        return {name: round(value, 4) for name, value in found.items()}
 
 
 def total(events: list[Event], what: str) -> float:
@@ -141,7 +151,13 @@ def build_stage(
     stage = None
     if config.pp > 1:
         shapes = build(shape, exits, torch.device("meta"), dtype, False)
-        stage = cut_stages(shapes, config)[mesh.pp_rank]
+        costs = None
+        if config.balance == "measured":
+            costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
+        stages = cut_stages(shapes, config, costs)
+        stage = stages[mesh.pp_rank]
+        if mesh.is_main:
+            print("layers of the stages:", *map(len, stages))
     return build(shape, exits, device, dtype, False, stage)
 
 
@@ -197,7 +213,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         except (ProcessFailed, torch.OutOfMemoryError) as error:
             found = {"error": str(error)}
         one = found if name == "one" else result["layouts"].get("one", {"error": ""})
-        if "error" not in found and "error" not in one:
+        if "error" not in found and "error" not in one and "batch" not in name:
             compare(found, one, mesh.size)
         result["layouts"][name] = found
         if rank == 0:
@@ -221,7 +237,9 @@ def main() -> None:
     """Run, and with --check judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
-    parser.add_argument("--layouts", default="one,dp2,tp2,pp2", help="also dp2-tp2, dp2-shard, …")
+    parser.add_argument(
+        "--layouts", default="one,dp2,tp2,pp2", help="also dp2-shard, tp2-sequence, pp2-measured, …"
+    )
     parser.add_argument("--layers", default="1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8")
     parser.add_argument("--head", default="own")
     parser.add_argument("--precision", default="auto")
@@ -239,6 +257,8 @@ def main() -> None:
     if args.check is None or int(os.environ.get("RANK", 0)):
         return
     for name, found in layouts.items():
+        if "batch" in name:
+            continue
         differ = [found.get(f"{values}_differ_by", math.inf) for values in ("losses", "norms")]
         if max(differ) > args.check:
             raise SystemExit(f"{name} is not within {args.check} of one process: {differ}")

@@ -11,53 +11,45 @@ import json
 import sys
 from pathlib import Path
 
-from ee_tuning.parallel.pipeline import balance
+import torch
+from shapes import SHAPES
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.config import TuneConfig
+from ee_tuning.layouts import Parts, rows, search
 from ee_tuning.parallel.simulate import simulate
+from ee_tuning.plan import GPUS
 
+# One exit after 20 of the layers, measured in steps of 4 micro-batches.
 MEASURED = json.loads((Path(__file__).parent / "results/70b-quarter.json").read_text())
-PARTS = MEASURED["seconds_per_step"]
-TOKENS, MICRO = 2048 * 4, 4  # of a micro-batch; micro-batches of the measured step
-LAYER = PARTS["backbone"] / 20 / MICRO
-EXIT = (PARTS["exits below their heads"] + PARTS["heads and losses (the rest)"]) / MICRO
-STEP = PARTS["clip and optimizer (and a fill of the gradients)"]
-HIDDEN, LAYERS, EVERY = 8192, 80, 10
-LAYER_WEIGHTS = 2 * HIDDEN**2 + 2 * HIDDEN * 1024 + 3 * HIDDEN * 28672
-EXIT_WEIGHTS = 32000 * HIDDEN + 3 * HIDDEN * 28672
-INSIDE, OUTSIDE = 300e9, 40e9  # bytes per second of a GPU within a node and between nodes: assumed
-MEMORY = 141e9 * 0.9
+SECONDS = MEASURED["seconds_per_step"]
+PARTS = Parts(
+    SECONDS["backbone"] / 20 / 4,
+    (SECONDS["exits below their heads"] + SECONDS["heads and losses (the rest)"]) / 4,
+    SECONDS["clip and optimizer (and a fill of the gradients)"],
+)
+RUNS = ((8, 64), (64, 64), (512, 512))  # GPUs, micro-batches of a step
 
 
-def layout(gpus: int, tp: int, pp: int, batch: int) -> dict[str, float] | None:
-    """Throughput of a layout; None if it does not fit. batch: micro-batches of all ranks."""
-    dp = gpus // (tp * pp)
-    if dp * tp * pp != gpus or batch % dp:
-        return None
-    state = TOKENS * HIDDEN * 2  # bytes of a hidden state
-    reduce = 2 * (tp - 1) / tp * state / INSIDE
-    layer, exit = LAYER / tp + 2 * reduce, EXIT / tp + 4 * reduce
-    numbers = balance([layer + exit * ((k + 1) % EVERY == 0) for k in range(LAYERS)], pp)
-    stops = [sum(numbers[: s + 1]) for s in range(pp)]
-    exits = [stop // EVERY - (stop - n) // EVERY for n, stop in zip(numbers, stops, strict=True)]
-    most = max(zip(exits, numbers, strict=True), key=lambda s: s[0] * 12 * EXIT_WEIGHTS + s[1])
-    memory = (most[0] * 12 + 6) * EXIT_WEIGHTS / tp + most[1] * 2 * LAYER_WEIGHTS / tp
-    if memory > MEMORY:
-        return None
-    each = batch // dp
-    work = [n * exit + n * STEP / tp / each for n in exits]
-    found = simulate([n * layer for n in numbers], work, each, state / OUTSIDE if pp > 1 else 0)
-    gradients = 4 * EXIT_WEIGHTS / tp * 2 * (dp - 1) / dp / (INSIDE if gpus <= 8 else OUTSIDE)
-    seconds = found.seconds + gradients  # of the last exit; those before are hidden
-    return {
-        "dp": dp, "tp": tp, "pp": pp, "tokens/s": batch * TOKENS / seconds,
-        "idle": 1 - (1 - found.idle) * found.seconds / seconds, "GB per rank": memory / 1e9,
-    }  # fmt: skip
+def shapes() -> EarlyExitModel:
+    """Llama-2-70B with an `mlp` exit every 10 layers, without weights."""
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["llama2-70b"]))
+        return EarlyExitModel(backbone, ExitConfig("every:10", "mlp"))
 
 
-def search(gpus: int, batch: int) -> list[dict[str, float]]:
-    """The layouts that fit, the fastest first."""
-    sizes = [(tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8, 16, 32)]
-    found = [layout(gpus, tp, pp, batch) for tp, pp in sizes]
-    return sorted((f for f in found if f), key=lambda f: -f["tokens/s"])
+def table(best: int) -> str:
+    """The `best` layouts of each of `RUNS`, as Markdown."""
+    model = shapes()
+    lines = ["| GPUs | micro-batches a step | dp × tp × pp | tokens/s | idle | GiB |"]
+    lines.append("|---" * 6 + "|")
+    for gpus, batch in RUNS:
+        config = TuneConfig(seq_length=2048, micro_batch_size=4, global_batch_size=4 * batch)
+        found = search(model, config, PARTS, gpus, GPUS["h200"].memory)
+        for cells in rows(found[:best]):
+            lines.append(f"| {' | '.join([str(gpus), str(batch), *cells])} |")
+    return "\n".join(lines)
 
 
 def compare(path: str, number: int) -> None:
@@ -77,6 +69,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         compare(sys.argv[1], int(sys.argv[2]))
         raise SystemExit
-    for gpus, batch in ((8, 64), (64, 64), (512, 512)):
-        for found in search(gpus, batch)[:3]:
-            print(gpus, " ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    print(table(best=4))

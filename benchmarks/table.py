@@ -89,7 +89,8 @@ def savings() -> str:
 def decoding() -> str:
     """Speed of every way to decode, and transformers' in the same run."""
     lines = [
-        "| shape | way | tokens/s (min–max) | ms per token of a row | of the copy bandwidth | first token |",
+        "| shape | way | tokens/s (min–max) | ms per token of a row | of the copy bandwidth | "
+        "first token |",
         "|---" * 6 + "|",
     ]
     machines = set()

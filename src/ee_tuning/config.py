@@ -235,7 +235,13 @@ class TuneConfig(NewExitsConfig):
     dp: int = option(1, "data-parallel ranks; dp × tp × pp processes are started by torchrun")
     tp: int = option(1, "tensor-parallel ranks")
     pp: int = option(1, "pipeline stages")
-    stage_layers: list[int] = option([], "layers per stage; default: balanced by counted cost")
+    sequence_parallel: bool = option(
+        False, "each tensor-parallel rank keeps a part of the sequence between split products"
+    )
+    balance: Literal["counted", "measured"] = option(
+        "counted", "stages of equal FLOP, or of equal time as rank 0 measures it at start"
+    )
+    stage_layers: list[int] = option([], "layers per stage; default: as --balance says")
     shard: bool = option(False, "each data-parallel rank keeps a part of the exits only")
     shard_backbone: bool = option(
         False, "each data-parallel rank keeps a part of the frozen layers, gathered as they run"

@@ -59,6 +59,7 @@ class Exit(nn.Module):
         super().__init__()
         self.spec = spec
         self.softmax: Softmax = SOFTMAX  # over its logits, which may be parts of the vocabulary's
+        self.sequence: Any = None  # see `ee_tuning.parallel.sequence.SequencePart`
         if spec.head == "own":
             self.head = _trainable(backbone.head)
         if spec.arch != "embedding":
@@ -95,7 +96,8 @@ class Exit(nn.Module):
         if self.spec.arch == "layer":
             assert self.segment is not None
             hidden = self.segment(hidden, state.position_ids, cache, state.boundaries).hidden
-        return hidden if self.spec.arch == "embedding" else self.norm(hidden)
+        hidden = hidden if self.spec.arch == "embedding" else self.norm(hidden)
+        return hidden if self.sequence is None else self.sequence.gather(hidden)
 
     def reduce_vocabulary(self, backbone: Backbone, tokens: Tensor) -> None:
         """Keep only the rows `tokens` (N,) of the head; the backbone's own stays as it is."""

@@ -39,9 +39,14 @@ class Softmax:
         """(…, V) → (…, V)."""
         return F.log_softmax(logits, dim=-1)
 
-    def places(self, labels: Tensor, ignored: int) -> Tensor:
-        """Labels as places among the logits here, `ignored` where they are elsewhere."""
-        return labels
+    def share(self, vocabulary: int) -> int:
+        """How many of a vocabulary's logits are here."""
+        return vocabulary
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """−log of the targets' probabilities: (N, V), (N,) → (N,), 0 where one is `IGNORED`."""
+        found = self.log_probabilities(logits)
+        return F.nll_loss(found, targets, ignore_index=IGNORED, reduction="none")
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all parts of the vocabulary of their `values`."""
@@ -65,9 +70,7 @@ def cross_entropy(
     """
     # The last position has no target, instead of its logits being cut off: they stay in one piece.
     logits, targets = logits.float().flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    places = softmax.places(targets.flatten(), IGNORED)
-    found = softmax.log_probabilities(logits)
-    losses = softmax.sum(F.nll_loss(found, places, ignore_index=IGNORED, reduction="none"))
+    losses = softmax.cross_entropy(logits, targets.flatten())
     if dynamic:
         losses = losses * softmax.confidence(logits.detach())
     return LossSum(losses.sum(), count_labels(labels))

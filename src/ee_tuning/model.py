@@ -40,6 +40,7 @@ from ee_tuning.loading import (
 from ee_tuning.losses import cross_entropy
 from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.sequence import SequencePart, run_on_part
 from ee_tuning.parallel.split import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
 
@@ -96,6 +97,7 @@ class EarlyExitModel(nn.Module):
         # How `states` runs, see `ee_tuning.tune.prepare`.
         self.compiled = False
         self.takes_boundaries = False
+        self.sequence: SequencePart | None = None  # this process's, of hidden states
         self._chains: dict[bool, list[Segment]] = {}
         self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
         self.mesh = Mesh()  # of the processes that decode together
@@ -277,7 +279,8 @@ class EarlyExitModel(nn.Module):
     ) -> Iterator[tuple[int, State]]:
         """Run the frozen backbone segment by segment, giving (layer, state) at each stop.
 
-        inputs: token ids (B, T) int64, or for a later stage hidden states (B, T, H).
+        inputs: token ids (B, T) int64, or for a later stage hidden states (B, T, H), of which
+        there is a part only, as of those that are given, where the model's `sequence` is split.
         position_ids: (B, T) int64; positions that start again mark packed documents.
         boundaries: the same for `ee_tuning.varlen`, where the model `takes_boundaries`.
         Stops at the end of this stage, which by default is the deepest exit, or with `to_end`
@@ -302,6 +305,9 @@ class EarlyExitModel(nn.Module):
             for segment in self._chains[to_end] if self._shards else ():
                 shards = [self._shards[k] for k in range(segment.start, segment.stop)]
                 gather_while_running(segment.layers, shards)
+            if self.sequence:
+                for segment in self._chains[to_end]:
+                    run_on_part(segment, self.sequence)
         return self._chains[to_end]
 
     def forward(

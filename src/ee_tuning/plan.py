@@ -22,6 +22,8 @@ from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
 from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
+from ee_tuning.parallel.split import layer_plan
+from ee_tuning.parallel.tensor import check_splits
 
 GIB = 2**30
 
@@ -68,13 +70,17 @@ def plan(config: PlanConfig) -> None:
     """
     if config.gpu not in GPUS:
         raise UserError(f"gpu {config.gpu!r} is unknown: use one of {', '.join(GPUS)}")
-    if config.tp > 1 or config.shard or config.shard_backbone:
-        raise UserError("plan knows neither --tp nor --shard nor --shard-backbone: leave them out")
-    if config.gpus % config.pp:
-        raise UserError(f"{config.gpus} GPUs cannot be divided into {config.pp} pipeline stages")
+    if config.shard or config.shard_backbone:
+        raise UserError("plan knows neither --shard nor --shard-backbone: leave them out")
+    if config.gpus % (config.pp * config.tp):
+        parts_of = f"{config.pp} pipeline stages of {config.tp} tensor-parallel ranks"
+        raise UserError(f"{config.gpus} GPUs cannot be divided into {parts_of}")
     gpu, console = GPUS[config.gpu], Console()
-    config = dataclasses.replace(config, dp=config.gpus // config.pp)
+    config = dataclasses.replace(config, dp=config.gpus // (config.pp * config.tp))
     model = shapes_of(config)
+    if config.tp > 1:
+        backbone = model.backbone
+        check_splits(backbone.config, layer_plan(backbone.config, backbone.anatomy), config.tp)
     parts = largest_stage(model, config)
     table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
     table.add_column("part")
@@ -86,7 +92,8 @@ def plan(config: PlanConfig) -> None:
     console.print(table)
     if config.backbone_precision == "fp8" and not gpu.fp8:
         console.print(f"{config.gpu} has no fp8 units: fp8 saves memory there, not time")
-    seconds = sum(step_seconds(model, config, gpu).values()) / config.gpus
+    taken = step_seconds(model, config, gpu)
+    seconds = sum(taken.values()) / config.gpus
     rate = config.global_batch_size * config.seq_length / seconds
     console.print(
         f"about {rate:,.0f} tokens/s on {config.gpus} GPU(s), communication and idle time left "
@@ -101,6 +108,30 @@ def plan(config: PlanConfig) -> None:
             + advice(model, config, gpu.memory),
             soft_wrap=True,
         )
+    if config.gpus > 1:
+        _show_layouts(model, config, taken, console)
+
+
+def _show_layouts(
+    model: EarlyExitModel, config: PlanConfig, taken: dict[str, float], console: Console
+) -> None:
+    """The fastest layouts that fit, by search. taken: see `step_seconds`."""
+    from ee_tuning.layouts import Parts, rows, search  # it uses what is here
+
+    micro_batches = config.global_batch_size / config.micro_batch_size
+    exits = len(model.exit_layers)
+    parts = Parts(
+        taken["backbone"] / model.exit_layers[-1] / micro_batches,
+        (taken["exits"] + taken["heads"]) / exits / micro_batches,
+        taken["optimizer"] / exits,
+    )
+    found = search(model, config, parts, config.gpus, GPUS[config.gpu].memory)
+    table = Table(title=f"best layouts of {config.gpus} GPUs, communication simulated")
+    for name in ("dp × tp × pp", "tokens/s", "idle", "GiB"):
+        table.add_column(name, justify="right")
+    for cells in rows(found[:5]):
+        table.add_row(*cells)
+    console.print(table if found else "no layout without sharding fits")
 
 
 def shapes_of(config: TuneConfig) -> EarlyExitModel:
@@ -127,39 +158,65 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
     """Bytes by part on the GPU that tunes the exits of `stage` (layers from 0), in bf16.
 
     model: may be on the meta device. fp8 weights take a byte. Gradients are those of one exit, or
-    of all where the hidden states of a whole batch would take more; see `tune.step`.
+    of all where the hidden states of a whole batch would take more; see `tune.step`. With --tp, of
+    one rank's part of all that it splits.
     """
+    tp = config.tp
+    positions = tp if config.sequence_parallel else 1  # by which hidden states are divided
     backbone = model.backbone
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
     small = 1 if config.backbone_precision == "fp8" else 2
     layers = list(backbone.layers)[stage.start : stage.stop]  # type: ignore[call-overload]
     vocabulary = _values(backbone.head)
     shared = any(exit.spec.head == "shared" for exit in exits)
-    frozen = small * sum(map(_values, layers)) + 2 * vocabulary
-    if stage.start == 0 and not backbone.config.tie_word_embeddings:
+    frozen = (small * sum(map(_values, layers)) + 2 * vocabulary) / tp
+    if stage.start == 0 and (tp > 1 or not backbone.config.tie_word_embeddings):
         frozen += 2 * _values(backbone.model.get_input_embeddings())
     if shared and config.exit_vocab:
-        frozen += 2 * vocabulary * _known(model, config) / backbone.config.vocab_size
-    sizes = [sum(_tuned(model, config, exit)) for exit in exits] or [0.0]
-    weight = 2 if config.master_weights == "bf16" else 4
+        frozen += 2 * vocabulary * _known(model, config) / backbone.config.vocab_size / tp
+    sizes = [sum(_tuned(model, config, exit)) / tp for exit in exits] or [0.0]
+    weight = _weight(config)
     state = 2.1 if config.optimizer == "adamw-8bit" else 8
     hidden = backbone.config.hidden_size
     tokens = config.micro_batch_size * config.seq_length
-    batch = config.global_batch_size * config.seq_length / config.dp
-    states = 3 * batch * hidden * 2
-    side_by_side = states <= weight * (sum(sizes) - max(sizes))
+    states = _hidden_states(model, config)
+    side_by_side = runs_side_by_side(model, config, stage)
     gradients = weight * (max(sizes) if side_by_side else sum(sizes))
     widest = max(p.shape[0] for layer in layers for p in layer.parameters() if p.dim() >= 2)
-    logits = min(LOGITS, tokens * _known(model, config))
+    logits = min(LOGITS, tokens * _known(model, config) / tp)
     return {
         "backbone": frozen,
         "exits' weights": weight * sum(sizes),
         "optimizer state": state * sum(sizes),
         "gradients": gradients + (2 * max(sizes) if weight == 4 else 0),
-        "hidden states": states if side_by_side else 3 * tokens * hidden * 2,
-        "activations": 2 * tokens * (5 * widest + 8 * hidden),
+        "hidden states": states if side_by_side else 3 * tokens * hidden * 2 / positions,
+        "activations": 2 * tokens * (5 * widest / tp + 8 * hidden / positions),
         "logits": 4 * logits,
     }
+
+
+def runs_side_by_side(model: EarlyExitModel, config: TuneConfig, stage: range) -> bool:
+    """Whether all micro-batches go down the layers of `stage` together: see `tune.step.waves`."""
+    exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
+    sizes = [sum(_tuned(model, config, exit)) / config.tp for exit in exits] or [0.0]
+    return _hidden_states(model, config) <= _weight(config) * (sum(sizes) - max(sizes))
+
+
+def tuned_values(model: EarlyExitModel, config: TuneConfig, layer: int) -> float:
+    """How many values of the exit after `layer` are tuned."""
+    return sum(_tuned(model, config, model.exit(layer)))
+
+
+def _hidden_states(model: EarlyExitModel, config: TuneConfig) -> float:
+    """Bytes of what one exit needs of all micro-batches of a data-parallel rank."""
+    tokens = config.global_batch_size * config.seq_length / config.dp
+    positions = config.tp if config.sequence_parallel else 1
+    return 3 * tokens * model.backbone.config.hidden_size * 2 / positions
+
+
+def _weight(config: TuneConfig) -> int:
+    """Bytes of a tuned value."""
+    return 2 if config.master_weights == "bf16" else 4
 
 
 def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[str, float]:

@@ -48,10 +48,10 @@ class Runs:
     def __init__(self, root: Path, common: dict):
         self.root, self.common, self.cases = root, common, []
 
-    def add(self, name, size=1, only_rank=None, count=False, folders=(), **settings):
+    def add(self, name, size=1, only_rank=None, count=False, folders=(), logits=2**28, **settings):
         case = {
             "size": size, "error": str(self.root / f"{name}.error-"), "only_rank": only_rank or {},
-            "folders": folders,
+            "folders": folders, "logits": logits,
             "settings": self.common | {"out": str(self.root / name)} | settings,
         }  # fmt: skip
         self.cases.append(case | ({"count": str(self.root / f"{name}.traffic-")} if count else {}))

@@ -2,7 +2,8 @@
 
 A case is {"size", "port", "settings", "error"}: the first `size` ranks call `tune` with
 `settings`; what goes wrong on a rank is written to the file `error` + its number. A case
-may `count` its traffic: see `traffic`; its ranks may each work in one of its `folders`.
+may `count` its traffic: see `traffic`; its ranks may each work in one of its `folders`, and have
+so many `logits` at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.tune import loop as tuning
+from ee_tuning.tune import step
 
 
 def traffic(path: str) -> None:
@@ -62,6 +64,7 @@ def run(rank: int, cases: list[dict]) -> None:
             traffic(f"{case['count']}{rank}")
         settings = dict(case["settings"])
         settings |= case.get("only_rank", {}).get(str(rank), {})
+        step.LOGITS = case["logits"]
         if case["folders"]:
             os.chdir(case["folders"][rank])
         try:

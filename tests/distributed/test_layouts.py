@@ -18,6 +18,8 @@ LAYOUTS = {
     "dp2-pp2-shard": {"dp": 2, "pp": 2, "shard": True},
     "dp2-frozen": {"dp": 2, "shard": True, "shard_backbone": True},
     "dp2-tp2-frozen": {"dp": 2, "tp": 2, "shard_backbone": True},
+    "tp2-sequence": {"tp": 2, "sequence_parallel": True},
+    "tp2-pp2-sequence": {"tp": 2, "pp": 2, "sequence_parallel": True},
 }  # fmt: skip
 FAMILIES = ["llama", "tied", "biased"]
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 from families import tiny
 
+from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.loading import Parts, load_backbone
+from ee_tuning.losses import count_labels
 
 ODD = {"layers": "2,5", "arch": "mlp,layer", "head": "own"}
 VARIANTS = {
     "kl-tp": (2, {"tp": 2}, {"loss": "mixed", "kl_temperature": 2.0}),
+    "kl-tp-sequence": (2, {"tp": 2, "sequence_parallel": True}, {"loss": "mixed"}),
     "kl-dp": (2, {"dp": 2}, {"loss": "kl"}),
     "random": (4, {"tp": 2, "pp": 2}, {"init": "random"}),
     "no-exit": (4, {"pp": 4, "stage_layers": [1, 1, 1, 2]}, {"layers": "2,5", **ODD}),
@@ -21,6 +24,7 @@ VARIANTS = {
     "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
     "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
         "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
+    "measured": (2, {"pp": 2, "balance": "measured"}, {}),
     "warm-up": (2, {"pp": 2}, {"loss_weights": [1.0, 0.5, 2.0, 1.0], "loss_weight_warmup": 4}),
 }  # fmt: skip
 
@@ -32,9 +36,18 @@ def runs(new_runs, backbones, data):
     for name, (size, layout, settings) in VARIANTS.items():
         runs.add(name, size, **layout, **settings)
         runs.add(f"{name}-one", **settings)
+    completions = runs.root / "completions.jsonl"
+    records = [{"prompt": "def " * (n % 9), "completion": "x" * (n % 5)} for n in range(1, 400)]
+    completions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    runs.add("unequal", 4, dp=4, data=[str(completions)])
+    runs.add("unequal-one", data=[str(completions)])
+    # Of 300 logits a token, 150 here: 5 positions of 2 rows at a time.
+    runs.add("chunks", 2, tp=2, logits=1500)
+    runs.add("chunks-one")
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
     runs.add("sends", 2, pp=2, count=True, trace=True)
+    runs.add("sends-sequence", 4, tp=2, pp=2, sequence_parallel=True, count=True)
     runs.add("sums", 2, dp=2, count=True)
     runs.add("whole", 1, steps=4)
     bad = {
@@ -45,6 +58,7 @@ def runs(new_runs, backbones, data):
         "shard-tp": (2, {"tp": 2, "shard": True}),
         "shard-8": (2, {"dp": 2, "shard": True, "optimizer": "adamw-8bit"}),
         "few": (2, {"dp": 2, "global_batch_size": 1}),
+        "no-gpu": (2, {"dp": 2, "device": "cuda:97"}),
         "no-plan": (2, {"tp": 2, "model": str(backbones / "gpt2")}),
     }  # fmt: skip
     for name, (size, settings) in bad.items():
@@ -99,7 +113,7 @@ def close(runs, one, many, tolerance):
             assert torch.equal(value, found[name])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "chunks", "unequal"])
 def test_settings_and_shapes_of_pipelines(runs, name):
     close(runs, f"{name}-one", name, 1e-5)
 
@@ -138,6 +152,25 @@ def test_stages_send_activations_forward_and_nothing_back(runs):
     assert second["received"] == [[nbytes, 0] for nbytes in tuned]
 
 
+def test_with_sequence_parallelism_a_rank_sends_its_positions_alone(runs):
+    whole = runs.traffic("sends", 0)["sent"]
+    for rank in (0, 1):
+        sent = runs.traffic("sends-sequence", rank)["sent"]
+        assert sent == [[nbytes // 2, rank + 2] for nbytes, _ in whole]
+
+
+def test_ranks_have_unequal_numbers_of_tokens(runs, tokenizer):
+    """What the run of that name is about: in every step some rank has more labels than another."""
+    packed = load_packed([str(runs.root / "completions.jsonl")], tokenizer, 32, 0)
+    packed, _ = split_validation(packed, 0.1, 0)
+    order = SampleOrder(len(packed), 5, 0)
+    for step in range(3):
+        counts = [0] * 4
+        for place, batch in enumerate(micro_batches(packed, order.indices(step), 1)):
+            counts[place % 4] += int(count_labels(batch["labels"]))
+        assert len(set(counts)) > 1
+
+
 def test_the_timeline_of_a_step(runs):
     """Each stage's forward of a micro-batch begins after the one before ended; a chart is drawn."""
     events = json.loads((runs.root / "sends/trace.json").read_text())
@@ -170,6 +203,7 @@ def test_data_parallel_ranks_exchange_gradients_of_exits(runs):
         ("heads", "tp is 4: it must divide the backbone's num_key_value_heads, 2"),
         ("kl-pp", "loss kl cannot be had with pp 2"),
         ("fp8-tp", "--exit-precision fp8 cannot be had with --tp"),
+        ("no-gpu", "device 'cuda:97' cannot be used: "),
         ("few", "global_batch_size 1 is less than dp 2"),
         ("no-plan", "tensor-parallel plan for gpt2 does not exist"),
         ("other-settings", "rank 1 has other settings than rank 0"),

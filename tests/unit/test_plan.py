@@ -73,7 +73,9 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
     [
         ("--gpu abacus", "gpu 'abacus' is unknown: use one of b200"),
         ("--gpus 3 --pp 2", "3 GPUs cannot be divided into 2 pipeline stages"),
-        ("--gpus 2 --tp 2", "plan knows neither --tp nor --shard"),
+        ("--gpus 6 --tp 4", "6 GPUs cannot be divided into 1 pipeline stages of 4"),
+        ("--gpus 3 --tp 3", "tp is 3: it must divide the backbone's vocab_size"),
+        ("--gpus 2 --shard", "plan knows neither --shard nor --shard-backbone"),
     ],
 )
 def test_plan_refuses(flags, message, large, capsys):

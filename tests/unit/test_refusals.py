@@ -1,9 +1,11 @@
 """Settings that cannot be had together are refused in one line that says why."""
 
 import pytest
+from families import tiny
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.tune.check import check
 
 REFUSED = [
@@ -25,6 +27,10 @@ REFUSED = [
         {"dp": 2, "shard_backbone": True, "backbone_precision": "fp8"},
         ["--backbone-precision fp8", "--shard-backbone", "dtype of the checkpoint"],
     ),
+    ({"sequence_parallel": True}, ["--sequence-parallel", "--tp 1", "no other rank"]),
+    ({"sequence_parallel": True, "tp": 2, "seq_length": 33}, ["seq_length 33", "tp, 2"]),
+    ({"balance": "measured"}, ["balance measured needs --pp"]),
+    ({"balance": "measured", "pp": 2, "stage_layers": [2, 2]}, ["no --stage-layers"]),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]
@@ -39,3 +45,19 @@ def test_what_cannot_be_combined(settings, parts):
     assert "\n" not in str(refusal.value)
     for part in parts:
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("tp", "message"),
+    [
+        (5, "tp is 5: it must divide the backbone's vocab_size, 96"),
+        (3, "num_attention_heads, 4"),
+        (4, "num_key_value_heads, 2"),
+    ],
+)
+def test_a_tensor_parallel_size_that_does_not_divide(tp, message):
+    config = tiny("llama").config
+    plan = {"self_attn.q_proj": "colwise"}
+    check_splits(config, plan, 2)
+    with pytest.raises(UserError, match=message):
+        check_splits(config, plan, tp)

@@ -3,9 +3,14 @@
 from itertools import combinations, pairwise
 
 import pytest
+import torch
+from families import tiny
 
-from ee_tuning.parallel.pipeline import balance
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.config import TuneConfig
+from ee_tuning.parallel.pipeline import balance, cut_stages
 from ee_tuning.parallel.simulate import simulate
+from ee_tuning.tune import measure
 
 COSTS = [3.0, 1.0, 1.0, 9.0, 1.0, 2.0, 2.0, 5.0]
 
@@ -46,3 +51,50 @@ def test_the_dearest_stage_sets_the_pace():
     found = simulate([1.0, 1.0], [0.0, 2.0], 4)
     assert found.seconds == pytest.approx(4 * 3.0)
     assert found.idle == pytest.approx(1 - (4 + 12) / 24)
+
+
+def measurable(**settings):
+    exits = ExitConfig("2,3", "mlp,layer", head="own,shared")
+    return EarlyExitModel(tiny("gemma3"), exits), TuneConfig(
+        seq_length=16, micro_batch_size=2, **settings
+    )
+
+
+def test_one_of_each_kind_is_measured(monkeypatch):
+    """The layers of gemma3 slide and see all in turn; each exit is measured after its own kind."""
+    asked = []
+
+    def seconds(small, spec, *_):
+        asked.append((small.layer_types, spec.arch, spec.head))
+        return (1.0 if "sliding" in small.layer_types[0] else 2.0), {"mlp": 10.0, "layer": 20.0}[
+            spec.arch
+        ]
+
+    monkeypatch.setattr(measure, "seconds", seconds)
+    model, config = measurable(pp=2)
+    costs = measure.measured_costs(model, config, torch.device("cpu"), torch.float32)
+    assert costs == [1.0, 2.0 + 10.0, 1.0 + 20.0]
+    slides, sees_all = "sliding_attention", "full_attention"
+    assert asked == [
+        ([slides, sees_all], "layer", "shared"),
+        ([sees_all, sees_all], "mlp", "own"),
+    ]
+    assert cut_stages(model, config, costs) == [range(0, 2), range(2, 3)]
+
+
+@pytest.mark.parametrize("exit_vocab", [0, 50])
+def test_costs_are_measured_without_touching_the_random_state(exit_vocab):
+    model, config = measurable(pp=2, exit_vocab=exit_vocab, dynamic_weights=True)
+    before = torch.get_rng_state()
+    costs = measure.measured_costs(model, config, torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(costs) == 3
+    assert all(0 < cost < 10 for cost in costs)
+    assert costs[2] > costs[0]  # the same kind of layer, and an exit
+
+
+def test_an_exit_without_parameters_has_a_cost():
+    model = EarlyExitModel(tiny("llama"), ExitConfig("1,2", "embedding,norm", head="shared"))
+    config = TuneConfig(seq_length=16, pp=2)
+    costs = measure.measured_costs(model, config, torch.device("cpu"), torch.float32)
+    assert all(cost > 0 for cost in costs)

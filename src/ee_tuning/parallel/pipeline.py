@@ -62,8 +62,13 @@ class Pipeline:
             yield item
 
     def _receive(self, model: EarlyExitModel, ids: Tensor) -> Tensor:
-        """The hidden states (B, T, H) of token ids (B, T) after the stage before."""
-        size = (*ids.shape, model.backbone.config.hidden_size)
+        """The hidden states (B, T, H) of token ids (B, T) after the stage before.
+
+        Or this process's part of them, which the same one there has.
+        """
+        batch, length = ids.shape
+        parts = model.sequence.size if model.sequence else 1
+        size = (batch, length // parts, model.backbone.config.hidden_size)
         hidden = torch.empty(size, dtype=model.backbone.dtype, device=ids.device)
         with self.timeline.record("waiting"):
             dist.recv(hidden, src=self.mesh.previous_stage)
@@ -76,10 +81,13 @@ class Pipeline:
         self._sent.append((work, hidden))
 
 
-def cut_stages(model: EarlyExitModel, config: TuneConfig) -> list[range]:
+def cut_stages(
+    model: EarlyExitModel, config: TuneConfig, costs: Sequence[float] | None = None
+) -> list[range]:
     """The layers of each stage, counted from 0, up to the deepest exit of `model`.
 
-    model: may be on the meta device: only its shapes are looked at.
+    model: may be on the meta device: only its shapes are looked at. costs: of each layer with the
+    exit after it; default: counted.
 
     Raises:
         UserError: more stages than layers, or a --stage-layers that does not fit.
@@ -89,7 +97,7 @@ def cut_stages(model: EarlyExitModel, config: TuneConfig) -> list[range]:
         raise UserError(
             f"pp is {config.pp}: there are only {deepest} layers up to the deepest exit"
         )
-    costs = layer_costs(model, config.seq_length)
+    costs = costs or layer_costs(model, config.seq_length)
     return cut_layers(costs, config.pp, config.stage_layers, "the deepest exit's layer")
 
 

@@ -20,6 +20,7 @@ from ee_tuning.backbone import Anatomy
 from ee_tuning.errors import UserError
 
 ROWS, COLUMNS = 0, 1  # of a weight (out, in)
+SEQUENCE = 1  # of hidden states (B, T, H)
 # The styles of transformers' plans: which dim of the weight is split, and how input and output
 # lie before and after.
 Style = tuple[int, Placement, Placement]
@@ -35,10 +36,15 @@ Read = Callable[[str, int | None], nn.Parameter]
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a linear layer is split, and over which processes; copies of the layer share it."""
+    """How a linear layer is split, and over which processes; copies of the layer share it.
+
+    sequence: a row-wise layer gives this process's part of the sequence, and what a column-wise
+    one gets was gathered, with care for its gradient; see `ee_tuning.parallel.sequence`.
+    """
 
     mesh: DeviceMesh
     style: Style
+    sequence: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
         return self
@@ -53,12 +59,13 @@ class ParallelLinear(nn.Linear):
         """(…, K) → (…, M), or as much of either as this process has in the layer's style."""
         mesh, (dim, before, after) = self.parallel.mesh, self.parallel.style
         if dim == ROWS:
-            x = _to_parts(x, mesh)
+            x = x if self.parallel.sequence else _to_parts(x, mesh)
             y = F.linear(x, self.weight, self.bias)
             return y if after.is_shard() else move(y, mesh, Shard(-1), Replicate())
         if before.is_replicate():
             x = move(x, mesh, Replicate(), Shard(-1))
-        y = move(F.linear(x, self.weight), mesh, Partial(), Replicate())
+        end = Shard(SEQUENCE) if self.parallel.sequence else Replicate()
+        y = move(F.linear(x, self.weight), mesh, Partial(), end)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

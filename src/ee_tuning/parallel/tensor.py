@@ -7,6 +7,7 @@ heads over the vocabulary; `split` has the parts, this the losses over them and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from torch.distributed.tensor import Partial, Replicate
 
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
-from ee_tuning.losses import Softmax
+from ee_tuning.losses import IGNORED, Softmax
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.sequence import SequencePart, gather_before, regions, run_on_part
 from ee_tuning.parallel.split import (
+    COLUMNS,
     STYLES,
     SUMMED,
+    ParallelLinear,
     SplitParameter,
     Style,
     layer_plan,
@@ -48,10 +52,15 @@ class SplitSoftmax(Softmax):
         """Of the tokens here: (…, V/tp) → (…, V/tp)."""
         return _LogSoftmax.apply(logits, self.group)
 
-    def places(self, labels: Tensor, ignored: int) -> Tensor:
-        """Labels as places among the logits here, `ignored` where they are elsewhere."""
-        here = (labels >= self.start) & (labels < self.start + self.size)
-        return torch.where(here, labels - self.start, ignored)
+    def share(self, vocabulary: int) -> int:
+        """How many of a vocabulary's logits are here."""
+        return vocabulary // self.mesh.size()
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """−log of the targets' probabilities: (N, V/tp), (N,) → (N,), 0 for those ignored."""
+        here = (targets >= self.start) & (targets < self.start + self.size)
+        places = torch.where(here, targets - self.start, IGNORED)
+        return _CrossEntropy.apply(logits, places, targets != IGNORED, self.group)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every process's `values`."""
@@ -60,6 +69,34 @@ class SplitSoftmax(Softmax):
     def confidence(self, logits: Tensor) -> Tensor:
         """Largest probability of the full softmax: (…, V/tp) → (…)."""
         return 1 / _normaliser(logits.float(), self.group)[1]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy over the parts of a group: three numbers per token are sent, none backward.
+
+    Keeps the logits and makes their gradient from them, in one tensor of that size.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, places: Tensor, labelled: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
+        largest, total = _normaliser(logits, group)
+        here = places != IGNORED
+        index = places.where(here, 0).unsqueeze(-1)
+        chosen = logits.gather(-1, index).squeeze(-1).where(here, 0.0)
+        dist.all_reduce(chosen, group=group)
+        normaliser = largest + total.log()
+        ctx.save_for_backward(logits, normaliser, index, here, labelled)
+        return (normaliser - chosen).where(labelled, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, normaliser, index, here, labelled = ctx.saved_tensors
+        given = grads[0].where(labelled, 0.0).unsqueeze(-1)
+        gradient = (logits - normaliser.unsqueeze(-1)).exp_().mul_(given)
+        gradient.scatter_add_(-1, index, -given.where(here.unsqueeze(-1), 0.0))
+        return gradient, None, None, None
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -93,13 +130,21 @@ def _normaliser(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
 # -- applying it -----------------------------------------------------------------------------------
 
 
-def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool, gather: bool = False) -> None:
+def split_model(
+    model: EarlyExitModel,
+    mesh: Mesh,
+    teacher: bool,
+    *,
+    gather: bool = False,
+    sequence: bool = False,
+) -> None:
     """Split layers, exits and heads of `model`, in place; teacher: the backbone's head too.
 
-    gather: heads give the logits of all parts, which is too much for training.
+    gather: heads give the logits of all parts, which is too much for training. sequence: between
+    what is split, split the sequence.
 
     Raises:
-        UserError: see `check_splits` and `split_linear`.
+        UserError: see `check_splits`, `split_linear` and `regions`.
     """
     if mesh.tp == 1:
         return
@@ -115,6 +160,8 @@ def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool, gather: bool =
         _split_exit(exit, plan, tp, HEADS[gather])
         vocabulary = backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
         exit.softmax = SplitSoftmax(tp, vocabulary)
+    if sequence:
+        _split_sequence(model, plan, SequencePart(tp))
 
 
 def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -> None:
@@ -125,6 +172,42 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -
     for name in ("head", "reduced"):
         if hasattr(exit, name):
             split_linear(getattr(exit, name), "an exit's head", head, tp)
+
+
+def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequencePart) -> None:
+    """Let layers and exits of `model`, which are split, work on parts of the sequence."""
+    model.sequence = part
+    for number in model.stage:
+        _gather_in(model.backbone.layers[number], plan, part)  # type: ignore[index]
+    for exit in (model.exit(layer) for layer in model.exit_layers):
+        exit.sequence = part
+        if exit.spec.arch == "mlp":
+            _gather_in(exit.mlp, plan, part)
+        if exit.segment is not None:
+            _gather_in(exit.block, plan, part)
+            run_on_part(exit.segment, part)
+        if exit.spec.arch != "embedding":
+            _sum_gradients(exit.norm)
+
+
+def _gather_in(module: nn.Module, plan: dict[str, str], part: SequencePart) -> None:
+    """Gather and scatter the sequence around the regions of a layer, or of an exit's part of it."""
+    names = regions(plan)
+    for name, child in module.named_children():
+        if name in names:
+            gather_before(child, part)
+        else:
+            _sum_gradients(child)
+    for linear in (m for m in module.modules() if isinstance(m, ParallelLinear)):
+        linear.parallel = replace(linear.parallel, sequence=True)
+        if linear.parallel.style[0] == COLUMNS and linear.bias is not None:
+            linear.bias.summed = True  # type: ignore[attr-defined]
+
+
+def _sum_gradients(module: nn.Module) -> None:
+    """Let the gradients of `module`, which sees other positions elsewhere, be summed over tp."""
+    for p in module.parameters():
+        p.summed = True  # type: ignore[attr-defined]
 
 
 def check_splits(config: Any, plan: dict[str, str], tp: int) -> None:
@@ -150,8 +233,7 @@ def _split_by_plan(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> N
         if name not in modules:
             continue
         if style == SUMMED:
-            for p in modules[name].parameters():
-                p.summed = True
+            _sum_gradients(modules[name])
         else:
             split_linear(modules[name], name, STYLES[style], tp)
 

@@ -34,7 +34,7 @@ def check(config: TuneConfig) -> None:
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
         )
-    _check_parallel(config)
+    check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
             f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
@@ -42,15 +42,22 @@ def check(config: TuneConfig) -> None:
         )
     if config.stage_layers and config.pp == 1:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
+    if config.balance == "measured" and (config.pp == 1 or config.stage_layers):
+        raise UserError("balance measured needs --pp, and no --stage-layers: nothing to balance")
     for key in ("kl_weight", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
 
 
-def _check_parallel(config: TuneConfig) -> None:
-    """Refuse what cannot be had with matrices that are split, or exits that are sharded."""
+def check_parallel(config: TuneConfig) -> None:
+    """Refuse what cannot be had with matrices that are split, or exits that are sharded.
+
+    Raises:
+        UserError: names both.
+    """
     tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
     frozen, alone = ("--shard-backbone", config.shard_backbone), ("--dp 1", config.dp == 1)
+    sequence = ("--sequence-parallel", config.sequence_parallel)
     fp8 = ("--backbone-precision fp8", config.backbone_precision == "fp8")
     eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
@@ -68,7 +75,13 @@ def _check_parallel(config: TuneConfig) -> None:
         (frozen, fp8, "matrices are gathered in the dtype of the checkpoint"),
         (alone, shard, "there is no other rank to share with"),
         (alone, frozen, "there is no other rank to share with"),
+        (("--tp 1", config.tp == 1), sequence, "there is no other rank to share with"),
     ]
+    if config.sequence_parallel and config.seq_length % config.tp:
+        raise UserError(
+            f"seq_length {config.seq_length} cannot be split by --sequence-parallel: tp, "
+            f"{config.tp}, must divide it"
+        )
     for (one, has_one), (other, has_other), reason in refused:
         if has_one and has_other:
             raise UserError(f"{other} cannot be had with {one}: {reason}; leave one of them out")

@@ -21,6 +21,7 @@ from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan import shapes_of
+from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.step import Batch
 from ee_tuning.vocabulary import most_frequent
 
@@ -37,7 +38,7 @@ def build_model(
         UserError: see `own_stage`, `EarlyExitModel.from_base`; or no exit has a parameter.
     """
     load: dict[str, Any] = {
-        "stage": own_stage(config, mesh, console),
+        "stage": own_stage(config, mesh, device, dtype, console),
         "whole": config.loss != "ce",
         "dtype": dtype,
         "device": device,
@@ -65,7 +66,9 @@ def build_model(
     return model
 
 
-def own_stage(config: TuneConfig, mesh: Mesh, console: Console) -> range | None:
+def own_stage(
+    config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, console: Console
+) -> range | None:
     """The layers of this process's stage, counted from 0; None for all that the exits need.
 
     Raises:
@@ -79,7 +82,10 @@ def own_stage(config: TuneConfig, mesh: Mesh, console: Console) -> range | None:
         check_splits(shapes.backbone.config, plan, config.tp)
     if config.pp == 1:
         return None
-    stages = cut_stages(shapes, config)
+    costs = None
+    if config.balance == "measured":
+        costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
+    stages = cut_stages(shapes, config, costs)
     text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
     console.print(f"layers of the stages: {text}", highlight=False)
     return stages[mesh.pp_rank]

@@ -24,7 +24,7 @@ def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS)
     Raises:
         UserError: see `split_model`.
     """
-    split_model(model, mesh, teacher=config.loss != "ce")
+    split_model(model, mesh, teacher=config.loss != "ce", sequence=config.sequence_parallel)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.master_weights]
     for p in model.exits.parameters():
         if p.requires_grad:

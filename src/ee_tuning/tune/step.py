@@ -93,7 +93,8 @@ def _losses(
     teacher = None
     if objective.needs_teacher:
         states = list(states)
-        teacher = _teacher(model, states[-1][1].hidden)
+        final = states[-1][1].hidden
+        teacher = _teacher(model, model.sequence.gather(final) if model.sequence else final)
     for layer, state in states:
         if layer in model.exit_layers:
             scale = scales[layer] if scales else None
@@ -120,12 +121,12 @@ def _exit_loss(
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
     known = model.backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
-    for tokens in _chunks(labels, known):
+    for tokens in _chunks(labels, exit.softmax.share(known)):
         chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
         target = teacher(tokens.start, tokens.stop) if teacher else None
         loss = loss_of(exit, chunk, labels[:, tokens], target, objective)
         total += loss.detach()
-        if scale is not None:
+        if scale is not None and loss.requires_grad:  # not of an exit without parameters
             _backward(scale * loss)
         if gradient is not None:
             assert chunk.grad is not None
@@ -176,7 +177,7 @@ def _teacher(model: EarlyExitModel, final: Tensor) -> Callable[[int, int], Tenso
 
 
 def _chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
-    """The positions of labels (B, T) in runs whose logits are at most about `LOGITS` values.
+    """The positions of labels (B, T) in runs whose logits here are at most about `LOGITS` values.
 
     A run ends with the first position of the next: the losses of a run are those of all its
     positions but the last, which has nothing after it there.
@@ -285,6 +286,7 @@ def waves(
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
     kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
+    tokens //= model.sequence.size if model.sequence else 1
     states = tokens * kept * model.backbone.config.hidden_size * model.backbone.dtype.itemsize
     if states <= sum(sizes) - max(sizes):
         return [micro_batches]

@@ -1,0 +1,118 @@
+"""The best layouts of a tuning run on many GPUs, by search: the schedule simulated, memory counted.
+
+docs/scaling.md states what is assumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.pipeline import cut_stages
+from ee_tuning.parallel.simulate import simulate
+from ee_tuning.parallel.split import layer_plan
+from ee_tuning.parallel.tensor import check_splits
+from ee_tuning.plan import GIB, memory, runs_side_by_side, tuned_values
+from ee_tuning.tune.check import check_parallel
+
+NODE = 8  # GPUs
+INSIDE, OUTSIDE = 300e9, 40e9  # bytes per second of a GPU within a node and between nodes: assumed
+TP, PP = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds on one GPU: of a micro-batch in a layer and in an exit, of an exit's optimizer."""
+
+    layer: float
+    exit: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout and what is expected of it; gib: of the fullest GPU."""
+
+    dp: int
+    tp: int
+    pp: int
+    tokens_per_second: float
+    idle: float
+    gib: float
+
+
+def search(
+    model: EarlyExitModel, config: TuneConfig, parts: Parts, gpus: int, available: float
+) -> list[Layout]:
+    """The layouts of `gpus` GPUs that fit into `available` GiB each, the fastest first.
+
+    Without sharding, with --sequence-parallel where tp is above 1. model: may be on the meta
+    device.
+    """
+    found = []
+    for tp in TP:
+        for pp in PP:
+            dp = gpus // (tp * pp)
+            sizes = {"dp": dp, "tp": tp, "pp": pp, "sequence_parallel": tp > 1, "stage_layers": []}
+            one = dataclasses.replace(config, **sizes)  # type: ignore[arg-type]
+            if dp * tp * pp == gpus and _is_possible(model, one):
+                layout = expected(model, one, parts)
+                found += [layout] if layout.gib <= available else []
+    return sorted(found, key=lambda layout: -layout.tokens_per_second)
+
+
+def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
+    """Whether tp divides what it splits, and stages and ranks have something to do."""
+    try:
+        check_parallel(config)
+        if config.tp > 1:
+            backbone = model.backbone
+            plan = layer_plan(backbone.config, backbone.anatomy)
+            check_splits(backbone.config, plan, config.tp)
+    except UserError:
+        return False
+    enough = config.pp <= model.exit_layers[-1] and config.dp <= config.global_batch_size
+    return enough and (config.pp == 1 or config.loss == "ce")
+
+
+def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
+    """What the layout of `config` is expected to take, by the simulated schedule."""
+    tp, dp, pp = config.tp, config.dp, config.pp
+    hidden = config.micro_batch_size * config.seq_length * model.backbone.config.hidden_size * 2
+    each = math.ceil(config.global_batch_size / dp / config.micro_batch_size)
+    # A ring sends everything twice, but for a process's own part.
+    sum_over_tp = 2 * (tp - 1) / tp * hidden / INSIDE
+    layer = parts.layer / tp + 2 * sum_over_tp
+    exit = parts.exit / tp + 4 * sum_over_tp
+    costs = [layer + exit * (k + 1 in model.exit_layers) for k in range(model.exit_layers[-1])]
+    stages = cut_stages(model, config, costs)
+    numbers = [sum(layer - 1 in stage for layer in model.exit_layers) for stage in stages]
+    work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
+    send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0
+    together = any(runs_side_by_side(model, config, stage) for stage in stages)
+    forward = [len(stage) * layer for stage in stages]
+    found = simulate(forward, work, each, send, together=together)
+    seconds = found.seconds + _last_sum(model, config)
+    tokens = config.global_batch_size * config.seq_length
+    gib = max(sum(memory(model, config, stage).values()) for stage in stages) / GIB
+    idle = 1 - (1 - found.idle) * found.seconds / seconds
+    return Layout(dp, tp, pp, tokens / seconds, max(0.0, idle), gib)
+
+
+def _last_sum(model: EarlyExitModel, config: TuneConfig) -> float:
+    """Seconds of the data-parallel sum of the last exit, in fp32; those before are hidden."""
+    values = tuned_values(model, config, model.exit_layers[-1]) / config.tp
+    inside = config.tp * config.dp <= NODE  # ranks are numbered with tp, then dp, innermost
+    return 4 * values * 2 * (config.dp - 1) / config.dp / (INSIDE if inside else OUTSIDE)
+
+
+def rows(layouts: Sequence[Layout]) -> list[list[str]]:
+    """Cells of a table: dp × tp × pp, tokens per second, idle share, GiB."""
+    sizes = [f"{x.dp} × {x.tp} × {x.pp}" for x in layouts]
+    found = [[f"{x.tokens_per_second:,.0f}", f"{x.idle:.1%}", f"{x.gib:.0f}"] for x in layouts]
+    return [[size, *cells] for size, cells in zip(sizes, found, strict=True)]

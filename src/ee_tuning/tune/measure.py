@@ -1,0 +1,92 @@
+"""What layers and exits cost on this device, for stages that take equally long."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ee_tuning.backbone import slice_config
+from ee_tuning.config import ExitConfig, ExitSpec, TuneConfig
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.tune.prepare import prepare
+from ee_tuning.tune.step import Objective, exit_gradients, place_batch
+
+
+def measured_costs(
+    shapes: EarlyExitModel, config: TuneConfig, device: torch.device, dtype: torch.dtype
+) -> list[float]:
+    """Seconds of each layer with the exit after it, on a micro-batch, up to the deepest exit.
+
+    One layer and one exit of every kind are measured, with random weights, and whole: what ranks
+    send each other is left out, and optimizers, as by `ee_tuning.parallel.pipeline.layer_costs`.
+
+    shapes: of the model that `config` tunes; may be on the meta device.
+    """
+    backbone = shapes.backbone
+    types = getattr(backbone.config, "layer_types", None) or [None] * backbone.num_layers
+    layers = list(backbone.layers)  # type: ignore[call-overload]
+    kinds = [(types[k], *(p.shape for p in layer.parameters())) for k, layer in enumerate(layers)]
+    specs = {spec.layer: spec for spec in shapes.config.specs(backbone.num_layers)}
+
+    @cache
+    def measure(layer: int, arch: str, head: str) -> tuple[float, float]:
+        small = slice_config(backbone.config, [layer, backbone.num_layers - 1])
+        return seconds(small, ExitSpec(1, arch, head), config, device, dtype)
+
+    costs = []
+    for layer in range(max(specs)):
+        spec = specs.get(layer + 1, specs[max(specs)])
+        forward, work = measure(kinds.index(kinds[layer]), spec.arch, spec.head)
+        costs.append(forward + work if layer + 1 in specs else forward)
+    return costs
+
+
+def seconds(
+    small: Any, spec: ExitSpec, config: TuneConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Seconds of the first layer's forward and of an exit's work after it, on a micro-batch.
+
+    small: config of a backbone of two layers, the last one to copy a `layer` exit from.
+    """
+    compile = "off" if config.tp > 1 and config.compile == "auto" else config.compile
+    alone = dataclasses.replace(
+        config, dp=1, tp=1, pp=1, compile=compile, loss="ce", sequence_parallel=False, shard=False,
+        shard_backbone=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(), torch.device(device):
+        backbone = AutoModelForCausalLM.from_config(small, dtype=dtype)
+        exits = ExitConfig([1], spec.arch, head=spec.head)
+        model = EarlyExitModel.from_base(
+            backbone, exits, backbone_precision=config.backbone_precision
+        )
+    if config.exit_vocab:
+        model.reduce_vocabulary(torch.arange(config.exit_vocab))
+    prepare(model, alone)
+    size = (config.micro_batch_size, config.seq_length)
+    ids = torch.zeros(size, dtype=torch.int64)
+    positions = torch.arange(config.seq_length).expand(size)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    placed = place_batch(model, batch)
+    given = placed["input_ids"], placed["position_ids"], placed.get("boundaries")
+    autocast = None if dtype == torch.float32 else dtype
+    forward = timed(lambda: list(model.states(*given)), device)
+    step = ([batch], Objective("ce", dynamic_weights=config.dynamic_weights), {1: 1.0}, autocast)
+    return forward, max(0.0, timed(lambda: list(exit_gradients(model, *step)), device) - forward)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """The least seconds of three calls, after one that compiles and warms up."""
+    found = []
+    for _ in range(4):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found[1:])

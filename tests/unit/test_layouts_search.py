@@ -1,0 +1,90 @@
+"""Searching layouts: what is tried, what fits, and what docs and `plan` show of it."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.cli import main
+from ee_tuning.config import TuneConfig
+from ee_tuning.layouts import Parts, expected, search
+from ee_tuning.plan import GIB, memory
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from shapes import SHAPES  # noqa: E402
+
+PARTS = Parts(layer=0.001, exit=0.005, optimizer=0.002)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["llama2-7b"]))
+        return EarlyExitModel(backbone, ExitConfig("every:8", "mlp"))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return TuneConfig(seq_length=2048, micro_batch_size=1, global_batch_size=64)
+
+
+def test_one_gpu_takes_what_its_parts_take(model, config):
+    alone = expected(model, config, PARTS)
+    seconds = 64 * (32 * 0.001 + 4 * 0.005) + 4 * 0.002
+    assert alone.tokens_per_second == pytest.approx(64 * 2048 / seconds)
+    assert alone.idle == pytest.approx(0.0)
+    assert alone.gib == sum(memory(model, config, range(32)).values()) / GIB
+
+
+def test_what_fits_is_sorted_by_speed(model, config):
+    found = search(model, config, PARTS, 8, 1000)
+    assert {(x.dp, x.tp, x.pp) for x in found} == {
+        (8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (4, 2, 1), (2, 2, 2), (1, 2, 4),
+        (2, 4, 1), (1, 4, 2), (1, 8, 1),
+    }  # fmt: skip
+    speeds = [x.tokens_per_second for x in found]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(0 <= x.idle < 1 for x in found)
+    smaller = search(model, config, PARTS, 8, 20)
+    assert smaller == [x for x in found if x.gib <= 20]
+    assert 0 < len(smaller) < len(found)
+
+
+def test_what_tune_would_refuse_is_not_found(model, config):
+    eight_bit = dataclasses.replace(config, optimizer="adamw-8bit")
+    assert {x.tp for x in search(model, eight_bit, PARTS, 8, 1000)} == {1}
+    distils = dataclasses.replace(config, loss="kl")
+    assert {x.pp for x in search(model, distils, PARTS, 8, 1000)} == {1}
+    few = dataclasses.replace(config, global_batch_size=2)
+    assert max(x.dp for x in search(model, few, PARTS, 8, 1000)) == 2
+
+
+def test_tensor_parallelism_and_the_sequence_divide_memory(model, config):
+    whole = memory(model, config, range(32))
+    split = dataclasses.replace(config, tp=2)
+    half = memory(model, split, range(32))
+    assert half["optimizer state"] == whole["optimizer state"] / 2
+    assert half["activations"] < whole["activations"]
+    sequence = memory(model, dataclasses.replace(split, sequence_parallel=True), range(32))
+    assert sequence["hidden states"] == half["hidden states"] / 2
+    assert sequence["activations"] == whole["activations"] / 2
+
+
+def test_the_docs_show_what_the_search_finds():
+    import scaling
+
+    assert scaling.table(best=3) in (ROOT / "docs/scaling.md").read_text()
+
+
+def test_plan_shows_the_best_layouts(tmp_path, capsys):
+    llama = LlamaConfig(**SHAPES["llama2-7b"], architectures=["LlamaForCausalLM"])
+    llama.save_pretrained(tmp_path)
+    main(["plan", "--model", str(tmp_path), "--layers", "every:8", "--gpus", "8", "--tp", "2"])
+    out = capsys.readouterr().out
+    assert "best layouts of 8 GPUs" in out
+    assert "8 × 1 × 1" in out
