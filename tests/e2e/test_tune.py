@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from families import tiny
 from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
+from ee_tuning.quantised import PACKAGES
 
 
 def arguments(base, data, out, **changes):
@@ -267,6 +269,28 @@ def test_fp8_backbone_and_exits_resume_bit_for_bit_and_load_on_the_plain_backbon
     with pytest.warns(UserWarning, match="no fp8 matrix units"):
         a, b = whole_and_resumed(base, data, tmp_path, **settings)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("precision", PACKAGES)
+def test_quantised_backbone_resumes_bit_for_bit_and_exits_load_on_the_plain_one(
+    precision, tokenizer, data, tmp_path
+):
+    pytest.importorskip(PACKAGES[precision])
+    base = str(tmp_path / "base")
+    tiny("llama", vocab_size=300, hidden_size=64, intermediate_size=128).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    stored = (Path(base) / "model.safetensors").read_bytes()
+    a, b = whole_and_resumed(base, data, tmp_path, backbone_precision=precision, head="own,shared")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    tune(base, data, tmp_path / "plain", head="own,shared")
+    plain = load_file(tmp_path / "plain/exits.safetensors")
+    assert {k: (v.shape, v.dtype) for k, v in a.items()} == {
+        k: (v.shape, v.dtype) for k, v in plain.items()
+    }
+    last, expected = (records(tmp_path / name)[-1]["valid_loss"] for name in ("whole", "plain"))
+    assert last == pytest.approx(expected, rel=0.02)
+    assert (Path(base) / "model.safetensors").read_bytes() == stored
     EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
 
 

@@ -25,6 +25,14 @@ REFUSED = [
         {"dp": 2, "shard_backbone": True, "backbone_precision": "fp8"},
         ["--backbone-precision fp8", "--shard-backbone", "dtype of the checkpoint"],
     ),
+    (
+        {"tp": 2, "backbone_precision": "torchao-int8"},
+        ["--backbone-precision torchao-int8", "--tp", "whole matrix"],
+    ),
+    (
+        {"dp": 2, "shard_backbone": True, "backbone_precision": "torchao-int8"},
+        ["--backbone-precision torchao-int8", "--shard-backbone", "dtype of the checkpoint"],
+    ),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]
