@@ -51,8 +51,9 @@ def build(
 ) -> EarlyExitModel:
     """A random model of `shape` with `exits`, as deep as the deepest exit, or a `stage` of it.
 
-    Layer by layer, so that a quantised backbone never takes more than that and one layer. fp8, or
-    else precision: as `--backbone-precision` has it. Each part's weights come from a seed of its own: they are the same in every stage.
+    Layer by layer, so that a quantised backbone never takes more than that and one layer. Each
+    part's weights come from a seed of its own: they are the same in every stage. fp8, or else
+    precision: as `--backbone-precision` has it.
     """
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096)
     with torch.device("meta"):
