@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.card import model_card
 from ee_tuning.config import ExitConfig, FrozenPrecision
-from ee_tuning.devices import warn_without_fp8
+from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exits import Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
@@ -194,7 +194,7 @@ class EarlyExitModel(nn.Module):
         if quantises or shard:
             self.tensor_hashes  # noqa: B018 - of the weights as they are
         if fp8:
-            warn_without_fp8("--backbone-precision", torch.device(device))
+            check_fp8("--backbone-precision", torch.device(device))
         quantised = 0
         layers: list[nn.Module] = list(self.backbone.layers)  # type: ignore[call-overload]
         for number, layer in enumerate(layers):

@@ -87,7 +87,7 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    is_windowed = bool(sliding_window) and sliding_window < length
+    is_windowed = sliding_window is not None and 0 < sliding_window < length
     ends = attention_mask.flatten()
     if not len(ends):
         if not is_windowed:
