@@ -19,6 +19,7 @@ Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold", "speculative"]
 Measure = Literal["probability", "margin", "entropy"]
 MatrixPrecision = Literal["same", "fp8"]
+FrozenPrecision = Literal["same", "fp8", "torchao-int8", "bnb-8bit", "bnb-4bit"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -218,8 +219,10 @@ class TuneConfig(NewExitsConfig):
         "auto",
         "bf16: bf16 backbone and autocast; auto: bf16 on a GPU, fp32 on CPU",
     )
-    backbone_precision: MatrixPrecision = option(
-        "same", "fp8: the frozen matrices in fp8 (row-wise scales); same: as --precision"
+    backbone_precision: FrozenPrecision = option(
+        "same",
+        "the frozen layers' matrices in fp8 (row-wise scales), torchao-int8, bnb-8bit or bnb-4bit "
+        "(nf4); same: as --precision",
     )
     exit_precision: MatrixPrecision = option(
         "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
