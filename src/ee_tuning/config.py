@@ -311,6 +311,10 @@ class SamplingConfig:
 class GenerateConfig(SamplingConfig):
     """Generate text; tokens are coloured by the depth at which they left."""
 
+    compile: Literal["auto", "on", "off"] = option(
+        "off",
+        "compile decoding, with CUDA graphs on a GPU: a minute, before a long text; auto: on a GPU",
+    )
     prompt: str = option("", "the prompt; - reads standard input")
     mode: Mode = option(
         "threshold",

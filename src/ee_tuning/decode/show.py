@@ -97,20 +97,26 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
     input_ids = encode_prompt(tokenizer, prompt, config.chat)
     streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    way: dict[str, Any] = {
+        "mode": config.mode,
+        "threshold": parse_threshold(config.threshold),
+        "compile": config.compiled(),
+        **config.leaving(),
+    }
+    if config.compiled() or (config.compiled() is None and model.device.type == "cuda"):
+        capacity = input_ids.shape[1] + config.max_new_tokens
+        console.print(f"compiled in {model.warm_up(capacity=capacity, **way):.0f} s", style="dim")
     set_seed(config.seed)
     start = time.perf_counter()
     model.generate(
         input_ids,
-        mode=config.mode,
-        threshold=parse_threshold(config.threshold),
-        compile=config.compiled(),
         max_new_tokens=config.max_new_tokens,
         do_sample=config.do_sample,
         stop_strings=config.stop_strings or None,
         tokenizer=tokenizer,
         streamer=streamer,
         on_token=streamer.on_token,
-        **config.leaving(),
+        **way,
         **(sampling if config.do_sample else {}),
     )
     seconds = time.perf_counter() - start
