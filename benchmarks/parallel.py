@@ -90,7 +90,7 @@ class Layout:
         size = (config.global_batch_size, config.seq_length)
         tokens = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0))
         ids = torch.stack(deal(list(tokens), self.mesh))
-        positions = torch.arange(config.seq_length).expand(len(ids), -1)
+        positions = torch.arange(config.seq_length).repeat(len(ids), 1)  # as pinned memory wants
         rows = zip(*(v.split(config.micro_batch_size) for v in (ids, positions)), strict=True)
         return [{"input_ids": i, "labels": i, "position_ids": p} for i, p in rows]
 

@@ -31,6 +31,9 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "bf16, fp32 masters": {},
     "backbone in fp8": {"backbone_precision": "fp8"},
     "backbone and exits in fp8": {"backbone_precision": "fp8", "exit_precision": "fp8"},
+    "backbone in int8 (torchao)": {"backbone_precision": "torchao-int8"},
+    "backbone in 8 bits (bitsandbytes)": {"backbone_precision": "bnb-8bit"},
+    "backbone in 4 bits (bitsandbytes)": {"backbone_precision": "bnb-4bit"},
     "8-bit optimizer state": {"optimizer": "adamw-8bit"},
     "8-bit state, bf16 weights": {"optimizer": "adamw-8bit", "master_weights": "bf16"},
     "all of these": {
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--layers", default="4,8,12")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--only", nargs="*", help="savings by name, and the first; default: all")
     parser.add_argument("--work", type=Path, help="folder to keep the backbone in")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -97,7 +101,10 @@ def main() -> None:
         "backbone": pretrain(model, data, args),
         "runs": {},
     }
+    first = next(iter(SAVINGS))
     for name, saving in SAVINGS.items():
+        if args.only and name not in (first, *args.only):
+            continue
         result["runs"][name] = tune_with(saving, model, data, args)
         if args.out:
             write_json(args.out, result)

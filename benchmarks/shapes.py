@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.fp8 import freeze_in_fp8
+from ee_tuning.quantised import compiles, quantise_layer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -46,11 +47,13 @@ def build(
     dtype: torch.dtype,
     fp8: bool,
     stage: range | None = None,
+    precision: str = "same",
 ) -> EarlyExitModel:
     """A random model of `shape` with `exits`, as deep as the deepest exit, or a `stage` of it.
 
-    Layer by layer, so that a backbone kept in fp8 never takes more than that and one layer. Each
-    part's weights come from a seed of its own: they are the same in every stage.
+    Layer by layer, so that a quantised backbone never takes more than that and one layer. Each
+    part's weights come from a seed of its own: they are the same in every stage. fp8, or else
+    precision: as `--backbone-precision` has it.
     """
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096)
     with torch.device("meta"):
@@ -66,12 +69,15 @@ def build(
         fill(layer, device, number)
         if fp8:
             freeze_in_fp8(layer)
+        elif precision not in ("same", "fp8"):
+            quantise_layer(layer, precision, dtype)
     if model.stage.start:
         backbone.set_input_embeddings(nn.Module())
     else:
         fill(backbone.get_input_embeddings(), device, 2000)
     fill(model.backbone.norm, device, 2001)
     fill(model.backbone.head, device, 2002)
+    model.compiles_layers = compiles(precision)
     if fp8:
         model.freeze_shared_head()
     rotary = model.backbone.trunk.rotary_emb

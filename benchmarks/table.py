@@ -1,4 +1,4 @@
-"""Put the tables of benchmarks/results into docs/efficiency.md.
+"""Put the tables of benchmarks/results into the docs.
 
 python benchmarks/table.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-DOC = Path(__file__).parent.parent / "docs" / "efficiency.md"
+DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 PLAIN = {
     "head": "own", "backbone_precision": "same", "exit_precision": "same", "exit_vocab": "0",
@@ -86,14 +86,54 @@ def savings() -> str:
     )
 
 
-def updated(text: str) -> str:
-    """`text` with both tables between their marks."""
-    for name, table in (("steps", steps()), ("savings", savings())):
+def decoding() -> str:
+    """Speed of every way to decode, and transformers' in the same run."""
+    lines = [
+        "| shape | way | tokens/s (min–max) | ms per token of a row | of the copy bandwidth | "
+        "first token |",
+        "|---" * 6 + "|",
+    ]
+    machines = set()
+    for path in sorted(RESULTS.glob("decode-*.json")):
+        result: dict[str, Any] = json.loads(path.read_text())
+        shape = result["settings"]["shape"]
+        for name, found in result["decoding"].items():
+            share = f"{found['of_copy']:.0%}" if "of_copy" in found else "–"
+            lines.append(
+                f"| {shape} | {name} | {_rate(found)} | {found['ms_per_step']:.2f} | {share} "
+                f"| {found['first_token_ms']:.1f} ms |"
+            )
+        for name, found in result["transformers"].items():
+            lines.append(f"| {shape} | transformers, {name} | {_rate(found)} | – | – | – |")
+        long = result["prefill"]
+        machines.add(
+            f"{result['hardware']}; {result['versions']}; bf16, greedy, prompts of "
+            f"{result['settings']['prompt_length']} tokens, {result['settings']['new_tokens']} new "
+            f"ones each, {result['settings']['rounds']} rounds. A copy reaches "
+            f"{result['copy_gb_per_second']:,} GB/s there, bytes read and written. A prompt of "
+            f"{long['prompt_tokens']:,} tokens takes {long['ms']:.1f} ms, "
+            f"{long['share_of_transformers_speed']:.0%} of transformers' speed."
+        )
+    return "\n".join([*lines, "", *sorted(machines)])
+
+
+def _rate(found: dict[str, Any]) -> str:
+    rate = found["tokens_per_second"]
+    return f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
+
+
+TABLES = {"efficiency.md": {"steps": steps, "savings": savings}, "decoding.md": {"speed": decoding}}
+
+
+def updated(text: str, doc: str) -> str:
+    """`text` of a doc with its tables between their marks."""
+    for name, table in TABLES[doc].items():
         begin, end = BEGIN.format(name), END.format(name)
         head, _, rest = text.partition(begin)
-        text = f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+        text = f"{head}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 if __name__ == "__main__":
-    DOC.write_text(updated(DOC.read_text()))
+    for name in TABLES:
+        (DOCS / name).write_text(updated((DOCS / name).read_text(), name))

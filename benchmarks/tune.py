@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from shapes import SHAPES, build
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.backbone import State
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import FrozenPrecision, TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.plan import GIB, flop_per_token
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--name", default="", help="what the table calls this run")
     parser.add_argument("--layers", default="1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8")
     parser.add_argument("--head", default="own")
-    parser.add_argument("--backbone-precision", default="same")
+    parser.add_argument("--backbone-precision", default="same", choices=get_args(FrozenPrecision))
     parser.add_argument("--exit-precision", default="same")
     parser.add_argument("--exit-vocab", type=int, default=0)
     parser.add_argument("--optimizer", default="adamw")
@@ -208,7 +208,7 @@ def main() -> None:
     config = TuneConfig(**{name: getattr(args, name) for name in same} | {"out": ""})
     exits = ExitConfig(args.layers, "mlp", head=args.head)
     fp8 = args.backbone_precision == "fp8"
-    model = build(args.shape, exits, device, dtype, fp8)
+    model = build(args.shape, exits, device, dtype, fp8, precision=args.backbone_precision)
     if args.exit_vocab:
         model.reduce_vocabulary(torch.arange(args.exit_vocab))
     prepare(model, config)

@@ -19,6 +19,7 @@ Head = Literal["own", "shared"]
 Mode = Literal["full", "fixed", "threshold", "speculative"]
 Measure = Literal["probability", "margin", "entropy"]
 MatrixPrecision = Literal["same", "fp8"]
+FrozenPrecision = Literal["same", "fp8", "torchao-int8", "bnb-8bit", "bnb-4bit"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -218,8 +219,10 @@ class TuneConfig(NewExitsConfig):
         "auto",
         "bf16: bf16 backbone and autocast; auto: bf16 on a GPU, fp32 on CPU",
     )
-    backbone_precision: MatrixPrecision = option(
-        "same", "fp8: the frozen matrices in fp8 (row-wise scales); same: as --precision"
+    backbone_precision: FrozenPrecision = option(
+        "same",
+        "the frozen layers' matrices in fp8 (row-wise scales), torchao-int8, bnb-8bit or bnb-4bit "
+        "(nf4); same: as --precision",
     )
     exit_precision: MatrixPrecision = option(
         "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
@@ -323,6 +326,12 @@ class GenerateConfig(SamplingConfig):
     top_p: float = option(1.0, "sample among the likeliest tokens up to this probability")
     stop_strings: list[str] = option([], "end the text at one of these strings")
     chat: bool = option(False, "wrap the prompt in the tokenizer's chat template")
+    tp: int = option(1, "tensor-parallel ranks; tp × pp processes are started by torchrun")
+    pp: int = option(
+        1, "pipeline stages: the next token begins where one leaves, deeper stages catch up"
+    )
+    stage_layers: list[int] = option([], "layers per stage; default: balanced by their sizes")
+    timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
 
 
 @dataclass

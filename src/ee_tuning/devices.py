@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import ee_tuning
+from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.fp8 import has_fp8
 
@@ -42,14 +43,47 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-def warn_without_fp8(setting: str, device: torch.device) -> None:
-    """Say so where fp8 saves no time: on devices without fp8 matrix units."""
-    if not has_fp8(device):
-        warnings.warn(
-            f"{setting} fp8: {device} has no fp8 matrix units, so weights are rounded to fp8 but "
-            "products are no faster",
-            stacklevel=2,
+def check_precisions(config: TuneConfig, device: torch.device) -> None:
+    """Refuse, before anything is loaded, what a GPU cannot compute in.
+
+    Raises:
+        UserError: bf16 before compute capability 8.0 (Ampere), fp8 before 8.9; says what to use.
+    """
+    if device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    if pick_dtype(config.precision, device) == torch.bfloat16 and found < (8, 0):
+        raise UserError(
+            f"{_name(device)} cannot compute in bf16, which takes 8.0: use --precision fp32"
         )
+    for setting in ("backbone_precision", "exit_precision"):
+        if getattr(config, setting) == "fp8":
+            check_fp8(f"--{setting.replace('_', '-')}", device)
+
+
+def check_fp8(setting: str, device: torch.device) -> None:
+    """Refuse fp8 on a GPU without fp8 matrix units, and warn elsewhere that it saves no time.
+
+    Raises:
+        UserError: says what to use.
+    """
+    if has_fp8(device):
+        return
+    if device.type == "cuda":
+        instead = "torchao-int8 (the same memory)" if "backbone" in setting else "same"
+        raise UserError(
+            f"{_name(device)} has no fp8 matrix units, which came with 8.9: use {setting} {instead}"
+        )
+    warnings.warn(
+        f"{setting} fp8: {device} has no fp8 matrix units, so weights are rounded to fp8 but "
+        "products are no faster",
+        stacklevel=2,
+    )
+
+
+def _name(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def free_memory(device: torch.device) -> int | None:

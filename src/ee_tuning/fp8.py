@@ -1,8 +1,8 @@
 """Matrix products in fp8 (e4m3) with one scale per row, through torch's scaled matmul.
 
 The frozen backbone needs no gradients, so its weights are quantised once and for all. Exits keep
-their weights as they are and quantise what goes into a product. Where there are no fp8 matrix
-units, weights are rounded to fp8 and products are computed in the activations' dtype.
+their weights as they are and quantise what goes into a product. On CPU, where there are no fp8
+matrix units, weights are rounded to fp8 and products are computed in the activations' dtype.
 """
 
 from __future__ import annotations

@@ -90,10 +90,14 @@ class Parts:
 
 @dataclass(frozen=True)
 class Slices:
-    """The matrices of which this process reads its part only: the layers', and perhaps the head."""
+    """The matrices of which this process reads its part only: the layers', and perhaps the head.
+
+    gather: the head gives the logits of all parts.
+    """
 
     mesh: DeviceMesh
     head: bool = True
+    gather: bool = False
 
 
 def load_backbone(
@@ -172,7 +176,8 @@ def _with_parts(
             return
         left.update(_split_by_plan(self, anatomy, parts.layers))
         if slices.head and head and not tied:
-            left[anatomy.head] = self.get_submodule(anatomy.head), STYLES["colwise"]
+            style = STYLES["colwise_gather_output" if slices.gather else "colwise"]
+            left[anatomy.head] = self.get_submodule(anatomy.head), style
         for path in left:
             self.set_submodule(path, nn.Module())
 

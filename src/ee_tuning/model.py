@@ -21,8 +21,8 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.card import model_card
-from ee_tuning.config import ExitConfig, MatrixPrecision
-from ee_tuning.devices import warn_without_fp8
+from ee_tuning.config import ExitConfig, FrozenPrecision
+from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exits import Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
@@ -39,8 +39,10 @@ from ee_tuning.loading import (
 )
 from ee_tuning.losses import cross_entropy
 from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
+from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, run_on_part
 from ee_tuning.parallel.split import SplitParameter, read_part
+from ee_tuning.quantised import compiles, quantise_layer
 from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -95,10 +97,12 @@ class EarlyExitModel(nn.Module):
         self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
         # How `states` runs, see `ee_tuning.tune.prepare`.
         self.compiled = False
+        self.compiles_layers = True  # where the rest is compiled, too
         self.takes_boundaries = False
         self.sequence: SequencePart | None = None  # this process's, of hidden states
         self._chains: dict[bool, list[Segment]] = {}
         self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
+        self.mesh = Mesh()  # of the processes that decode together
         self._shards: dict[int, FrozenShard] = {}  # by layer from 0, see `place`
 
     @classmethod
@@ -110,7 +114,7 @@ class EarlyExitModel(nn.Module):
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
-        backbone_precision: MatrixPrecision = "same",
+        backbone_precision: FrozenPrecision = "same",
         stage: range | None = None,
         slices: Slices | None = None,
         shard: dist.ProcessGroup | None = None,
@@ -139,7 +143,7 @@ class EarlyExitModel(nn.Module):
         dtype: torch.dtype | str = "auto",
         exit_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
-        backbone_precision: MatrixPrecision = "same",
+        backbone_precision: FrozenPrecision = "same",
         stage: range | None = None,
         slices: Slices | None = None,
         shard: dist.ProcessGroup | None = None,
@@ -178,37 +182,41 @@ class EarlyExitModel(nn.Module):
     def place(
         self,
         device: str | torch.device,
-        backbone_precision: MatrixPrecision,
+        backbone_precision: FrozenPrecision,
         shard: dist.ProcessGroup | None = None,
     ) -> None:
         """Move to `device`, layer by layer.
 
-        backbone_precision: ``fp8`` quantises the frozen layers' matrices on the way, and the
-        head's if an exit shares it. shard: the processes that each keep a part of the frozen
-        layers' matrices, which are whole only while their layer runs.
+        backbone_precision: unless ``same``, the frozen layers' matrices are quantised on the way;
+        in ``fp8`` the head's too if an exit shares it. shard: the processes that each keep a part
+        of the frozen layers' matrices, which are whole only while their layer runs.
 
         Raises:
-            UserError: there is nothing that can be quantised.
+            UserError: there is nothing that can be quantised, or a package is missing for it.
         """
-        fp8 = backbone_precision == "fp8"
-        if fp8 or shard:
+        fp8, quantises = backbone_precision == "fp8", backbone_precision != "same"
+        if quantises or shard:
             self.tensor_hashes  # noqa: B018 - of the weights as they are
         if fp8:
-            warn_without_fp8("--backbone-precision", torch.device(device))
+            check_fp8("--backbone-precision", torch.device(device))
         quantised = 0
         layers: list[nn.Module] = list(self.backbone.layers)  # type: ignore[call-overload]
         for number, layer in enumerate(layers):
             layer.to(device)
-            quantised += freeze_in_fp8(layer) if fp8 else 0
+            if fp8:
+                quantised += freeze_in_fp8(layer)
+            elif quantises and in_memory(layer):
+                quantised += quantise_layer(layer, backbone_precision, self.backbone.dtype)
             if shard and in_memory(layer):
                 self._shards[number] = FrozenShard(layer, shard)
         self.to(device)
         if fp8:
             self.freeze_shared_head()
-        if fp8 and not quantised:
+        self.compiles_layers = compiles(backbone_precision)
+        if quantises and not quantised:
             raise UserError(
                 f"the layers of {type(self.model).__name__} have no linear matrices that could be "
-                "kept in fp8: leave --backbone-precision at same"
+                f"kept in {backbone_precision}: leave --backbone-precision at same"
             )
 
     def freeze_shared_head(self) -> None:
@@ -237,11 +245,19 @@ class EarlyExitModel(nn.Module):
         Raises:
             UserError: there is none.
         """
-        if str(layer) not in self.exits:
-            raise UserError(
-                f"there is no exit at layer {layer}: the exits are at {self.exit_layers}"
-            )
+        self.check_exit(layer)
         return self.exits[str(layer)]  # type: ignore[return-value]
+
+    def check_exit(self, layer: int) -> None:
+        """Refuse a layer without an exit, whatever stage it is in.
+
+        Raises:
+            UserError: there is none.
+        """
+        if layer not in self.all_exit_layers:
+            raise UserError(
+                f"there is no exit at layer {layer}: the exits are at {self.all_exit_layers}"
+            )
 
     def segments(
         self, exit_layers: Sequence[int] | None = None, last: int | None = None
@@ -290,7 +306,7 @@ class EarlyExitModel(nn.Module):
         """The segments that `states` runs: the same every time, so that they compile once."""
         if to_end not in self._chains:
             self._chains[to_end] = self.segments(last=None if to_end else self.stage.stop)
-            for segment in self._chains[to_end] if self.compiled else ():
+            for segment in self._chains[to_end] if self.compiled and self.compiles_layers else ():
                 segment.compile()
             for segment in self._chains[to_end] if self._shards else ():
                 shards = [self._shards[k] for k in range(segment.start, segment.stop)]
@@ -496,14 +512,15 @@ def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
 
 
 def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
-    """What tuning these exits, or those of a stage (layers from 0), needs: its layers, the last
-    one if a `layer` exit is made from it, and the embedding and head where they are used."""
+    """What these exits, or those of a stage (layers from 0), need: its layers, the last one if a
+    `layer` exit is made from it, and the embedding and head where they are used."""
     num_layers = load_config(path).num_hidden_layers
     specs = config.specs(num_layers)
     layers = range(specs[-1].layer) if stage is None else stage
     own = [spec for spec in specs if spec.layer - 1 in layers]
     last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
-    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, bool(own))
+    head = bool(own) or layers.stop == num_layers
+    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)
 
 
 def saved_exits(saved: dict[str, Any]) -> ExitConfig:

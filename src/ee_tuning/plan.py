@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -18,12 +19,14 @@ from torch import nn
 from ee_tuning.config import ExitConfig, PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
+from ee_tuning.fp8 import has_fp8
 from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
 from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits
+from ee_tuning.quantised import BYTES
 
 GIB = 2**30
 
@@ -91,7 +94,11 @@ def plan(config: PlanConfig) -> None:
     table.add_row("sum", f"{total:.1f} of {gpu.memory:g}", style="bold")
     console.print(table)
     if config.backbone_precision == "fp8" and not gpu.fp8:
-        console.print(f"{config.gpu} has no fp8 units: fp8 saves memory there, not time")
+        console.print(
+            f"{config.gpu} has no fp8 units, so tune refuses fp8 there: use --backbone-precision "
+            "torchao-int8, which takes the same memory",
+            soft_wrap=True,
+        )
     taken = step_seconds(model, config, gpu)
     seconds = sum(taken.values()) / config.gpus
     rate = config.global_batch_size * config.seq_length / seconds
@@ -105,7 +112,7 @@ def plan(config: PlanConfig) -> None:
     else:
         console.print(
             f"it does not fit by {total - gpu.memory:.1f} GiB; "
-            + advice(model, config, gpu.memory),
+            + advice(model, config, gpu.memory, fp8=gpu.fp8 > 0),
             soft_wrap=True,
         )
     if config.gpus > 1:
@@ -157,16 +164,18 @@ def largest_stage(model: EarlyExitModel, config: TuneConfig) -> dict[str, float]
 def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str, float]:
     """Bytes by part on the GPU that tunes the exits of `stage` (layers from 0), in bf16.
 
-    model: may be on the meta device. fp8 weights take a byte. Gradients are those of one exit, or
-    of all where the hidden states of a whole batch would take more; see `tune.step`. With --tp, of
-    one rank's part of all that it splits.
+    model: may be on the meta device. Gradients are those of one exit, or of all where the hidden
+    states of a whole batch would take more; see `tune.step`. With a loss that needs the final
+    exit's logits, layers deeper than `stage` are in memory too. With --tp, of one rank's part of
+    all that it splits.
     """
     tp = config.tp
     positions = tp if config.sequence_parallel else 1  # by which hidden states are divided
     backbone = model.backbone
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
-    small = 1 if config.backbone_precision == "fp8" else 2
-    layers = list(backbone.layers)[stage.start : stage.stop]  # type: ignore[call-overload]
+    deep = backbone.num_layers if config.loss != "ce" else stage.stop
+    layers = list(backbone.layers)[stage.start : deep]  # type: ignore[call-overload]
+    small = BYTES.get(config.backbone_precision, 2)
     vocabulary = _values(backbone.head)
     shared = any(exit.spec.head == "shared" for exit in exits)
     frozen = (small * sum(map(_values, layers)) + 2 * vocabulary) / tp
@@ -179,7 +188,8 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
     state = 2.1 if config.optimizer == "adamw-8bit" else 8
     hidden = backbone.config.hidden_size
     tokens = config.micro_batch_size * config.seq_length
-    states = _hidden_states(model, config)
+    kept = _kept(config, len(exits))
+    states = _hidden_states(model, config, len(exits))
     side_by_side = runs_side_by_side(model, config, stage)
     gradients = weight * (max(sizes) if side_by_side else sum(sizes))
     widest = max(p.shape[0] for layer in layers for p in layer.parameters() if p.dim() >= 2)
@@ -189,7 +199,7 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
         "exits' weights": weight * sum(sizes),
         "optimizer state": state * sum(sizes),
         "gradients": gradients + (2 * max(sizes) if weight == 4 else 0),
-        "hidden states": states if side_by_side else 3 * tokens * hidden * 2 / positions,
+        "hidden states": states if side_by_side else kept * tokens * hidden * 2 / positions,
         "activations": 2 * tokens * (5 * widest / tp + 8 * hidden / positions),
         "logits": 4 * logits,
     }
@@ -199,7 +209,8 @@ def runs_side_by_side(model: EarlyExitModel, config: TuneConfig, stage: range) -
     """Whether all micro-batches go down the layers of `stage` together: see `tune.step.waves`."""
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
     sizes = [sum(_tuned(model, config, exit)) / config.tp for exit in exits] or [0.0]
-    return _hidden_states(model, config) <= _weight(config) * (sum(sizes) - max(sizes))
+    states = _hidden_states(model, config, len(exits))
+    return states <= _weight(config) * (sum(sizes) - max(sizes))
 
 
 def tuned_values(model: EarlyExitModel, config: TuneConfig, layer: int) -> float:
@@ -207,11 +218,16 @@ def tuned_values(model: EarlyExitModel, config: TuneConfig, layer: int) -> float
     return sum(_tuned(model, config, model.exit(layer)))
 
 
-def _hidden_states(model: EarlyExitModel, config: TuneConfig) -> float:
-    """Bytes of what one exit needs of all micro-batches of a data-parallel rank."""
+def _kept(config: TuneConfig, exits: int) -> int:
+    """Hidden states of a token that `tune.step.waves` counts: of one exit, or of all."""
+    return 3 * (exits if config.loss != "ce" else 1)
+
+
+def _hidden_states(model: EarlyExitModel, config: TuneConfig, exits: int) -> float:
+    """Bytes of what so many exits need of all micro-batches of a data-parallel rank."""
     tokens = config.global_batch_size * config.seq_length / config.dp
     positions = config.tp if config.sequence_parallel else 1
-    return 3 * tokens * model.backbone.config.hidden_size * 2 / positions
+    return _kept(config, exits) * tokens * model.backbone.config.hidden_size * 2 / positions
 
 
 def _weight(config: TuneConfig) -> int:
@@ -222,7 +238,8 @@ def _weight(config: TuneConfig) -> int:
 def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[str, float]:
     """Seconds by part of one optimizer step on one GPU."""
     tokens = config.global_batch_size * config.seq_length
-    flop = flop_per_token(model, config.seq_length, config.exit_vocab)
+    given = model, config.seq_length, config.exit_vocab
+    flop = flop_per_token(*given, teacher=config.loss != "ce")
     bf16 = gpu.bf16 * REACHED["bf16"] * 1e12
     fp8 = gpu.fp8 * REACHED["fp8"] * 1e12 or bf16
     frozen = fp8 if config.backbone_precision == "fp8" else bf16
@@ -239,20 +256,24 @@ def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[st
     }
 
 
-def flop_per_token(model: EarlyExitModel, length: int, exit_vocab: int = 0) -> dict[str, float]:
+def flop_per_token(
+    model: EarlyExitModel, length: int, exit_vocab: int = 0, teacher: bool = False
+) -> dict[str, float]:
     """Floating-point operations of the matrix products that a step needs, per token.
 
     A product with a matrix of P parameters is 2·P forward, 2·P for the matrix's gradient and 2·P
     for its input's. Frozen layers have only the first. Of an `mlp` exit, the matrices that read
     the residual need no gradient of their input. Attention scores and values are 4·H·T/2 a layer.
+    teacher: whether the final exit's logits are needed, once, and so all layers.
     """
     backbone = model.backbone
-    layers = list(backbone.layers)[: model.exit_layers[-1]]  # type: ignore[call-overload]
+    deep = backbone.num_layers if teacher else model.exit_layers[-1]
+    layers = list(backbone.layers)[:deep]  # type: ignore[call-overload]
     sizes = [sum(map(_matrix, layer.modules())) for layer in layers]
     hidden = backbone.config.hidden_size
     head = hidden * (exit_vocab or backbone.config.vocab_size)
     found = {"backbone": 2.0 * sum(sizes) + len(layers) * 2 * hidden * length, "exits": 0.0}
-    found["head"] = 0.0
+    found["head"] = 2.0 * hidden * backbone.config.vocab_size if teacher else 0.0
     for layer in model.exit_layers:
         exit = model.exit(layer)
         found["head"] += 6 * head if exit.spec.head == "own" else 4 * head
@@ -264,12 +285,16 @@ def flop_per_token(model: EarlyExitModel, length: int, exit_vocab: int = 0) -> d
     return found
 
 
-def advice(model: EarlyExitModel, config: TuneConfig, available: float) -> str:
-    """Which flags would make `config` fit into `available` GiB."""
+def advice(model: EarlyExitModel, config: TuneConfig, available: float, fp8: bool) -> str:
+    """Which flags would make `config` fit into `available` GiB. fp8: whether the GPU has it."""
     flags: list[str] = []
     for saving in SAVINGS:
+        if saving == {"backbone_precision": "fp8"} and not fp8:
+            saving = {"backbone_precision": "torchao-int8"}
         if all(getattr(config, name) == value for name, value in saving.items()):
             continue
+        if "backbone_precision" in saving and config.backbone_precision == "bnb-4bit":
+            continue  # smaller already
         if "head" in saving and config.exits:
             continue
         config = dataclasses.replace(config, **saving)  # type: ignore[arg-type]
@@ -289,10 +314,11 @@ def refuse_if_too_large(config: TuneConfig, available: float) -> None:
     """
     model = shapes_of(config)
     needed = sum(largest_stage(model, config).values()) / GIB
+    fp8 = not torch.cuda.is_available() or has_fp8(torch.device("cuda"))
     if needed > available:
         raise UserError(
             f"this run needs about {needed:.1f} GiB, {needed - available:.1f} more than the GPU "
-            f"has; {advice(model, config, available)}"
+            f"has; {advice(model, config, available, fp8)}"
         )
 
 

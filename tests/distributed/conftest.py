@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from families import tiny
+from ports import free_ports
 from safetensors.torch import load_file
 
 BACKBONES = {
@@ -20,17 +18,6 @@ BACKBONES = {
     "tied": ("qwen3", {"tie_word_embeddings": True}),
     "biased": ("phi", {}),
 }
-
-
-def free_ports(number):
-    """Ports that nothing listens on, below those the system hands out to connections."""
-    found = set()
-    while len(found) < number:
-        port = random.SystemRandom().randrange(2000, 10000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            found.add(port)
-    return list(found)
 
 
 @pytest.fixture

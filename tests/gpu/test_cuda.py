@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.fp8 import has_fp8, product, quantise
+from ee_tuning.quantised import PACKAGES
 from ee_tuning.tune.optimizer import build_optimizers
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, mean_losses, place_batch, tuning_step
@@ -55,8 +56,9 @@ def packed_batch():
     return {"input_ids": ids, "labels": ids, "position_ids": positions}
 
 
+@pytest.mark.parametrize("rows", [packed_batch, batch])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
-def test_attention_within_boundaries_is_the_masked_one(family):
+def test_attention_within_boundaries_is_the_masked_one(family, rows):
     """bf16: relative difference of the hidden states of 2⁻⁶, a few roundings of 2⁻⁹ each."""
     config = ExitConfig("2,4", "layer")
     plain, fast = (
@@ -65,9 +67,9 @@ def test_attention_within_boundaries_is_the_masked_one(family):
     prepare(fast, TuneConfig(compile="off"))
     fast.exits.to(torch.bfloat16)
     assert fast.takes_boundaries
-    given = {k: v.cuda() for k, v in packed_batch().items()}
+    given = {k: v.cuda() for k, v in rows().items()}
     expected = plain.states(given["input_ids"], given["position_ids"])
-    given = place_batch(fast, packed_batch())
+    given = place_batch(fast, rows())
     found = fast.states(given["input_ids"], given["position_ids"], given["boundaries"])
     for (layer, a), (_, b) in zip(expected, found, strict=True):
         assert (a.hidden - b.hidden).norm() < 2**-6 * a.hidden.norm()
@@ -105,6 +107,66 @@ def test_step_compiles_once_and_never_waits_for_the_device():
         # Weighted by confidences, which rise, a loss need not fall.
         falls = not objective.dynamic_weights
         assert not falls or all(last[layer] < first[layer] for layer in first)
+
+
+@pytest.mark.parametrize("settings", [
+    {"backbone_precision": "torchao-int8", "optimizer": "adamw-8bit", "master_weights": "bf16"},
+    {"backbone_precision": "fp8"},
+])  # fmt: skip
+def test_steps_of_whole_rows_compile_once_never_wait_and_take_cudnn(settings):
+    """Dense attention, rounding seeded on the host, gradients added in pairs."""
+    settings = TuneConfig(lr=1e-2, compile="on", **settings)
+    if settings.optimizer != "adamw":
+        pytest.importorskip("torchao")
+    model = EarlyExitModel.from_base(
+        tiny("llama", vocab_size=128, hidden_size=256, intermediate_size=512, head_dim=64)
+        .to("cuda", torch.bfloat16),
+        ExitConfig("1,2,4", "mlp,layer,mlp", head="own,own,shared"),
+        backbone_precision=settings.backbone_precision,
+    )  # fmt: skip
+    prepare(model, settings)
+    optimizers = build_optimizers(model, settings)
+    weights = dict.fromkeys(model.exit_layers, 1.0)
+
+    def step():
+        given = ([batch(), batch(), batch()], Objective(), weights, 1.0, torch.bfloat16)
+        return tuning_step(model, optimizers, *given)
+
+    first, _ = step()
+    step()
+    graphs = counters["stats"]["unique_graphs"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            last, _ = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert all(last[layer] < first[layer] for layer in first)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    names = [event.key.lower() for event in profile.key_averages()]
+    if torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability() >= (9, 0):
+        assert any("cudnn" in name and ("sdpa" in name or "fprop" in name) for name in names)
+
+
+@pytest.mark.parametrize("precision", PACKAGES)
+def test_quantised_layers_are_near_and_their_exits_exact(precision):
+    pytest.importorskip(PACKAGES[precision])
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    base = [tiny("llama", **sizes).to(torch.bfloat16) for _ in range(2)]
+    plain, kept = (
+        EarlyExitModel.from_base(
+            model, ExitConfig("1,3"), device="cuda", backbone_precision=name
+        )
+        for model, name in zip(base, ("same", precision), strict=True)
+    )  # fmt: skip
+    assert kept.tensor_hashes == plain.tensor_hashes
+    a, b = plain.exit_state(), kept.exit_state()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    ids = batch()["input_ids"].cuda()
+    for (_, x), (_, y) in zip(plain.states(ids), kept.states(ids), strict=True):
+        assert (x.hidden - y.hidden).norm() < 0.4 * x.hidden.norm()
 
 
 @pytest.mark.skipif(

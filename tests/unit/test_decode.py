@@ -347,7 +347,7 @@ def test_a_ring_holds_what_a_window_sees():
     start = 0
     for count in (2, 3, 1, 3, 3, 2):
         positions = torch.arange(start, start + count)[None]
-        layer.place = Place(torch.tensor([0]), positions, reach=start + count, in_order=True)
+        layer.put(Place(torch.tensor([0]), positions, reach=start + count, in_order=True))
         values = positions[:, None, :, None].float()
         keys, _ = layer.update(values, values)
         written |= {int(p): float(p) for p in positions[0]}

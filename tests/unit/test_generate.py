@@ -96,6 +96,21 @@ def test_seeded_samples_are_those_of_transformers():
     assert torch.equal(model.generate(ids, mode="full", **sampling).sequences, expected)
 
 
+def test_samples_of_a_row_depend_neither_on_other_rows_nor_on_the_stream_before():
+    model, prompts = early_exit(), [prompt(length, length) for length in (3, 5, 4)]
+    common = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": None, "capacity": 32}
+
+    def texts(slots, threshold):
+        found = model.generate_batch(prompts, slots=slots, threshold=threshold, **common)
+        return {number: out.sequences.tolist() for number, out in found}
+
+    torch.manual_seed(5)
+    first, second = texts(1, 1.0), texts(1, 1.0)
+    assert all(first[number] != second[number] for number in first)
+    torch.manual_seed(5)
+    assert texts(3, 1.0) == first
+
+
 def test_several_sequences_per_prompt_and_plain_tensors():
     model = early_exit()
     ids = torch.tensor([[5, 9, 11], [4, 6, 8]])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.plan import GIB, GPUS, memory, refuse_if_too_large, shapes_of, step_seconds
+from ee_tuning.plan import (
+    GIB,
+    GPUS,
+    largest_stage,
+    memory,
+    refuse_if_too_large,
+    shapes_of,
+    step_seconds,
+)
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -65,7 +74,13 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
     main([*common, "--gpu", "4090", *flags])
     assert "it fits" in capsys.readouterr().out
     main([*common, "--gpu", "3090", "--backbone-precision", "fp8"])
-    assert "no fp8 units" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no fp8 units, so tune refuses fp8 there: use --backbone-precision torchao-int8" in out
+    main([*common, "--gpu", "3090"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--backbone-precision torchao-int8" in out.split("it would with ")[1]
+    main([*common, "--gpu", "4090", "--backbone-precision", "bnb-4bit", "--head", "shared"])
+    assert "fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -88,8 +103,9 @@ def test_plan_refuses(flags, message, large, capsys):
 def test_the_docs_show_what_was_measured():
     import table
 
-    text = table.DOC.read_text()
-    assert table.updated(text) == text
+    for name in table.TABLES:
+        text = (table.DOCS / name).read_text()
+        assert table.updated(text, name) == text
 
 
 def test_a_stage_needs_less_than_the_whole(large):
@@ -99,6 +115,36 @@ def test_a_stage_needs_less_than_the_whole(large):
     half = memory(model, config, range(16, 32))
     assert half["backbone"] < 0.6 * whole["backbone"]
     assert half["optimizer state"] == whole["optimizer state"] / 2
+
+
+def test_quantised_backbones_take_what_they_keep(large):
+    config = TuneConfig(model=large, layers="32")
+    model = shapes_of(config)
+    taken = {
+        precision: memory(model, replace(config, backbone_precision=precision), range(32))
+        for precision in ("same", "fp8", "torchao-int8", "bnb-8bit", "bnb-4bit")
+    }
+    layers = sum(p.numel() for p in model.backbone.layers.parameters())
+    per_weight = {"same": 2, "fp8": 1, "torchao-int8": 1, "bnb-8bit": 1, "bnb-4bit": 0.5625}
+    for precision, parts in taken.items():
+        saved = taken["same"]["backbone"] - parts["backbone"]
+        assert saved == pytest.approx((2 - per_weight[precision]) * layers)
+        assert {**parts, "backbone": 0} == {**taken["same"], "backbone": 0}
+
+
+@pytest.mark.parametrize("loss", ["kl", "mixed"])
+def test_distillation_takes_the_whole_backbone(loss, large):
+    config = TuneConfig(model=large, layers="8", seq_length=512)
+    model = shapes_of(config)
+    shallow, whole = (largest_stage(model, replace(config, loss=x)) for x in ("ce", loss))
+    quarter = sum(p.numel() for p in model.backbone.layers[:8].parameters())
+    assert whole["backbone"] - shallow["backbone"] == pytest.approx(3 * 2 * quarter)
+    seconds = [step_seconds(model, replace(config, loss=x), GPUS["h200"]) for x in ("ce", loss)]
+    assert seconds[1]["backbone"] == pytest.approx(4 * seconds[0]["backbone"])
+    available = (sum(shallow.values()) + sum(whole.values())) / 2 / GIB
+    refuse_if_too_large(config, available)
+    with pytest.raises(UserError, match="more than the GPU has"):
+        refuse_if_too_large(replace(config, loss=loss), available)
 
 
 def test_what_does_not_fit_is_refused_with_the_figure(large):

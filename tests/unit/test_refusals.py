@@ -31,6 +31,14 @@ REFUSED = [
     ({"sequence_parallel": True, "tp": 2, "seq_length": 33}, ["seq_length 33", "tp, 2"]),
     ({"balance": "measured"}, ["balance measured needs --pp"]),
     ({"balance": "measured", "pp": 2, "stage_layers": [2, 2]}, ["no --stage-layers"]),
+    (
+        {"tp": 2, "backbone_precision": "torchao-int8"},
+        ["--backbone-precision torchao-int8", "--tp", "whole matrix"],
+    ),
+    (
+        {"dp": 2, "shard_backbone": True, "backbone_precision": "torchao-int8"},
+        ["--backbone-precision torchao-int8", "--shard-backbone", "dtype of the checkpoint"],
+    ),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]

@@ -26,7 +26,8 @@ class Place:
 
     slots: (n,) int64, one per row of the batch; positions: (n, T) int64. reach: K/V up to this
     position are looked at. in_order: the slots are 0, 1, …, n − 1. empty: nothing is in the slots
-    yet, so tokens attend to those of the same pass alone.
+    yet, so tokens attend to those of the same pass alone. start: the first position, where there
+    is one row, that of slot 0, and the host may know it.
     """
 
     slots: Tensor
@@ -34,6 +35,7 @@ class Place:
     reach: int
     in_order: bool
     empty: bool = False
+    start: int | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -43,7 +45,7 @@ class SlotLayer(CacheLayerMixin):
     capacity, or for a window and what is written at a time.
     """
 
-    is_compileable = True
+    is_compileable = False  # else transformers makes a mask of its own where none is needed
 
     def __init__(self, window: int | None, slots: int, capacity: int, longest: int) -> None:
         super().__init__()
@@ -51,6 +53,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.size = capacity if window is None else min(capacity, window + longest)
         self.place: Place
+        self.rows: Tensor
+        self.places: Tensor | slice
         self.keys: Tensor
         self.values: Tensor
 
@@ -69,17 +73,34 @@ class SlotLayer(CacheLayerMixin):
         """Write K and V (n, heads, T, head dim); gives what their queries may look at."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        states = ((self.keys, key_states), (self.values, value_states))
-        found = tuple(self._write(kept, new) for kept, new in states)
-        return (key_states, value_states) if self.place.empty else found
+        seen = self._write(self.keys, key_states), self._write(self.values, value_states)
+        return (key_states, value_states) if self.place.empty else seen
+
+    def put(self, place: Place) -> None:
+        """The next pass is at `place`; of tokens that share a place, the last ones stay."""
+        self.place, self.rows = place, place.slots[:, None]
+        positions = place.positions[:, -self.size :]
+        if place.start is not None and place.reach <= self.size:
+            self.places = slice(place.start, place.reach)  # faster than one by one
+        else:
+            self.places = positions % self.size
+
+    @property
+    def hides(self) -> bool:
+        """Whether something is hidden from a query of the pass, so that it needs a mask."""
+        place = self.place
+        alone = place.start is not None and place.positions.shape[1] == 1
+        return not alone or place.reach > (self.window or place.reach)
 
     def _write(self, kept: Tensor, new: Tensor) -> Tensor:
         place = self.place
-        positions = place.positions[:, -self.size :]
-        rows = place.slots[:, None], slice(None), positions % self.size
-        kept[rows] = new[:, :, -self.size :].transpose(1, 2)
-        seen = kept[:, :, : place.reach]
-        return seen[: len(place.slots)] if place.in_order else seen[place.slots]
+        if isinstance(self.places, slice):
+            kept[0, :, self.places] = new
+        else:
+            kept[self.rows, :, self.places] = new[:, :, -self.size :].transpose(1, 2)
+        if place.in_order:
+            return kept[: len(place.slots), :, : place.reach]
+        return kept[:, :, : place.reach][place.slots]
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What the queries of the pass see of `update`'s K/V: (n, 1, T, K), to be added."""
@@ -122,8 +143,13 @@ class SlotCache(Cache):
 
     def put(self, place: Place) -> None:
         """The next pass is at `place`."""
+        first: dict[int, SlotLayer] = {}
         for layer in self.slot_layers:
-            layer.place = place
+            alike = first.setdefault(layer.size, layer)
+            if alike is layer:
+                layer.put(place)
+            else:
+                layer.place, layer.rows, layer.places = place, alike.rows, alike.places
 
 
 def check_room(pairs: Sequence[tuple[Any, Any]], device: torch.device) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ee_tuning.decode.passes import Passes, Predictions, Wanted, Window
 from ee_tuning.decode.policy import Policy
-from ee_tuning.decode.speculative import Chooser, Pace, Token
+from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class _Row:
     """A sequence in progress, in its slot.
 
     ids: prompt, settled tokens, drafts. done: per segment up to the `last`, how many of them it
-    has computed. door: the segment it stands before. limit: tokens that may leave before one has
-    to go to the end.
+    has computed. door: the segment it stands before. pending: tokens that left since the last one
+    that went to the end; limit: how many may. asks: what follows the newest token is not known yet.
     """
 
     def __init__(self, request: Request, slot: int, last: int) -> None:
@@ -63,6 +63,8 @@ class _Row:
         self.drafts: list[Token] = []
         self.pace = Pace(self.policy.max_pending)
         self.limit = self.policy.max_pending
+        self.pending = 0
+        self.asks = True
 
     def window(self, i: int) -> Window:
         """What segment `i` has not computed yet."""
@@ -73,8 +75,7 @@ class _Row:
 
     def may_leave(self, layer: int) -> bool:
         """Whether the newest token may leave at `layer`, if it is sure enough."""
-        pending = self.done[0] - 1 - self.done[self.last]
-        return layer in self.policy.thresholds and pending < self.limit
+        return layer in self.policy.thresholds and self.pending < self.limit
 
 
 Event = tuple[Request, Token]
@@ -92,10 +93,11 @@ class Engine:
         capacity: int,
         max_pending: int = 8,
         compile: bool = False,
+        stage: range | None = None,
     ) -> None:
         """exit_layers: the exits that any request may use. slots: sequences at a time.
         capacity: tokens of a sequence at most. max_pending: the largest of any request.
-        compile: see `ee_tuning.decode.passes.Passes`.
+        compile, stage: see `ee_tuning.decode.passes.Passes`.
 
         Raises:
             UserError: the K/V do not fit into the memory that is free.
@@ -107,8 +109,9 @@ class Engine:
             capacity=capacity,
             longest=max_pending + 1,
             compile=compile,
+            stage=stage,
         )
-        self.max_pending = max_pending
+        self.exit_layers, self.max_pending = list(exit_layers), max_pending
         self._stops = [segment.stop for segment in self.passes.segments]
         self._rows: list[_Row | None] = [None] * slots
 
@@ -132,7 +135,7 @@ class Engine:
             UserError: a request does not fit this engine.
         """
         assert not self.busy, "an engine runs one stream at a time"
-        waiting = iter(requests)
+        waiting, self._generators = iter(requests), Generators(self.passes.device)
         try:
             while True:
                 yield from self._admit(waiting)
@@ -143,6 +146,7 @@ class Engine:
                 yield from self._advance(door, [row for row in live if row.door == door])
         finally:
             self._rows = [None] * len(self._rows)
+            self._generators.close()
 
     def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
         """Fill the free slots with the next requests, and read their prompts."""
@@ -155,10 +159,12 @@ class Engine:
                 if request is None:
                     break
                 self._check(request)
+                self._generators.give(request.chooser)
                 last = self._stops.index(request.policy.end)
                 row = self._rows[slot] = _Row(request, slot, last)
                 wanted = Wanted("last", request.policy.final, request.policy.measure)
-                found = self.passes.prompt(slot, row.ids, last, wanted)
+                found, _ = self.passes.prompt(slot, row.ids, last, wanted)
+                assert found is not None
                 yield from self._settle(row, found, 0, 1)
 
     def _advance(self, i: int, rows: list[_Row]) -> Iterator[Event]:
@@ -181,14 +187,11 @@ class Engine:
         """What a pass of segment `i` has to predict for `rows`."""
         if any(i == row.last and row.drafts for row in rows):
             return "each"
-        asked = any(i == row.last or self._may_leave(i, row) for row in rows)
-        return "last" if asked else "nothing"
+        return "last" if any(self._asks(i, row) for row in rows) else "nothing"
 
-    def _may_leave(self, i: int, row: _Row) -> bool:
-        """Whether the newest token of `row` may leave after segment `i`, which it goes through."""
-        newest = row.done[0] + (1 if i == 0 else 0)
-        pending = newest - 1 - row.done[row.last]
-        return self._stops[i] in row.policy.thresholds and pending < row.limit
+    def _asks(self, i: int, row: _Row) -> bool:
+        """Whether what follows the newest token of `row` may be found after segment `i`."""
+        return row.asks and (i == row.last or row.may_leave(self._stops[i]))
 
     def _decide(
         self, i: int, row: _Row, found: Predictions | None, j: int, count: int
@@ -200,7 +203,7 @@ class Engine:
             yield from self._settle(row, found, j, count)
             return
         row.door = i + 1
-        if found is None or not row.may_leave(layer):
+        if found is None or not self._asks(i, row):
             return
         prediction = found.of(j, 0)
         if row.policy.leaves(layer, prediction.confidence):
@@ -208,6 +211,7 @@ class Engine:
             chosen, q = row.request.chooser.choose(row.ids, prediction)
             token = Token(chosen, layer, prediction.confidence, q)
             row.ids.append(chosen)
+            row.pending += 1
             if row.policy.verifies:
                 row.drafts.append(token)
             else:
@@ -233,7 +237,7 @@ class Engine:
         assert own is not None
         row.ids[first + kept :] = [own]
         row.done = [min(done, len(row.ids) - 1) for done in row.done]
-        row.door, row.drafts = 0, []
+        row.door, row.pending, row.drafts = 0, 0, []
         if row.policy.verifies:
             row.pace.learn(len(drafts), kept)
             row.limit = row.pace.drafts(row.request.max_length - len(row.ids))
@@ -259,10 +263,10 @@ class Engine:
             raise UserError(
                 f"{request.max_length} tokens are asked for, there is room for {passes.capacity}"
             )
-        missing = sorted({*policy.exit_layers} - {*passes.exits})
+        missing = sorted({*policy.exit_layers} - {*self.exit_layers})
         if missing:
             raise UserError(
-                f"the exit at layer {missing[0]} is not among the engine's: {sorted(passes.exits)}"
+                f"the exit at layer {missing[0]} is not among the engine's: {self.exit_layers}"
             )
         if policy.max_pending > self.max_pending:
             raise UserError(

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.config import Layers
 from ee_tuning.decode.engine import Engine, Request
+from ee_tuning.decode.pipeline import Stage
 from ee_tuning.decode.policy import Policy, active_layers, make_policy
 from ee_tuning.decode.speculative import Chooser, Token
 from ee_tuning.errors import UserError
@@ -88,8 +89,9 @@ def generate(
 ) -> GenerateOutput | Tensor:
     """Generate from prompts (B, P); `kwargs`: `Settings` and those of transformers' ``generate``.
 
-    Every row decides for itself, and its tokens do not depend on its neighbours (sampled ones do,
-    by the order in which they are drawn).
+    Every row decides for itself, and its tokens do not depend on its neighbours. A model that
+    several processes have parts of, see `ee_tuning.decode.load_part`, is called on all of them
+    alike, and gives the same on each.
 
     attention_mask: (B, P), 0 where a shorter prompt is padded on its left; default: leading
         padding tokens, in a batch.
@@ -248,20 +250,29 @@ def _engine(
 
     Captured graphs hold the addresses of weights, so other weights want another engine.
     """
-    compile = model.backbone.device.type == "cuda" if compile is None else compile
+    mesh = model.mesh
+    if compile is None:
+        compile = model.backbone.device.type == "cuda" and mesh.tp == 1
+    if compile and mesh.tp > 1:
+        raise UserError("compile cannot be had with tp: sums between ranks do not compile")
     weights = tuple(p.data_ptr() for p in model.parameters())
     key = (tuple(exit_layers), max_pending, compile, weights)
     kept = model.engines.pop(key, None)
     if kept is None or kept.busy or kept.passes.slots < slots or kept.passes.capacity < capacity:
         room = -(-capacity // ROOM) * ROOM
         room = max(capacity, min(room, model.backbone.context or room))
-        settings = {"slots": slots, "capacity": room, "max_pending": max_pending}
+        settings: dict[str, Any] = {"slots": slots, "capacity": room, "max_pending": max_pending}
+        kind = Engine if mesh.pp == 1 else Stage
         kept = None
+
+        def make() -> Engine:
+            return kind(model, exit_layers, **settings, compile=compile)
+
         try:
-            kept = Engine(model, exit_layers, **settings, compile=compile)
+            kept = mesh.on_all(make)
         except UserError:  # no room: that of the others may be enough
             model.engines.clear()
-            kept = Engine(model, exit_layers, **settings, compile=compile)
+            kept = mesh.on_all(make)
     model.engines[key] = kept
     for oldest in list(model.engines)[:-ENGINES]:
         del model.engines[oldest]

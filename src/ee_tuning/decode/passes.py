@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
 
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
+# With this, products of one token become reductions, which reach more of the memory's bandwidth.
+OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
 REACH_FACTOR, LEAST_REACH = 2, 256
@@ -110,9 +112,12 @@ class Passes:
         capacity: int,
         longest: int,
         compile: bool = False,
+        stage: range | None = None,
     ) -> None:
         """exit_layers: where the backbone is cut. capacity: tokens of a sequence at most.
         longest: tokens of a window at most. compile: layers and exits, on CUDA with graphs.
+        stage: the layers, counted from 0, that this process has; default: all. What comes from
+        the stage before is `put` in front of its segments, what goes to the next one `taken`.
 
         Raises:
             UserError: the K/V do not fit into the memory that is free.
@@ -128,39 +133,57 @@ class Passes:
         self.row_sizes = _sizes(slots, ROWS_FACTOR)
         self.reach_sizes = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
         self.limit = max(capacity, model.backbone.context or 0) - 1  # for padding: no position more
-        self.segments = model.segments(exit_layers, last=model.backbone.num_layers)
-        self.exits = {k: model.exit(k) for k in exit_layers}
+        stage = range(model.backbone.num_layers) if stage is None else stage
+        self.is_first, self.is_last = stage.start == 0, stage.stop == model.backbone.num_layers
+        self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}
+        self.segments = model.segments(list(self.exits), last=stage.stop)
         self._make_caches()
         like: dict[str, Any] = {"device": self.device, "dtype": model.backbone.dtype}
         size = (slots, 2 * longest, model.backbone.config.hidden_size)
-        self._rings = [torch.zeros(size, **like) for _ in self.segments]
+        # One before each segment, and one behind the last.
+        self._rings = [torch.zeros(size, **like) for _ in range(len(self.segments) + 1)]
         self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self._steps, self._predict = self.segments, _predict
         self._graphs: dict[Any, Any] = {}
         if compile:
-            self._steps = model.segments(exit_layers, last=model.backbone.num_layers)
+            self._steps = model.segments(list(self.exits), last=stage.stop)
             for segment, cache in zip(self._steps, self.caches, strict=True):
-                segment.compile(cache)
-            self._predict = torch.compile(_predict, dynamic=False)
+                segment.compile(cache, OPTIONS)
+            self._predict = torch.compile(_predict, dynamic=False, options=OPTIONS)
 
     @torch.inference_mode()
-    def prompt(self, slot: int, ids: Sequence[int], last: int, wanted: Wanted) -> Predictions:
-        """Read a prompt into an empty slot, through segment `last`; predicts what follows."""
-        if self.compile and len(ids) <= CHUNK * CHUNKS:
-            return self._prompt_in_chunks(slot, ids, last, wanted)
-        hidden = torch.tensor([list(ids)], device=self.device)
-        positions = torch.arange(len(ids), device=self.device)[None]
+    def prompt(
+        self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
+    ) -> tuple[Predictions | None, Tensor]:
+        """Read a prompt into an empty slot, through segment `last`.
+
+        inputs: its ids, for a later stage hidden states (P, H). Gives what follows, if it is
+        wanted, and the hidden states (P, H) behind the last segment, good until the next pass.
+        """
+        if self.compile and len(inputs) <= CHUNK * CHUNKS:
+            return self._prompt_in_chunks(slot, inputs, last, wanted)
+        hidden = self._inputs(inputs)[None]
+        positions = torch.arange(len(inputs), device=self.device)[None]
         slots = torch.tensor([slot], device=self.device)
-        self._put(Place(slots, positions, len(ids), in_order=False, empty=True))
+        self._put(Place(slots, positions, len(inputs), in_order=False, empty=True))
         for i, segment in enumerate(self.segments[: last + 1]):
             state = segment(hidden, positions, self.caches[i])
             hidden, exit = state.hidden, self.exits.get(segment.stop)
             if exit is not None and exit.segment is not None and i < last:
                 exit.features(state, self.exit_caches[segment.stop])
-        count = torch.tensor([len(ids)], device=self.device)
+        count = torch.tensor([len(inputs)], device=self.device)
         found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
-        assert found is not None
-        return _read(*found, [0])
+        return None if found is None else _read(*found, [0]), hidden[0]
+
+    @torch.inference_mode()
+    def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
+        """What the stage before gave for n tokens, (n, H), is what the first segment computes."""
+        self._rings[0][self._in_ring(slots, positions)] = hidden
+
+    @torch.inference_mode()
+    def take(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """What the last segment gave for n of the tokens computed last: (n, H)."""
+        return self._rings[-1][self._in_ring(slots, positions)]
 
     @torch.inference_mode()
     def window(
@@ -188,19 +211,30 @@ class Passes:
         return _read(logits, answers, [slots.index(window.slot) for window in windows])
 
     def _prompt_in_chunks(
-        self, slot: int, ids: Sequence[int], last: int, wanted: Wanted
-    ) -> Predictions:
+        self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
+    ) -> tuple[Predictions | None, Tensor]:
         """As `prompt`, but by compiled passes: where launching takes longer than computing."""
-        starts, nothing = [0] * self.slots, Wanted("nothing", False)
-        for start in range(0, len(ids), CHUNK):
-            chunk, starts[slot] = ids[start : start + CHUNK], start
+        starts, nothing, hidden = [0] * self.slots, Wanted("nothing", False), []
+        for start in range(0, len(inputs), CHUNK):
+            chunk, starts[slot] = inputs[start : start + CHUNK], start
+            places = [slot] * len(chunk), range(start, start + len(chunk))
+            ids = chunk if self.is_first else ()
+            if not self.is_first:
+                self.put(*places, chunk)  # type: ignore[arg-type]
             for i in range(last + 1):
-                asked = wanted if i == last and start + CHUNK >= len(ids) else nothing
-                found = self.window(
-                    i, [Window(slot, len(chunk), () if i else chunk)], starts, asked
-                )
-        assert found is not None
-        return found
+                asked = wanted if i == last and start + CHUNK >= len(inputs) else nothing
+                window = Window(slot, len(chunk), () if i else ids)  # type: ignore[arg-type]
+                found = self.window(i, [window], starts, asked)
+            hidden.append(self.take(*places))
+        return found, torch.cat(hidden)
+
+    def _inputs(self, inputs: Sequence[int] | Tensor) -> Tensor:
+        return torch.as_tensor(inputs, device=self.device)
+
+    def _in_ring(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        table = [list(slots), list(positions)]
+        places = torch.tensor(table, dtype=torch.int64, device=self.device)
+        return places[0], places[1] % (2 * self.longest)
 
     @torch.inference_mode()
     def warm_up(self, measures: Sequence[str] = ("probability",), verify: bool = True) -> float:
@@ -213,10 +247,10 @@ class Passes:
         self._control[:, 0] = torch.arange(self.slots, device=self.device)
         sizes = product(range(len(self._steps)), self.row_sizes, self.reach_sizes, measures)
         for i, rows, reach, measure in sizes:
-            last = i == len(self._steps) - 1
+            last = self.is_last and i == len(self._steps) - 1
             in_order = self._in_order(list(range(rows)))
             # Prompts come alone, and before the first segment there is one token otherwise.
-            many = self.window_sizes if i else [1]
+            many = [1] if i == 0 and self.is_first else self.window_sizes
             for length in self.length_sizes if rows == 1 else many:
                 for after in (
                     ("last", "nothing", "each") if last and verify else ("last", "nothing")
@@ -234,13 +268,7 @@ class Passes:
         if not self.compile:
             return self._forward(*key)
         if key not in self._graphs:
-            # With this, products of one token become reductions, which reach more of the memory's
-            # bandwidth; for more tokens it takes time to compile and brings nothing.
-            single = key[1:3] == (1, 1)
-            with (
-                torch._dynamo.config.patch(recompile_limit=VERSIONS),
-                torch._inductor.config.patch(coordinate_descent_tuning=single),
-            ):
+            with torch._dynamo.config.patch(recompile_limit=VERSIONS):
                 self._graphs[key] = self._captured(lambda: self._forward(*key))
         return self._graphs[key]()
 
@@ -273,14 +301,16 @@ class Passes:
         control = self._control[:rows, : 3 + length]
         slots, starts, counts = control[:, 0], control[:, 1], control[:, 2]
         positions = starts[:, None] + torch.arange(length, device=self.device)
-        self._put(Place(slots, positions, reach, in_order))
+        known = rows == 1 and in_order and not self.compile
+        start = reach - length if known else None
+        self._put(Place(slots, positions, reach, in_order, start=start))
         ring = slots[:, None], positions % (2 * self.longest)
         segment = self._steps[i]
-        inputs = self._rings[i][ring] if i else control[:, 3:]
+        inputs = control[:, 3:] if segment.is_first else self._rings[i][ring]
         masks = self._masks(segment, self.caches[i])
         position_ids = positions.clamp(max=self.limit)
         state = segment(inputs, position_ids, self.caches[i], masks)
-        if i + 1 < len(self._steps):
+        if i + 1 < len(self._steps) or not self.is_last:
             self._rings[i + 1][ring] = state.hidden
         exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
         if cache is not None and exit is not None and exit.segment is not None:
@@ -290,6 +320,8 @@ class Passes:
         return self._predict(self.model, exit, state, cache, counts, wanted)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
+        if not any(layer.hides for layer in cache.slot_layers):
+            return None
         return segment.masks(lambda j: cache.slot_layers[j].mask(self.model.backbone.dtype))
 
     def _exit_cache(self, i: int) -> SlotCache | None:
@@ -329,6 +361,9 @@ class Passes:
         blocks = {k: exit.segment for k, exit in self.exits.items() if exit.segment is not None}
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         place, hidden = Place(token[0], token, 1, in_order=True, empty=True), token
+        if not self.is_first:
+            size = (1, 1, self.model.backbone.config.hidden_size)
+            hidden = torch.zeros(size, dtype=self.model.backbone.dtype, device=self.device)
         sample = [self._cache(s, 1, 1, 1, place) for s in self.segments]
         samples = {k: self._cache(block, 1, 1, 1, place) for k, block in blocks.items()}
         for segment, cache in zip(self.segments, sample, strict=True):
@@ -336,9 +371,9 @@ class Passes:
             hidden = state.hidden
             if segment.stop in blocks:
                 self.exits[segment.stop].features(state, samples[segment.stop])
-        size = (self.slots, self.places, self.longest)
-        self.caches = [self._cache(segment, *size) for segment in self.segments]
-        self.exit_caches = {k: self._cache(block, *size) for k, block in blocks.items()}
+        sizes = (self.slots, self.places, self.longest)
+        self.caches = [self._cache(segment, *sizes) for segment in self.segments]
+        self.exit_caches = {k: self._cache(block, *sizes) for k, block in blocks.items()}
         pairs = [
             (small, large)
             for a, b in zip(

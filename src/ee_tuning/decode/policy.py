@@ -83,9 +83,11 @@ def active_layers(model: EarlyExitModel, exit_layers: Layers | None) -> list[int
         UserError: there is no exit at one of them.
     """
     if not exit_layers:
-        return model.exit_layers
+        return model.all_exit_layers
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
-    return [model.exit(layer).spec.layer for layer in layers]
+    for layer in layers:
+        model.check_exit(layer)
+    return layers
 
 
 def _thresholds(threshold: float | Mapping[int, float], active: list[int]) -> dict[int, float]:

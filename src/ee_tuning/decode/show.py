@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ee_tuning.config import GenerateConfig, SamplingConfig, parse_threshold
+from ee_tuning.decode.parts import load_part
+from ee_tuning.decode.pipeline import NO_DRAFTS
 from ee_tuning.decode.speculative import Token
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.mesh import Mesh
+
+ONE_PROCESS = Mesh()
 
 
 def depth_colour(layer: int, depth: int) -> str:
@@ -65,14 +71,29 @@ class DepthStreamer:
 def generate_and_show(config: GenerateConfig, console: Console | None = None) -> None:
     """Generate from ``config.prompt`` and print the coloured text, a legend and the mean depth.
 
+    Of several processes all do the same, and the first one prints.
+
     Raises:
-        UserError: an empty prompt, or what `generate` raises.
+        UserError: an empty prompt, settings that do not go together, or what `generate` raises.
+        ProcessFailed: one of several processes failed.
     """
-    console = console or Console()
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    if config.stage_layers and config.pp == 1:
+        raise UserError("stage_layers needs --pp: a single stage has all layers")
+    if config.mode == "speculative" and config.pp > 1:
+        raise UserError(NO_DRAFTS)
+    mesh = Mesh(tp=config.tp, pp=config.pp)
+    with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):
+        mesh.check_same("settings", repr(config))
+        _generate_and_show(config, mesh, console or Console(quiet=not mesh.is_main))
+
+
+def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
+    standard_input = config.prompt == "-"
+    prompt = mesh.on_main(sys.stdin.read) if standard_input else config.prompt
     if not prompt:
         raise UserError("the prompt is empty: give one with --prompt, or - to read standard input")
-    model, tokenizer = load_for_decoding(config)
+    model, tokenizer = load_for_decoding(config, mesh, config.stage_layers)
+    mesh.doing = "decoding"
     input_ids = encode_prompt(tokenizer, prompt, config.chat)
     streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
@@ -97,13 +118,15 @@ def generate_and_show(config: GenerateConfig, console: Console | None = None) ->
 
 
 def load_for_decoding(
-    config: SamplingConfig,
+    config: SamplingConfig, mesh: Mesh = ONE_PROCESS, stage_layers: Sequence[int] = ()
 ) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that a `SamplingConfig` names, ready to generate."""
+    """The model, or this process's part of it, and tokenizer that a `SamplingConfig` names."""
     device = pick_device(config.device)
-    model = EarlyExitModel.from_pretrained(
+    model = load_part(
         config.exits,
         config.model or None,
+        mesh=mesh,
+        stage_layers=stage_layers,
         dtype=pick_dtype(config.precision, device),
         device=str(device),
     ).eval()

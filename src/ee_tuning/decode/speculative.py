@@ -29,10 +29,15 @@ class Token:
 
 
 class Chooser:
-    """Chooses tokens from logits as transformers does."""
+    """Chooses tokens from logits as transformers does.
+
+    generator: of the samples; default: torch's own. drawn: how many it was used for.
+    """
 
     def __init__(self, processors: Any = (), sample: bool = False) -> None:
         self.processors, self.sample = processors, sample
+        self.generator: torch.Generator | None = None
+        self.drawn = 0
 
     def choose(self, ids: Sequence[int], found: Prediction) -> tuple[int, Tensor | None]:
         """What follows `ids` by a prediction: a token, and its distribution (V,) if sampled."""
@@ -42,22 +47,69 @@ class Chooser:
         if not self.sample:
             return int(scores.argmax()), None
         probabilities = scores.softmax(-1)
-        return int(torch.multinomial(probabilities, num_samples=1)), probabilities
+        return self._draw(probabilities), probabilities
+
+    def catch_up(self, drawn: int, like: Tensor) -> None:
+        """Leave out the draws before the `drawn`-th, from (V,) like these: others made them."""
+        while self.sample and self.drawn < drawn:
+            self._draw(like)
+
+    def _draw(self, probabilities: Tensor) -> int:
+        self.drawn += 1
+        return int(torch.multinomial(probabilities, num_samples=1, generator=self.generator))
 
     def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
         """The token that follows `ids` by the final exit's prediction: the draft, if it is kept."""
         if draft.probabilities is None:
             return self.choose(ids, found)[0]
         p, q = self._scores(ids, found.logits).softmax(-1), draft.probabilities
-        if torch.rand((), device=p.device) * q[draft.id] < p[draft.id]:
+        if torch.rand((), device=p.device, generator=self.generator) * q[draft.id] < p[draft.id]:
             return draft.id
         rest = (p - q).clamp(min=0)
-        return int(torch.multinomial(rest if rest.sum() > 0 else p, num_samples=1))
+        return self._draw(rest if rest.sum() > 0 else p)
 
     def _scores(self, ids: Sequence[int], logits: Tensor) -> Tensor:
         if not len(self.processors):
             return logits
         return self.processors(torch.tensor([ids], device=logits.device), logits[None])[0]
+
+
+class Generators:
+    """Generators for the samples of a stream's rows.
+
+    The first row that samples has torch's own, so that a single prompt is continued as by
+    transformers. Each of the others has one for itself: no row's samples depend on how fast another
+    one is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rows = device, 0
+        on_gpu = device.type == "cuda"
+        self._state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+        self._seeds = torch.Generator()
+
+    def give(self, chooser: Chooser) -> None:
+        """Give the next row's to its chooser, if it samples."""
+        chooser.generator, chooser.drawn = None, 0
+        if not chooser.sample:
+            return
+        self.rows += 1
+        if self.rows == 2:
+            # One number of torch's own, and no more: the next stream will come across the others.
+            copied = torch.Generator(self.device)
+            copied.set_state(self._state)
+            self._seeds.manual_seed(_seed(copied))
+        if self.rows > 1:
+            chooser.generator = torch.Generator(self.device).manual_seed(_seed(self._seeds))
+
+    def close(self) -> None:
+        """Move torch's own on, if it has seeded others, which the next stream's shall not equal."""
+        if self.rows > 1:
+            torch.rand((), device=self.device)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), device=generator.device, generator=generator))
 
 
 class Pace:

@@ -85,7 +85,7 @@ class Mesh:
             raise UserError(
                 f"dp {self.dp} × tp {self.tp} × pp {self.pp} is {self.size}, the number of "
                 f"processes is {processes}: start as many with torchrun --nproc-per-node "
-                f"{self.size} -m ee_tuning tune …"
+                f"{self.size} -m ee_tuning …"
             )
         if self.size == 1:
             return
@@ -102,8 +102,13 @@ class Mesh:
         self._host = dist.new_group(backend="gloo", timeout=patience)
 
     @contextmanager
-    def connected(self, device: torch.device, timeout: float) -> Iterator[None]:
-        """Inside, the processes are joined; see `connect`.
+    def connected(
+        self,
+        device: torch.device,
+        timeout: float,
+        advice: str = "The last checkpoint is good: go on with --resume",
+    ) -> Iterator[None]:
+        """Inside, the processes are joined; see `connect`. advice: for after a failure.
 
         Raises:
             ProcessFailed: anything but a mistake of the user goes wrong in a run of several
@@ -120,8 +125,7 @@ class Mesh:
                 raise
             raise ProcessFailed(
                 f"{self.name} failed at {self.doing}: {first_line(error)}; if that is a lost "
-                "connection or a time-out, another rank died or hangs. The last checkpoint is "
-                "good: go on with --resume"
+                f"connection or a time-out, another rank died or hangs. {advice}"
             ) from error
         if self.size > 1:
             dist.destroy_process_group()
@@ -134,6 +138,12 @@ class Mesh:
     def group(self, name: str) -> dist.ProcessGroup:
         """The process group of `axis`."""
         return self.axis(name).get_group()
+
+    @property
+    def host(self) -> dist.ProcessGroup:
+        """All processes, for tensors on the host."""
+        assert self._host is not None, "a mesh of one process has no group"
+        return self._host
 
     def sum_over(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values`, on the run's device, summed in place over an axis."""

@@ -98,11 +98,22 @@ def cut_stages(
             f"pp is {config.pp}: there are only {deepest} layers up to the deepest exit"
         )
     costs = costs or layer_costs(model, config.seq_length)
-    numbers = config.stage_layers or balance(costs, config.pp)
-    if len(numbers) != config.pp or sum(numbers) != deepest or min(numbers) < 1:
+    return cut_layers(costs, config.pp, config.stage_layers, "the deepest exit's layer")
+
+
+def cut_layers(
+    costs: Sequence[float], stages: int, numbers: Sequence[int], what: str
+) -> list[range]:
+    """Layers of the given costs as `stages` runs, of so many layers each, or else balanced.
+
+    Raises:
+        UserError: `numbers` do not fit; what: that the number of layers is.
+    """
+    numbers = numbers or balance(costs, stages)
+    if len(numbers) != stages or sum(numbers) != len(costs) or min(numbers) < 1:
         raise UserError(
-            f"stage_layers {numbers} does not fit: give {config.pp} numbers of layers, each at "
-            f"least 1, that add up to {deepest}, the deepest exit's layer"
+            f"stage_layers {list(numbers)} does not fit: give {stages} numbers of layers, each at "
+            f"least 1, that add up to {len(costs)}, {what}"
         )
     stops = list(accumulate(numbers))
     return [range(stop - number, stop) for stop, number in zip(stops, numbers, strict=True)]
@@ -118,16 +129,16 @@ def layer_costs(model: EarlyExitModel, length: int) -> list[float]:
     backbone = model.backbone
     attention = 2.0 * length * backbone.config.hidden_size
     layers = list(backbone.layers)[: model.exit_layers[-1]]  # type: ignore[call-overload]
-    costs = [2.0 * _weights(layer) + attention for layer in layers]
-    head = _weights(backbone.head)
+    costs = [2.0 * weights(layer) + attention for layer in layers]
+    head = weights(backbone.head)
     for layer in model.exit_layers:
         exit = model.exit(layer)
-        costs[layer - 1] += 6.0 * _weights(exit) + (4.0 * head if exit.spec.head == "shared" else 0)
+        costs[layer - 1] += 6.0 * weights(exit) + (4.0 * head if exit.spec.head == "shared" else 0)
         costs[layer - 1] += 3 * attention if exit.spec.arch == "layer" else 0
     return costs
 
 
-def _weights(module: torch.nn.Module) -> int:
+def weights(module: torch.nn.Module) -> int:
     """The values of a module's matrices."""
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 

@@ -28,10 +28,15 @@ from ee_tuning.parallel.split import (
     SUMMED,
     ParallelLinear,
     SplitParameter,
+    Style,
     layer_plan,
     move,
     split_linear,
 )
+
+HEADS: dict[bool, Style] = {
+    gather: STYLES["colwise_gather_output" if gather else "colwise"] for gather in (False, True)
+}
 
 
 class SplitSoftmax(Softmax):
@@ -125,10 +130,18 @@ def _normaliser(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
 # -- applying it -----------------------------------------------------------------------------------
 
 
-def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool, sequence: bool = False) -> None:
+def split_model(
+    model: EarlyExitModel,
+    mesh: Mesh,
+    teacher: bool,
+    *,
+    gather: bool = False,
+    sequence: bool = False,
+) -> None:
     """Split layers, exits and heads of `model`, in place; teacher: the backbone's head too.
 
-    sequence: between them, split the sequence.
+    gather: heads give the logits of all parts, which is too much for training. sequence: between
+    what is split, split the sequence.
 
     Raises:
         UserError: see `check_splits`, `split_linear` and `regions`.
@@ -139,25 +152,26 @@ def split_model(model: EarlyExitModel, mesh: Mesh, teacher: bool, sequence: bool
     plan = layer_plan(backbone.config, backbone.anatomy)
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher or any(exit.spec.head == "shared" for exit in exits):
-        split_linear(backbone.head, "the head", STYLES["colwise"], tp)
+        split_linear(backbone.head, "the head", HEADS[gather], tp)
     for number in model.stage:
         layer = backbone.layers[number]  # type: ignore[index]
         _split_by_plan(layer, plan, tp)
     for exit in exits:
-        _split_exit(exit, plan, tp, backbone.config.vocab_size)
+        _split_exit(exit, plan, tp, HEADS[gather])
+        vocabulary = backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
+        exit.softmax = SplitSoftmax(tp, vocabulary)
     if sequence:
         _split_sequence(model, plan, SequencePart(tp))
 
 
-def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, vocabulary: int) -> None:
+def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -> None:
     if exit.spec.arch == "mlp":
         _split_by_plan(exit.mlp, plan, tp)
     if exit.spec.arch == "layer":
         _split_by_plan(exit.block, plan, tp)
     for name in ("head", "reduced"):
         if hasattr(exit, name):
-            split_linear(getattr(exit, name), "an exit's head", STYLES["colwise"], tp)
-    exit.softmax = SplitSoftmax(tp, vocabulary if exit.tokens is None else len(exit.tokens))
+            split_linear(getattr(exit, name), "an exit's head", head, tp)
 
 
 def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequencePart) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.quantised import check_installed
 
 
 def check(config: TuneConfig) -> None:
@@ -34,6 +35,7 @@ def check(config: TuneConfig) -> None:
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
         )
+    check_installed(config.backbone_precision)
     check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
@@ -58,21 +60,22 @@ def check_parallel(config: TuneConfig) -> None:
     tp, shard = ("--tp", config.tp > 1), ("--shard", config.shard)
     frozen, alone = ("--shard-backbone", config.shard_backbone), ("--dp 1", config.dp == 1)
     sequence = ("--sequence-parallel", config.sequence_parallel)
-    fp8 = ("--backbone-precision fp8", config.backbone_precision == "fp8")
+    precision = config.backbone_precision
+    kept = (f"--backbone-precision {precision}", precision != "same")
     eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
-    scales = "fp8 keeps a scale per row of a whole matrix"
+    scales = "scales are those of rows or blocks of a whole matrix"
     reduced = bool(config.exit_vocab) and config.loss != "ce"
     split = "each rank has the final exit's logits of other tokens than its exits know"
     refused = [
-        (tp, fp8, scales),
+        (tp, kept, scales),
         (tp, ("--exit-precision fp8", config.exit_precision == "fp8"), scales),
         (tp, eight_bit, blocks),
         (tp, ("--compile on", config.compile == "on"), "sums between ranks do not compile"),
         (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
         (tp, shard, "a matrix would be cut twice"),
         (shard, eight_bit, blocks),
-        (frozen, fp8, "matrices are gathered in the dtype of the checkpoint"),
+        (frozen, kept, "matrices are gathered in the dtype of the checkpoint"),
         (alone, shard, "there is no other rank to share with"),
         (alone, frozen, "there is no other rank to share with"),
         (("--tp 1", config.tp == 1), sequence, "there is no other rank to share with"),

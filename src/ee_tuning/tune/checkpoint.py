@@ -184,7 +184,7 @@ def _restore_optimizer(
         state: dict[str, Any] = optimizer.state[p]
         if inner:
             getattr(state[key], inner[0]).copy_(value)
-        elif key == "step":
+        elif key == "step":  # on the host, but for fused kernels
             state[key] = value.to(p.device) if optimizer.defaults.get("fused") else value
         else:
             state[key] = part(p, value).to(p.device)

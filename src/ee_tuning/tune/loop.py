@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
-from ee_tuning.devices import pick_device, pick_dtype, versions
+from ee_tuning.devices import check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import write_text
 from ee_tuning.model import EarlyExitModel
@@ -83,6 +83,7 @@ class Run:
         self.mesh, self.device = mesh, device
         self.pipeline = Pipeline(mesh)
         self.dtype = pick_dtype(config.precision, self.device)
+        check_precisions(config, device)
         self.autocast = None if self.dtype == torch.float32 else self.dtype
         if config.master_weights == "bf16" and self.autocast is None:
             raise UserError("master_weights bf16 needs --precision bf16, it is fp32 here")

@@ -20,10 +20,12 @@ Optimizers = dict[int, torch.optim.Optimizer]
 
 def build_optimizers(model: EarlyExitModel, config: TuneConfig) -> Optimizers:
     """AdamW over each exit; weight decay on matrices, not on norms and biases."""
-    return {layer: _build_optimizer(model.exit(layer), config) for layer in model.exit_layers}
+    return {
+        layer: _build_optimizer(model.exit(layer), layer, config) for layer in model.exit_layers
+    }
 
 
-def _build_optimizer(exit: Exit, config: TuneConfig) -> torch.optim.Optimizer:
+def _build_optimizer(exit: Exit, layer: int, config: TuneConfig) -> torch.optim.Optimizer:
     parameters = [p for p in exit.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -36,16 +38,33 @@ def _build_optimizer(exit: Exit, config: TuneConfig) -> torch.optim.Optimizer:
     }
     if config.optimizer == "adamw-8bit" and parameters:
         groups = [group for group in groups if group["params"]]
-        return _adamw_8bit()(groups, **common, bf16_stochastic_round=True)
+        return _adamw_8bit(config.seed, layer)(groups, **common, bf16_stochastic_round=True)
     return torch.optim.AdamW(groups, **common, fused=all(p.is_cuda for p in parameters))
 
 
-def _adamw_8bit() -> Any:
+def _adamw_8bit(seed: int, layer: int) -> Any:
+    """torchao's AdamW with 8-bit state, for the exit after `layer`.
+
+    The random bits with which it rounds bf16 weights are a function of (seed, layer, step): a run
+    that goes on from a checkpoint rounds as if it had not stopped, and exits tuned together as if
+    each were alone.
+    """
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise UserError("--optimizer adamw-8bit needs: pip install torchao") from error
-    return AdamW8bit
+
+    class Seeded(AdamW8bit):
+        def step(self, closure: Any = None) -> Any:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            # torchao counts steps on the host, whatever device the state is on.
+            done = max((int(self.state[p].get("step", 0)) for p in parameters), default=0)
+            devices = {p.device for p in parameters if p.is_cuda}
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(((seed * 100_003 + layer) * 10_000_019 + done) % 2**63)
+                return super().step(closure)
+
+    return Seeded
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from ee_tuning import varlen
 from ee_tuning.config import TuneConfig
-from ee_tuning.devices import warn_without_fp8
+from ee_tuning.devices import check_fp8
 from ee_tuning.fp8 import tune_in_fp8
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import shard_exits
@@ -22,7 +22,7 @@ def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS)
     The backbone is in its precision, and of a pipeline only this process's stage is there.
 
     Raises:
-        UserError: see `split_model`.
+        UserError: see `split_model` and `check_fp8`.
     """
     split_model(model, mesh, teacher=config.loss != "ce", sequence=config.sequence_parallel)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.master_weights]
@@ -30,7 +30,7 @@ def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS)
         if p.requires_grad:
             p.data = p.data.to(dtype)
     if config.exit_precision == "fp8":
-        warn_without_fp8("--exit-precision", model.backbone.device)
+        check_fp8("--exit-precision", model.backbone.device)
         tune_in_fp8(model.exits)
     if varlen.can_use(model.model):
         varlen.use_varlen(model)

@@ -1,0 +1,75 @@
+"""The part of a model that one of several processes decodes with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ee_tuning.errors import UserError
+from ee_tuning.loading import Slices, empty_backbone
+from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.pipeline import cut_layers, weights
+from ee_tuning.parallel.split import layer_plan
+from ee_tuning.parallel.tensor import check_splits, split_model
+
+
+def load_part(
+    exits: str,
+    model: str | None = None,
+    *,
+    mesh: Mesh,
+    stage_layers: Sequence[int] = (),
+    **load: Any,
+) -> EarlyExitModel:
+    """`EarlyExitModel.from_pretrained` of what this process of a connected `mesh` needs.
+
+    The processes then decode together, with the same calls. stage_layers: layers per stage;
+    default: balanced by the sizes of layers and exits. load: dtype, device.
+
+    Raises:
+        UserError: as `from_pretrained`, on every process; or the backbone cannot be cut into so
+            many stages, or split so often.
+    """
+    assert mesh.dp == 1, "processes that decode together have no data of their own"
+    if mesh.size > 1:
+        load["stage"] = mesh.on_all(lambda: _own_stage(exits, model, mesh, stage_layers))
+        load["whole"] = False
+    if mesh.tp > 1:
+        load["slices"] = Slices(mesh.axis("tp"), gather=True)
+    found = mesh.on_all(lambda: EarlyExitModel.from_pretrained(exits, model, **load))
+    last = found.stage.stop == found.backbone.num_layers
+    mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
+    found.mesh = mesh
+    return found
+
+
+def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]) -> range:
+    """The layers of this process's stage, counted from 0."""
+    folder = find_exits(exits)
+    saved = read_exit_config(folder)
+    path = model or saved["base_model"]
+    backbone = empty_backbone(str(folder) if path == HERE else path)
+    shapes = EarlyExitModel(backbone, replace(saved_exits(saved), init="copy"))
+    depth = shapes.backbone.num_layers
+    if mesh.tp > 1:
+        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
+        check_splits(shapes.backbone.config, plan, mesh.tp)
+    if mesh.pp > depth:
+        raise UserError(f"pp is {mesh.pp}: the backbone has only {depth} layers")
+    return cut_layers(_costs(shapes), mesh.pp, numbers, "the backbone's layers")[mesh.pp_rank]
+
+
+def _costs(model: EarlyExitModel) -> list[float]:
+    """Weights that a token is multiplied with in each layer and in what predicts after it."""
+    layers: list[nn.Module] = list(model.backbone.layers)  # type: ignore[call-overload]
+    costs = [float(weights(layer)) for layer in layers]
+    head = weights(model.backbone.head)
+    costs[-1] += head
+    for layer in model.exit_layers:
+        exit = model.exit(layer)
+        costs[layer - 1] += weights(exit) + (head if exit.spec.head == "shared" else 0)
+    return costs

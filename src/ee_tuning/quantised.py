@@ -1,0 +1,98 @@
+"""Frozen layers kept by torchao or bitsandbytes, as transformers' quantisation configs say.
+
+transformers applies such a config while it reads a checkpoint. Here it is applied layer by layer to
+a model that was read in full precision, with the same functions, after the exits were copied from
+it: exits start from the checkpoint's own values, and the fingerprint is that of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
+
+from ee_tuning.errors import UserError
+
+PACKAGES = {
+    "torchao-int8": "torchao",
+    "bnb-8bit": "bitsandbytes",
+    "bnb-4bit": "bitsandbytes",
+}
+# Bytes that a weight takes, its scales included: one per row, for nf4 one in fp32 per 64 weights.
+BYTES = {"fp8": 1.0, "torchao-int8": 1.0, "bnb-8bit": 1.0, "bnb-4bit": 0.5 + 4 / 64}
+
+
+def check_installed(precision: str) -> None:
+    """Refuse a precision whose package is missing.
+
+    Raises:
+        UserError: what to install.
+    """
+    package = PACKAGES.get(precision)
+    if package and find_spec(package) is None:
+        raise UserError(f"--backbone-precision {precision} needs: pip install {package}")
+
+
+def compiles(precision: str) -> bool:
+    """Whether layers in `precision` can be compiled: bitsandbytes' products look at values."""
+    return PACKAGES.get(precision) != "bitsandbytes"
+
+
+def quantisation_config(precision: str, dtype: torch.dtype) -> TorchAoConfig | BitsAndBytesConfig:
+    """transformers' config for `precision`; products with 4-bit weights are computed in `dtype`."""
+    if precision == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        # Its inductor settings are for decoding, and would hold for the whole process.
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    if precision == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def quantise_layer(layer: nn.Module, precision: str, dtype: torch.dtype) -> int:
+    """Keep the weight of every `nn.Linear` in `layer` in `precision`, in place; gives their number.
+
+    In 4 bits only matrices of whole blocks, since bitsandbytes multiplies no others on every CPU;
+    those of real models are.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    check_installed(precision)
+    config = quantisation_config(precision, dtype)
+    linears = [m for m in layer.modules() if type(m) is nn.Linear and _can_be(m, precision)]
+    if isinstance(config, TorchAoConfig):
+        from torchao.quantization import quantize_
+
+        kinds = config.get_apply_tensor_subclass()
+        quantize_(layer, kinds, filter_fn=lambda module, _: type(module) is nn.Linear)
+    else:
+        for linear in linears:
+            _to_bitsandbytes(linear, config)
+    return len(linears)
+
+
+def _can_be(linear: nn.Linear, precision: str) -> bool:
+    whole = linear.in_features % 64 == 0 and linear.out_features % 32 == 0
+    return precision != "bnb-4bit" or whole
+
+
+def _to_bitsandbytes(linear: nn.Linear, config: BitsAndBytesConfig) -> None:
+    """Make `linear` a module of bitsandbytes, in place: twins of its layer hold the same object."""
+    from transformers.integrations import replace_with_bnb_linear
+
+    holder = nn.ModuleDict({"linear": linear})
+    replace_with_bnb_linear(holder, [], config)
+    found: Any = holder["linear"]
+    kind, settings = type(found.weight), vars(found.weight)
+    # Moving such a parameter to a device is what quantises it.
+    weight = kind(linear.weight.detach(), requires_grad=False, **settings)
+    found.weight = weight.to(linear.weight.device)
+    found.bias = linear.bias
+    linear.__class__, linear.__dict__ = type(found), vars(found)

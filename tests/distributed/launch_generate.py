@@ -1,0 +1,178 @@
+"""Decodes as several processes would: ``launch_generate.py CASES.json`` forks the ranks once.
+
+A case is {"name", "tp", "pp", "port", "todo", …}: its ranks call the function `todo` below, and
+leave what it gives, or the error, in files named by case and rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+import torch.distributed as dist
+from ports import free_ports
+from rich.console import Console
+
+from ee_tuning import UserError
+from ee_tuning.config import GenerateConfig
+from ee_tuning.decode import load_part
+from ee_tuning.decode.generate import engine_for, prepare
+from ee_tuning.decode.pipeline import Stage
+from ee_tuning.decode.show import generate_and_show
+from ee_tuning.devices import pick_device
+from ee_tuning.parallel.mesh import Mesh
+
+IDS = torch.tensor([[0, 0, 5, 9, 11], [3, 4, 6, 8, 9], [0, 0, 0, 0, 7]])
+PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
+
+
+def start(cases: list[dict], folder: Path, seconds: int = 300) -> str:
+    """Run the cases on ports of their own; what the ranks leave is in `folder`."""
+    for case, port in zip(cases, free_ports(len(cases)), strict=True):
+        case["port"] = port
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, path]
+    done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def generate(model, calls):
+    """Every call of `generate`, with all of `IDS` and, if it says "alone", one of them."""
+    found = []
+    for call in calls:
+        call = dict(call)
+        ids = IDS[1:2] if call.pop("alone", False) else IDS
+        torch.manual_seed(3)
+        out = model.generate(ids, attention_mask=(ids != 0).long(), **call)
+        keys = ("sequences", "exit_layers", "confidences")
+        found.append({key: out[key].cpu() for key in keys})
+    return found
+
+
+def batch(model, calls):
+    """`generate_batch` of prompts that have settings of their own, after it has been given up
+    once and has come upon a prompt that is too long."""
+    own = [{}, {"mode": "full"}, {"mode": "fixed", "exit_layers": [2]}, {"threshold": 0.0}, {}]
+    prompts = [{"input_ids": ids} | more for ids, more in zip(PROMPTS, own, strict=True)]
+    common = {"slots": 2, "capacity": 64, "eos_token_id": None, **calls[0]}
+    for _ in model.generate_batch(prompts, **common):
+        break
+    with pytest.raises(UserError, match="131 tokens are asked for"):
+        list(model.generate_batch([PROMPTS[0], [4] * 125], **common))
+    outputs = sorted(model.generate_batch(iter(prompts), **common), key=lambda pair: pair[0])
+    return [{"sequences": out.sequences, "exit_layers": out.exit_layers} for _, out in outputs]
+
+
+def cancel(model, calls):
+    """The tokens of two requests, one of which is cancelled after its second token."""
+    requests = [r for ids in PROMPTS[:2] for r in prepare(model, ids, **calls[0])]
+    tokens = [[], []]
+    for request, token in engine_for(model, requests, False).stream(requests):
+        row = tokens[requests.index(request)]
+        row.append(token.id)
+        requests[0].cancelled = len(tokens[0]) == 2
+    return tokens
+
+
+def overlap(model, calls):
+    """The last stage begins with the first token only when the first stage has the third one."""
+    begun, window, compute = Path(calls[0].pop("file")), [0], Stage._compute
+
+    def count(self, news):
+        window[0] += bool(news)
+        if model.mesh.pp_rank == 0 and window[0] == 3:
+            begun.touch()
+        while model.mesh.pp_rank == 1 and not begun.exists():
+            assert time.time() < deadline, "the first stage waits"
+            time.sleep(0.01)
+        compute(self, news)
+
+    deadline = time.time() + 20
+    Stage._compute = count
+    found = generate(model, calls)
+    Stage._compute = compute
+    return found
+
+
+def die(model, calls):
+    """The last stage dies at its third token."""
+    computed, compute = [], Stage._compute
+
+    def count(self, news):
+        computed.append(news)
+        if model.mesh.pp_rank == 1 and len(computed) == 3:
+            os._exit(1)
+        compute(self, news)
+
+    Stage._compute = count
+    model.mesh.doing = "decoding"
+    return generate(model, calls)
+
+
+def work(case, path):
+    """What `case` asks of this rank."""
+    if case["todo"] == "show":
+        with path.with_suffix(".txt").open("w") as file:
+            console = Console(file=file, quiet=os.environ["RANK"] != "0")
+            generate_and_show(GenerateConfig(**case["settings"]), console)
+        return None
+    mesh, device = Mesh(1, case["tp"], case["pp"]), pick_device(case.get("device", "cpu"))
+    with mesh.connected(device, 60.0, advice="Start it again"):
+        load = {"stage_layers": case.get("stage_layers", []), "device": device}
+        model = load_part(case["exits"], mesh=mesh, **load).eval()
+        done = globals()[case["todo"]](model, case["calls"])
+        return {"stage": list(model.stage), "found": done, "size": size(model)}
+
+
+def size(model):
+    """Values of the backbone in memory."""
+    return sum(p.numel() for p in model.model.parameters())
+
+
+def run(rank: int, cases: list[dict], folder: Path) -> None:
+    """Every case that this rank has a part in."""
+    torch.set_num_threads(1)
+    for case in cases:
+        processes = case.get("size", case["tp"] * case["pp"])
+        if rank >= processes:
+            continue
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case["port"]),
+        )  # fmt: skip
+        path = folder / f"{case['name']}-{rank}"
+        try:
+            torch.save(work(case, path), path.with_suffix(".pt"))
+        except Exception as error:
+            path.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def main() -> None:
+    """Fork the ranks, wait for them."""
+    path = Path(sys.argv[1])
+    cases = json.loads(path.read_text())
+    ranks = []
+    for rank in range(max(case["tp"] * case["pp"] for case in cases)):
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            run(rank, cases, path.parent)
+            sys.stdout.flush()
+            os._exit(0)
+    for rank in ranks:
+        os.waitpid(rank, 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Decoding over several processes gives what one process gives."""
+
+import os
+import re
+import subprocess
+import sys
+
+import launch_generate
+import pytest
+import torch
+from families import tiny
+from rich.console import Console
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.cli import main
+from ee_tuning.config import GenerateConfig
+from ee_tuning.decode.show import generate_and_show
+
+CALLS = [
+    {"mode": "full"},
+    {"mode": "fixed", "exit_layers": [2]},
+    *[{"threshold": threshold} for threshold in (0.0, 0.5, 0.8, 1.0)],
+    {"threshold": 0.0, "max_pending": 2, "alone": True},
+    {"threshold": {1: 1.0, 2: 0.5, 4: 0.0}, "repetition_penalty": 1.5, "alone": True},
+    {"threshold": 0.3, "do_sample": True},
+    {"threshold": 0.3, "do_sample": True, "alone": True},
+]
+LAYOUTS = {
+    "pp2": ("llama", {"pp": 2}), "pp3": ("llama", {"pp": 3, "stage_layers": [1, 2, 2]}),
+    "tp2": ("llama", {"tp": 2}), "both": ("llama", {"tp": 2, "pp": 2}),
+    "tied-pp2": ("tied", {"pp": 2}), "tied-tp2": ("tied", {"tp": 2}),
+    "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
+}  # fmt: skip
+END = 23  # a token that some texts have
+
+
+def calls_of(name):
+    """Fewer of the layouts that take long."""
+    few = [CALLS[1], CALLS[3], CALLS[-2]]
+    drafts = {"mode": "speculative", "threshold": 0.5}
+    return CALLS if name in ("pp2", "pp3") else [*few, drafts] if name == "tp2" else few
+
+
+@pytest.fixture(scope="module")
+def exits(backbones, tokenizer, tmp_path_factory):
+    """Exits of models by name, made to be sure of some tokens."""
+    root = tmp_path_factory.mktemp("exits")
+    hybrid = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    windows = tiny("gemma3", num_hidden_layers=5, vocab_size=300, layer_types=hybrid)
+    windows.save_pretrained(backbones / "windows")
+    narrow = tiny("llama", num_hidden_layers=1, num_key_value_heads=1, vocab_size=300)
+    narrow.save_pretrained(backbones / "narrow")
+    for name in ("llama", "tied", "gpt2", "windows", "narrow"):
+        config = ExitConfig("1,2,4", arch=["norm", "mlp", "layer"])
+        config = ExitConfig("1") if name == "narrow" else config
+        model = EarlyExitModel.from_base(str(backbones / name), config)
+        for layer in model.exit_layers:
+            model.exit(layer).head.weight.data.mul_(8)
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(exits, tmp_path_factory):
+    """What the ranks left: by case and rank."""
+    folder = tmp_path_factory.mktemp("decoded")
+    common = {"tp": 1, "pp": 1, "todo": "generate", "exits": str(exits / "llama")}
+    more = {"max_new_tokens": 10, "eos_token_id": END}
+    cases = [
+        {"name": name, **common, "exits": str(exits / family), **layout,
+         "calls": [call | more for call in calls_of(name)]}
+        for name, (family, layout) in LAYOUTS.items()
+    ]  # fmt: skip
+    early = [{"threshold": 0.0, "alone": True, "max_new_tokens": 8, "eos_token_id": None}]
+    few = {"threshold": 0.5, "max_new_tokens": 6}
+    two = common | {"pp": 2}
+    few = {"threshold": 0.5, "max_new_tokens": 6, "eos_token_id": None}
+    early = few | {"threshold": 0.0, "alone": True}
+    cases += [
+        {"name": "batch", **two, "todo": "batch", "calls": [few]},
+        {"name": "cancel", **two, "todo": "cancel", "calls": [few]},
+        {"name": "overlap", **two, "stage_layers": [2, 3], "todo": "overlap",
+         "calls": [early | {"file": str(folder / "begun")}]},
+    ]  # fmt: skip
+    show = {"exits": common["exits"], "prompt": "def function", "device": "cpu"}
+    show |= {"max_new_tokens": 9}
+    gpt2, narrow = ({"exits": str(exits / name)} for name in ("gpt2", "narrow"))
+    settings = {
+        "show": {"pp": 2}, "too-many-stages": narrow | {"pp": 2}, "heads": narrow | {"tp": 2},
+        "numbers": {"pp": 2, "stage_layers": [1, 1]}, "one-stage": {"tp": 2, "stage_layers": [5]},
+        "drafts": {"pp": 2, "mode": "speculative"}, "no-plan": gpt2 | {"tp": 2},
+        "compiled": {"tp": 2, "compile": "on"},
+    }  # fmt: skip
+    cases += [
+        {"name": name, **common, **{k: v for k, v in own.items() if k in ("tp", "pp")},
+         "todo": "show", "settings": show | own}
+        for name, own in settings.items()
+    ]  # fmt: skip
+    cases += [
+        {"name": "size", **two, "size": 1, "todo": "show", "settings": show | {"pp": 2}},
+        {"name": "die", **two, "todo": "die", "calls": [early]},
+    ]
+    print(launch_generate.start(cases, folder))
+    return folder
+
+
+def result(found, name, rank=0):
+    error = found / f"{name}-{rank}.error"
+    assert not error.exists(), error.read_text()
+    return torch.load(found / f"{name}-{rank}.pt")
+
+
+def whole(exits, name):
+    return EarlyExitModel.from_pretrained(str(exits / name)).eval()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_rank_gives_what_one_process_gives(found, exits, name):
+    """The same tokens and layers, in every mode; confidences up to the order of sums."""
+    family, layout = LAYOUTS[name]
+    more = {"max_new_tokens": 10, "eos_token_id": END}
+    calls = [call | more for call in calls_of(name)]
+    expected = launch_generate.generate(whole(exits, family), calls)
+    for rank in range(layout.get("tp", 1) * layout.get("pp", 1)):
+        outputs = result(found, name, rank)["found"]
+        for call, out, wanted in zip(calls, outputs, expected, strict=True):
+            assert torch.equal(out["sequences"], wanted["sequences"]), call
+            assert torch.equal(out["exit_layers"], wanted["exit_layers"]), call
+            torch.testing.assert_close(
+                out["confidences"], wanted["confidences"], rtol=1e-3, atol=1e-4
+            )
+
+
+def test_tokens_leave_at_several_layers_and_texts_end(exits):
+    """What is compared above has something of everything."""
+    calls = [call | {"max_new_tokens": 10, "eos_token_id": END} for call in CALLS]
+    expected = launch_generate.generate(whole(exits, "llama"), calls)
+    layers = {layer for out in expected for layer in out["exit_layers"].flatten().tolist()}
+    assert layers == {0, 1, 2, 4, 5}
+
+
+def test_a_stage_has_its_layers_alone(found, exits):
+    model = whole(exits, "llama")
+    stages = [result(found, "pp3", rank) for rank in range(3)]
+    assert [stage["stage"] for stage in stages] == [[0], [1, 2], [3, 4]]
+    total = launch_generate.size(model)
+    assert all(stage["size"] < 0.6 * total for stage in stages)
+    slices = [result(found, "tp2", rank)["size"] for rank in range(2)]
+    assert all(part < 0.7 * total for part in slices)
+
+
+def test_batches_of_prompts_with_settings_of_their_own(found, exits):
+    calls = [{"threshold": 0.5, "max_new_tokens": 6, "eos_token_id": None}]
+    expected = launch_generate.batch(whole(exits, "llama"), calls)
+    for rank in (0, 1):
+        outputs = result(found, "batch", rank)["found"]
+        for out, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(out["sequences"], wanted["sequences"])
+            assert torch.equal(out["exit_layers"], wanted["exit_layers"])
+
+
+def test_a_cancelled_request_says_no_more(found, exits):
+    calls = [{"threshold": 0.5, "max_new_tokens": 6, "eos_token_id": None}]
+    expected = launch_generate.cancel(whole(exits, "llama"), calls)
+    assert [len(row) for row in expected] == [2, 6]
+    for rank in (0, 1):
+        assert result(found, "cancel", rank)["found"] == expected
+
+
+def test_the_next_token_begins_before_the_last_stage_has_done_this_one(found, exits):
+    calls = [{"threshold": 0.0, "alone": True, "max_new_tokens": 6, "eos_token_id": None}]
+    (expected,) = launch_generate.generate(whole(exits, "llama"), calls)
+    (out,) = result(found, "overlap")["found"]
+    assert torch.equal(out["sequences"], expected["sequences"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("size", "dp 1 × tp 1 × pp 2 is 2, the number of processes is 1: start as many with"),
+        ("too-many-stages", "pp is 2: the backbone has only 1 layers"),
+        ("numbers", "stage_layers [1, 1] does not fit: give 2 numbers of layers, each at least 1"),
+        ("one-stage", "stage_layers needs --pp"),
+        ("drafts", "mode speculative cannot be had with --pp: "),
+        ("heads", "tp is 2: it must divide the backbone's num_key_value_heads, 1"),
+        ("no-plan", "transformers' tensor-parallel plan for gpt2 does not exist"),
+        ("compiled", "compile cannot be had with tp: "),
+    ],
+)
+def test_what_cannot_be_is_refused_on_every_rank(found, name, reason):
+    errors = sorted(found.glob(f"{name}-?.error"))
+    assert len(errors) == (1 if name == "size" else 2)
+    for error in errors:
+        text = error.read_text()
+        assert text.startswith(f"UserError: {reason}")
+        assert "\n" not in text
+
+
+def test_a_stage_that_dies_is_one_line(found):
+    text = (found / "die-0.error").read_text()
+    assert re.match(r"ProcessFailed: rank 0 \(pp 0, dp 0, tp 0\) failed at decoding: ", text)
+    assert text.endswith("another rank died or hangs. Start it again")
+    assert "\n" not in text
+
+
+def test_the_first_rank_alone_prints(found, exits, tmp_path):
+    def without_speed(text):
+        return re.sub(r"[\d.]+ tokens/s", "", text)
+
+    settings = {"exits": str(exits / "llama"), "prompt": "def function", "device": "cpu"}
+    with (tmp_path / "text").open("w") as file:
+        generate_and_show(GenerateConfig(**settings, max_new_tokens=9), Console(file=file))
+    expected = (tmp_path / "text").read_text()
+    assert not (found / "show-0.error").exists()
+    assert without_speed((found / "show-0.txt").read_text()) == without_speed(expected)
+    assert (found / "show-1.txt").read_text() == ""
+
+
+def test_the_command_under_torchrun(exits, capfd):
+    flags = ["--exits", str(exits / "llama"), "--prompt", "def function", "--threshold", "0.5"]
+    flags += ["--max-new-tokens", "9", "--device", "cpu"]
+    main(["generate", *flags])
+    expected = capfd.readouterr().out.splitlines()
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "ee_tuning", "generate", *flags, "--pp", "2",
+    ]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:-1] == expected[:-1]
