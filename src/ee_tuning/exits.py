@@ -97,7 +97,7 @@ class Exit(nn.Module):
             assert self.segment is not None
             hidden = self.segment(hidden, state.position_ids, cache, state.boundaries).hidden
         hidden = hidden if self.spec.arch == "embedding" else self.norm(hidden)
-        return hidden if self.sequence is None else self.sequence.gather(hidden)
+        return hidden if self.sequence is None else self.sequence.gather(hidden, terms=True)
 
     def reduce_vocabulary(self, backbone: Backbone, tokens: Tensor) -> None:
         """Keep only the rows `tokens` (N,) of the head; the backbone's own stays as it is."""

@@ -43,7 +43,6 @@ def runs(new_runs, backbones, data):
     runs.add("unequal-one", data=[str(completions)])
     # Of 300 logits a token, 150 here: 5 positions of 2 rows at a time.
     runs.add("chunks", 2, tp=2, logits=1500)
-    runs.add("chunks-one")
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
     runs.add("sends", 2, pp=2, count=True, trace=True)
@@ -115,7 +114,8 @@ def close(runs, one, many, tolerance):
 
 @pytest.mark.parametrize("name", [*VARIANTS, "chunks", "unequal"])
 def test_settings_and_shapes_of_pipelines(runs, name):
-    close(runs, f"{name}-one", name, 1e-5)
+    one = "measured" if name == "chunks" else name  # of the same settings
+    close(runs, f"{one}-one", name, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

@@ -15,6 +15,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, regions
 from ee_tuning.parallel.tensor import split_model
+from ee_tuning.tune import step
 from ee_tuning.tune.step import Objective, exit_features, exit_losses
 
 
@@ -33,6 +34,10 @@ def split(mesh, sequence):
     model = EarlyExitModel(tiny("llama"), ExitConfig("2,3,4", "mlp,layer,norm"))
     split_model(model, mesh, teacher=False, sequence=sequence)
     return model
+
+
+def batch_of(ids):
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8).expand(2, 8)}
 
 
 def test_hidden_states_between_the_regions_are_parts(mesh):
@@ -97,13 +102,27 @@ def test_a_sum_becomes_a_gather_and_a_scatter(mesh, sequence):
         assert sent.nbytes == {"all_reduce": summed}
 
 
+def test_a_head_s_terms_are_summed_once_however_many_chunks(mesh, monkeypatch):
+    model = split(mesh, sequence=True)
+    monkeypatch.setattr(step, "LOGITS", 2 * 2 * 48)  # two positions at a time
+    batch = batch_of(torch.ones(2, 8, dtype=torch.int64))
+    states = dict(model.states(batch["input_ids"]))
+    with Sent() as sent:
+        args = (model, 4, states[4], batch["labels"], Objective(), None, torch.ones(()))
+        step._exit_loss(*args)
+    features = 2 * 8 * 32 * 4
+    assert sent.nbytes == {
+        "all_gather_into_tensor": features // 2,
+        "reduce_scatter_tensor": features,
+    }
+
+
 def test_gradients_of_what_sees_a_part_are_summed(mesh):
     model = split(mesh, sequence=True)
     summed = {name for name, p in model.exits.named_parameters() if getattr(p, "summed", False)}
     norms = ("2.norm", "3.norm", "4.norm", "3.block.input_layernorm")
     assert summed == {f"{name}.weight" for name in (*norms, "3.block.post_attention_layernorm")}
-    ids = torch.ones(2, 8, dtype=torch.int64)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8).expand(2, 8)}
+    batch = batch_of(torch.ones(2, 8, dtype=torch.int64))
     scales = dict.fromkeys(model.exit_layers, torch.ones(()))
     assert len(list(exit_losses(model, batch, Objective(), scales))) == 3
     assert all(p.grad is not None for p in model.exits.parameters())

@@ -181,6 +181,10 @@ def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequenceP
         _gather_in(model.backbone.layers[number], plan, part)  # type: ignore[index]
     for exit in (model.exit(layer) for layer in model.exit_layers):
         exit.sequence = part
+        # Its terms of the features' gradient are summed once, where these are gathered.
+        _let_gather(exit)
+        if exit.spec.head == "shared":
+            _let_gather(model.backbone.head)
         if exit.spec.arch == "mlp":
             _gather_in(exit.mlp, plan, part)
         if exit.segment is not None:
@@ -198,6 +202,11 @@ def _gather_in(module: nn.Module, plan: dict[str, str], part: SequencePart) -> N
             gather_before(child, part)
         else:
             _sum_gradients(child)
+    _let_gather(module)
+
+
+def _let_gather(module: nn.Module) -> None:
+    """Tell the split layers in `module` that the sequence is gathered before them."""
     for linear in (m for m in module.modules() if isinstance(m, ParallelLinear)):
         linear.parallel = replace(linear.parallel, sequence=True)
         if linear.parallel.style[0] == COLUMNS and linear.bias is not None:

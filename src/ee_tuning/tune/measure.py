@@ -59,7 +59,8 @@ def seconds(
         config, dp=1, tp=1, pp=1, compile=compile, loss="ce", sequence_parallel=False, shard=False,
         shard_backbone=False,
     )  # fmt: skip
-    with torch.random.fork_rng(), torch.device(device):
+    gpus = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.device(device):
         backbone = AutoModelForCausalLM.from_config(small, dtype=dtype)
         exits = ExitConfig([1], spec.arch, head=spec.head)
         model = EarlyExitModel.from_base(
