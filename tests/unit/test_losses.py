@@ -218,7 +218,7 @@ def test_micro_batches_side_by_side_or_one_after_another_give_the_same_bits(obje
     """And side by side, the gradients of one exit exist at a time."""
 
     def tuned(waves):
-        monkeypatch.setattr(step, "_waves", waves)
+        monkeypatch.setattr(step, "waves", waves)
         model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="mlp"))
         optimizers = build_optimizers(model, TuneConfig(lr=1e-2))
         alive = []

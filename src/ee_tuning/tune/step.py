@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ee_tuning.backbone import State
 from ee_tuning.exits import Exit
+from ee_tuning.fp8 import head_loss
 from ee_tuning.losses import (
     LOGITS,
     SOFTMAX,
@@ -21,6 +22,7 @@ from ee_tuning.losses import (
     count_labels,
     cross_entropy,
     distillation,
+    next_tokens,
 )
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
@@ -43,6 +45,11 @@ class Objective:
     kl_temperature: float = 1.0
     kl_weight: float = 0.5
     dynamic_weights: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is cross-entropy without weights."""
+        return self.loss == "ce" and not self.dynamic_weights
 
     @property
     def needs_teacher(self) -> bool:
@@ -149,6 +156,9 @@ def _features(exit: Exit, state: State) -> Tensor:
 def _loss(
     exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
 ) -> Tensor:
+    if exit.plain_head is not None and objective.is_plain and features.requires_grad:
+        targets = next_tokens(labels).flatten()
+        return head_loss(exit.plain_head, features.flatten(0, 1), targets)
     return objective(exit.known_logits(features), labels, teacher, exit.softmax).total
 
 
