@@ -315,7 +315,7 @@ def _add(p: Tensor, *gradients: Tensor, fused: bool = False) -> None:
     given = [getattr(p, kept), *gradients]
     if fused and all(x is None or x.is_contiguous() for x in given):
         flat = [None if x is None else x.view(-1) for x in given]
-        setattr(p, kept, _compiled_sum()(*flat, p.dtype).view_as(p))
+        setattr(p, kept, _compiled_sum()(*flat, p.dtype).view(gradients[0].shape))
     else:
         setattr(p, kept, _sum(*given, dtype=p.dtype))
 
