@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from ee_tuning.backbone import Backbone, Segment, State, attention_name, mlp_names
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
+from ee_tuning.fp8 import Fp8Linear
 from ee_tuning.losses import SOFTMAX, Softmax
 from ee_tuning.parallel.split import SplitParameter, part
 from ee_tuning.twin import twin
@@ -66,6 +67,7 @@ class Exit(nn.Module):
             self.norm = _trainable(backbone.norm)
         # What is shared with the backbone is kept out of the module tree by these dicts.
         self._frozen: dict[str, Any] = {"init_weights": backbone.model._init_weights}
+        self._frozen["plain_head"] = None  # see `prepare`
         self._frozen["vocab_size"] = backbone.config.vocab_size
         self.tokens: Tensor | None
         self.register_buffer("tokens", None, persistent=False)
@@ -87,6 +89,11 @@ class Exit(nn.Module):
     def segment(self) -> Segment | None:
         """The block of a `layer` exit as a segment; None for the others."""
         return self._frozen.get("segment")
+
+    @property
+    def plain_head(self) -> Fp8Linear | None:
+        """The backbone's head in fp8, where its products are all there is to the logits."""
+        return self._frozen["plain_head"]
 
     def features(self, state: State, cache: Cache | None = None) -> Tensor:
         """What goes into the head: (B, T, H). `cache` is for the block of a `layer` exit."""

@@ -82,6 +82,68 @@ class _FrozenProduct(torch.autograd.Function):
         return product(dy, transposed, ones, ctx.native), None, None, None, None
 
 
+def head_loss(head: Fp8Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy of a frozen head's logits of x (N, K) on targets (N,), −100 for none."""
+    assert head.transposed is not None
+    args = head.weight, head.transposed, head.scale, head.native
+    return _HeadLoss.apply(x, targets, *args)
+
+
+@torch.compiler.allow_in_graph
+class _HeadLoss(torch.autograd.Function):
+    """A frozen head, its loss and the gradient for x at once: the logits' gradient is only ever
+    written in fp8, and neither it nor a softmax is kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        transposed: Tensor,
+        scale: Tensor,
+        native: bool,
+    ) -> Tensor:
+        total, dy, dy_scale = loss_and_gradient(product(x, weight, scale, native), targets, scale)
+        if native:
+            ones = torch.ones_like(transposed[:, :1], dtype=torch.float32).t()
+            dx = torch._scaled_mm(
+                dy, transposed.t(), dy_scale, ones, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        else:
+            dx = F.linear(dy.float() * dy_scale, transposed.float())
+        ctx.save_for_backward(dx.to(x.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dx,) = ctx.saved_tensors
+        return (dx * grads[0]).to(dx.dtype), None, None, None, None, None
+
+
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross-entropy of logits (N, V), and its gradient times `scale` (V, 1), in fp8.
+
+    The gradient, softmax − onehot, is ≈ fp8 (N, V) · (N, 1). The largest value of a row, which
+    fp8's scale needs, is found from the logits: exp(max(logit + log scale) − logsumexp), or that of
+    the target's own place.
+    """
+    y, known = logits.float(), targets >= 0
+    columns = torch.arange(logits.shape[1], device=targets.device)
+    is_target = columns == targets[:, None]
+    total = y.logsumexp(-1, keepdim=True)
+    at_target = torch.where(is_target, y, 0.0).sum(-1, keepdim=True)
+    others = torch.where(is_target, -torch.inf, y + scale.t().log())
+    own = scale[targets.clamp(min=0)] * -torch.expm1(at_target - total)
+    largest = torch.maximum((others.amax(-1, keepdim=True) - total).exp(), own).clamp(min=1e-12)
+    gradient = ((y - total).exp() - is_target.to(y.dtype)) * scale.t()
+    gradient = gradient * torch.where(known[:, None], LARGEST / largest, 0.0)
+    losses = torch.where(known[:, None], total - at_target, 0.0)
+    return losses.sum(), gradient.clamp(-LARGEST, LARGEST).to(FP8), largest / LARGEST
+
+
 class Fp8TunedLinear(nn.Linear):
     """A linear layer that is tuned, its products in fp8; parameters as `nn.Linear` has them."""
 

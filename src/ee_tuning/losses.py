@@ -32,6 +32,11 @@ def count_labels(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).sum()
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """Labels (B, T) as each position's target; the last has none."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 class Softmax:
     """Softmax over logits that are all here; see `ee_tuning.parallel.tensor` for parts of them."""
 
@@ -69,7 +74,7 @@ def cross_entropy(
     arXiv 2402.00518, section 3).
     """
     # The last position has no target, instead of its logits being cut off: they stay in one piece.
-    logits, targets = logits.float().flatten(0, 1), F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    logits, targets = logits.float().flatten(0, 1), next_tokens(labels)
     losses = softmax.cross_entropy(logits, targets.flatten())
     if dynamic:
         losses = losses * softmax.confidence(logits.detach())

@@ -11,8 +11,15 @@ from ee_tuning.fp8 import has_fp8, product, quantise
 from ee_tuning.quantised import PACKAGES
 from ee_tuning.tune.optimizer import build_optimizers
 from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Objective, mean_losses, place_batch, tuning_step
+from ee_tuning.tune.step import (
+    Objective,
+    exit_gradients,
+    mean_losses,
+    place_batch,
+    tuning_step,
+)
 
+FP8 = "fp8" if torch.cuda.is_available() and has_fp8(torch.device("cuda")) else "same"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -79,11 +86,11 @@ def test_attention_within_boundaries_is_the_masked_one(family, rows):
 
 def test_step_compiles_once_and_never_waits_for_the_device():
     config = ExitConfig("1,2,4", "mlp,layer,mlp", head="own,own,shared")
-    settings = TuneConfig(lr=1e-2, compile="on", exit_precision="fp8")
+    settings = TuneConfig(lr=1e-2, compile="on", exit_precision=FP8)
     model = EarlyExitModel.from_base(
         tiny("llama", vocab_size=128, intermediate_size=64).to("cuda", torch.bfloat16),
         config,
-        backbone_precision="fp8",
+        backbone_precision=FP8,
     )
     prepare(model, settings)
     optimizers = build_optimizers(model, settings)
@@ -111,10 +118,13 @@ def test_step_compiles_once_and_never_waits_for_the_device():
 
 @pytest.mark.parametrize("settings", [
     {"backbone_precision": "torchao-int8", "optimizer": "adamw-8bit", "master_weights": "bf16"},
-    {"backbone_precision": "fp8"},
+    {"backbone_precision": FP8},
 ])  # fmt: skip
 def test_steps_of_whole_rows_compile_once_never_wait_and_take_cudnn(settings):
-    """Dense attention, rounding seeded on the host, gradients added in pairs."""
+    """Dense attention, rounding seeded on the host, gradients added in pairs.
+
+    The profiler names the kernels: cuDNN's is expected on Hopper and later only.
+    """
     settings = TuneConfig(lr=1e-2, compile="on", **settings)
     if settings.optimizer != "adamw":
         pytest.importorskip("torchao")
@@ -148,6 +158,31 @@ def test_steps_of_whole_rows_compile_once_never_wait_and_take_cudnn(settings):
     names = [event.key.lower() for event in profile.key_averages()]
     if torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability() >= (9, 0):
         assert any("cudnn" in name and ("sdpa" in name or "fprop" in name) for name in names)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_fp8(torch.device("cuda"))),
+    reason="needs fp8 matrix units",
+)
+def test_loss_and_gradient_of_a_shared_fp8_head_in_one_go_are_those_of_its_logits():
+    """Gradients through fp8: within 2⁻³ of their norm, e4m3 rounding by 2⁻⁴ at most each time."""
+    found = []
+    for fuses in (False, True):
+        model = EarlyExitModel.from_base(
+            tiny("llama").to(torch.bfloat16), ExitConfig("1,3", "mlp", head="shared"),
+            device="cuda", backbone_precision="fp8",
+        )  # fmt: skip
+        prepare(model, TuneConfig(compile="on"))
+        assert model.exit(1).plain_head is not None
+        for layer in () if fuses else model.exit_layers:
+            model.exit(layer)._frozen["plain_head"] = None
+        given = [batch()], Objective(), {1: 1.0, 3: 2.0}, torch.bfloat16
+        losses = dict(exit_gradients(model, *given))
+        found.append((losses, {k: p.grad for k, p in model.exits.named_parameters()}))
+    for layer, loss in found[0][0].items():
+        torch.testing.assert_close(found[1][0][layer], loss, rtol=1e-3, atol=1e-3)
+    for name, gradient in found[0][1].items():
+        assert (found[1][1][name] - gradient).norm() < 2**-3 * gradient.norm()
 
 
 @pytest.mark.parametrize("precision", PACKAGES)

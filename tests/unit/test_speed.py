@@ -175,16 +175,38 @@ def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monke
         model.exits.float()
         before = list(model.exits.parameters())
         losses = dict(
-            exit_gradients(model, [batch(), batch(3)], Objective(), weights, torch.bfloat16)
+            exit_gradients(
+                model, list(map(batch, range(1, 6))), Objective(), weights, torch.bfloat16
+            )
         )
         assert all(p is q for p, q in zip(before, model.exits.parameters(), strict=True))
         return losses, [p.grad for p in before]
 
     ours = found()
-    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext())
+    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext(step.HandedOver()))
     plain = found()
     assert all(torch.equal(ours[0][k], v) for k, v in plain[0].items())
     assert all(torch.equal(a, b) for a, b in zip(ours[1], plain[1], strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("waiting", [0, 2**20])
+def test_gradients_added_in_pairs_are_the_sum_one_after_the_other(waiting, fused, monkeypatch):
+    """Bit for bit, of even and odd numbers, and where one micro-batch gives several."""
+    monkeypatch.setattr(step, "WAITING", waiting)
+    generator = torch.Generator().manual_seed(0)
+    for shape, counts in (((30, 7), (1,)), ((30, 7), (1, 1, 1, 1)), ((64, 16), (1, 3, 1, 1, 1))):
+        p, copy = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        handed, expected = step.HandedOver(), torch.zeros(shape)
+        for count in counts:
+            for _ in range(count):
+                copy.grad = torch.randn(shape, generator=generator)
+                expected += copy.grad
+                handed.take(p, copy)
+                assert copy.grad is None
+            handed.add_pairs(fused)
+        handed.add_rest()
+        assert torch.equal(p.grad, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "llama-tied-bias"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ee_tuning.backbone import State
 from ee_tuning.exits import Exit
+from ee_tuning.fp8 import head_loss
 from ee_tuning.losses import (
     LOGITS,
     SOFTMAX,
@@ -21,6 +22,7 @@ from ee_tuning.losses import (
     count_labels,
     cross_entropy,
     distillation,
+    next_tokens,
 )
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
@@ -32,6 +34,7 @@ from ee_tuning.varlen import boundaries
 
 Batch = dict[str, Tensor]
 ONE_PROCESS = Pipeline(Mesh())
+WAITING = 2**29  # bytes of a gradient that may wait for a second one
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Objective:
     kl_temperature: float = 1.0
     kl_weight: float = 0.5
     dynamic_weights: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is cross-entropy without weights."""
+        return self.loss == "ce" and not self.dynamic_weights
 
     @property
     def needs_teacher(self) -> bool:
@@ -149,6 +157,9 @@ def _features(exit: Exit, state: State) -> Tensor:
 def _loss(
     exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
 ) -> Tensor:
+    if exit.plain_head is not None and objective.is_plain and features.requires_grad:
+        targets = next_tokens(labels).flatten()
+        return head_loss(exit.plain_head, features.flatten(0, 1), targets)
     return objective(exit.known_logits(features), labels, teacher, exit.softmax).total
 
 
@@ -223,21 +234,23 @@ def exit_gradients(
         with cast():
             runs = [exit_losses(model, batch, objective, scales, pipeline) for batch in batches]
         for layer in model.exit_layers:
-            with cast(), working_copies(model.exit(layer), autocast):
+            with cast(), working_copies(model.exit(layer), autocast) as gradients:
                 for run in runs:
                     with pipeline.timeline.record("exit work"):
                         means[layer] += next(run)[1].total / count
+                        gradients.add_pairs(fused=model.compiled)
             if wave is runs_together[-1]:
                 yield layer, means[layer]
 
 
 @contextmanager
-def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
+def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[HandedOver]:
     """Inside, the exit's matrices are whole and in the dtype they are multiplied in.
 
     They are cast, and gathered if they are sharded, only once. The gradients of the copies are
-    added to those of the parameters, in the parameters' dtype.
+    added to those of the parameters, in the parameters' dtype: see `HandedOver`.
     """
+    gradients = HandedOver()
     swapped = [
         (module._parameters, name, p)
         for module in exit.modules()
@@ -248,9 +261,10 @@ def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[None]:
         cast = p.detach().to(dtype if p.dim() >= 2 else p.dtype)
         gathered = whole(p, cast) if isinstance(p, ShardedParameter) else cast
         parameters[name] = torch.nn.Parameter(gathered)
-        parameters[name].register_post_accumulate_grad_hook(partial(_hand_over, p))  # type: ignore[union-attr]
+        parameters[name].register_post_accumulate_grad_hook(partial(gradients.take, p))  # type: ignore[union-attr]
     try:
-        yield
+        yield gradients
+        gradients.add_rest()
     finally:
         for parameters, name, p in swapped:
             parameters[name] = p
@@ -261,13 +275,67 @@ def _needs_copy(p: Tensor, dtype: torch.dtype | None) -> bool:
     return is_cast or isinstance(p, ShardedParameter)
 
 
-def _hand_over(p: Tensor, copy: Tensor) -> None:
-    assert copy.grad is not None
+class HandedOver:
+    """Gradients of working copies on their way to the parameters.
+
+    Adding one to a sum in fp32 reads and writes the whole sum, so two wait for each other, if they
+    are not larger than `WAITING`, and are added in one pass: one after the other, in fp32.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Tensor, list[Tensor]] = {}
+
+    def take(self, p: Tensor, copy: Tensor) -> None:
+        """Called by autograd with the copy of `p` that has just got its gradient."""
+        assert copy.grad is not None
+        waiting = self._waiting.setdefault(p, [])
+        waiting.append(copy.grad)
+        copy.grad = None
+        # In autograd's own thread: nothing is compiled here.
+        if len(waiting) > 2 or waiting[0].nbytes > WAITING:
+            _add(p, waiting.pop(0))
+
+    def add_pairs(self, fused: bool) -> None:
+        """Add those of which there are two. fused: compile the sum."""
+        for p, waiting in self._waiting.items():
+            if len(waiting) == 2:
+                _add(p, *waiting, fused=fused)
+                waiting.clear()
+
+    def add_rest(self) -> None:
+        """Add all that still wait."""
+        for p, waiting in self._waiting.items():
+            for gradient in waiting:
+                _add(p, gradient)
+        self._waiting.clear()
+
+
+def _add(p: Tensor, *gradients: Tensor, fused: bool = False) -> None:
+    """Add `gradients` to that of `p`, in its dtype, one after the other."""
     kept = "whole_grad" if isinstance(p, ShardedParameter) else "grad"
-    sum_so_far = getattr(p, kept)
-    total = copy.grad.to(p.dtype) if sum_so_far is None else sum_so_far.add_(copy.grad)
-    setattr(p, kept, total)
-    copy.grad = None
+    given = [getattr(p, kept), *gradients]
+    if fused and all(x is None or x.is_contiguous() for x in given):
+        flat = [None if x is None else x.view(-1) for x in given]
+        setattr(p, kept, _compiled_sum()(*flat, p.dtype).view(gradients[0].shape))
+    else:
+        setattr(p, kept, _sum(*given, dtype=p.dtype))
+
+
+def _sum(total: Tensor | None, *gradients: Tensor, dtype: torch.dtype) -> Tensor:
+    for gradient in gradients:
+        total = gradient.to(dtype) if total is None else total.add_(gradient)
+    assert total is not None
+    return total
+
+
+def _sum_of_two(total: Tensor | None, one: Tensor, two: Tensor, dtype: torch.dtype) -> Tensor:
+    return _sum(total, one, two, dtype=dtype)
+
+
+@cache
+def _compiled_sum() -> Callable[..., Tensor]:
+    """`_sum_of_two` in one pass, for all sizes."""
+    return torch.compile(_sum_of_two, dynamic=True)
 
 
 def waves(
