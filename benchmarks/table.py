@@ -122,7 +122,18 @@ def _rate(found: dict[str, Any]) -> str:
     return f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
 
 
-TABLES = {"efficiency.md": {"steps": steps, "savings": savings}, "decoding.md": {"speed": decoding}}
+def layouts() -> str:
+    """The best layouts of a large run, by simulation."""
+    from scaling import table  # takes longer to import than all else here
+
+    return table(best=3)
+
+
+TABLES = {
+    "efficiency.md": {"steps": steps, "savings": savings},
+    "decoding.md": {"speed": decoding},
+    "scaling.md": {"layouts": layouts},
+}
 
 
 def updated(text: str, doc: str) -> str:

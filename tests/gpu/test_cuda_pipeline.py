@@ -9,7 +9,7 @@ from families import tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-import launch_generate
+import launch_decoding
 
 from ee_tuning import EarlyExitModel, ExitConfig
 
@@ -45,9 +45,9 @@ def test_two_gpus_give_what_one_gives(tmp_path):
         {"name": name, **common, **layout, "device": DEVICE, "calls": [c | more for c in CALLS]}
         for name, (layout, more) in LAYOUTS.items()
     ]
-    said = launch_generate.start(cases, tmp_path)
+    said = launch_decoding.start(cases, tmp_path)
     model = model.to(DEVICE)
-    expected = launch_generate.generate(model, [call | {"compile": False} for call in CALLS])
+    expected = launch_decoding.generate(model, [call | {"compile": False} for call in CALLS])
     for name in LAYOUTS:
         for rank in (0, 1):
             error = tmp_path / f"{name}-{rank}.error"

@@ -75,12 +75,6 @@ def test_tensor_parallelism_and_the_sequence_divide_memory(model, config):
     assert sequence["activations"] == whole["activations"] / 2
 
 
-def test_the_docs_show_what_the_search_finds():
-    import scaling
-
-    assert scaling.table(best=3) in (ROOT / "docs/scaling.md").read_text()
-
-
 def test_plan_shows_the_best_layouts(tmp_path, capsys):
     llama = LlamaConfig(**SHAPES["llama2-7b"], architectures=["LlamaForCausalLM"])
     llama.save_pretrained(tmp_path)

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-import launch_generate
+import launch_decoding
 import pytest
 import torch
 from families import tiny
@@ -100,7 +100,7 @@ def found(exits, tmp_path_factory):
         {"name": "size", **two, "size": 1, "todo": "show", "settings": show | {"pp": 2}},
         {"name": "die", **two, "todo": "die", "calls": [early]},
     ]
-    print(launch_generate.start(cases, folder))
+    print(launch_decoding.start(cases, folder))
     return folder
 
 
@@ -120,7 +120,7 @@ def test_every_rank_gives_what_one_process_gives(found, exits, name):
     family, layout = LAYOUTS[name]
     more = {"max_new_tokens": 10, "eos_token_id": END}
     calls = [call | more for call in calls_of(name)]
-    expected = launch_generate.generate(whole(exits, family), calls)
+    expected = launch_decoding.generate(whole(exits, family), calls)
     for rank in range(layout.get("tp", 1) * layout.get("pp", 1)):
         outputs = result(found, name, rank)["found"]
         for call, out, wanted in zip(calls, outputs, expected, strict=True):
@@ -134,7 +134,7 @@ def test_every_rank_gives_what_one_process_gives(found, exits, name):
 def test_tokens_leave_at_several_layers_and_texts_end(exits):
     """What is compared above has something of everything."""
     calls = [call | {"max_new_tokens": 10, "eos_token_id": END} for call in CALLS]
-    expected = launch_generate.generate(whole(exits, "llama"), calls)
+    expected = launch_decoding.generate(whole(exits, "llama"), calls)
     layers = {layer for out in expected for layer in out["exit_layers"].flatten().tolist()}
     assert layers == {0, 1, 2, 4, 5}
 
@@ -143,7 +143,7 @@ def test_a_stage_has_its_layers_alone(found, exits):
     model = whole(exits, "llama")
     stages = [result(found, "pp3", rank) for rank in range(3)]
     assert [stage["stage"] for stage in stages] == [[0], [1, 2], [3, 4]]
-    total = launch_generate.size(model)
+    total = launch_decoding.size(model)
     assert all(stage["size"] < 0.6 * total for stage in stages)
     slices = [result(found, "tp2", rank)["size"] for rank in range(2)]
     assert all(part < 0.7 * total for part in slices)
@@ -151,7 +151,7 @@ def test_a_stage_has_its_layers_alone(found, exits):
 
 def test_batches_of_prompts_with_settings_of_their_own(found, exits):
     calls = [{"threshold": 0.5, "max_new_tokens": 6, "eos_token_id": None}]
-    expected = launch_generate.batch(whole(exits, "llama"), calls)
+    expected = launch_decoding.batch(whole(exits, "llama"), calls)
     for rank in (0, 1):
         outputs = result(found, "batch", rank)["found"]
         for out, wanted in zip(outputs, expected, strict=True):
@@ -161,7 +161,7 @@ def test_batches_of_prompts_with_settings_of_their_own(found, exits):
 
 def test_a_cancelled_request_says_no_more(found, exits):
     calls = [{"threshold": 0.5, "max_new_tokens": 6, "eos_token_id": None}]
-    expected = launch_generate.cancel(whole(exits, "llama"), calls)
+    expected = launch_decoding.cancel(whole(exits, "llama"), calls)
     assert [len(row) for row in expected] == [2, 6]
     for rank in (0, 1):
         assert result(found, "cancel", rank)["found"] == expected
@@ -169,7 +169,7 @@ def test_a_cancelled_request_says_no_more(found, exits):
 
 def test_the_next_token_begins_before_the_last_stage_has_done_this_one(found, exits):
     calls = [{"threshold": 0.0, "alone": True, "max_new_tokens": 6, "eos_token_id": None}]
-    (expected,) = launch_generate.generate(whole(exits, "llama"), calls)
+    (expected,) = launch_decoding.generate(whole(exits, "llama"), calls)
     (out,) = result(found, "overlap")["found"]
     assert torch.equal(out["sequences"], expected["sequences"])
 

@@ -1,4 +1,4 @@
-"""Decodes as several processes would: ``launch_generate.py CASES.json`` forks the ranks once.
+"""Decodes as several processes would: ``launch_decoding.py CASES.json`` forks the ranks once.
 
 A case is {"name", "tp", "pp", "port", "todo", …}: its ranks call the function `todo` below, and
 leave what it gives, or the error, in files named by case and rank.
