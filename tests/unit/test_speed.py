@@ -13,7 +13,7 @@ from ee_tuning import EarlyExitModel, ExitConfig, varlen
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
-from ee_tuning.tune import step
+from ee_tuning.tune import copies, step
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_gradients
 from ee_tuning.vocabulary import most_frequent
@@ -183,7 +183,7 @@ def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monke
         return losses, [p.grad for p in before]
 
     ours = found()
-    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext(step.HandedOver()))
+    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext(copies.HandedOver()))
     plain = found()
     assert all(torch.equal(ours[0][k], v) for k, v in plain[0].items())
     assert all(torch.equal(a, b) for a, b in zip(ours[1], plain[1], strict=True))
@@ -193,11 +193,11 @@ def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monke
 @pytest.mark.parametrize("waiting", [0, 2**20])
 def test_gradients_added_in_pairs_are_the_sum_one_after_the_other(waiting, fused, monkeypatch):
     """Bit for bit, of even and odd numbers, and where one micro-batch gives several."""
-    monkeypatch.setattr(step, "WAITING", waiting)
+    monkeypatch.setattr(copies, "WAITING", waiting)
     generator = torch.Generator().manual_seed(0)
     for shape, counts in (((30, 7), (1,)), ((30, 7), (1, 1, 1, 1)), ((64, 16), (1, 3, 1, 1, 1))):
         p, copy = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-        handed, expected = step.HandedOver(), torch.zeros(shape)
+        handed, expected = copies.HandedOver(), torch.zeros(shape)
         for count in counts:
             for _ in range(count):
                 copy.grad = torch.randn(shape, generator=generator)
