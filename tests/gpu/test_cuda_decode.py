@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])  # a minute or more each
 def test_graphs_give_the_tokens_of_plain_passes(family):
     """In fp32, so that rounding does not turn a token: batches, all modes, rings written over."""
-    model = EarlyExitModel.from_base(tiny(family).cuda(), ExitConfig("1,2,3", "mlp,layer,norm")).eval()
+    exits = ExitConfig("1,2,3", "mlp,layer,norm")
+    model = EarlyExitModel.from_base(tiny(family).cuda(), exits).eval()
     ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(9) >= torch.tensor([[4], [6], [0]])).long()
     common = {
