@@ -47,7 +47,9 @@ def runs(new_runs, backbones, data):
     runs.add("bf16-one", precision="bf16")
     runs.add("sends", 2, pp=2, count=True, trace=True)
     runs.add("sends-sequence", 4, tp=2, pp=2, sequence_parallel=True, count=True)
-    runs.add("sums", 2, dp=2, count=True)
+    runs.add("ahead", 2, pp=2, ahead=True)
+    runs.add("sums", 2, dp=2, count=True, trace=True)
+    runs.add("sums-shard", 2, dp=2, shard=True, count=True)
     runs.add("whole", 1, steps=4)
     bad = {
         "no-divisor": (2, {"pp": 1}), "too-deep": (2, {"pp": 2, "layers": "1", "arch": "mlp"}),
@@ -136,27 +138,39 @@ def test_bf16_differs_by_its_rounding_only(runs):
     assert runs.tensors("bf16")["4.head.weight"].dtype == torch.bfloat16
 
 
+def in_steps(runs, name, rank):
+    """What a rank sends and receives in each of the three steps: (operation, bytes, rank)."""
+    found = runs.traffic(name, rank)
+    return [[tuple(what) for number, *what in found if number == step] for step in (1, 2, 3)]
+
+
 def test_stages_send_activations_forward_and_nothing_back(runs):
-    first, second = runs.traffic("sends", 0), runs.traffic("sends", 1)
-    row = 32 * 32 * 4  # tokens · hidden · bytes
-    steps = [rows * row for _ in range(3) for rows in (2, 2, 1)]
-    tuned = [nbytes for nbytes, _ in first["sent"]]
-    validation = len(tuned) - len(steps)
-    assert validation > 0
-    assert validation % 3 == 0  # before, at step 2 and after
-    each = validation // 3
-    assert tuned[each : each + 6] == steps[:6]
-    assert tuned[2 * each + 6 : 2 * each + 9] == steps[6:]
-    assert {to for _, to in first["sent"]} == {1}
-    assert second["sent"] == first["received"] == []
-    assert second["received"] == [[nbytes, 0] for nbytes in tuned]
+    """A global batch of 5 is 2 + 2 + 1 sequences of 32 tokens, 32 fp32 values each."""
+    row = 32 * 32 * 4
+    sent = [("send", rows * row, 1) for rows in (2, 2, 1)]
+    received = [("recv", nbytes, 0) for _, nbytes, _ in sent]
+    assert in_steps(runs, "sends", 0) == [sent] * 3
+    assert in_steps(runs, "sends", 1) == [received] * 3
+    # So it is in validation; else there are only numbers and hashes, from host to host.
+    for rank, operation in enumerate(["send", "recv"]):
+        outside = [what for number, *what in runs.traffic("sends", rank) if number == 0]
+        stages = [what for what in outside if what[0] in ("send", "recv")]
+        assert {what[0] for what in stages} == {operation}
+        assert sum(nbytes for name, nbytes, _ in outside if name == "allreduce") < row
 
 
 def test_with_sequence_parallelism_a_rank_sends_its_positions_alone(runs):
-    whole = runs.traffic("sends", 0)["sent"]
+    whole = in_steps(runs, "sends", 0)
     for rank in (0, 1):
-        sent = runs.traffic("sends-sequence", rank)["sent"]
-        assert sent == [[nbytes // 2, rank + 2] for nbytes, _ in whole]
+        steps = in_steps(runs, "sends-sequence", rank)
+        sent = [[what for what in step if what[0] == "send"] for step in steps]
+        assert sent == [[("send", n // 2, rank + 2) for _, n, _ in step] for step in whole]
+
+
+def test_a_stage_sends_on_before_it_works_on_its_exits(runs):
+    """The first stage's exit work, which waits for that, would never begin."""
+    assert runs.error("ahead") is runs.error("ahead", 1) is None
+    assert (runs.root / "ahead.ahead").exists()
 
 
 def test_ranks_have_unequal_numbers_of_tokens(runs, tokenizer):
@@ -182,16 +196,37 @@ def test_the_timeline_of_a_step(runs):
     forward = [stop for what, _, stop in first if what == "forward"]
     assert min(forward) < max(received)
     assert min(start for what, start, _ in second if what == "forward") > min(forward)
+    waits = [what for own in events.values() for what, _, _ in own if what == "waiting"]
+    assert len(waits) == 2 + 3 + 4  # for what was sent, three micro-batches, four exits' sums
     assert (runs.root / "sends/trace.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_data_parallel_ranks_exchange_gradients_of_exits(runs):
-    tensors = runs.tensors("sums", "exits.safetensors")
-    trainable = sum(value.nbytes for value in tensors.values())
+    """Each once a step, however many micro-batches; before them, the number of labels."""
+    sizes = [value.nbytes for value in runs.tensors("sums", "exits.safetensors").values()]
     for rank in (0, 1):
-        reduced = runs.traffic("sums", rank)["reduced"]
-        assert sum(nbytes for nbytes, _, is_async in reduced if is_async) == 3 * trainable
-        assert all(nbytes <= 8 * (2 * 4 + 1) for nbytes, _, is_async in reduced if not is_async)
+        for (*count,), *sums in in_steps(runs, "sums", rank):
+            assert count == ["allreduce", 8, 2]
+            assert {(operation, ranks) for operation, _, ranks in sums} == {("allreduce", 2)}
+            assert sorted(nbytes for _, nbytes, _ in sums) == sorted(sizes)
+
+
+def test_with_shard_ranks_exchange_gradients_of_exits_once(runs):
+    """All of them have a first dim that two ranks divide; norms' rows too."""
+    sizes = [value.nbytes for value in runs.tensors("sums", "exits.safetensors").values()]
+    for rank in (0, 1):
+        for step in in_steps(runs, "sums-shard", rank):
+            parts = sorted(nbytes for name, nbytes, _ in step if "reduce_scatter" in name)
+            assert parts == sorted(nbytes // 2 for nbytes in sizes)
+
+
+def test_a_sum_of_gradients_goes_on_beside_the_next_exit(runs):
+    """The last two exits' sums are waited for once all exits' losses are back-propagated."""
+    events = json.loads((runs.root / "sums/trace.json").read_text())
+    for own in events.values():
+        work = [what for what, _, _ in sorted(own, key=lambda e: e[1]) if what != "forward"]
+        assert work[-4:] == ["waiting", "exit work"] * 2
+        assert work[-5] == "exit work"
 
 
 @pytest.mark.parametrize(
