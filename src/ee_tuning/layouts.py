@@ -94,7 +94,7 @@ def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
     numbers = [sum(layer - 1 in stage for layer in model.exit_layers) for stage in stages]
     work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
     send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0
-    together = any(runs_side_by_side(model, config, stage) for stage in stages)
+    together = [runs_side_by_side(model, config, stage) for stage in stages]
     forward = [len(stage) * layer for stage in stages]
     found = simulate(forward, work, each, send, together=together)
     seconds = found.seconds + _last_sum(model, config)

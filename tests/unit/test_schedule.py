@@ -47,6 +47,28 @@ def test_the_first_step_fills_the_pipeline():
     assert simulate([1.0, 1.0], [1.0, 1.0], 2, send=0.5, steps=1).seconds == pytest.approx(5.5)
 
 
+@pytest.mark.parametrize(
+    ("together", "seconds"),
+    [
+        ([False, False], 5.0),
+        ([False, True], 6.0),  # stage 2 gets hidden states at 1 and 3, and begins its exits at 4
+        ([True, False], 5.0),  # at 1 and 2, and both have been through exits at 5
+        ([True, True], 5.0),
+    ],
+)
+def test_each_stage_has_its_order(together, seconds):
+    """Two stages, two micro-batches, by hand."""
+    found = simulate([1.0, 1.0], [1.0, 1.0], 2, steps=1, together=together)
+    assert found.seconds == pytest.approx(seconds)
+    assert found.idle == pytest.approx(1 - 8 / (2 * seconds))
+
+
+def test_stages_are_two_steps_apart_at_most():
+    """A micro-batch takes 8 s through 8 stages; two steps of one each are under way at a time."""
+    assert simulate([1.0] * 8, [0.0] * 8, 1).seconds == pytest.approx(8 / 2)
+    assert simulate([1.0] * 8, [0.0] * 8, 8).seconds == pytest.approx(8.0)
+
+
 def test_the_dearest_stage_sets_the_pace():
     found = simulate([1.0, 1.0], [0.0, 2.0], 4)
     assert found.seconds == pytest.approx(4 * 3.0)
