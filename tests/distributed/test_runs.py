@@ -86,11 +86,13 @@ def runs(new_runs, backbones, data):
         runs.add(name, 2, folders=list(map(str, places)), **given)
     runs.start()
     # One layout left off at step 4 of 4: pretend that it was cut off after 3, and go on elsewhere.
-    for name in ("a", "b"):
+    for name in ("a", "b", "damaged"):
         subprocess.run(["cp", "-r", runs.root / "part", runs.root / name], check=True)
         subprocess.run(["rm", "-r", runs.root / name / "checkpoints/step-000004"], check=True)
     runs.add("b", 4, dp=1, tp=2, pp=2, steps=4, resume=True)
     runs.add("a", 1, steps=4, resume=True)
+    (runs.root / "damaged/checkpoints/step-000003/exit-5.safetensors").unlink()
+    runs.add("damaged", 2, dp=1, tp=1, pp=2, steps=4, resume=True)
     for name in ("whole", "vocabulary"):
         given = {"exits": str(runs.root / name), "layers": "", "arch": "mlp", "head": "own"}
         runs.add(f"{name}-on", 2, tp=2, **given)
@@ -246,6 +248,7 @@ def test_a_sum_of_gradients_goes_on_beside_the_next_exit(runs):
         ("other-data", "rank 1 has other data than rank 0"),
         ("no-data", "code.jsonl does not exist"),
         ("missing-shard-pp", "cannot load the backbone model: "),
+        ("damaged", "step-000003 is damaged (exit-5.safetensors: "),
         ("missing-shard-tp", "cannot load the backbone model: "),
     ],
 )

@@ -8,7 +8,7 @@ from families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
-from ee_tuning.parallel.pipeline import balance, cut_stages
+from ee_tuning.parallel.pipeline import balance, cut_stages, layer_costs
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.tune import measure
 
@@ -34,6 +34,33 @@ def test_stages_are_balanced_as_well_as_any_cut(stages):
 def test_an_exit_weighs_in_the_balance():
     assert balance([1, 1, 1, 1, 1, 1], 2) == [3, 3]
     assert balance([1, 11, 1, 1, 1, 1], 2) == [2, 4]
+
+
+def test_costs_are_counted_from_the_shapes():
+    """FLOP per token: 2 per weight that is only multiplied with, 6 where it is tuned."""
+    exits = ExitConfig("1,2,3", "mlp,layer,embedding", head="own,shared,shared")
+    model = EarlyExitModel(tiny("llama", num_hidden_layers=4, vocab_size=96), exits)
+    hidden, length = 32, 10
+    head = 96 * hidden
+    mlp, layer = (
+        sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        for module in (model.exit(1).mlp, model.exit(2).block)
+    )
+    attention = 2 * length * hidden
+    frozen = 2 * layer + attention
+    assert layer_costs(model, length) == [
+        frozen + 6 * (mlp + head),
+        frozen + 6 * layer + 4 * head + 3 * attention,
+        frozen + 4 * head,
+    ]
+
+
+def test_an_exit_with_a_large_head_outweighs_ten_layers():
+    backbone = tiny("llama", num_hidden_layers=13, vocab_size=6000)
+    model = EarlyExitModel(backbone, ExitConfig("1,13", "norm"))
+    costs = layer_costs(model, 10)
+    assert costs[0] > sum(costs[1:11])
+    assert cut_stages(model, TuneConfig(seq_length=10, pp=2)) == [range(0, 6), range(6, 13)]
 
 
 def test_the_schedule_of_one_stage_is_its_work():

@@ -13,7 +13,6 @@ from ee_tuning.loading import Slices, empty_backbone
 from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import cut_layers, weights
-from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits, split_model
 
 
@@ -55,9 +54,7 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]
     backbone = empty_backbone(str(folder) if path == HERE else path)
     shapes = EarlyExitModel(backbone, replace(saved_exits(saved), init="copy"))
     depth = shapes.backbone.num_layers
-    if mesh.tp > 1:
-        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
-        check_splits(shapes.backbone.config, plan, mesh.tp)
+    check_splits(shapes.backbone, mesh.tp)
     if mesh.pp > depth:
         raise UserError(f"pp is {mesh.pp}: the backbone has only {depth} layers")
     return cut_layers(_costs(shapes), mesh.pp, numbers, "the backbone's layers")[mesh.pp_rank]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 
+from ee_tuning.backbone import Backbone
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED, Softmax
@@ -219,12 +220,17 @@ def _sum_gradients(module: nn.Module) -> None:
         p.summed = True  # type: ignore[attr-defined]
 
 
-def check_splits(config: Any, plan: dict[str, str], tp: int) -> None:
-    """Refuse a `tp` that does not divide attention heads or vocabulary.
+def check_splits(backbone: Backbone, tp: int) -> None:
+    """Refuse a `tp` that does not divide attention heads or vocabulary. 1 divides everything.
+
+    backbone: may be on the meta device.
 
     Raises:
-        UserError: names what cannot be split.
+        UserError: names what cannot be split; see also `layer_plan`.
     """
+    if tp == 1:
+        return
+    config, plan = backbone.config, layer_plan(backbone.config, backbone.anatomy)
     sizes = {"vocab_size": config.vocab_size}
     if any(style == "colwise" and "att" in name for name, style in plan.items()):
         heads = config.num_attention_heads

@@ -114,7 +114,8 @@ class Run:
         config = self.config
         first = 0
         if config.resume:
-            first = load_checkpoint(self.checkpoints, self.model, self.optimizers, config)
+            given = self.checkpoints, self.model, self.optimizers, config
+            first = self.mesh.on_all(lambda: load_checkpoint(*given))
         if self.mesh.is_main:
             write_text(self.out / "run.yaml", describe_run(config))
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()

@@ -18,7 +18,6 @@ from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan import shapes_of
 from ee_tuning.tune.measure import measured_costs
@@ -77,9 +76,7 @@ def own_stage(
     if config.pp == config.tp == 1:
         return None
     shapes = shapes_of(config)
-    if config.tp > 1:
-        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
-        check_splits(shapes.backbone.config, plan, config.tp)
+    check_splits(shapes.backbone, config.tp)
     if config.pp == 1:
         return None
     costs = None
