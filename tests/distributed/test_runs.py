@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from families import tiny
+from transformers import AutoModelForCausalLM
 
 from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.loading import Parts, load_backbone
@@ -68,7 +69,7 @@ def runs(new_runs, backbones, data):
     runs.add("other-paths", 2, dp=2, only_rank={1: {"data": [data + "l"], "model": "x"}})
     # The same relative paths, from folders of their own: other data, no data, a missing shard.
     folders = {"other-data": "one word more", "no-data": None, "missing-shard-pp": ""}
-    for name, words in (folders | {"missing-shard-tp": ""}).items():
+    for name, words in (folders | {"missing-shard-tp": "", "other-model-dp": None}).items():
         places = [runs.root / f"{name}-{rank}" for rank in (0, 1)]
         for place in places:
             place.mkdir()
@@ -77,10 +78,14 @@ def runs(new_runs, backbones, data):
         if words:
             with (places[1] / "code.jsonl").open("a") as file:
                 file.write(json.dumps({"text": words}) + "\n")
-        if words is None:
+        if name == "no-data":
             (places[1] / "code.jsonl").unlink()
         if words == "":
             sorted((places[1] / "model").glob("*.safetensors"))[-1].unlink()
+        if name == "other-model-dp":
+            model = AutoModelForCausalLM.from_pretrained(places[1] / "model")
+            model.model.layers[2].mlp.up_proj.weight.data += 0.01
+            model.save_pretrained(places[1] / "model")
         axis = "dp" if "data" in name else name[-2:]
         given = {axis: 2, "data": ["code.jsonl"], "model": "model"}
         runs.add(name, 2, folders=list(map(str, places)), **given)
@@ -246,6 +251,7 @@ def test_a_sum_of_gradients_goes_on_beside_the_next_exit(runs):
         ("other-settings", "rank 1 has other settings than rank 0"),
         ("other-paths", "rank 1 has other settings than rank 0"),
         ("other-data", "rank 1 has other data than rank 0"),
+        ("other-model-dp", "rank 1 has another backbone than those before it, the layer 3 differs"),
         ("no-data", "code.jsonl does not exist"),
         ("missing-shard-pp", "cannot load the backbone model: "),
         ("damaged", "step-000003 is damaged (exit-5.safetensors: "),

@@ -34,7 +34,8 @@ def build_model(
     """Exits to tune, of this process's stage, on what they need of the backbone in `dtype`.
 
     Raises:
-        UserError: see `own_stage`, `EarlyExitModel.from_base`; or no exit has a parameter.
+        UserError: see `own_stage`, `EarlyExitModel.from_base`; processes have different
+            backbones; or no exit has a parameter.
     """
     load: dict[str, Any] = {
         "stage": own_stage(config, mesh, device, dtype, console),
@@ -55,14 +56,27 @@ def build_model(
         return EarlyExitModel.from_pretrained(*given, exit_dtype=torch.float32, **load)
 
     model = mesh.on_all(read)
-    model.tensor_hashes = {
-        part: value
-        for hashes in mesh.gather_on_host(model.tensor_hashes)
-        for part, value in hashes.items()
-    }
+    model.tensor_hashes = _all_hashes(model, mesh)
     if not any(mesh.gather_on_host(any(p.requires_grad for p in model.exits.parameters()))):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
     return model
+
+
+def _all_hashes(model: EarlyExitModel, mesh: Mesh) -> dict[str, str]:
+    """The fingerprint of a backbone of which each process may have some parts.
+
+    Raises:
+        UserError: two processes read different values of a part.
+    """
+    found: dict[str, str] = {}
+    for rank, hashes in enumerate(mesh.gather_on_host(model.tensor_hashes)):
+        for part, value in hashes.items():
+            if found.setdefault(part, value) != value:
+                raise UserError(
+                    f"rank {rank} has another backbone than those before it, the {part} differs: "
+                    "give every process the same"
+                )
+    return found
 
 
 def own_stage(
