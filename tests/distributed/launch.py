@@ -23,6 +23,7 @@ from rich.console import Console
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.parallel.pipeline import Pipeline
+from ee_tuning.parallel.split import SplitParameter
 from ee_tuning.tune import loop as tuning
 from ee_tuning.tune import step
 
@@ -75,6 +76,11 @@ def traffic(path: str) -> None:
     tuning.tuning_step = counted_step
 
 
+def is_part(p: torch.nn.Parameter) -> bool | None:
+    """Whether this process read its part of a parameter alone; None where it needs all of it."""
+    return p.sample is not None if isinstance(p, SplitParameter) else None
+
+
 def ahead(path: Path) -> None:
     """Let the first stage begin its first exit work once the second one has a hidden state."""
 
@@ -123,7 +129,10 @@ def run(rank: int, cases: list[dict]) -> None:
         if case["folders"]:
             os.chdir(case["folders"][rank])
         try:
-            tuning.tune(TuneConfig(**settings), Console(quiet=True))
+            model = tuning.tune(TuneConfig(**settings), Console(quiet=True))
+            if "count" in case:
+                named = {name: is_part(p) for name, p in model.model.named_parameters()}
+                Path(f"{case['count']}{rank}.read").write_text(json.dumps(named))
         except Exception as error:
             import traceback
 

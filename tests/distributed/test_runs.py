@@ -50,7 +50,7 @@ def runs(new_runs, backbones, data):
     runs.add("sends-sequence", 4, tp=2, pp=2, sequence_parallel=True, count=True)
     runs.add("ahead", 2, pp=2, ahead=True)
     runs.add("sums", 2, dp=2, count=True, trace=True)
-    runs.add("sums-shard", 2, dp=2, shard=True, count=True)
+    runs.add("sums-shard", 2, dp=2, shard=True, shard_backbone=True, count=True)
     runs.add("whole", 1, steps=4)
     bad = {
         "no-divisor": (2, {"pp": 1}), "too-deep": (2, {"pp": 2, "layers": "1", "arch": "mlp"}),
@@ -174,6 +174,29 @@ def test_with_sequence_parallelism_a_rank_sends_its_positions_alone(runs):
         assert sent == [[("send", n // 2, rank + 2) for _, n, _ in step] for step in whole]
 
 
+def has_read(runs, name, rank):
+    """Parameters of the backbone that a rank has, and whether a part of them: see `is_part`."""
+    return json.loads((runs.root / f"{name}.traffic-{rank}.read").read_text())
+
+
+def test_a_tensor_parallel_rank_reads_its_part_of_matrices_alone(runs):
+    for rank in range(4):
+        parts = [
+            part for part in has_read(runs, "sends-sequence", rank).values() if part is not None
+        ]
+        assert len(parts) > 7  # matrices of attention and MLP, in two layers at least
+        assert all(parts)
+
+
+def test_a_stage_reads_its_own_layers_alone(runs):
+    first, second = (has_read(runs, "sends", rank) for rank in (0, 1))
+    assert "model.embed_tokens.weight" in first
+    # Exits of both are made from the final norm, and from the head.
+    assert first.keys() & second.keys() == {"model.norm.weight", "lm_head.weight"}
+    layers = {name.split(".")[2] for name in first | second if ".layers." in name}
+    assert layers == set("01234")
+
+
 def test_a_stage_sends_on_before_it_works_on_its_exits(runs):
     """The first stage's exit work, which waits for that, would never begin."""
     assert runs.error("ahead") is runs.error("ahead", 1) is None
@@ -225,6 +248,15 @@ def test_with_shard_ranks_exchange_gradients_of_exits_once(runs):
         for step in in_steps(runs, "sums-shard", rank):
             parts = sorted(nbytes for name, nbytes, _ in step if "reduce_scatter" in name)
             assert parts == sorted(nbytes // 2 for nbytes in sizes)
+
+
+def test_with_shard_backbone_layers_are_gathered_for_every_micro_batch(runs):
+    """Five layers of as many values; of two micro-batches rank 1 has one without labels."""
+    for rank in (0, 1):
+        for step in in_steps(runs, "sums-shard", rank):
+            gathered = [nbytes for name, nbytes, _ in step if "gather" in name]
+            assert len(gathered) == 5 * 2
+            assert len(set(gathered)) == 1
 
 
 def test_a_sum_of_gradients_goes_on_beside_the_next_exit(runs):
