@@ -40,6 +40,7 @@ REFUSED = [
         {"dp": 2, "shard_backbone": True, "backbone_precision": "torchao-int8"},
         ["--backbone-precision torchao-int8", "--shard-backbone", "dtype of the checkpoint"],
     ),
+    ({"trace": True, "steps": 1}, ["trace", "the second step"]),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """seconds: of a step, once steps follow each other; idle: the share of the stages' time."""
+    """seconds: of a step, once steps follow each other; idle: the share of it that stages wait."""
 
     seconds: float
     idle: float

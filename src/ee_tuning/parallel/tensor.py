@@ -35,10 +35,6 @@ from ee_tuning.parallel.split import (
     split_linear,
 )
 
-HEADS: dict[bool, Style] = {
-    gather: STYLES["colwise_gather_output" if gather else "colwise"] for gather in (False, True)
-}
-
 
 class SplitSoftmax(Softmax):
     """Softmax over logits of which each process of a group has some, next to each other."""
@@ -151,14 +147,15 @@ def split_model(
         return
     backbone, tp = model.backbone, mesh.axis("tp")
     plan = layer_plan(backbone.config, backbone.anatomy)
+    head = STYLES["colwise_gather_output" if gather else "colwise"]
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher or any(exit.spec.head == "shared" for exit in exits):
-        split_linear(backbone.head, "the head", HEADS[gather], tp)
+        split_linear(backbone.head, "the head", head, tp)
     for number in model.stage:
         layer = backbone.layers[number]  # type: ignore[index]
         _split_by_plan(layer, plan, tp)
     for exit in exits:
-        _split_exit(exit, plan, tp, HEADS[gather])
+        _split_exit(exit, plan, tp, head)
         vocabulary = backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
         exit.softmax = SplitSoftmax(tp, vocabulary)
     if sequence:

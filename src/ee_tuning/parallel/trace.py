@@ -42,7 +42,7 @@ def _now() -> float:
 
 
 def idle_share(events: list[list[Event]]) -> float:
-    """The share of all processes' time, from the first event to the last, that none is busy in."""
+    """The share of time, from the first event to the last, that processes are not busy."""
     spans = [_busy(own) for own in events]
     first = min(start for own in events for _, start, _ in own)
     last = max(stop for own in events for _, _, stop in own)
