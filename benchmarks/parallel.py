@@ -129,7 +129,8 @@ class Layout:
         parts = [[total(own, what) / each for own in stages] for what in ("forward", "exit work")]
         if self.mesh.pp == 1:  # the layers run inside the exit work, which asks for them
             parts[1] = [work - run for run, work in zip(*parts, strict=True)]
-        together = len(waves(self.model, self.batches, Objective())) == 1
+        side_by_side = len(waves(self.model, self.batches, Objective())) == 1
+        together = self.mesh.gather_on_host(side_by_side)[:: self.mesh.dp * self.mesh.tp]
         ideal = simulate(*parts, each, steps=1, together=together)
         took = max(stop for own in events for *_, stop in own)
         took -= min(start for own in events for _, start, _ in own)

@@ -19,6 +19,7 @@ from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.layouts import Parts, rows, search
 from ee_tuning.parallel.simulate import simulate
+from ee_tuning.parallel.trace import idle_share
 from ee_tuning.plan import GPUS
 
 # One exit after 20 of the layers, measured in steps of 4 micro-batches.
@@ -54,15 +55,18 @@ def table(best: int) -> str:
 
 def compare(path: str, number: int) -> None:
     """A measured timeline of `number` micro-batches against the simulator, fed with its times."""
-    rows = list(json.loads(Path(path).read_text()).values())
-    runs = [[stop - start for what, start, stop in row if what == "forward"] for row in rows]
-    works = [[stop - start for what, start, stop in row if what == "exit work"] for row in rows]
-    forward, exits = ([sum(times) / number for times in part] for part in (runs, works))
-    first = min(start for row in rows for _, start, _ in row)
-    span = max(stop for row in rows for _, _, stop in row) - first
-    alone = simulate(forward, exits, number, steps=1)
-    print(f"{number} micro-batches, forward {forward}, exits {exits}")
-    print(f"one step from its first event to its last: {span:.4f} s, simulated {alone.seconds:.4f}")
+    stages = list(json.loads(Path(path).read_text()).values())
+    runs = [[event for event in own if event[0] == "forward"] for own in stages]
+    works = [[event for event in own if event[0] == "exit work"] for own in stages]
+    parts = [[sum(b - a for _, a, b in own) / number for own in part] for part in (runs, works)]
+    # Whether the first exit work of a stage comes after the last of its forward passes.
+    together = [work[0][1] >= run[-1][2] for run, work in zip(runs, works, strict=True)]
+    first = min(start for own in stages for _, start, _ in own)
+    took = max(stop for own in stages for *_, stop in own) - first
+    alone = simulate(*parts, number, steps=1, together=together)
+    print(f"{number} micro-batches, seconds of each: forward {parts[0]}, exits {parts[1]}")
+    print(f"the step: {took:.4f} s, simulated {alone.seconds:.4f} s")
+    print(f"idle: {idle_share(stages):.1%}, simulated {alone.idle:.1%}")
 
 
 if __name__ == "__main__":

@@ -122,6 +122,52 @@ def _rate(found: dict[str, Any]) -> str:
     return f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
 
 
+def parallel() -> str:
+    """The step in several layouts of CPU processes, against one process."""
+    result = json.loads((RESULTS / "parallel-cpu.json").read_text())
+    lines = [
+        "| layout | tokens/s | against one process | idle | ideal | losses differ by | norms by |",
+        "|---" * 7 + "|",
+    ]
+    for name, found in result["layouts"].items():
+        idle, differ = found["idle"], [found[f"{v}_differ_by"] for v in ("losses", "norms")]
+        lines.append(
+            f"| `{name}` | {found['tokens_per_second']['median']} | {found['speedup']:.2f} × | "
+            f"{idle['measured']:.1%} | {idle['ideal']:.1%} | {differ[0]:.1g} | {differ[1]:.1g} |"
+        )
+    given = result["settings"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['hardware']}; {result['versions']}; gloo. Shape {given['shape']}, "
+            f"{given['precision']}, {given['layers'].count(',') + 1} exits, steps of "
+            f"{given['global_batch_size']} × {given['seq_length']} tokens; "
+            f"{len(found['seconds'])} of {len(found['losses'])} steps timed.",
+        ]
+    )
+
+
+def pipeline() -> str:
+    """One step of two CPU stages, against the simulator fed with its parts."""
+    lines = [
+        "| exits | stages balanced by | micro-batches | seconds | simulated | idle | simulated |",
+        "|---" * 7 + "|",
+    ]
+    for path in sorted(RESULTS.glob("pipeline-cpu-*.json"), reverse=True):
+        result = json.loads(path.read_text())
+        given = result["settings"]
+        for name, found in result["layouts"].items():
+            balance, idle = "seconds" if "measured" in name else "FLOP", found["idle"]
+            lines.append(
+                f"| `--layers {given['layers']} --head {given['head']}` | {balance} "
+                f"| {name.partition('batch')[2]} | {idle['seconds']:.2f} "
+                f"| {idle['simulated_seconds']:.2f} "
+                f"| {idle['measured']:.1%} | {idle['ideal']:.1%} |"
+            )
+    return "\n".join([*lines, "", f"{result['hardware']}; {result['versions']}."])
+
+
 def layouts() -> str:
     """The best layouts of a large run, by simulation."""
     from scaling import table  # takes longer to import than all else here
@@ -132,7 +178,7 @@ def layouts() -> str:
 TABLES = {
     "efficiency.md": {"steps": steps, "savings": savings},
     "decoding.md": {"speed": decoding},
-    "scaling.md": {"layouts": layouts},
+    "scaling.md": {"parallel": parallel, "pipeline": pipeline, "layouts": layouts},
 }
 
 

@@ -15,7 +15,6 @@ from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.parallel.simulate import simulate
-from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan import GIB, memory, runs_side_by_side, tuned_values
 from ee_tuning.tune.check import check_parallel
@@ -70,10 +69,7 @@ def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
     """Whether tp divides what it splits, and stages and ranks have something to do."""
     try:
         check_parallel(config)
-        if config.tp > 1:
-            backbone = model.backbone
-            plan = layer_plan(backbone.config, backbone.anatomy)
-            check_splits(backbone.config, plan, config.tp)
+        check_splits(model.backbone, config.tp)
     except UserError:
         return False
     enough = config.pp <= model.exit_layers[-1] and config.dp <= config.global_batch_size
@@ -94,7 +90,7 @@ def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
     numbers = [sum(layer - 1 in stage for layer in model.exit_layers) for stage in stages]
     work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
     send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0
-    together = any(runs_side_by_side(model, config, stage) for stage in stages)
+    together = [runs_side_by_side(model, config, stage) for stage in stages]
     forward = [len(stage) * layer for stage in stages]
     found = simulate(forward, work, each, send, together=together)
     seconds = found.seconds + _last_sum(model, config)

@@ -24,7 +24,6 @@ from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
 from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.quantised import BYTES
 
@@ -81,9 +80,7 @@ def plan(config: PlanConfig) -> None:
     gpu, console = GPUS[config.gpu], Console()
     config = dataclasses.replace(config, dp=config.gpus // (config.pp * config.tp))
     model = shapes_of(config)
-    if config.tp > 1:
-        backbone = model.backbone
-        check_splits(backbone.config, layer_plan(backbone.config, backbone.anatomy), config.tp)
+    check_splits(model.backbone, config.tp)
     parts = largest_stage(model, config)
     table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
     table.add_column("part")

@@ -48,13 +48,18 @@ class Runs:
     def __init__(self, root: Path, common: dict):
         self.root, self.common, self.cases = root, common, []
 
-    def add(self, name, size=1, only_rank=None, count=False, folders=(), logits=2**28, **settings):
+    def add(
+        self, name, size=1, only_rank=None, count=False, ahead=False, folders=(), logits=2**28,
+        **settings,
+    ):  # fmt: skip
         case = {
             "size": size, "error": str(self.root / f"{name}.error-"), "only_rank": only_rank or {},
             "folders": folders, "logits": logits,
             "settings": self.common | {"out": str(self.root / name)} | settings,
         }  # fmt: skip
-        self.cases.append(case | ({"count": str(self.root / f"{name}.traffic-")} if count else {}))
+        case |= {"count": str(self.root / f"{name}.traffic-")} if count else {}
+        case |= {"ahead": str(self.root / f"{name}.ahead")} if ahead else {}
+        self.cases.append(case)
 
     def start(self, seconds=300):
         # Ranks that are not in a run wait for the next one: so the largest come first.

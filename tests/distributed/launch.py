@@ -2,8 +2,8 @@
 
 A case is {"size", "port", "settings", "error"}: the first `size` ranks call `tune` with
 `settings`; what goes wrong on a rank is written to the file `error` + its number. A case
-may `count` its traffic: see `traffic`; its ranks may each work in one of its `folders`, and have
-so many `logits` at a time.
+may `count` its traffic: see `traffic`, or let stages wait: see `ahead`; its ranks may each work in
+one of its `folders`, and have so many `logits` at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -21,37 +22,95 @@ import torch.distributed as dist
 from rich.console import Console
 
 from ee_tuning.config import TuneConfig
+from ee_tuning.parallel.pipeline import Pipeline
+from ee_tuning.parallel.split import SplitParameter
 from ee_tuning.tune import loop as tuning
 from ee_tuning.tune import step
 
+# What python code can send through: DTensor's sums under --tp go another way.
+SENDING = (
+    "send", "recv", "recv_anysource", "allreduce", "reduce", "broadcast", "allgather", "gather",
+    "_allgather_base", "all_gather_single", "scatter", "reduce_scatter", "_reduce_scatter_base",
+    "reduce_scatter_single", "alltoall", "alltoall_base", "all_to_all_single",
+)  # fmt: skip
+METHODS = {name: value for name, value in vars(dist.ProcessGroup).items() if name in SENDING}
+TUNING_STEP, RECEIVE, EXIT_LOSS = tuning.tuning_step, Pipeline._receive, step._exit_loss
+
+
+def restore() -> None:
+    """Undo what `traffic` and `ahead` did."""
+    for name, original in METHODS.items():
+        setattr(dist.ProcessGroup, name, original)
+    tuning.tuning_step = TUNING_STEP
+    Pipeline._receive, step._exit_loss = RECEIVE, EXIT_LOSS
+
 
 def traffic(path: str) -> None:
-    """Count what goes out of this process: bytes sent to stages, reduced; write them to `path`."""
-    found: dict[str, list] = {"sent": [], "reduced": [], "received": []}
-    send, receive, reduce = dist.isend, dist.recv, dist.all_reduce
+    """Write to `path` what this process sends and receives: [step, operation, bytes, rank].
 
-    def isend(tensor, dst, **rest):
-        found["sent"].append((tensor.nbytes, dst))
-        Path(path).write_text(json.dumps(found))
-        return send(tensor, dst=dst, **rest)
+    step: from 1, 0 outside of steps. rank: of the other process, or the number of them.
+    """
+    found: list[list] = []
+    now = [0, 0]  # this step, 0 outside; how many there were
 
-    def recv(tensor, src, **rest):
-        found["received"].append((tensor.nbytes, src))
-        Path(path).write_text(json.dumps(found))
-        return receive(tensor, src=src, **rest)
+    def counting(name, original):
+        def call(group, *args, **options):
+            tensor = args[0]
+            while isinstance(tensor, list):
+                tensor = tensor[0]
+            peer = args[1] if name in ("send", "recv") else group.size()
+            found.append([now[0], name, tensor.nbytes, peer])
+            Path(path).write_text(json.dumps(found))
+            return original(group, *args, **options)
 
-    def all_reduce(tensor, *args, group=None, **rest):
-        found["reduced"].append((tensor.nbytes, dist.get_world_size(group), rest != {}))
-        Path(path).write_text(json.dumps(found))
-        return reduce(tensor, *args, group=group, **rest)
+        return call
 
-    dist.isend, dist.recv, dist.all_reduce = isend, recv, all_reduce
+    def counted_step(*args, **options):
+        now[:] = [now[1] + 1] * 2
+        result = TUNING_STEP(*args, **options)
+        now[0] = 0
+        return result
+
+    for name in METHODS:
+        setattr(dist.ProcessGroup, name, counting(name, getattr(dist.ProcessGroup, name)))
+    tuning.tuning_step = counted_step
+
+
+def is_part(p: torch.nn.Parameter) -> bool | None:
+    """Whether this process read its part of a parameter alone; None where it needs all of it."""
+    return p.sample is not None if isinstance(p, SplitParameter) else None
+
+
+def ahead(path: Path) -> None:
+    """Let the first stage begin its first exit work once the second one has a hidden state."""
+
+    def receive(self, *args):
+        hidden = RECEIVE(self, *args)
+        if self.mesh.doing == "step 1":
+            path.touch()
+        return hidden
+
+    def exit_loss(model, layer, *args):
+        deadline = time.time() + 20
+        while stepping and layer in first and not path.exists():
+            assert time.time() < deadline, "the next stage waits for this one's exit work"
+            time.sleep(0.01)
+        return EXIT_LOSS(model, layer, *args)
+
+    def watched_step(model, *args, **options):
+        stepping.append(True)
+        first.update(model.exit_layers if model.stage.start == 0 else [])
+        return TUNING_STEP(model, *args, **options)
+
+    stepping: list[bool] = []
+    first: set[int] = set()
+    Pipeline._receive, step._exit_loss = receive, exit_loss
+    tuning.tuning_step = watched_step
 
 
 def run(rank: int, cases: list[dict]) -> None:
     """Every case that this rank has a part in."""
     torch.set_num_threads(1)
-    originals = dist.isend, dist.recv, dist.all_reduce
     for case in cases:
         if rank >= case["size"]:
             continue
@@ -59,16 +118,21 @@ def run(rank: int, cases: list[dict]) -> None:
             RANK=str(rank), WORLD_SIZE=str(case["size"]), LOCAL_RANK=str(rank),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case["port"]),
         )  # fmt: skip
-        dist.isend, dist.recv, dist.all_reduce = originals
+        restore()
         if "count" in case:
             traffic(f"{case['count']}{rank}")
+        if "ahead" in case:
+            ahead(Path(case["ahead"]))
         settings = dict(case["settings"])
         settings |= case.get("only_rank", {}).get(str(rank), {})
         step.LOGITS = case["logits"]
         if case["folders"]:
             os.chdir(case["folders"][rank])
         try:
-            tuning.tune(TuneConfig(**settings), Console(quiet=True))
+            model = tuning.tune(TuneConfig(**settings), Console(quiet=True))
+            if "count" in case:
+                named = {name: is_part(p) for name, p in model.model.named_parameters()}
+                Path(f"{case['count']}{rank}.read").write_text(json.dumps(named))
         except Exception as error:
             import traceback
 

@@ -76,6 +76,8 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint(start, tmp_path):
     lines = said(tmp_path)
     assert len(lines) == 1
     assert re.match(r"ee-tuning: rank 0 \(pp 0, dp 0, tp 0\) failed at step \d+: ", lines[0])
+    shown = [line for line in (tmp_path / "log").read_text().splitlines() if "tok/s" in line]
+    assert sum(line.startswith("step 1 ") for line in shown) == 1  # it did not begin anew
     main(["tune", *start.common[:9], str(tmp_path / "whole"), *start.common[10:]])
     whole, cut = (load_file(tmp_path / name / "exits.safetensors") for name in ("whole", "cut"))
     for name, value in whole.items():

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from families import tiny
+from transformers import AutoModelForCausalLM
 
 from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.loading import Parts, load_backbone
@@ -47,7 +48,9 @@ def runs(new_runs, backbones, data):
     runs.add("bf16-one", precision="bf16")
     runs.add("sends", 2, pp=2, count=True, trace=True)
     runs.add("sends-sequence", 4, tp=2, pp=2, sequence_parallel=True, count=True)
-    runs.add("sums", 2, dp=2, count=True)
+    runs.add("ahead", 2, pp=2, ahead=True)
+    runs.add("sums", 2, dp=2, count=True, trace=True)
+    runs.add("sums-shard", 2, dp=2, shard=True, shard_backbone=True, count=True)
     runs.add("whole", 1, steps=4)
     bad = {
         "no-divisor": (2, {"pp": 1}), "too-deep": (2, {"pp": 2, "layers": "1", "arch": "mlp"}),
@@ -66,7 +69,7 @@ def runs(new_runs, backbones, data):
     runs.add("other-paths", 2, dp=2, only_rank={1: {"data": [data + "l"], "model": "x"}})
     # The same relative paths, from folders of their own: other data, no data, a missing shard.
     folders = {"other-data": "one word more", "no-data": None, "missing-shard-pp": ""}
-    for name, words in (folders | {"missing-shard-tp": ""}).items():
+    for name, words in (folders | {"missing-shard-tp": "", "other-model-dp": None}).items():
         places = [runs.root / f"{name}-{rank}" for rank in (0, 1)]
         for place in places:
             place.mkdir()
@@ -75,20 +78,26 @@ def runs(new_runs, backbones, data):
         if words:
             with (places[1] / "code.jsonl").open("a") as file:
                 file.write(json.dumps({"text": words}) + "\n")
-        if words is None:
+        if name == "no-data":
             (places[1] / "code.jsonl").unlink()
         if words == "":
             sorted((places[1] / "model").glob("*.safetensors"))[-1].unlink()
+        if name == "other-model-dp":
+            model = AutoModelForCausalLM.from_pretrained(places[1] / "model")
+            model.model.layers[2].mlp.up_proj.weight.data += 0.01
+            model.save_pretrained(places[1] / "model")
         axis = "dp" if "data" in name else name[-2:]
         given = {axis: 2, "data": ["code.jsonl"], "model": "model"}
         runs.add(name, 2, folders=list(map(str, places)), **given)
     runs.start()
     # One layout left off at step 4 of 4: pretend that it was cut off after 3, and go on elsewhere.
-    for name in ("a", "b"):
+    for name in ("a", "b", "damaged"):
         subprocess.run(["cp", "-r", runs.root / "part", runs.root / name], check=True)
         subprocess.run(["rm", "-r", runs.root / name / "checkpoints/step-000004"], check=True)
     runs.add("b", 4, dp=1, tp=2, pp=2, steps=4, resume=True)
     runs.add("a", 1, steps=4, resume=True)
+    (runs.root / "damaged/checkpoints/step-000003/exit-5.safetensors").unlink()
+    runs.add("damaged", 2, dp=1, tp=1, pp=2, steps=4, resume=True)
     for name in ("whole", "vocabulary"):
         given = {"exits": str(runs.root / name), "layers": "", "arch": "mlp", "head": "own"}
         runs.add(f"{name}-on", 2, tp=2, **given)
@@ -136,27 +145,62 @@ def test_bf16_differs_by_its_rounding_only(runs):
     assert runs.tensors("bf16")["4.head.weight"].dtype == torch.bfloat16
 
 
+def in_steps(runs, name, rank):
+    """What a rank sends and receives in each of the three steps: (operation, bytes, rank)."""
+    found = runs.traffic(name, rank)
+    return [[tuple(what) for number, *what in found if number == step] for step in (1, 2, 3)]
+
+
 def test_stages_send_activations_forward_and_nothing_back(runs):
-    first, second = runs.traffic("sends", 0), runs.traffic("sends", 1)
-    row = 32 * 32 * 4  # tokens · hidden · bytes
-    steps = [rows * row for _ in range(3) for rows in (2, 2, 1)]
-    tuned = [nbytes for nbytes, _ in first["sent"]]
-    validation = len(tuned) - len(steps)
-    assert validation > 0
-    assert validation % 3 == 0  # before, at step 2 and after
-    each = validation // 3
-    assert tuned[each : each + 6] == steps[:6]
-    assert tuned[2 * each + 6 : 2 * each + 9] == steps[6:]
-    assert {to for _, to in first["sent"]} == {1}
-    assert second["sent"] == first["received"] == []
-    assert second["received"] == [[nbytes, 0] for nbytes in tuned]
+    """A global batch of 5 is 2 + 2 + 1 sequences of 32 tokens, 32 fp32 values each."""
+    row = 32 * 32 * 4
+    sent = [("send", rows * row, 1) for rows in (2, 2, 1)]
+    received = [("recv", nbytes, 0) for _, nbytes, _ in sent]
+    assert in_steps(runs, "sends", 0) == [sent] * 3
+    assert in_steps(runs, "sends", 1) == [received] * 3
+    # So it is in validation; else there are only numbers and hashes, from host to host.
+    for rank, operation in enumerate(["send", "recv"]):
+        outside = [what for number, *what in runs.traffic("sends", rank) if number == 0]
+        stages = [what for what in outside if what[0] in ("send", "recv")]
+        assert {what[0] for what in stages} == {operation}
+        assert sum(nbytes for name, nbytes, _ in outside if name == "allreduce") < row
 
 
 def test_with_sequence_parallelism_a_rank_sends_its_positions_alone(runs):
-    whole = runs.traffic("sends", 0)["sent"]
+    whole = in_steps(runs, "sends", 0)
     for rank in (0, 1):
-        sent = runs.traffic("sends-sequence", rank)["sent"]
-        assert sent == [[nbytes // 2, rank + 2] for nbytes, _ in whole]
+        steps = in_steps(runs, "sends-sequence", rank)
+        sent = [[what for what in step if what[0] == "send"] for step in steps]
+        assert sent == [[("send", n // 2, rank + 2) for _, n, _ in step] for step in whole]
+
+
+def has_read(runs, name, rank):
+    """Parameters of the backbone that a rank has, and whether a part of them: see `is_part`."""
+    return json.loads((runs.root / f"{name}.traffic-{rank}.read").read_text())
+
+
+def test_a_tensor_parallel_rank_reads_its_part_of_matrices_alone(runs):
+    for rank in range(4):
+        parts = [
+            part for part in has_read(runs, "sends-sequence", rank).values() if part is not None
+        ]
+        assert len(parts) > 7  # matrices of attention and MLP, in two layers at least
+        assert all(parts)
+
+
+def test_a_stage_reads_its_own_layers_alone(runs):
+    first, second = (has_read(runs, "sends", rank) for rank in (0, 1))
+    assert "model.embed_tokens.weight" in first
+    # Exits of both are made from the final norm, and from the head.
+    assert first.keys() & second.keys() == {"model.norm.weight", "lm_head.weight"}
+    layers = {name.split(".")[2] for name in first | second if ".layers." in name}
+    assert layers == set("01234")
+
+
+def test_a_stage_sends_on_before_it_works_on_its_exits(runs):
+    """The first stage's exit work, which waits for that, would never begin."""
+    assert runs.error("ahead") is runs.error("ahead", 1) is None
+    assert (runs.root / "ahead.ahead").exists()
 
 
 def test_ranks_have_unequal_numbers_of_tokens(runs, tokenizer):
@@ -182,16 +226,46 @@ def test_the_timeline_of_a_step(runs):
     forward = [stop for what, _, stop in first if what == "forward"]
     assert min(forward) < max(received)
     assert min(start for what, start, _ in second if what == "forward") > min(forward)
+    waits = [what for own in events.values() for what, _, _ in own if what == "waiting"]
+    assert len(waits) == 2 + 3 + 4  # for what was sent, three micro-batches, four exits' sums
     assert (runs.root / "sends/trace.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_data_parallel_ranks_exchange_gradients_of_exits(runs):
-    tensors = runs.tensors("sums", "exits.safetensors")
-    trainable = sum(value.nbytes for value in tensors.values())
+    """Each once a step, however many micro-batches; before them, the number of labels."""
+    sizes = [value.nbytes for value in runs.tensors("sums", "exits.safetensors").values()]
     for rank in (0, 1):
-        reduced = runs.traffic("sums", rank)["reduced"]
-        assert sum(nbytes for nbytes, _, is_async in reduced if is_async) == 3 * trainable
-        assert all(nbytes <= 8 * (2 * 4 + 1) for nbytes, _, is_async in reduced if not is_async)
+        for (*count,), *sums in in_steps(runs, "sums", rank):
+            assert count == ["allreduce", 8, 2]
+            assert {(operation, ranks) for operation, _, ranks in sums} == {("allreduce", 2)}
+            assert sorted(nbytes for _, nbytes, _ in sums) == sorted(sizes)
+
+
+def test_with_shard_ranks_exchange_gradients_of_exits_once(runs):
+    """All of them have a first dim that two ranks divide; norms' rows too."""
+    sizes = [value.nbytes for value in runs.tensors("sums", "exits.safetensors").values()]
+    for rank in (0, 1):
+        for step in in_steps(runs, "sums-shard", rank):
+            parts = sorted(nbytes for name, nbytes, _ in step if "reduce_scatter" in name)
+            assert parts == sorted(nbytes // 2 for nbytes in sizes)
+
+
+def test_with_shard_backbone_layers_are_gathered_for_every_micro_batch(runs):
+    """Five layers of as many values; of two micro-batches rank 1 has one without labels."""
+    for rank in (0, 1):
+        for step in in_steps(runs, "sums-shard", rank):
+            gathered = [nbytes for name, nbytes, _ in step if "gather" in name]
+            assert len(gathered) == 5 * 2
+            assert len(set(gathered)) == 1
+
+
+def test_a_sum_of_gradients_goes_on_beside_the_next_exit(runs):
+    """The last two exits' sums are waited for once all exits' losses are back-propagated."""
+    events = json.loads((runs.root / "sums/trace.json").read_text())
+    for own in events.values():
+        work = [what for what, _, _ in sorted(own, key=lambda e: e[1]) if what != "forward"]
+        assert work[-4:] == ["waiting", "exit work"] * 2
+        assert work[-5] == "exit work"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +283,10 @@ def test_data_parallel_ranks_exchange_gradients_of_exits(runs):
         ("other-settings", "rank 1 has other settings than rank 0"),
         ("other-paths", "rank 1 has other settings than rank 0"),
         ("other-data", "rank 1 has other data than rank 0"),
+        ("other-model-dp", "rank 1 has another backbone than those before it, the layer 3 differs"),
         ("no-data", "code.jsonl does not exist"),
         ("missing-shard-pp", "cannot load the backbone model: "),
+        ("damaged", "step-000003 is damaged (exit-5.safetensors: "),
         ("missing-shard-tp", "cannot load the backbone model: "),
     ],
 )

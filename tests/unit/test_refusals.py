@@ -3,6 +3,7 @@
 import pytest
 from families import tiny
 
+from ee_tuning.backbone import Backbone
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.parallel.tensor import check_splits
@@ -39,6 +40,7 @@ REFUSED = [
         {"dp": 2, "shard_backbone": True, "backbone_precision": "torchao-int8"},
         ["--backbone-precision torchao-int8", "--shard-backbone", "dtype of the checkpoint"],
     ),
+    ({"trace": True, "steps": 1}, ["trace", "the second step"]),
     ({"stage_layers": [2, 2]}, ["stage_layers needs --pp"]),
     ({"dp": 8, "global_batch_size": 4}, ["global_batch_size 4", "dp 8"]),
 ]
@@ -64,8 +66,14 @@ def test_what_cannot_be_combined(settings, parts):
     ],
 )
 def test_a_tensor_parallel_size_that_does_not_divide(tp, message):
-    config = tiny("llama").config
-    plan = {"self_attn.q_proj": "colwise"}
-    check_splits(config, plan, 2)
+    backbone = Backbone(tiny("llama"))
+    check_splits(backbone, 2)
     with pytest.raises(UserError, match=message):
-        check_splits(config, plan, tp)
+        check_splits(backbone, tp)
+
+
+def test_what_has_no_plan_has_one_part():
+    backbone = Backbone(tiny("gpt2"))
+    check_splits(backbone, 1)
+    with pytest.raises(UserError, match="plan for gpt2 does not exist: use --tp 1"):
+        check_splits(backbone, 2)

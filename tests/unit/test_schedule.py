@@ -8,7 +8,7 @@ from families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
-from ee_tuning.parallel.pipeline import balance, cut_stages
+from ee_tuning.parallel.pipeline import balance, cut_stages, layer_costs
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.tune import measure
 
@@ -36,6 +36,33 @@ def test_an_exit_weighs_in_the_balance():
     assert balance([1, 11, 1, 1, 1, 1], 2) == [2, 4]
 
 
+def test_costs_are_counted_from_the_shapes():
+    """FLOP per token: 2 per weight that is only multiplied with, 6 where it is tuned."""
+    exits = ExitConfig("1,2,3", "mlp,layer,embedding", head="own,shared,shared")
+    model = EarlyExitModel(tiny("llama", num_hidden_layers=4, vocab_size=96), exits)
+    hidden, length = 32, 10
+    head = 96 * hidden
+    mlp, layer = (
+        sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        for module in (model.exit(1).mlp, model.exit(2).block)
+    )
+    attention = 2 * length * hidden
+    frozen = 2 * layer + attention
+    assert layer_costs(model, length) == [
+        frozen + 6 * (mlp + head),
+        frozen + 6 * layer + 4 * head + 3 * attention,
+        frozen + 4 * head,
+    ]
+
+
+def test_an_exit_with_a_large_head_outweighs_ten_layers():
+    backbone = tiny("llama", num_hidden_layers=13, vocab_size=6000)
+    model = EarlyExitModel(backbone, ExitConfig("1,13", "norm"))
+    costs = layer_costs(model, 10)
+    assert costs[0] > sum(costs[1:11])
+    assert cut_stages(model, TuneConfig(seq_length=10, pp=2)) == [range(0, 6), range(6, 13)]
+
+
 def test_the_schedule_of_one_stage_is_its_work():
     found = simulate([2.0], [3.0], 4)
     assert found.seconds == pytest.approx(4 * 5.0)
@@ -45,6 +72,28 @@ def test_the_schedule_of_one_stage_is_its_work():
 def test_the_first_step_fills_the_pipeline():
     """Two stages, two micro-batches, by hand: stage 2 waits for 1 + 0.5, then 1 + 1 each time."""
     assert simulate([1.0, 1.0], [1.0, 1.0], 2, send=0.5, steps=1).seconds == pytest.approx(5.5)
+
+
+@pytest.mark.parametrize(
+    ("together", "seconds"),
+    [
+        ([False, False], 5.0),
+        ([False, True], 6.0),  # stage 2 gets hidden states at 1 and 3, and begins its exits at 4
+        ([True, False], 5.0),  # at 1 and 2, and both have been through exits at 5
+        ([True, True], 5.0),
+    ],
+)
+def test_each_stage_has_its_order(together, seconds):
+    """Two stages, two micro-batches, by hand."""
+    found = simulate([1.0, 1.0], [1.0, 1.0], 2, steps=1, together=together)
+    assert found.seconds == pytest.approx(seconds)
+    assert found.idle == pytest.approx(1 - 8 / (2 * seconds))
+
+
+def test_stages_are_two_steps_apart_at_most():
+    """A micro-batch takes 8 s through 8 stages; two steps of one each are under way at a time."""
+    assert simulate([1.0] * 8, [0.0] * 8, 1).seconds == pytest.approx(8 / 2)
+    assert simulate([1.0] * 8, [0.0] * 8, 8).seconds == pytest.approx(8.0)
 
 
 def test_the_dearest_stage_sets_the_pace():

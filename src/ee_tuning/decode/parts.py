@@ -12,8 +12,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, empty_backbone
 from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.pipeline import cut_layers, weights
-from ee_tuning.parallel.split import layer_plan
+from ee_tuning.parallel.pipeline import count_weights, cut_layers
 from ee_tuning.parallel.tensor import check_splits, split_model
 
 
@@ -55,9 +54,7 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]
     backbone = empty_backbone(str(folder) if path == HERE else path)
     shapes = EarlyExitModel(backbone, replace(saved_exits(saved), init="copy"))
     depth = shapes.backbone.num_layers
-    if mesh.tp > 1:
-        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
-        check_splits(shapes.backbone.config, plan, mesh.tp)
+    check_splits(shapes.backbone, mesh.tp)
     if mesh.pp > depth:
         raise UserError(f"pp is {mesh.pp}: the backbone has only {depth} layers")
     return cut_layers(_costs(shapes), mesh.pp, numbers, "the backbone's layers")[mesh.pp_rank]
@@ -66,10 +63,10 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]
 def _costs(model: EarlyExitModel) -> list[float]:
     """Weights that a token is multiplied with in each layer and in what predicts after it."""
     layers: list[nn.Module] = list(model.backbone.layers)  # type: ignore[call-overload]
-    costs = [float(weights(layer)) for layer in layers]
-    head = weights(model.backbone.head)
+    costs = [float(count_weights(layer)) for layer in layers]
+    head = count_weights(model.backbone.head)
     costs[-1] += head
     for layer in model.exit_layers:
         exit = model.exit(layer)
-        costs[layer - 1] += weights(exit) + (head if exit.spec.head == "shared" else 0)
+        costs[layer - 1] += count_weights(exit) + (head if exit.spec.head == "shared" else 0)
     return costs

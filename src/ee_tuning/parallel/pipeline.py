@@ -129,17 +129,19 @@ def layer_costs(model: EarlyExitModel, length: int) -> list[float]:
     backbone = model.backbone
     attention = 2.0 * length * backbone.config.hidden_size
     layers = list(backbone.layers)[: model.exit_layers[-1]]  # type: ignore[call-overload]
-    costs = [2.0 * weights(layer) + attention for layer in layers]
-    head = weights(backbone.head)
+    costs = [2.0 * count_weights(layer) + attention for layer in layers]
+    head = count_weights(backbone.head)
     for layer in model.exit_layers:
         exit = model.exit(layer)
-        costs[layer - 1] += 6.0 * weights(exit) + (4.0 * head if exit.spec.head == "shared" else 0)
+        costs[layer - 1] += 6.0 * count_weights(exit) + (
+            4.0 * head if exit.spec.head == "shared" else 0
+        )
         costs[layer - 1] += 3 * attention if exit.spec.arch == "layer" else 0
     return costs
 
 
-def weights(module: torch.nn.Module) -> int:
-    """The values of a module's matrices."""
+def count_weights(module: torch.nn.Module) -> int:
+    """How many values the matrices of a module have."""
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 
 

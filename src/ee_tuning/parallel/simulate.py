@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """seconds: of a step, once steps follow each other; idle: the share of the stages' time."""
+    """seconds: of a step, once steps follow each other; idle: the share of it that stages wait."""
 
     seconds: float
     idle: float
@@ -20,27 +20,28 @@ def simulate(
     micro_batches: int,
     send: float = 0.0,
     steps: int = 8,
-    together: bool = False,
+    together: Sequence[bool] = (),
 ) -> Schedule:
     """A run of `steps` steps of stages that each do `micro_batches` times forward, then exits.
 
     forward, exits: seconds per micro-batch and stage, optimizer included. send: seconds until the
-    next stage has a hidden state. together: a stage begins its exits once all micro-batches went
-    through its layers, as `ee_tuning.tune.step.waves` has it for most models. A stage begins step
-    n + 2 when all have ended step n: losses are read together, one step late.
+    next stage has a hidden state. together: of each stage, whether it begins its exits once all
+    micro-batches went through its layers, see `ee_tuning.tune.step.waves`; default: none does. A
+    stage begins step n + 2 when all have ended step n: losses are read together, one step late.
     """
+    parts = list(zip(forward, exits, together or [False] * len(forward), strict=True))
     ends = [[0.0] * len(forward)]
     for step in range(steps):
         barrier = max(ends[step - 1]) if step > 1 else 0.0
         arrived = [0.0] * micro_batches
         ended = []
-        for stage, (run, work) in enumerate(zip(forward, exits, strict=True)):
+        for stage, (run, work, at_end) in enumerate(parts):
             now = max(ends[step][stage], barrier)
             for m in range(micro_batches):
                 now = max(now, arrived[m]) + run
                 arrived[m] = now + send
-                now += 0 if together else work
-            now += work * micro_batches if together else 0
+                now += 0 if at_end else work
+            now += work * micro_batches if at_end else 0
             ended.append(now)
         ends.append(ended)
     # The first steps fill the pipeline.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate
 
+from ee_tuning.backbone import Backbone
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED, Softmax
@@ -33,10 +34,6 @@ from ee_tuning.parallel.split import (
     move,
     split_linear,
 )
-
-HEADS: dict[bool, Style] = {
-    gather: STYLES["colwise_gather_output" if gather else "colwise"] for gather in (False, True)
-}
 
 
 class SplitSoftmax(Softmax):
@@ -150,14 +147,15 @@ def split_model(
         return
     backbone, tp = model.backbone, mesh.axis("tp")
     plan = layer_plan(backbone.config, backbone.anatomy)
+    head = STYLES["colwise_gather_output" if gather else "colwise"]
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher or any(exit.spec.head == "shared" for exit in exits):
-        split_linear(backbone.head, "the head", HEADS[gather], tp)
+        split_linear(backbone.head, "the head", head, tp)
     for number in model.stage:
         layer = backbone.layers[number]  # type: ignore[index]
         _split_by_plan(layer, plan, tp)
     for exit in exits:
-        _split_exit(exit, plan, tp, HEADS[gather])
+        _split_exit(exit, plan, tp, head)
         vocabulary = backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
         exit.softmax = SplitSoftmax(tp, vocabulary)
     if sequence:
@@ -219,12 +217,17 @@ def _sum_gradients(module: nn.Module) -> None:
         p.summed = True  # type: ignore[attr-defined]
 
 
-def check_splits(config: Any, plan: dict[str, str], tp: int) -> None:
-    """Refuse a `tp` that does not divide attention heads or vocabulary.
+def check_splits(backbone: Backbone, tp: int) -> None:
+    """Refuse a `tp` that does not divide attention heads or vocabulary. 1 divides everything.
+
+    backbone: may be on the meta device.
 
     Raises:
-        UserError: names what cannot be split.
+        UserError: names what cannot be split; see also `layer_plan`.
     """
+    if tp == 1:
+        return
+    config, plan = backbone.config, layer_plan(backbone.config, backbone.anatomy)
     sizes = {"vocab_size": config.vocab_size}
     if any(style == "colwise" and "att" in name for name, style in plan.items()):
         heads = config.num_attention_heads

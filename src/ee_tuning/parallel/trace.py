@@ -12,7 +12,8 @@ import torch
 
 from ee_tuning.parallel.mesh import Mesh
 
-COLOURS = {"forward": "tab:blue", "exit work": "tab:orange", "waiting": "lightgrey"}
+# As they are drawn: in a single stage, layers run inside the exit work that asks for them.
+COLOURS = {"exit work": "tab:orange", "forward": "tab:blue", "waiting": "lightgrey"}
 Event = tuple[str, float, float]  # what, from, to: seconds of the host's clock
 
 
@@ -41,7 +42,7 @@ def _now() -> float:
 
 
 def idle_share(events: list[list[Event]]) -> float:
-    """The share of all processes' time, from the first event to the last, that none is busy in."""
+    """The share of time, from the first event to the last, that processes are not busy."""
     spans = [_busy(own) for own in events]
     first = min(start for own in events for _, start, _ in own)
     last = max(stop for own in events for _, _, stop in own)
@@ -91,6 +92,6 @@ def draw(names: list[str], events: list[list[Event]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ms")
     axes.set_title(f"one step; {idle_share(events):.0%} idle")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=len(COLOURS))
+    figure.legend(loc="outside lower center", ncols=len(COLOURS))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

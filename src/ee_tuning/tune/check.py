@@ -42,6 +42,8 @@ def check(config: TuneConfig) -> None:
             f"global_batch_size {config.global_batch_size} is less than dp {config.dp}: each "
             "data-parallel rank needs a sequence"
         )
+    if config.trace and config.steps == 1:
+        raise UserError("trace draws the second step of a run: it needs --steps 2 or more")
     if config.stage_layers and config.pp == 1:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
     if config.balance == "measured" and (config.pp == 1 or config.stage_layers):

@@ -114,7 +114,8 @@ class Run:
         config = self.config
         first = 0
         if config.resume:
-            first = load_checkpoint(self.checkpoints, self.model, self.optimizers, config)
+            given = self.checkpoints, self.model, self.optimizers, config
+            first = self.mesh.on_all(lambda: load_checkpoint(*given))
         if self.mesh.is_main:
             write_text(self.out / "run.yaml", describe_run(config))
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
@@ -123,8 +124,12 @@ class Run:
         with display.progress, stop_requests() as stopped:
             for step in range(first, config.steps):
                 self.mesh.doing = f"step {step + 1}"
-                self.pipeline.timeline.on = config.trace and step == first + 1
+                traced = config.trace and step == first + 1
+                if traced:  # stages may be at different steps
+                    self.mesh.barrier()
+                self.pipeline.timeline.on = traced
                 self.step(step, log, display, stopped())
+                self.pipeline.timeline.on = False
                 done = step + 1
                 last = done == config.steps
                 evaluates = not last and config.eval_every and done % config.eval_every == 0
@@ -137,7 +142,6 @@ class Run:
                     self._save(done)
                 if self.stopping and not last:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
-        self.pipeline.timeline.on = False
         after = self.validate(log, config.steps)
         if config.trace and config.steps > first + 1:
             idle = save_timeline(self.pipeline.timeline, self.mesh, self.out)

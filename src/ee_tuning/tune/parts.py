@@ -18,7 +18,6 @@ from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.parallel.split import layer_plan
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan import shapes_of
 from ee_tuning.tune.measure import measured_costs
@@ -35,7 +34,8 @@ def build_model(
     """Exits to tune, of this process's stage, on what they need of the backbone in `dtype`.
 
     Raises:
-        UserError: see `own_stage`, `EarlyExitModel.from_base`; or no exit has a parameter.
+        UserError: see `own_stage`, `EarlyExitModel.from_base`; processes have different
+            backbones; or no exit has a parameter.
     """
     load: dict[str, Any] = {
         "stage": own_stage(config, mesh, device, dtype, console),
@@ -56,14 +56,27 @@ def build_model(
         return EarlyExitModel.from_pretrained(*given, exit_dtype=torch.float32, **load)
 
     model = mesh.on_all(read)
-    model.tensor_hashes = {
-        part: value
-        for hashes in mesh.gather_on_host(model.tensor_hashes)
-        for part, value in hashes.items()
-    }
+    model.tensor_hashes = _all_hashes(model, mesh)
     if not any(mesh.gather_on_host(any(p.requires_grad for p in model.exits.parameters()))):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
     return model
+
+
+def _all_hashes(model: EarlyExitModel, mesh: Mesh) -> dict[str, str]:
+    """The fingerprint of a backbone of which each process may have some parts.
+
+    Raises:
+        UserError: two processes read different values of a part.
+    """
+    found: dict[str, str] = {}
+    for rank, hashes in enumerate(mesh.gather_on_host(model.tensor_hashes)):
+        for part, value in hashes.items():
+            if found.setdefault(part, value) != value:
+                raise UserError(
+                    f"rank {rank} has another backbone than those before it, the {part} differs: "
+                    "give every process the same"
+                )
+    return found
 
 
 def own_stage(
@@ -77,9 +90,7 @@ def own_stage(
     if config.pp == config.tp == 1:
         return None
     shapes = shapes_of(config)
-    if config.tp > 1:
-        plan = layer_plan(shapes.backbone.config, shapes.backbone.anatomy)
-        check_splits(shapes.backbone.config, plan, config.tp)
+    check_splits(shapes.backbone, config.tp)
     if config.pp == 1:
         return None
     costs = None
