@@ -133,9 +133,8 @@ def layer_costs(model: EarlyExitModel, length: int) -> list[float]:
     head = count_weights(backbone.head)
     for layer in model.exit_layers:
         exit = model.exit(layer)
-        costs[layer - 1] += 6.0 * count_weights(exit) + (
-            4.0 * head if exit.spec.head == "shared" else 0
-        )
+        costs[layer - 1] += 6.0 * count_weights(exit)
+        costs[layer - 1] += 4.0 * head if exit.spec.head == "shared" else 0
         costs[layer - 1] += 3 * attention if exit.spec.arch == "layer" else 0
     return costs
 
