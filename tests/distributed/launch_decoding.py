@@ -75,7 +75,7 @@ def batch(model, calls):
 
 def cancel(model, calls):
     """The tokens of two requests, one of which is cancelled after its second token."""
-    requests = [r for ids in PROMPTS[:2] for r in prepare(model, ids, **calls[0])]
+    requests = [r for ids in PROMPTS[:2] for r in prepare(model, ids, **calls[0])[0]]
     tokens = [[], []]
     for request, token in engine_for(model, requests, False).stream(requests):
         row = tokens[requests.index(request)]

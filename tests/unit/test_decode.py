@@ -385,7 +385,16 @@ BAD: list[tuple] = [
     ([[1]], {"max_pending": -1}, "negative"),
     ([[1]], {"num_beams": 2}, "beam search"),
     ([[1, 1], [1, 0]], {"attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padded on its right"),
-    ([[1], [2]], {"streamer": object()}, "a streamer takes one prompt"),
+    ([[1], [2]], {"streamer": object()}, "a streamer takes one text"),
+    ([[96]], {}, "outside the vocabulary of 96"),
+    ([[1, 2]], {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\)"),
+    ([[1]], {"assistant_model": object()}, "assistant_model cannot be had with early exits"),
+    ([[1]], {"past_key_values": object()}, "past_key_values cannot be had"),
+    ([[1]], {"prompt_lookup_num_tokens": 3}, "assisted generation is not possible"),
+    ([[1]], {"guidance_scale": 2.0}, "guidance_scale is not possible"),
+    ([[1]], {"do_sample": True, "temperature": 0.0}, "strictly positive float"),
+    ([[1]], {"treshold": 0.5}, "not used by the model"),
+    ([[1]], {"stop_strings": "a"}, "stop_strings need the tokenizer"),
 ]
 
 
@@ -394,6 +403,15 @@ def test_bad_calls(ids, kwargs, message):
     ids = torch.as_tensor(ids, dtype=torch.long)
     with pytest.raises(UserError, match=message):
         early_exit().generate(ids, max_new_tokens=2, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [(None, "NoneType"), ([[1]], "list"), (torch.ones(1, 2), r"\(1, 2\) of torch.float32")],
+)
+def test_prompts_that_are_no_table_of_ids(ids, found):
+    with pytest.raises(UserError, match=rf"prompts of shape \(B, P\), not {found}"):
+        early_exit().generate(ids)
 
 
 def test_requests_that_do_not_fit_an_engine_are_refused():
