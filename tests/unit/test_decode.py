@@ -30,6 +30,12 @@ def early_exit(family="llama", arch="mlp,norm,layer"):
     return MODELS[key]
 
 
+def long_model():
+    """One with a longer context, of which several chunks can be read."""
+    base = tiny("llama", max_position_embeddings=256)
+    return EarlyExitModel.from_base(base, ExitConfig("1,2,3", arch="mlp,norm,layer")).eval()
+
+
 def logits_from_scratch(model, ids, layer):
     """Logits (1, V) after the last token, at exit `layer` or the final exit: no cache, one pass."""
     out = model(ids, output_exit_logits=True, output_logits=True)
@@ -248,25 +254,29 @@ def test_giving_up_a_stream_frees_its_slots():
     assert model.generate(ids, max_new_tokens=5, eos_token_id=None).sequences.shape == (1, 8)
 
 
-@pytest.mark.parametrize("arch", ["mlp,norm,layer"])
-def test_compiled_passes_give_the_same_tokens_and_compile_once(arch):
-    model = early_exit("llama", arch)
-    ids, mask = padded([prompt(5, 1), prompt(3, 2)])
-    common = {"attention_mask": mask, "max_new_tokens": 20, "eos_token_id": None, "max_pending": 3}
+def test_compiled_passes_give_the_same_tokens_and_compile_once():
+    """Three rows, of which a pass may have two and be filled with the third, which is idle; then
+    prompts of one chunk and of more."""
+    model = long_model()
+    ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(4, 3)])
+    common = {"max_new_tokens": 20, "eos_token_id": None, "max_pending": 3, "exit_layers": [1, 3]}
     ways = [
-        {"mode": "threshold", "threshold": 0.02, "exit_layers": [1, 3]},
-        {"mode": "speculative", "threshold": 0.0, "exit_layers": [1, 3]},
+        {"mode": "threshold", "threshold": 0.02},
+        {"mode": "speculative", "threshold": 0.02},
+        {"mode": "speculative", "threshold": 0.0},
     ]
-    seconds = model.warm_up(
-        slots=2, capacity=30, compile=True, threshold=0.5, exit_layers=[1, 3], max_pending=3
-    )
+    settings = {"threshold": 0.5, "exit_layers": [1, 3], "max_pending": 3}
+    seconds = model.warm_up(slots=3, capacity=96, compile=True, **settings)
     assert seconds > 1
     graphs = counters["stats"]["unique_graphs"]
-    for way in ways:
-        plain = model.generate(ids, compile=False, **way, **common)
-        out = model.generate(ids, compile=True, **way, **common)
-        assert torch.equal(out.sequences, plain.sequences)
-        assert torch.equal(out.exit_layers, plain.exit_layers)
+    inputs = [{"input_ids": ids, "attention_mask": mask}]
+    inputs += [{"input_ids": torch.tensor([prompt(length)])} for length in (64, 70)]
+    for given_ids in inputs:
+        for way in ways:
+            plain = model.generate(**given_ids, compile=False, **way, **common)
+            out = model.generate(**given_ids, compile=True, **way, **common)
+            assert torch.equal(out.sequences, plain.sequences)
+            assert torch.equal(out.exit_layers, plain.exit_layers)
     assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -412,6 +422,16 @@ def test_bad_calls(ids, kwargs, message):
 def test_prompts_that_are_no_table_of_ids(ids, found):
     with pytest.raises(UserError, match=rf"prompts of shape \(B, P\), not {found}"):
         early_exit().generate(ids)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_texts_end_where_learned_positions_do(family):
+    """Every position may be taken, and none beyond."""
+    model, ids = early_exit(family), torch.tensor([prompt(60)])
+    common = {"mode": "full", "eos_token_id": None}
+    assert model.generate(ids, max_new_tokens=4, **common).sequences.shape == (1, 64)
+    with pytest.raises(UserError, match="65 tokens with the prompt are asked for"):
+        model.generate(ids, max_new_tokens=5, **common)
 
 
 def test_requests_that_do_not_fit_an_engine_are_refused():

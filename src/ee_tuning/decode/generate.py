@@ -259,8 +259,11 @@ def _for_transformers(kwargs: dict[str, Any]) -> dict[str, Any]:
         if kwargs.get(name) is not None:
             raise UserError(f"{name} cannot be had with early exits: {advice}")
     stop_strings, tokenizer = _said(kwargs, "stop_strings"), kwargs.get("tokenizer")
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
     if stop_strings:
+        if "" in stop_strings:
+            raise UserError("a stop string is empty: every text would end at once")
         if tokenizer is None:
             raise UserError("stop_strings need the tokenizer: give it as tokenizer=")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
@@ -325,12 +328,18 @@ def _engine(
         compile = model.backbone.device.type == "cuda" and mesh.tp == 1
     if compile and mesh.tp > 1:
         raise UserError("compile cannot be had with tp: sums between ranks do not compile")
+    context = model.backbone.context
+    if context and capacity > context and model.backbone.family.positions_end:
+        raise UserError(
+            f"{capacity} tokens with the prompt are asked for, the backbone has positions for "
+            f"{context} alone: ask for fewer"
+        )
     weights = tuple(p.data_ptr() for p in model.parameters())
     key = (tuple(exit_layers), max_pending, compile, weights)
     kept = model.engines.pop(key, None)
     if kept is None or kept.busy or kept.passes.slots < slots or kept.passes.capacity < capacity:
         room = -(-capacity // ROOM) * ROOM
-        room = max(capacity, min(room, model.backbone.context or room))
+        room = max(capacity, min(room, context or room))
         settings: dict[str, Any] = {"slots": slots, "capacity": room, "max_pending": max_pending}
         kind = Engine if mesh.pp == 1 else Stage
         kept = None
