@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.loading import load_tokenizer
 
 
@@ -161,6 +161,17 @@ def test_samples_of_a_row_depend_neither_on_other_rows_nor_on_the_stream_before(
     assert all(first[number] != second[number] for number in first)
     torch.manual_seed(5)
     assert texts(3, 1.0) == first
+
+
+def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
+    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm"))
+    texts, settings = ["def function", "import"], {"max_new_tokens": 4, "eos_token_id": None}
+    found = dict(model.generate_batch((tokenizer(text) for text in texts), **settings))
+    for number, text in enumerate(texts):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **settings)
+        assert torch.equal(found[number].sequences, alone.sequences)
+    with pytest.raises(UserError, match="streamer cannot be had"):
+        list(model.generate_batch([[5, 9]], streamer=Streamer()))
 
 
 def test_several_sequences_per_prompt_and_plain_tensors():

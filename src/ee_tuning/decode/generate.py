@@ -37,6 +37,7 @@ REFUSED = {
     "inputs_embeds": "give token ids",
     "past_key_values": "give the whole text as the prompt",
     "position_ids": "positions follow from attention_mask",
+    "streamer": "generate_batch gives whole texts; generate has one",
 }
 # Room of an engine is a multiple of this, so that texts of about the same length share one.
 ROOM = 256
@@ -160,8 +161,8 @@ def generate_batch(
     A text that ends frees its slot for the next prompt, which is asked for only then. Ending the
     iteration gives up what is in progress.
 
-    prompts: token ids, as lists or tensors (P,); or dicts of ``input_ids`` and arguments that this
-        prompt has for itself: a mode, a threshold, …
+    prompts: token ids, as lists or tensors (P,); or what a tokenizer gives for one text; or dicts
+        of ``input_ids`` and arguments that this prompt has for itself: a mode, a threshold, …
     capacity: tokens of a prompt with its text at most; default: the backbone's context.
     kwargs: `Settings` and arguments of transformers' ``generate``, for all prompts. Their
         `exit_layers` and `max_pending` bound those of the single prompts.
@@ -181,8 +182,9 @@ def generate_batch(
     def requests() -> Iterator[Request]:
         for number, prompt in enumerate(prompts):
             own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
-            ids = torch.as_tensor(own.pop("input_ids"), dtype=torch.int64).reshape(1, -1)
-            for request in prepare(model, _prompts(model, ids, None)[0], **kwargs | own)[0]:
+            row, mask = _row(own.pop("input_ids")), own.pop("attention_mask", None)
+            (ids,) = _prompts(model, row, None if mask is None else _row(mask))
+            for request in prepare(model, ids, **kwargs | own)[0]:
                 numbers[request] = number, []
                 yield request
 
@@ -356,6 +358,11 @@ def _engine(
     for oldest in list(model.engines)[:-ENGINES]:
         del model.engines[oldest]
     return kept
+
+
+def _row(values: Any) -> Tensor:
+    """A prompt of `generate_batch`, or its mask, as a batch (1, P)."""
+    return torch.as_tensor(values, dtype=torch.int64).reshape(1, -1)
 
 
 def _prompts(
