@@ -326,6 +326,18 @@ def test_threshold_lets_confident_tokens_leave_at_the_first_exit_that_is_sure():
     assert deep.exit_layers[0].tolist() == [DEPTH] + [3] * 29
 
 
+def test_a_token_leaves_at_its_threshold_and_never_at_1():
+    """A probability that rounding makes 1 does not leave either."""
+    assert Policy(DEPTH, thresholds={1: 0.5}).leaves(1, 0.5)
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1", arch="norm")).eval()
+    model.exit(1).head.weight.data.mul_(1e4)
+    common = {"max_new_tokens": 8, "eos_token_id": None}
+    sure = model.generate(torch.tensor([[5, 9]]), threshold=0.999, max_pending=9, **common)
+    assert (sure.confidences[0][sure.exit_layers[0] == 1] == 1).any()
+    never = model.generate(torch.tensor([[5, 9]]), threshold=1.0, **common)
+    assert (never.exit_layers == DEPTH).all()
+
+
 def test_pending_bound_forces_a_full_pass():
     model = early_exit()
     out = model.generate(
@@ -376,6 +388,20 @@ def test_caches_that_do_not_fit_are_refused_with_their_size():
         UserError, match=r"K/V of 4096 sequences of 1048576 tokens need 32768\.0 GiB"
     ):
         check_room([(small, large)], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("short", "fits"), [(0, True), (1, False)])
+def test_caches_may_take_all_that_is_free(short, fits, monkeypatch):
+    """K and V of 3 sequences of 100 tokens, 2 heads of 4 in fp32."""
+    small, large = SlotLayer(None, 1, 1, 1), SlotLayer(None, 3, 100, 1)
+    small.lazy_initialization(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
+    needed = 2 * 3 * 100 * 2 * 4 * 4
+    monkeypatch.setattr("ee_tuning.decode.cache.free_memory", lambda _: needed - short)
+    if fits:
+        check_room([(small, large)], torch.device("cpu"))
+    else:
+        with pytest.raises(UserError, match="K/V of 3 sequences of 100 tokens"):
+            check_room([(small, large)], torch.device("cpu"))
 
 
 BAD: list[tuple] = [
