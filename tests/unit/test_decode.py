@@ -277,6 +277,21 @@ def test_compiled_passes_give_the_same_tokens_and_compile_once():
             out = model.generate(**given_ids, compile=True, **way, **common)
             assert torch.equal(out.sequences, plain.sequences)
             assert torch.equal(out.exit_layers, plain.exit_layers)
+    # Two rows go deep while the first one leaves: it is the idle one.
+    rows = [
+        {"input_ids": prompt(5, i), **way}
+        for i, way in enumerate([{"threshold": 0.0}, {"mode": "full"}, {"mode": "full"}])
+    ]
+    found = [
+        {
+            n: out.sequences.tolist()
+            for n, out in model.generate_batch(
+                rows, slots=3, capacity=96, compile=compile, **common
+            )
+        }
+        for compile in (False, True)
+    ]
+    assert found[0] == found[1]
     assert counters["stats"]["unique_graphs"] == graphs
 
 
