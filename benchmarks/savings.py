@@ -44,12 +44,16 @@ SAVINGS: dict[str, dict[str, Any]] = {
 
 
 def pretrain(model: Path, data: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Pre-train a backbone of about 100 M parameters into `model`, its text into `data`."""
+    """Pre-train a backbone of about 100 M parameters into `model`, its text into `data`.
+
+    One that is there already is kept.
+    """
     command = [sys.executable, str(ROOT / "demo" / "pretrain.py"), "--out", str(model),
                "--data-out", str(data), "--minutes", str(args.minutes), "--evals", "0",
                "--hidden-size", "768", "--intermediate-size", "2048", "--heads", "12",
                "--lr", "1e-3", *args.pretrain.split()]  # fmt: skip
-    subprocess.run(command, check=True)
+    if not (model / "training.json").exists():
+        subprocess.run(command, check=True)
     training = json.loads((model / "training.json").read_text())
     kept = ("parameters", "layers", "hidden_size", "tokens", "nats_per_token", "train_seconds")
     return {key: training[key] for key in kept}
@@ -90,7 +94,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--only", nargs="*", help="savings by name, and the first; default: all")
-    parser.add_argument("--work", type=Path, help="folder to keep the backbone in")
+    parser.add_argument("--work", type=Path, help="folder to keep the backbone in, used again")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp())

@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from ee_tuning.tune import tune
 
 def tuned(arch: str, base: Path, data: Path, out: str, args: argparse.Namespace) -> Path:
     """A folder of exits of `arch`, tuned on the backbone's own distribution and the text."""
+    if (Path(out) / "exits.safetensors").exists():
+        return Path(out)
     tune(
         TuneConfig(
             model=str(base), layers=args.layers, arch=arch, out=out, overwrite=True,
@@ -52,49 +55,77 @@ def ways(thresholds: list[float]) -> dict[str, dict[str, Any]]:
     return found | {f"{name}, sampled": {**way, **sampled} for name, way in drafts.items()}
 
 
-def measure(model: EarlyExitModel, prompts: list[list[int]], args: argparse.Namespace) -> dict:
-    """Speed, depth and agreement of every way, one group of prompts after another."""
-    length = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
+def measure(
+    model: EarlyExitModel,
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+    result: dict[str, Any],
+    write: Callable[[], None],
+) -> None:
+    """Speed, depth and agreement of every way into `result`, one group of prompts after another.
+
+    What there is after a group is written, so that a run that is cut off leaves the groups it had.
+    """
+    # No text ends early; a least number of tokens would cost a look at the logits for each.
+    length = {"max_new_tokens": args.new_tokens, "eos_token_id": None}
     inputs = [torch.tensor([ids], device=model.device) for ids in prompts]
-    seconds: dict[str, list[float]] = {}
-    outputs: dict[str, list[Any]] = {}
     chosen = {name: {"do_sample": False} | way for name, way in ways(args.thresholds).items()}
-    for way in chosen.values():  # compile
+    result["first_calls_seconds"] = {}
+    for name, way in chosen.items():
+        start = time.perf_counter()
         for ids in inputs[:4]:
             model.generate(ids, **way, **length)
-    groups = [inputs[start :: args.groups] for start in range(args.groups)]
-    for group in groups:
+        taken = round(time.perf_counter() - start, 1)
+        result["first_calls_seconds"][name] = taken
+        print(f"{name}: {taken} s with compiling", flush=True)
+        write()
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    outputs: dict[str, list[Any]] = {name: [] for name in chosen}
+    begun = time.perf_counter()
+    for number in range(args.groups):
         for name, way in chosen.items():
             torch.manual_seed(0)
             start = time.perf_counter()
-            found = [model.generate(ids, **way, **length) for ids in group]
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-            outputs.setdefault(name, []).extend(found)
-    rows = {}
+            found = [model.generate(ids, **way, **length) for ids in inputs[number :: args.groups]]
+            seconds[name].append(time.perf_counter() - start)
+            outputs[name] += found
+        result["ways"] = table(seconds, outputs, args.new_tokens)
+        result["prompts"] = len(outputs["full depth"])
+        write()
+        left = (time.perf_counter() - begun) / (number + 1) * (args.groups - number - 1)
+        print(f"{result['prompts']} of {len(inputs)} prompts, {left:.0f} s left", flush=True)
+    for name, row in result["ways"].items():
+        print(name, json.dumps(row))
+
+
+def table(
+    seconds: dict[str, list[float]], outputs: dict[str, list[Any]], new: int
+) -> dict[str, dict[str, Any]]:
+    """Figures of every way, by name. seconds: per group of prompts; outputs: of all of them."""
+    rows: dict[str, dict[str, Any]] = {}
     for name, times in seconds.items():
-        reference = "full depth, sampled" if "sampled" in name else "full depth"
-        new = [out.sequences[0, -args.new_tokens :].cpu() for out in outputs[name]]
-        theirs = [out.sequences[0, -args.new_tokens :].cpu() for out in outputs[reference]]
-        same = torch.stack([a == b for a, b in zip(new, theirs, strict=True)])
-        depth = torch.cat([out.exit_layers[0] for out in outputs[name]]).double().mean().item()
+        sampled = "sampled" in name
+        reference = "full depth, sampled" if sampled else "full depth"
         ratios = [a / b for a, b in zip(seconds[reference], times, strict=True)]
+        layers = torch.cat([out.exit_layers[0] for out in outputs[name]])
         rows[name] = {
-            "tokens_per_second": round(len(inputs) * args.new_tokens / sum(times), 1),
+            "tokens_per_second": round(len(layers) / sum(times), 1),
             "speedup": round(sum(seconds[reference]) / sum(times), 3),
             "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-            "mean_layer": round(depth, 2),
+            "mean_layer": round(layers.double().mean().item(), 2),
         }
-        if "sampled" not in name:  # samples are drawn in another order
+        if not sampled:  # samples are drawn in another order
+            pairs = zip(outputs[name], outputs[reference], strict=True)
+            same = torch.stack([(a.sequences == b.sequences)[0, -new:] for a, b in pairs])
             rows[name] |= {
                 "identical_texts": int(same.all(1).sum()),
                 "text_agreement": round(same.double().mean().item(), 4),
             }
-        print(name, json.dumps(rows[name]), flush=True)
     return rows
 
 
 def main() -> None:
-    """Pre-train, tune each architecture, measure, write the result after each."""
+    """Pre-train, tune each architecture, measure, write what there is after each group."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=3, help="of pre-training")
     parser.add_argument("--pretrain", default="", help="more arguments for demo/pretrain.py")
@@ -104,8 +135,10 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.8, 0.6, 0.4])
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--groups", type=int, default=5, help="of prompts; the spread is theirs")
-    parser.add_argument("--work", type=Path, help="folder to keep the backbone in")
+    parser.add_argument("--groups", type=int, default=10, help="of prompts; the spread is theirs")
+    parser.add_argument(
+        "--work", type=Path, help="folder to keep backbone and exits in, used again"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp())
@@ -122,15 +155,18 @@ def main() -> None:
     # One prompt per packed row: short rows, so that there are enough of them.
     packed = load_packed([str(data / "validation.jsonl")], tokenizer, 96, 0, False)
     prompts = take_prompts(packed, args.prompts, 64)
-    result["prompts"] = len(prompts)
+
+    def write() -> None:
+        if args.out:
+            write_json(args.out, result)
+
     for arch in args.archs:
-        folder = tuned(arch, model, data, str(work / arch), args)
+        folder = tuned(arch, model, data, str(work / f"{arch}-{args.layers}-{args.steps}"), args)
         settings = {"dtype": pick_dtype("auto", device), "device": str(device)}
         early_exit = EarlyExitModel.from_pretrained(str(folder), **settings).eval()
         print(arch, flush=True)
-        result["runs"][arch] = measure(early_exit, prompts, args)
-        if args.out:
-            write_json(args.out, result)
+        result["runs"][arch] = {}
+        measure(early_exit, prompts, args, result["runs"][arch], write)
 
 
 if __name__ == "__main__":

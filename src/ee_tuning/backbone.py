@@ -36,16 +36,18 @@ class Family:
     later_parts: parts of the trunk to replace in every segment but the first.
     later_attributes: attributes of the trunk to set in every segment but the first.
     masks_packing: the trunk keeps packed documents apart by itself, from `position_ids`.
+    positions_end: they are learned, so there are none beyond the context.
     """
 
     later_parts: dict[str, nn.Module] = field(default_factory=dict)
     later_attributes: dict[str, Any] = field(default_factory=dict)
     masks_packing: bool = True
+    positions_end: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(later_parts={"wpe": Zero()}),
-    "opt": Family(later_parts={"embed_positions": Zero()}, masks_packing=False),
+    "gpt2": Family(later_parts={"wpe": Zero()}, positions_end=True),
+    "opt": Family(later_parts={"embed_positions": Zero()}, masks_packing=False, positions_end=True),
     "granite": Family(later_attributes={"embedding_multiplier": 1.0}),
     "falcon": Family(masks_packing=False),
 }

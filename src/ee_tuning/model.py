@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
@@ -48,6 +49,9 @@ from ee_tuning.vocabulary import Vocabulary
 FORMAT_VERSION = 1
 CONFIG_NAME = "exit_config.json"
 WEIGHTS_NAME = "exits.safetensors"
+# Pipelines take any model, but log an error if its class is not listed. This list is of models that
+# wrap another one.
+SUPPORTED_PEFT_TASKS["text-generation"].append("EarlyExitModel")
 HERE = "."  # the backbone of exits that lie in the same folder as it
 
 
@@ -351,11 +355,17 @@ class EarlyExitModel(nn.Module):
             exit_logits=exit_logits or None,
         )
 
-    def generate(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """Generate from prompts (B, P); see `ee_tuning.decode.generate`."""
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Generate from prompts (B, P), `inputs` or ``input_ids``; see `ee_tuning.decode.generate`.
+
+        Names and order of the arguments are those of transformers.
+        """
         from ee_tuning.decode import generate
 
-        return generate(self, input_ids, **kwargs)
+        input_ids = kwargs.pop("input_ids", inputs)
+        return generate(self, input_ids, generation_config=generation_config, **kwargs)
 
     def generate_batch(self, prompts: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:
         """Generate from any number of prompts; see `ee_tuning.decode.generate_batch`."""

@@ -25,6 +25,8 @@ from ee_tuning import UserError
 from ee_tuning.config import GenerateConfig
 from ee_tuning.decode import load_part
 from ee_tuning.decode.generate import engine_for, prepare
+from ee_tuning.decode.mail import Mail
+from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.pipeline import Stage
 from ee_tuning.decode.show import generate_and_show
 from ee_tuning.devices import pick_device
@@ -75,7 +77,7 @@ def batch(model, calls):
 
 def cancel(model, calls):
     """The tokens of two requests, one of which is cancelled after its second token."""
-    requests = [r for ids in PROMPTS[:2] for r in prepare(model, ids, **calls[0])]
+    requests = [r for ids in PROMPTS[:2] for r in prepare(model, ids, **calls[0])[0]]
     tokens = [[], []]
     for request, token in engine_for(model, requests, False).stream(requests):
         row = tokens[requests.index(request)]
@@ -102,6 +104,24 @@ def overlap(model, calls):
     found = generate(model, calls)
     Stage._compute = compute
     return found
+
+
+def at_once(model, calls):
+    """What this stage did: the layers at which segments that it ran end, 0 for an answer told."""
+    log, window, tell = [], Passes.window, Mail.tell_first
+
+    def run(self, i, *args):
+        log.append(self.segments[i].stop)
+        return window(self, i, *args)
+
+    def told(self, message):
+        log.extend([0] * len(message.news))
+        tell(self, message)
+
+    Passes.window, Mail.tell_first = run, told
+    generate(model, calls)
+    Passes.window, Mail.tell_first = window, tell
+    return log
 
 
 def die(model, calls):

@@ -129,6 +129,30 @@ def test_evaluated_losses_are_those_of_the_forward_pass(exits, base, data):
             ["generate", "--exits", "EXITS", "--prompt", "x", "--exit-layers", "2"],
             "no exit at layer 2",
         ),
+        (
+            ["generate", "--exits", "EXITS", "--prompt", "x", "--threshold", "2:0.5"],
+            "threshold for layer 2",
+        ),
+        (
+            ["generate", "--exits", "EXITS", "--prompt", "x", "--threshold", "high"],
+            "not understood",
+        ),
+        (
+            ["generate", "--exits", "EXITS", "--prompt", "x", "--max-new-tokens", "0"],
+            "must be greater than 0",
+        ),
+        (
+            ["generate", "--exits", "EXITS", "--prompt", "x", "--do-sample", "--temperature", "0"],
+            "strictly positive",
+        ),
+        (
+            ["generate", "--exits", "EXITS", "--prompt", "x", "--stop-strings", ""],
+            "stop string is empty",
+        ),
+        (
+            ["generate", "--exits", "EXITS", "--prompt", "x", "--max-new-tokens", "9000000000"],
+            "GiB free",
+        ),
         (["evaluate", "--exits", "EXITS"], "no data given"),
         (
             ["evaluate", "--exits", "EXITS", "--data", "DATA", "--thresholds", "1.2"],

@@ -30,6 +30,12 @@ def early_exit(family="llama", arch="mlp,norm,layer"):
     return MODELS[key]
 
 
+def long_model():
+    """One with a longer context, of which several chunks can be read."""
+    base = tiny("llama", max_position_embeddings=256)
+    return EarlyExitModel.from_base(base, ExitConfig("1,2,3", arch="mlp,norm,layer")).eval()
+
+
 def logits_from_scratch(model, ids, layer):
     """Logits (1, V) after the last token, at exit `layer` or the final exit: no cache, one pass."""
     out = model(ids, output_exit_logits=True, output_logits=True)
@@ -248,25 +254,44 @@ def test_giving_up_a_stream_frees_its_slots():
     assert model.generate(ids, max_new_tokens=5, eos_token_id=None).sequences.shape == (1, 8)
 
 
-@pytest.mark.parametrize("arch", ["mlp,norm,layer"])
-def test_compiled_passes_give_the_same_tokens_and_compile_once(arch):
-    model = early_exit("llama", arch)
-    ids, mask = padded([prompt(5, 1), prompt(3, 2)])
-    common = {"attention_mask": mask, "max_new_tokens": 20, "eos_token_id": None, "max_pending": 3}
+def test_compiled_passes_give_the_same_tokens_and_compile_once():
+    """Three rows, of which a pass may have two and be filled with the third, which is idle; then
+    prompts of one chunk and of more."""
+    model = long_model()
+    ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(4, 3)])
+    common = {"max_new_tokens": 20, "eos_token_id": None, "max_pending": 3, "exit_layers": [1, 3]}
     ways = [
-        {"mode": "threshold", "threshold": 0.02, "exit_layers": [1, 3]},
-        {"mode": "speculative", "threshold": 0.0, "exit_layers": [1, 3]},
+        {"mode": "threshold", "threshold": 0.02},
+        {"mode": "speculative", "threshold": 0.02},
+        {"mode": "speculative", "threshold": 0.0},
     ]
-    seconds = model.warm_up(
-        slots=2, capacity=30, compile=True, threshold=0.5, exit_layers=[1, 3], max_pending=3
-    )
+    settings = {"threshold": 0.5, "exit_layers": [1, 3], "max_pending": 3}
+    seconds = model.warm_up(slots=3, capacity=96, compile=True, **settings)
     assert seconds > 1
     graphs = counters["stats"]["unique_graphs"]
-    for way in ways:
-        plain = model.generate(ids, compile=False, **way, **common)
-        out = model.generate(ids, compile=True, **way, **common)
-        assert torch.equal(out.sequences, plain.sequences)
-        assert torch.equal(out.exit_layers, plain.exit_layers)
+    inputs = [{"input_ids": ids, "attention_mask": mask}]
+    inputs += [{"input_ids": torch.tensor([prompt(length)])} for length in (64, 70)]
+    for given_ids in inputs:
+        for way in ways:
+            plain = model.generate(**given_ids, compile=False, **way, **common)
+            out = model.generate(**given_ids, compile=True, **way, **common)
+            assert torch.equal(out.sequences, plain.sequences)
+            assert torch.equal(out.exit_layers, plain.exit_layers)
+    # Two rows go deep while the first one leaves: it is the idle one.
+    rows = [
+        {"input_ids": prompt(5, i), **way}
+        for i, way in enumerate([{"threshold": 0.0}, {"mode": "full"}, {"mode": "full"}])
+    ]
+    found = [
+        {
+            n: out.sequences.tolist()
+            for n, out in model.generate_batch(
+                rows, slots=3, capacity=96, compile=compile, **common
+            )
+        }
+        for compile in (False, True)
+    ]
+    assert found[0] == found[1]
     assert counters["stats"]["unique_graphs"] == graphs
 
 
@@ -314,6 +339,18 @@ def test_threshold_lets_confident_tokens_leave_at_the_first_exit_that_is_sure():
     assert each.exit_layers[0].tolist() == [DEPTH] + [2] * 29
     deep = model.generate(ids, threshold=0.0, min_depth=3, max_pending=100, **common)
     assert deep.exit_layers[0].tolist() == [DEPTH] + [3] * 29
+
+
+def test_a_token_leaves_at_its_threshold_and_never_at_1():
+    """A probability that rounding makes 1 does not leave either."""
+    assert Policy(DEPTH, thresholds={1: 0.5}).leaves(1, 0.5)
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1", arch="norm")).eval()
+    model.exit(1).head.weight.data.mul_(1e4)
+    common = {"max_new_tokens": 8, "eos_token_id": None}
+    sure = model.generate(torch.tensor([[5, 9]]), threshold=0.999, max_pending=9, **common)
+    assert (sure.confidences[0][sure.exit_layers[0] == 1] == 1).any()
+    never = model.generate(torch.tensor([[5, 9]]), threshold=1.0, **common)
+    assert (never.exit_layers == DEPTH).all()
 
 
 def test_pending_bound_forces_a_full_pass():
@@ -368,6 +405,20 @@ def test_caches_that_do_not_fit_are_refused_with_their_size():
         check_room([(small, large)], torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("short", "fits"), [(0, True), (1, False)])
+def test_caches_may_take_all_that_is_free(short, fits, monkeypatch):
+    """K and V of 3 sequences of 100 tokens, 2 heads of 4 in fp32."""
+    small, large = SlotLayer(None, 1, 1, 1), SlotLayer(None, 3, 100, 1)
+    small.lazy_initialization(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
+    needed = 2 * 3 * 100 * 2 * 4 * 4
+    monkeypatch.setattr("ee_tuning.decode.cache.free_memory", lambda _: needed - short)
+    if fits:
+        check_room([(small, large)], torch.device("cpu"))
+    else:
+        with pytest.raises(UserError, match="K/V of 3 sequences of 100 tokens"):
+            check_room([(small, large)], torch.device("cpu"))
+
+
 BAD: list[tuple] = [
     ([[]], {}, "prompt is empty"),
     ([[1] * 64], {}, "context is 64"),
@@ -385,7 +436,16 @@ BAD: list[tuple] = [
     ([[1]], {"max_pending": -1}, "negative"),
     ([[1]], {"num_beams": 2}, "beam search"),
     ([[1, 1], [1, 0]], {"attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padded on its right"),
-    ([[1], [2]], {"streamer": object()}, "a streamer takes one prompt"),
+    ([[1], [2]], {"streamer": object()}, "a streamer takes one text"),
+    ([[96]], {}, "outside the vocabulary of 96"),
+    ([[1, 2]], {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\)"),
+    ([[1]], {"assistant_model": object()}, "assistant_model cannot be had with early exits"),
+    ([[1]], {"past_key_values": object()}, "past_key_values cannot be had"),
+    ([[1]], {"prompt_lookup_num_tokens": 3}, "assisted generation is not possible"),
+    ([[1]], {"guidance_scale": 2.0}, "guidance_scale is not possible"),
+    ([[1]], {"do_sample": True, "temperature": 0.0}, "strictly positive float"),
+    ([[1]], {"treshold": 0.5}, "not used by the model"),
+    ([[1]], {"stop_strings": "a"}, "stop_strings need the tokenizer"),
 ]
 
 
@@ -394,6 +454,25 @@ def test_bad_calls(ids, kwargs, message):
     ids = torch.as_tensor(ids, dtype=torch.long)
     with pytest.raises(UserError, match=message):
         early_exit().generate(ids, max_new_tokens=2, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [(None, "NoneType"), ([[1]], "list"), (torch.ones(1, 2), r"\(1, 2\) of torch.float32")],
+)
+def test_prompts_that_are_no_table_of_ids(ids, found):
+    with pytest.raises(UserError, match=rf"prompts of shape \(B, P\), not {found}"):
+        early_exit().generate(ids)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_texts_end_where_learned_positions_do(family):
+    """Every position may be taken, and none beyond."""
+    model, ids = early_exit(family), torch.tensor([prompt(60)])
+    common = {"mode": "full", "eos_token_id": None}
+    assert model.generate(ids, max_new_tokens=4, **common).sequences.shape == (1, 64)
+    with pytest.raises(UserError, match="65 tokens with the prompt are asked for"):
+        model.generate(ids, max_new_tokens=5, **common)
 
 
 def test_requests_that_do_not_fit_an_engine_are_refused():

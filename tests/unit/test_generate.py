@@ -1,12 +1,21 @@
 """`generate` follows transformers' conventions."""
 
+import threading
+
 import pytest
 import torch
 from families import tiny
 from test_decode import early_exit, padded, prompt
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, pipeline
+from transformers import (
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
+from transformers.utils import logging
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.loading import load_tokenizer
 
 
@@ -32,6 +41,20 @@ def test_streaming_and_callbacks_see_every_token():
     assert seen == [(0, layer) for layer in out.exit_layers[0].tolist()]
 
 
+def test_a_streamer_is_read_while_a_thread_generates(base, tokenizer):
+    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm"))
+    inputs = tokenizer("def function", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, timeout=60)
+    settings = {"mode": "full", "max_new_tokens": 8, "eos_token_id": None}
+    thread = threading.Thread(
+        target=model.generate, kwargs={**inputs, **settings, "streamer": streamer}
+    )
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == tokenizer.decode(model.generate(**inputs, **settings).sequences[0])
+
+
 def test_end_token_and_stop_strings_end_generation(base, tokenizer):
     model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm"))
     ids = tokenizer("def function", return_tensors="pt").input_ids
@@ -47,6 +70,9 @@ def test_end_token_and_stop_strings_end_generation(base, tokenizer):
         )  # fmt: skip
         assert text in tokenizer.decode(out.sequences[0, ids.shape[1] :])
         assert text not in tokenizer.decode(out.sequences[0, ids.shape[1] : -1])
+        config = GenerationConfig(max_new_tokens=8, stop_strings=[text])
+        same = model.generate(ids, config, mode=mode, threshold=0.0, tokenizer=tokenizer)
+        assert torch.equal(same.sequences, out.sequences)
 
 
 def test_rows_that_end_are_padded():
@@ -86,6 +112,32 @@ def test_transformers_arguments_mean_what_they_mean_there(kwargs):
     assert torch.equal(out.sequences, expected)
 
 
+def test_a_generation_config_is_all_there_is_to_say(monkeypatch):
+    """Ends, padding and the kind of output are taken from it, without a warning."""
+    model = early_exit()
+    ids, mask = padded([prompt(4, 1), prompt(6, 2)])
+    free = model.generate(
+        ids, attention_mask=mask, mode="full", max_new_tokens=9, eos_token_id=None
+    )
+    end = free.sequences[0, 8].item()
+    settings = {"max_new_tokens": 9, "eos_token_id": end, "pad_token_id": 77}
+    config = GenerationConfig(**settings, return_dict_in_generate=False)
+    warned = []
+    monkeypatch.setattr(logging.get_logger("transformers"), "handle", warned.append)
+    monkeypatch.setattr(
+        logging.get_logger("transformers.generation.utils"), "handle", warned.append
+    )
+    out = model.generate(ids, config, attention_mask=mask, mode="full")
+    assert not warned
+    expected = model.backbone.model.generate(
+        ids, GenerationConfig(**settings, do_sample=False), attention_mask=mask
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(
+        model.generate(inputs=ids, attention_mask=mask, mode="full", **settings).sequences, expected
+    )
+
+
 def test_seeded_samples_are_those_of_transformers():
     model = early_exit()
     ids = torch.tensor([[5, 9, 11]])
@@ -109,6 +161,17 @@ def test_samples_of_a_row_depend_neither_on_other_rows_nor_on_the_stream_before(
     assert all(first[number] != second[number] for number in first)
     torch.manual_seed(5)
     assert texts(3, 1.0) == first
+
+
+def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
+    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm"))
+    texts, settings = ["def function", "import"], {"max_new_tokens": 4, "eos_token_id": None}
+    found = dict(model.generate_batch((tokenizer(text) for text in texts), **settings))
+    for number, text in enumerate(texts):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **settings)
+        assert torch.equal(found[number].sequences, alone.sequences)
+    with pytest.raises(UserError, match="streamer cannot be had"):
+        list(model.generate_batch([[5, 9]], streamer=Streamer()))
 
 
 def test_several_sequences_per_prompt_and_plain_tensors():
@@ -135,16 +198,28 @@ def test_stopping_criteria_of_the_caller_are_asked():
 
 
 def test_what_is_not_given_is_said():
-    with pytest.warns(UserWarning, match="output_scores is ignored"):
-        early_exit().generate(torch.tensor([[5, 9]]), max_new_tokens=1, output_scores=True)
+    for given in (
+        {"max_new_tokens": 1, "output_scores": True},
+        {
+            "generation_config": GenerationConfig(
+                max_new_tokens=1, output_scores=True, return_dict_in_generate=True
+            )
+        },
+    ):
+        with pytest.warns(UserWarning, match="output_scores is ignored") as warned:
+            early_exit().generate(torch.tensor([[5, 9]]), **given)
+        assert warned[0].filename == __file__
 
 
-def test_in_a_pipeline(base, data):
+def test_in_a_pipeline(base, data, monkeypatch):
     """Text generation of transformers' own, alone and in batches."""
+    errors = []
+    monkeypatch.setattr(logging.get_logger("transformers.pipelines.base"), "error", errors.append)
     tokenizer = load_tokenizer(base)
     model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
     tokenizer.padding_side = "left"
     generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    assert not errors
     prompts = ["def function", "print(", "for item in value"]
     common = {"max_new_tokens": 5, "do_sample": False, "mode": "threshold", "threshold": 0.004}
     alone = [generator(text, **common)[0]["generated_text"] for text in prompts]

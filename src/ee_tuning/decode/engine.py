@@ -245,16 +245,20 @@ class Engine:
         yield from self._emit(row, [*drafts[:kept], token])
 
     def _emit(self, row: _Row, tokens: list[Token]) -> Iterator[Event]:
-        """Hand out settled tokens, the last ones of row.ids, until one of them ends the text."""
+        """Hand out settled tokens, the last ones of row.ids, until one of them ends the text.
+
+        Once a request is cancelled there are no more, and `_admit` frees its slot.
+        """
         request = row.request
         for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
+            if request.cancelled:
+                return
             ends = length >= request.max_length or request.stops(row.ids[:length])
             request.finished = ends
-            if ends or request.cancelled:
+            if ends:
                 self._rows[row.slot] = None
-            if not request.cancelled:
-                yield request, token
-            if ends or request.cancelled:
+            yield request, token
+            if ends:
                 return
 
     def _check(self, request: Request) -> None:

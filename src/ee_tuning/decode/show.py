@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.config import GenerateConfig, SamplingConfig, parse_threshold
 from ee_tuning.decode.parts import load_part
@@ -106,7 +106,7 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
     if config.compiled() or (config.compiled() is None and model.device.type == "cuda"):
         capacity = input_ids.shape[1] + config.max_new_tokens
         console.print(f"compiled in {model.warm_up(capacity=capacity, **way):.0f} s", style="dim")
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     start = time.perf_counter()
     model.generate(
         input_ids,
