@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Policy, Request
 from ee_tuning.decode.cache import SlotLayer, check_room
+from ee_tuning.decode.passes import Wanted, Window
 from ee_tuning.losses import confidence
 
 DEPTH = 4
@@ -293,6 +294,29 @@ def test_compiled_passes_give_the_same_tokens_and_compile_once():
     ]
     assert found[0] == found[1]
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_padding_writes_over_nothing_that_is_known():
+    """Padding to a compiled size leaves the K/V of every settled token as they are, bit for bit."""
+    passes = Engine(early_exit("mistral"), [1, 3], slots=3, capacity=64).passes
+    lengths = [5, 9, 4]
+    for slot, length in enumerate(lengths):
+        passes.prompt(slot, prompt(length, slot), len(passes.segments) - 1, Wanted("last", True))
+    passes.compile = True  # for the sizes: nothing has been compiled
+
+    def known():
+        return [
+            [layer.keys[slot, :, max(0, length - layer.window) : length].clone()
+             for layer in passes.caches[0].slot_layers + passes.caches[1].slot_layers]
+            for slot, length in enumerate(lengths)
+        ]  # fmt: skip
+
+    before = known()
+    nothing = Wanted("nothing", False)
+    passes.window(0, [Window(0, 1, [7]), Window(2, 1, [8])], lengths, nothing)
+    passes.window(1, [Window(2, 2)], lengths, nothing)
+    for rows, others in zip(known(), before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(rows, others, strict=True))
 
 
 def test_memory_does_not_grow_over_1000_requests():
