@@ -24,7 +24,8 @@ from rich.console import Console
 from ee_tuning import UserError
 from ee_tuning.config import GenerateConfig
 from ee_tuning.decode import load_part
-from ee_tuning.decode.generate import engine_for, prepare
+from ee_tuning.decode.arguments import prepare
+from ee_tuning.decode.generate import engine_for
 from ee_tuning.decode.mail import Mail
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.pipeline import Stage

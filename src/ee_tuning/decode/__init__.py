@@ -1,9 +1,10 @@
 """Decoding with early exits.
 
 `engine` says which sequence goes through which segment next, `passes` runs the segments, `cache`
-keeps their K/V, `policy` says when a token leaves, `speculative` how drafts are verified, and
-`generate` is the way in. On several processes `parts` gives each its part of the model, `pipeline`
-is an engine cut into stages and `mail` what these tell each other.
+keeps their K/V, `policy` says when a token leaves, `speculative` how drafts are verified,
+`arguments` what a call comes to, and `generate` is the way in. On several processes `parts` gives
+each its part of the model, `pipeline` is an engine cut into stages and `mail` what these tell each
+other.
 """
 
 from ee_tuning.decode.engine import Engine, Request

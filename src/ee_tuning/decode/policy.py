@@ -49,7 +49,11 @@ def make_policy(
     measure: str = "probability",
     min_depth: int = 0,
 ) -> Policy:
-    """The policy of a mode; see `ee_tuning.decode.generate` for the arguments and errors."""
+    """The policy of a mode; see `ee_tuning.decode.arguments.Settings` for the arguments.
+
+    Raises:
+        UserError: an unknown mode, measure or exit, or thresholds that are not those of the exits.
+    """
     depth = model.backbone.num_layers
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")

@@ -1,0 +1,218 @@
+"""What the arguments of `generate` come to, the way transformers reads them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from ee_tuning.config import Layers
+from ee_tuning.decode.engine import Request
+from ee_tuning.decode.policy import Policy, make_policy
+from ee_tuning.decode.speculative import Chooser
+from ee_tuning.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
+
+# Arguments of transformers' `generate` that have no effect here, and those that cannot be had.
+IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+REFUSED = {
+    "assistant_model": "exits draft with mode speculative",
+    "custom_generate": "leave it out",
+    "inputs_embeds": "give token ids",
+    "past_key_values": "give the whole text as the prompt",
+    "position_ids": "positions follow from attention_mask",
+    "streamer": "generate_batch gives whole texts; generate has one",
+}
+
+
+@dataclass
+class Settings:
+    """Where tokens leave.
+
+    mode: ``full`` is the backbone alone; ``fixed`` ends every token at the one exit in
+        `exit_layers`; ``threshold`` lets a token leave at the first active exit whose
+        confidence is at least `threshold`. Threshold 1 switches exits off. ``speculative``
+        takes such tokens for drafts that the remaining layers verify together: greedy tokens are
+        those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.speculative`.
+    threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``.
+    exit_layers: the active exits; default: all.
+    max_pending: tokens that may leave before one has to go all the way; the longest draft.
+    measure: of confidence: ``probability``, ``margin`` or ``entropy``, see
+        `ee_tuning.losses.confidence`.
+    min_depth: exits at shallower layers are not active.
+    """
+
+    mode: str = "threshold"
+    threshold: float | Mapping[int, float] = 0.8
+    exit_layers: Layers | None = None
+    max_pending: int = 8
+    measure: str = "probability"
+    min_depth: int = 0
+
+    def policy(self, model: EarlyExitModel) -> Policy:
+        """See `make_policy` for the errors."""
+        return make_policy(model, **{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+def as_row(values: Any) -> Tensor:
+    """A prompt of `generate_batch`, or its mask, as a batch (1, P)."""
+    return torch.as_tensor(values, dtype=torch.int64).reshape(1, -1)
+
+
+def read_prompts(
+    model: EarlyExitModel, input_ids: Tensor, attention_mask: Tensor | None
+) -> list[list[int]]:
+    """The rows of a batch, without their padding."""
+    if not isinstance(input_ids, Tensor):
+        found = type(input_ids).__name__
+        raise UserError(f"generate takes a tensor of prompts of shape (B, P), not {found}")
+    if input_ids.ndim != 2 or not len(input_ids) or input_ids.is_floating_point():
+        found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+        raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+        config = model.backbone.config
+        padding = getattr(config, "pad_token_id", None)
+        if len(input_ids) > 1 and padding not in (None, getattr(config, "eos_token_id", None)):
+            attention_mask = (input_ids != padding).cummax(-1).values.long()
+    if attention_mask.shape != input_ids.shape:
+        raise UserError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts have "
+            f"{tuple(input_ids.shape)}"
+        )
+    if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+        raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    context, size = model.backbone.context, model.backbone.config.vocab_size
+    for ids in rows:
+        if not ids:
+            raise UserError("the prompt is empty: give at least one token")
+        if context and len(ids) >= context:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, the backbone's context is {context}: shorten it"
+            )
+        if not 0 <= min(ids) <= max(ids) < size:
+            raise UserError(f"the prompt has a token outside the vocabulary of {size}")
+    return rows
+
+
+def prepare(model: EarlyExitModel, ids: list[int], **kwargs: Any) -> tuple[list[Request], int]:
+    """What transformers makes of `kwargs` for a prompt.
+
+    Requests, ``num_return_sequences`` of them, and the token behind a text that ended.
+
+    Raises:
+        UserError: what transformers says against them, or an argument that cannot be had here.
+    """
+    names = {f.name for f in fields(Settings)} & kwargs.keys()
+    policy = Settings(**{name: kwargs.pop(name) for name in names}).policy(model)
+    kwargs = _for_transformers(kwargs)
+    requests: list[Request] = []
+    padding = 0
+
+    def loop(_: Any, input_ids: Tensor, **prepared: Any) -> Tensor:
+        nonlocal padding
+        config = prepared["generation_config"]
+        _check_mode(config)
+        stops = _stops(prepared["stopping_criteria"], input_ids.device)
+        for row in input_ids.tolist():
+            chooser = Chooser(prepared["logits_processor"], config.do_sample)
+            requests.append(Request(row, policy, config.max_length, chooser, stops))
+        padding = _padding(config)
+        return input_ids
+
+    prompt = torch.tensor([ids], device=model.backbone.device)
+    mask = torch.ones_like(prompt)
+    try:
+        model.backbone.model.generate(prompt, attention_mask=mask, custom_generate=loop, **kwargs)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
+    return requests, padding
+
+
+def _for_transformers(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for transformers' preparation, which neither makes a cache nor warns of it.
+
+    It hands no tokenizer on to a loop that is not its own, so stop strings become a criterion here.
+    """
+    for name, advice in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise UserError(f"{name} cannot be had with early exits: {advice}")
+    stop_strings, tokenizer = said(kwargs, "stop_strings"), kwargs.get("tokenizer")
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
+    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+    if stop_strings:
+        if "" in stop_strings:
+            raise UserError("a stop string is empty: every text would end at once")
+        if tokenizer is None:
+            raise UserError("stop_strings need the tokenizer: give it as tokenizer=")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    ours = ("stop_strings", "tokenizer", "use_cache", "return_dict_in_generate", *IGNORED)
+    rest = {name: value for name, value in kwargs.items() if name not in ours}
+    config = rest.get("generation_config")
+    if config is None:
+        return rest | {"stopping_criteria": criteria, "use_cache": False}
+    config = copy.deepcopy(config)
+    config.use_cache, config.stop_strings = False, None
+    return rest | {"stopping_criteria": criteria, "generation_config": config}
+
+
+def said(kwargs: dict[str, Any], name: str) -> Any:
+    """What the caller said of an argument, by itself or in a ``generation_config``."""
+    value = kwargs.get(name)
+    return getattr(kwargs.get("generation_config"), name, None) if value is None else value
+
+
+def _check_mode(config: GenerationConfig) -> None:
+    mode = config.get_generation_mode()
+    if mode not in ("greedy_search", "sample"):
+        name = "beam search" if config.num_beams != 1 else mode.replace("_", " ")
+        raise UserError(
+            f"{name} is not possible with early exits: leave out what asks for it, num_beams or "
+            "prompt_lookup_num_tokens for instance"
+        )
+    if config.guidance_scale not in (None, 1):
+        raise UserError("guidance_scale is not possible with early exits: leave it out")
+
+
+def _padding(config: GenerationConfig) -> int:
+    """The token behind a text that ended, as transformers chooses it."""
+    ends = config.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    return next((token for token in (config.pad_token_id, end) if token is not None), 0)
+
+
+def warn_ignored(kwargs: dict[str, Any]) -> None:
+    for name in IGNORED:
+        if said(kwargs, name):
+            warnings.warn(f"{name} is ignored: tokens come with exit_layers alone", stacklevel=4)
+
+
+def _stops(criteria: StoppingCriteriaList, device: torch.device) -> Callable[[Sequence[int]], bool]:
+    """Whether ids end by `criteria`; of the usual ones the device is not asked."""
+    ends = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
+    usual = (EosTokenCriteria, MaxLengthCriteria)  # a request has its length itself
+    others = StoppingCriteriaList(c for c in criteria if not isinstance(c, usual))
+
+    def stops(ids: Sequence[int]) -> bool:
+        if any(ids[-1] in tokens for tokens in ends):
+            return True
+        return bool(others) and bool(others(torch.tensor([ids], device=device), None).all())
+
+    return stops
