@@ -37,6 +37,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.errors import ProcessFailed, UserError
 from ee_tuning.evaluate.speed import speed
+from ee_tuning.files import write_json
 from ee_tuning.parallel.data import deal
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline, cut_stages
@@ -220,7 +221,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if rank == 0:
             print(name, json.dumps(found), flush=True)
         if rank == 0 and args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(args.out, result)
         forget(device)
     return result
 

@@ -24,6 +24,7 @@ from ee_tuning.backbone import State
 from ee_tuning.config import FrozenPrecision, TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
+from ee_tuning.files import write_json
 from ee_tuning.plan import GIB, flop_per_token
 from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
 from ee_tuning.tune.prepare import prepare
@@ -223,7 +224,7 @@ def main() -> None:
         result["baseline"] = measure_baseline(model, config, args)
     print(json.dumps(result, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ee_tuning.files import replacing, write_json
 from ee_tuning.parallel.mesh import Mesh
 
 # As they are drawn: in a single stage, layers run inside the exit work that asks for them.
@@ -70,8 +70,9 @@ def save_timeline(timeline: Timeline, mesh: Mesh, folder: Path) -> float:
     names = mesh.gather_on_host(mesh.name)
     events = mesh.gather_on_host(timeline.events)
     if mesh.is_main:
-        (folder / "trace.json").write_text(json.dumps(dict(zip(names, events, strict=True))))
-        draw(names, events, folder / "trace.png")
+        write_json(folder / "trace.json", dict(zip(names, events, strict=True)))
+        with replacing(folder / "trace.png") as temporary:
+            draw(names, events, temporary)
     return idle_share(events)
 
 
