@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from families import tiny
-from ports import free_ports
+from ranks import free_ports, launch
 from safetensors.torch import load_file
 
 BACKBONES = {
@@ -63,19 +60,9 @@ class Runs:
 
     def start(self, seconds=300):
         # Ranks that are not in a run wait for the next one: so the largest come first.
-        for case, port in zip(self.cases, free_ports(len(self.cases)), strict=True):
-            case["port"] = port
-        path = self.root / "cases.json"
-        path.write_text(json.dumps(self.cases))
-        command = [
-            sys.executable,
-            str(Path(__file__).parent / "launch.py"),
-            path,
-            self.root / "data",
-        ]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
-        self.output = done.stdout + done.stderr
+        script = Path(__file__).parent / "launch.py"
+        more = [self.root / "data"]
+        self.output = launch(script, self.cases, self.root, *more, seconds=seconds)
         self.cases = []
 
     def error(self, name, rank=0):

@@ -19,6 +19,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import datasets
 import torch
 import torch.distributed as dist
+from ranks import become, fork
 from rich.console import Console
 
 from ee_tuning.config import TuneConfig
@@ -114,10 +115,7 @@ def run(rank: int, cases: list[dict]) -> None:
     for case in cases:
         if rank >= case["size"]:
             continue
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(case["size"]), LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case["port"]),
-        )  # fmt: skip
+        become(rank, case["size"], case["port"])
         restore()
         if "count" in case:
             traffic(f"{case['count']}{rank}")
@@ -146,15 +144,7 @@ def main() -> None:
     """Fork the ranks, wait for them."""
     cases = json.loads(Path(sys.argv[1]).read_text())
     datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
-    ranks = []
-    for rank in range(max(case["size"] for case in cases)):
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            run(rank, cases)
-            sys.stdout.flush()
-            os._exit(0)
-    for rank in ranks:
-        os.waitpid(rank, 0)
+    fork(max(case["size"] for case in cases), lambda rank: run(rank, cases))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 import torch
 import torch.distributed as dist
-from ports import free_ports
+from ranks import become, fork, launch
 from rich.console import Console
 
 from ee_tuning import UserError
@@ -39,14 +38,7 @@ PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
 
 def start(cases: list[dict], folder: Path, seconds: int = 300) -> str:
     """Run the cases on ports of their own; what the ranks leave is in `folder`."""
-    for case, port in zip(cases, free_ports(len(cases)), strict=True):
-        case["port"] = port
-    path = folder / "cases.json"
-    path.write_text(json.dumps(cases))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, path]
-    done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
-    return done.stdout + done.stderr
+    return launch(__file__, cases, folder, seconds=seconds)
 
 
 def generate(model, calls):
@@ -167,10 +159,7 @@ def run(rank: int, cases: list[dict], folder: Path) -> None:
         processes = case.get("size", case["tp"] * case["pp"])
         if rank >= processes:
             continue
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(case["port"]),
-        )  # fmt: skip
+        become(rank, processes, case["port"])
         path = folder / f"{case['name']}-{rank}"
         try:
             torch.save(work(case, path), path.with_suffix(".pt"))
@@ -184,15 +173,8 @@ def main() -> None:
     """Fork the ranks, wait for them."""
     path = Path(sys.argv[1])
     cases = json.loads(path.read_text())
-    ranks = []
-    for rank in range(max(case["tp"] * case["pp"] for case in cases)):
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            run(rank, cases, path.parent)
-            sys.stdout.flush()
-            os._exit(0)
-    for rank in ranks:
-        os.waitpid(rank, 0)
+    number = max(case["tp"] * case["pp"] for case in cases)
+    fork(number, lambda rank: run(rank, cases, path.parent))
 
 
 if __name__ == "__main__":

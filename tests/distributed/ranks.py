@@ -1,0 +1,58 @@
+"""Starting the ranks of a test: ports to meet at, one process each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+
+
+def free_ports(number):
+    """Ports that nothing listens on, below those the system hands out to connections."""
+    found = set()
+    while len(found) < number:
+        port = random.SystemRandom().randrange(2000, 10000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
+
+
+def launch(script, cases, folder, *more, seconds=300):
+    """Run `script` on the cases, each with a port of its own; gives what it prints.
+
+    Its arguments are the cases' file and `more`.
+    """
+    for case, port in zip(cases, free_ports(len(cases)), strict=True):
+        case["port"] = port
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, path, *more]
+    done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def fork(number, run):
+    """`run` as each of so many ranks, in a process of its own; waits for all."""
+    ranks = []
+    for rank in range(number):
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            run(rank)
+            sys.stdout.flush()
+            os._exit(0)
+    for rank in ranks:
+        os.waitpid(rank, 0)
+
+
+def become(rank, size, port):
+    """Let this process look like one that torchrun has started."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
