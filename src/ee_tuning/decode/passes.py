@@ -140,8 +140,9 @@ class Passes:
         self._make_caches()
         like: dict[str, Any] = {"device": self.device, "dtype": model.backbone.dtype}
         size = (slots, 2 * longest, model.backbone.config.hidden_size)
-        # One before each segment, and one behind the last.
-        self._rings = [torch.zeros(size, **like) for _ in range(len(self.segments) + 1)]
+        # One before each segment, and behind the last one where a stage follows.
+        rings = len(self.segments) + (0 if self.is_last else 1)
+        self._rings = [torch.zeros(size, **like) for _ in range(rings)]
         self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self._steps, self._predict = self.segments, _predict
         self._graphs: dict[Any, Any] = {}
@@ -154,11 +155,12 @@ class Passes:
     @torch.inference_mode()
     def prompt(
         self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
-    ) -> tuple[Predictions | None, Tensor]:
+    ) -> tuple[Predictions | None, Tensor | None]:
         """Read a prompt into an empty slot, through segment `last`.
 
         inputs: its ids, for a later stage hidden states (P, H). Gives what follows, if it is
-        wanted, and the hidden states (P, H) behind the last segment, good until the next pass.
+        wanted, and where a stage follows the hidden states (P, H) behind the last segment, good
+        until the next pass.
         """
         if self.compile and len(inputs) <= CHUNK * CHUNKS:
             return self._prompt_in_chunks(slot, inputs, last, wanted)
@@ -173,7 +175,8 @@ class Passes:
                 exit.features(state, self.exit_caches[segment.stop])
         count = torch.tensor([len(inputs)], device=self.device)
         found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
-        return None if found is None else _read(*found, [0]), hidden[0]
+        predictions = None if found is None else _read(*found, [0])
+        return predictions, None if self.is_last else hidden[0]
 
     @torch.inference_mode()
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
@@ -212,7 +215,7 @@ class Passes:
 
     def _prompt_in_chunks(
         self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
-    ) -> tuple[Predictions | None, Tensor]:
+    ) -> tuple[Predictions | None, Tensor | None]:
         """As `prompt`, but by compiled passes: where launching takes longer than computing."""
         starts, nothing, hidden = [0] * self.slots, Wanted("nothing", False), []
         for start in range(0, len(inputs), CHUNK):
@@ -225,8 +228,9 @@ class Passes:
                 asked = wanted if i == last and start + CHUNK >= len(inputs) else nothing
                 window = Window(slot, len(chunk), () if i else ids)  # type: ignore[arg-type]
                 found = self.window(i, [window], starts, asked)
-            hidden.append(self.take(*places))
-        return found, torch.cat(hidden)
+            if not self.is_last:
+                hidden.append(self.take(*places))
+        return found, torch.cat(hidden) if hidden else None
 
     def _inputs(self, inputs: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(inputs, device=self.device)
@@ -310,7 +314,7 @@ class Passes:
         masks = self._masks(segment, self.caches[i])
         position_ids = positions.clamp(max=self.limit)
         state = segment(inputs, position_ids, self.caches[i], masks)
-        if i + 1 < len(self._steps) or not self.is_last:
+        if i + 1 < len(self._rings):
             self._rings[i + 1][ring] = state.hidden
         exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
         if cache is not None and exit is not None and exit.segment is not None:

@@ -42,6 +42,7 @@ class Stage(Engine):
         slots, backbone = len(self._rows), model.backbone
         size = (0, backbone.config.hidden_size)
         like = torch.empty(size, dtype=backbone.dtype, device=backbone.device)
+        self._any_token = torch.ones(backbone.config.vocab_size, device=backbone.device)
         # A row has `max_pending` tokens that left before this stage, one that asks, and an end.
         self._mail = Mail(self.mesh, slots * (self.max_pending + 2), like)
         # Fewer at a time, so that every stage has something to do.
@@ -218,9 +219,7 @@ class Stage(Engine):
 
     def _catch_up(self, row: _Row) -> None:
         """Leave out the draws of the row's tokens that were chosen elsewhere."""
-        size = self.passes.model.backbone.config.vocab_size
-        like = torch.ones(size, device=self.passes.device)
-        row.request.chooser.catch_up(len(row.ids) - len(row.request.ids), like)
+        row.request.chooser.catch_up(len(row.ids) - len(row.request.ids), self._any_token)
 
     def _ends_here(self, row: _Row) -> bool:
         return 0 <= row.last < len(self._stops)
