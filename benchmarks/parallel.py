@@ -42,7 +42,7 @@ from ee_tuning.parallel.data import deal
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline, cut_stages
 from ee_tuning.parallel.simulate import simulate
-from ee_tuning.parallel.trace import Event, idle_share
+from ee_tuning.parallel.trace import Event, idle_share, span
 from ee_tuning.tune.check import check
 from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.metrics import OnTheWay
@@ -133,10 +133,9 @@ class Layout:
         side_by_side = len(waves(self.model, self.batches, Objective())) == 1
         together = self.mesh.gather_on_host(side_by_side)[:: self.mesh.dp * self.mesh.tp]
         ideal = simulate(*parts, each, steps=1, together=together)
-        took = max(stop for own in events for *_, stop in own)
-        took -= min(start for own in events for _, start, _ in own)
+        first, last = span(events)
         found = {"measured": idle_share(events), "ideal": ideal.idle}
-        found |= {"seconds": took, "simulated_seconds": ideal.seconds}
+        found |= {"seconds": last - first, "simulated_seconds": ideal.seconds}
         return {name: round(value, 4) for name, value in found.items()}
 
 

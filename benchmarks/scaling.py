@@ -19,7 +19,7 @@ from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.layouts import Parts, rows, search
 from ee_tuning.parallel.simulate import simulate
-from ee_tuning.parallel.trace import idle_share
+from ee_tuning.parallel.trace import idle_share, span
 from ee_tuning.plan import GPUS
 
 # One exit after 20 of the layers, measured in steps of 4 micro-batches.
@@ -61,11 +61,10 @@ def compare(path: str, number: int) -> None:
     parts = [[sum(b - a for _, a, b in own) / number for own in part] for part in (runs, works)]
     # Whether the first exit work of a stage comes after the last of its forward passes.
     together = [work[0][1] >= run[-1][2] for run, work in zip(runs, works, strict=True)]
-    first = min(start for own in stages for _, start, _ in own)
-    took = max(stop for own in stages for *_, stop in own) - first
+    first, last = span(stages)
     alone = simulate(*parts, number, steps=1, together=together)
     print(f"{number} micro-batches, seconds of each: forward {parts[0]}, exits {parts[1]}")
-    print(f"the step: {took:.4f} s, simulated {alone.seconds:.4f} s")
+    print(f"the step: {last - first:.4f} s, simulated {alone.seconds:.4f} s")
     print(f"idle: {idle_share(stages):.1%}, simulated {alone.idle:.1%}")
 
 

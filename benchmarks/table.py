@@ -42,7 +42,7 @@ def steps() -> str:
         backbone, exits, optimizer, heads = (f"{v:.2f} s" for v in parts)
         lines.append(
             f"| {given['shape']} | {given['layers'].count(',') + 1} | {' '.join(flags) or '–'} | "
-            f"{rate['median']:,} ({rate['min']:,}–{rate['max']:,}) | {result['peak_gib']} | "
+            f"{_rate(result)} | {result['peak_gib']} | "
             f"{share:.0%} of {top} TFLOP/s | {backbone} | {exits} | {heads} | {optimizer} |"
         )
         machines.add(f"{result['hardware']}; {result['versions']}")

@@ -32,6 +32,7 @@ from ee_tuning.parallel.split import (
     SUMMED,
     SplitParameter,
     Style,
+    head_style,
     layer_plan,
     made_part,
     read_part,
@@ -176,8 +177,7 @@ def _with_parts(
             return
         left.update(_split_by_plan(self, anatomy, parts.layers))
         if slices.head and head and not tied:
-            style = STYLES["colwise_gather_output" if slices.gather else "colwise"]
-            left[anatomy.head] = self.get_submodule(anatomy.head), style
+            left[anatomy.head] = self.get_submodule(anatomy.head), head_style(slices.gather)
         for path in left:
             self.set_submodule(path, nn.Module())
 

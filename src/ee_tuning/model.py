@@ -43,7 +43,7 @@ from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, run_on_part
 from ee_tuning.parallel.split import SplitParameter, read_part
-from ee_tuning.quantised import compiles, quantise_layer
+from ee_tuning.quantised import check_installed, compiles, quantise_layer
 from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -203,6 +203,7 @@ class EarlyExitModel(nn.Module):
             self.tensor_hashes  # noqa: B018 - of the weights as they are
         if fp8:
             check_fp8("--backbone-precision", torch.device(device))
+        check_installed(backbone_precision)
         quantised = 0
         layers: list[nn.Module] = list(self.backbone.layers)  # type: ignore[call-overload]
         for number, layer in enumerate(layers):

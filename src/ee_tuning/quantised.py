@@ -61,10 +61,8 @@ def quantise_layer(layer: nn.Module, precision: str, dtype: torch.dtype) -> int:
     In 4 bits only matrices of whole blocks, since bitsandbytes multiplies no others on every CPU;
     those of real models are.
 
-    Raises:
-        UserError: the package is missing.
+    The package has to be there, see `check_installed`.
     """
-    check_installed(precision)
     config = quantisation_config(precision, dtype)
     linears = [m for m in layer.modules() if type(m) is nn.Linear and _can_be(m, precision)]
     if isinstance(config, TorchAoConfig):

@@ -168,6 +168,19 @@ def warm_up(
     return engine.warm_up([policy.measure])
 
 
+def will_compile(model: EarlyExitModel, compile: bool | None) -> bool:
+    """Whether decoding with this argument compiles.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if compile is None:
+        return model.backbone.device.type == "cuda" and model.mesh.tp == 1
+    if compile and model.mesh.tp > 1:
+        raise UserError("compile cannot be had with tp: sums between ranks do not compile")
+    return compile
+
+
 def engine_for(model: EarlyExitModel, requests: list[Request], compile: bool | None) -> Engine:
     """An engine in which all of `requests` have a slot."""
     policies = [request.policy for request in requests]
@@ -189,11 +202,7 @@ def _engine(
 
     Captured graphs hold the addresses of weights, so other weights want another engine.
     """
-    mesh = model.mesh
-    if compile is None:
-        compile = model.backbone.device.type == "cuda" and mesh.tp == 1
-    if compile and mesh.tp > 1:
-        raise UserError("compile cannot be had with tp: sums between ranks do not compile")
+    mesh, compile = model.mesh, will_compile(model, compile)
     context = model.backbone.context
     if context and capacity > context and model.backbone.family.positions_end:
         raise UserError(

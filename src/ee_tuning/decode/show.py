@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.config import GenerateConfig, SamplingConfig, parse_threshold
+from ee_tuning.decode.generate import will_compile
 from ee_tuning.decode.parts import load_part
 from ee_tuning.decode.pipeline import NO_DRAFTS
 from ee_tuning.decode.speculative import Token
@@ -103,7 +104,7 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
         "compile": config.compiled(),
         **config.leaving(),
     }
-    if config.compiled() or (config.compiled() is None and model.device.type == "cuda"):
+    if will_compile(model, config.compiled()):
         capacity = input_ids.shape[1] + config.max_new_tokens
         console.print(f"compiled in {model.warm_up(capacity=capacity, **way):.0f} s", style="dim")
     torch.manual_seed(config.seed)

@@ -34,6 +34,11 @@ SUMMED = "replicated_with_grad_allreduce"  # whole, but each process sees some o
 Read = Callable[[str, int | None], nn.Parameter]
 
 
+def head_style(gather: bool) -> Style:
+    """How a head is split over the vocabulary; gather: it gives the logits of all parts."""
+    return STYLES["colwise_gather_output" if gather else "colwise"]
+
+
 @dataclass(frozen=True)
 class Parallel:
     """How a linear layer is split, and over which processes; copies of the layer share it.

@@ -30,6 +30,7 @@ from ee_tuning.parallel.split import (
     ParallelLinear,
     SplitParameter,
     Style,
+    head_style,
     layer_plan,
     move,
     split_linear,
@@ -147,7 +148,7 @@ def split_model(
         return
     backbone, tp = model.backbone, mesh.axis("tp")
     plan = layer_plan(backbone.config, backbone.anatomy)
-    head = STYLES["colwise_gather_output" if gather else "colwise"]
+    head = head_style(gather)
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher or any(exit.spec.head == "shared" for exit in exits):
         split_linear(backbone.head, "the head", head, tp)

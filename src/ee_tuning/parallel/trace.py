@@ -41,11 +41,16 @@ def _now() -> float:
     return time.time()
 
 
+def span(events: list[list[Event]]) -> tuple[float, float]:
+    """When the first event of all processes begins and the last one ends."""
+    starts, stops = zip(*((start, stop) for own in events for _, start, stop in own), strict=True)
+    return min(starts), max(stops)
+
+
 def idle_share(events: list[list[Event]]) -> float:
     """The share of time, from the first event to the last, that processes are not busy."""
     spans = [_busy(own) for own in events]
-    first = min(start for own in events for _, start, _ in own)
-    last = max(stop for own in events for _, _, stop in own)
+    first, last = span(events)
     return 1 - sum(spans) / (len(events) * (last - first))
 
 
@@ -83,7 +88,7 @@ def draw(names: list[str], events: list[list[Event]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    first = min(start for own in events for _, start, _ in own)
+    first, _ = span(events)
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.5 * len(names)), layout="constrained")
     for what, colour in COLOURS.items():
         for row, own in enumerate(events):
