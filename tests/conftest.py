@@ -34,6 +34,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
+@pytest.fixture(autouse=True)
+def _many_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are taken to cost next to nothing, or tiny models would hardly ever have any."""
+    monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", lambda model, layer: 0.02)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with 96 … 300 tokens, `<eos>` and `<pad>`."""

@@ -12,7 +12,7 @@ from test_decode import DEPTH, MODELS, early_exit, logits_from_scratch, padded, 
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Policy, Request
-from ee_tuning.decode.speculative import Pace
+from ee_tuning.decode.speculative import Pace, draft_cost
 from ee_tuning.loading import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 11, 40, 7]])
@@ -193,16 +193,70 @@ def test_an_end_token_within_a_draft_ends_it_as_at_full_depth():
         assert out.exit_layers.shape[1] == full.shape[1] - 5
 
 
-def test_drafts_get_longer_and_shorter_by_what_was_kept():
-    pace = Pace(8)
-    assert pace.drafts(100) == 4
-    pace.learn(4, 4)
-    assert pace.drafts(100) == 6
-    pace.learn(6, 2)
-    assert pace.drafts(100) == 5
+@pytest.mark.parametrize("cost", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("acceptance", [0.05, 0.5, 0.8, 0.95])
+def test_drafts_are_as_long_as_brings_most_tokens(cost, acceptance):
+    """Against rounds that are played: the drafts' length is within 2% of the best one's rate."""
+    draw = torch.Generator().manual_seed(0)
+    kept = torch.rand(20_000, 8, generator=draw) < acceptance
+    right = kept.long().cumprod(1)
+
+    def rate(number):
+        return (1 + right[:, :number].sum(1)).double().mean().item() / (number * cost + 1)
+
+    pace, lengths = Pace(8, cost), []
+    for row in right[:2000]:
+        length = pace.drafts(100)
+        lengths.append(length)
+        pace.learn(length, int(row[:length].sum()))
+    rates = [rate(number) for number in range(9)]
+    mean = sum(1 + int(row[:n].sum()) for row, n in zip(right, lengths, strict=False))
+    mean /= sum(n * cost + 1 for n in lengths)
+    assert mean > 0.93 * max(rates)
+    pace._kept, pace._tried = 1e6 * acceptance, 1e6
+    assert rates[pace.drafts(100)] > 0.98 * max(rates)
+
+
+def test_drafts_are_no_longer_than_asked_for_and_what_the_text_needs():
+    pace = Pace(8, 0.1)
+    for _ in range(9):
+        pace.learn(pace.drafts(100), pace.drafts(100))
+    assert pace.drafts(100) == 8
     assert pace.drafts(3) == 2
     assert pace.drafts(1) == 0
-    assert Pace(0).drafts(9) == 0
+    assert Pace(0, 0.1).drafts(9) == 0
+
+
+def test_drafting_that_does_not_pay_stops_and_is_tried_again():
+    pace = Pace(8, 0.5)
+    for _ in range(20):
+        pace.learn(pace.drafts(100), 0)
+    assert pace.drafts(100) == 0
+    silent = 0
+    while not pace.drafts(100):
+        pace.learn(0, 0)
+        silent += 1
+    assert 5 < silent < 100
+
+
+@pytest.mark.parametrize("head", ["own", "shared"])
+def test_a_draft_costs_the_weights_it_is_multiplied_with(head):
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2", arch="mlp", head=head))
+    used = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda one, *_: used.append(one.weight.numel()))
+
+    def weights(mode):
+        """Of one token more."""
+        found = []
+        for number in (3, 3, 2):  # the first call makes an engine
+            used.clear()
+            model.generate(IDS, max_new_tokens=number, mode=mode)
+            found.append(sum(used))
+        return found[1] - found[2]
+
+    assert draft_cost(model, 2) == weights("fixed") / weights("full")
 
 
 def test_an_exit_at_the_last_layer_cannot_draft():

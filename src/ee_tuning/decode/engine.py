@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from ee_tuning.decode.passes import Passes, Predictions, Wanted, Window
 from ee_tuning.decode.policy import Policy
-from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token
+from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token, draft_cost
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class _Row:
 
     ids: prompt, settled tokens, drafts. done: per segment up to the `last`, how many of them it
     has computed. door: the segment it stands before. pending: tokens that left since the last one
-    that went to the end; limit: how many may. asks: what follows the newest token is not known yet.
+    that went to the end; limit: how many may; pace: sets it, if they are drafts. asks: what follows
+    the newest token is not known yet.
     """
 
     def __init__(self, request: Request, slot: int, last: int) -> None:
@@ -61,7 +63,7 @@ class _Row:
         self.done = [len(self.ids)] * (last + 1)
         self.door = 0
         self.drafts: list[Token] = []
-        self.pace = Pace(self.policy.max_pending)
+        self.pace: Pace | None = None
         self.limit = self.policy.max_pending
         self.pending = 0
         self.asks = True
@@ -114,6 +116,7 @@ class Engine:
         self.exit_layers, self.max_pending = list(exit_layers), max_pending
         self._stops = [segment.stop for segment in self.passes.segments]
         self._rows: list[_Row | None] = [None] * slots
+        self._draft_cost = cache(partial(draft_cost, model))
 
     @property
     def busy(self) -> int:
@@ -160,10 +163,12 @@ class Engine:
                     break
                 self._check(request)
                 self._generators.give(request.chooser)
-                last = self._stops.index(request.policy.end)
-                row = self._rows[slot] = _Row(request, slot, last)
-                wanted = Wanted("last", request.policy.final, request.policy.measure)
-                found, _ = self.passes.prompt(slot, row.ids, last, wanted)
+                policy = request.policy
+                row = self._rows[slot] = _Row(request, slot, self._stops.index(policy.end))
+                if policy.verifies:
+                    row.pace = Pace(policy.max_pending, self._draft_cost(min(policy.thresholds)))
+                wanted = Wanted("last", policy.final, policy.measure)
+                found, _ = self.passes.prompt(slot, row.ids, row.last, wanted)
                 assert found is not None
                 yield from self._settle(row, found, 0, 1)
 
@@ -238,7 +243,7 @@ class Engine:
         row.ids[first + kept :] = [own]
         row.done = [min(done, len(row.ids) - 1) for done in row.done]
         row.door, row.pending, row.drafts = 0, 0, []
-        if row.policy.verifies:
+        if row.pace is not None:
             row.pace.learn(len(drafts), kept)
             row.limit = row.pace.drafts(row.request.max_length - len(row.ids))
         token = Token(own, self._stops[row.last], prediction.confidence)

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ee_tuning.decode.passes import Prediction
+from ee_tuning.parallel.pipeline import count_weights
+
+if TYPE_CHECKING:
+    from ee_tuning.model import EarlyExitModel
 
 
 @dataclass
@@ -113,18 +117,45 @@ def _seed(generator: torch.Generator) -> int:
 
 
 class Pace:
-    """How long drafts may be, by how many were kept: 2 more after all, 1 less after a rejection."""
+    """How long drafts may be: as long as brings the most tokens for the weights that are read.
 
-    def __init__(self, longest: int) -> None:
-        self.longest, self.length = longest, min(longest, 4)
+    If each of n drafts is kept with probability a, a round gives (1 - aⁿ⁺¹) / (1 - a) tokens, and
+    costs n · c + 1 passes at full depth, c being a draft's share of one (arXiv 2211.17192,
+    equation 1 and theorem 3.8). Where no draft pays for itself, there are none for a while.
+    """
+
+    FORGETS = 0.95  # of what was seen, the share that is still counted a round later
+    HOPE = 0.8  # the acceptance before any was seen, which counts as one draft
+
+    def __init__(self, longest: int, cost: float) -> None:
+        """longest: drafts at most. cost: of a draft, as a share of a pass at full depth."""
+        self.longest, self.cost = longest, cost
+        self._kept = self._tried = 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafts that were kept, lately; none behind a rejected one was tried."""
+        return (self._kept + self.HOPE) / (self._tried + 1)
 
     def learn(self, drafted: int, kept: int) -> None:
         """Take in that `kept` of `drafted` tokens were right."""
-        if kept < drafted:
-            self.length = max(min(1, self.longest), self.length - 1)
-        elif drafted == self.length:
-            self.length = min(self.longest, self.length + 2)
+        self._kept = self.FORGETS * self._kept + kept
+        self._tried = self.FORGETS * self._tried + min(drafted, kept + 1)
 
     def drafts(self, room: int) -> int:
         """Drafts of the next round, if `room` more tokens are wanted: the last needs none."""
-        return max(0, min(self.length, room - 1))
+        best, found, tokens = 0.0, 0, 0.0
+        for number in range(max(0, min(self.longest, room - 1)) + 1):
+            tokens += self.acceptance**number
+            rate = tokens / (number * self.cost + 1)
+            if rate > best:
+                best, found = rate, number
+        return found
+
+
+def draft_cost(model: EarlyExitModel, layer: int) -> float:
+    """Of the weights that a token is multiplied with at full depth, the share of a draft."""
+    layers = [count_weights(one) for one in model.backbone.layers]  # type: ignore[attr-defined]
+    head, exit = count_weights(model.backbone.head), model.exit(layer)
+    own = count_weights(exit) + (head if exit.spec.head == "shared" else 0)
+    return (sum(layers[:layer]) + own) / (sum(layers) + head)
