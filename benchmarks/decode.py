@@ -13,8 +13,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,28 +33,38 @@ from ee_tuning.files import write_json
 SHARE, ACCEPTANCE = 0.5, 0.8  # of tokens that leave in the pattern; of drafts that are kept
 
 
+def answers(share: float) -> Iterator[bool]:
+    """Of every ten, a `share` that is yes, in an order that a seed gives."""
+    order = random.Random(0)
+    while True:
+        yield from order.sample([i < 10 * share for i in range(10)], 10)
+
+
 @dataclass(frozen=True)
 class Pattern(Policy):
-    """Leaves where a seeded coin says so, whatever the confidence."""
+    """A `share` of the tokens that may leave does, whatever the confidence."""
 
-    share: float = 1.0
-    coin: random.Random = field(default_factory=lambda: random.Random(0))
+    share: InitVar[float] = 1.0
+    answers: Iterator[bool] = field(init=False)
+
+    def __post_init__(self, share: float) -> None:
+        object.__setattr__(self, "answers", answers(share))
 
     def leaves(self, layer: int, confidence: float) -> bool:
-        """Heads with probability `share`."""
-        return self.coin.random() < self.share
+        """As the pattern goes on."""
+        return next(self.answers)
 
 
 class Accepting(Chooser):
-    """Keeps a draft where a seeded coin says so."""
+    """Keeps a `share` of the drafts that it is asked for."""
 
     def __init__(self, share: float) -> None:
         super().__init__()
-        self.share, self.coin = share, random.Random(0)
+        self.answers = answers(share)
 
     def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
         """The draft, or another token."""
-        return draft.id if self.coin.random() < self.share else draft.id ^ 1
+        return draft.id if next(self.answers) else draft.id ^ 1
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -21,9 +21,9 @@ PLAIN = {
 def steps() -> str:
     """Speed, memory and parts of every measured tuning step."""
     lines = [
-        "| shape | exits | flags | tokens/s (min–max) | peak GiB | of the bf16 ceiling | "
+        "| GPU | shape | exits | flags | tokens/s (min–max) | peak GiB | of the bf16 ceiling | "
         "backbone | exits | heads | optimizer |",
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
     machines = set()
     for path in sorted(RESULTS.glob("*.json")):
@@ -40,17 +40,18 @@ def steps() -> str:
         share = flop * rate["median"] / top / 1e12
         parts = result["seconds_per_step"].values()
         backbone, exits, optimizer, heads = (f"{v:.2f} s" for v in parts)
+        gpu = result["hardware"].split()[1]
+        begin = f"| {gpu} | {given['shape']} | {given['layers'].count(',') + 1} | "
         lines.append(
-            f"| {given['shape']} | {given['layers'].count(',') + 1} | {' '.join(flags) or '–'} | "
-            f"{_rate(result)} | {result['peak_gib']} | "
+            f"{begin}{' '.join(flags) or '–'} | {_rate(result)} | {result['peak_gib']} | "
             f"{share:.0%} of {top} TFLOP/s | {backbone} | {exits} | {heads} | {optimizer} |"
         )
-        machines.add(f"{result['hardware']}; {result['versions']}")
+        given_steps = f"median of {given['steps']} steps"
+        machines.add(f"{result['hardware']}; {result['versions']}; {given_steps}")
         if "baseline" in result:
             plain = result["baseline"]
             lines.append(
-                f"| {given['shape']} | {given['layers'].count(',') + 1} | plain PyTorch "
-                f"| {plain['tokens_per_second']['median']:,} | {plain['peak_gib']} |" + " – |" * 5
+                f"{begin}plain PyTorch | {_rate(plain)} | {plain['peak_gib']} |" + " – |" * 5
             )
     return "\n".join([*lines, "", *sorted(machines)])
 

@@ -62,6 +62,49 @@ def ceiling(device: torch.device) -> float:
     return 2 * n**3 / median(timed(lambda: a @ b, device, 20, warmup=5)) / 1e12
 
 
+def fp8_ceiling(device: torch.device) -> float:
+    """TFLOP/s of one large fp8 product with row-wise scales here."""
+    n = 8192
+    a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    ones = torch.ones(n, 1, device=device)
+    like = {"scale_a": ones, "scale_b": ones.T, "out_dtype": torch.bfloat16}
+
+    def product() -> torch.Tensor:
+        return torch._scaled_mm(a, b.T, **like, use_fast_accum=True)
+
+    return 2 * n**3 / median(timed(product, device, 20, warmup=5)) / 1e12
+
+
+# What the profiler's operations are called, and what they are.
+OPERATIONS = {
+    "aten::mm": "bf16 products", "aten::addmm": "bf16 products", "aten::bmm": "bf16 products",
+    "aten::_scaled_mm": "fp8 products", "aten::_fused_adamw_": "optimizer",
+}  # fmt: skip
+
+
+def seconds_on_gpu(step: Callable[[], None]) -> dict[str, float]:
+    """Seconds that the GPU is at work in one step, by what it does.
+
+    What is no product, attention or fused optimizer is generated code: norms, activations, softmax,
+    rounding, sums of gradients.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    found = dict.fromkeys([*dict.fromkeys(OPERATIONS.values()), "attention"], 0.0)
+    total = 0.0
+    for row in profile.key_averages():
+        if row.is_user_annotation:
+            continue
+        if row.device_type == torch.autograd.DeviceType.CUDA:
+            total += row.self_device_time_total
+        elif name := "attention" if "attention" in row.key else OPERATIONS.get(row.key):
+            found[name] += row.self_device_time_total
+    found["the rest"] = total - sum(found.values())
+    return {name: round(us / 1e6, 4) for name, us in found.items()}
+
+
 def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace) -> dict:
     """Time of whole steps and of their parts."""
     device, dtype = model.backbone.device, model.backbone.dtype
@@ -117,7 +160,13 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
     }
     step_parts["heads and losses (the rest)"] = median(seconds) - sum(step_parts.values())
     top = ceiling(device)
-    return {
+    profiled = {}
+    if args.profile:
+        profiled = {
+            "fp8_matmul_tflops": round(fp8_ceiling(device)),
+            "seconds_on_gpu": seconds_on_gpu(step),
+        }
+    return profiled | {
         "tokens_per_second": {k: round(v) for k, v in rate.items()},
         "peak_gib": memory,
         "warm_up_seconds": round(warm, 1),
@@ -200,7 +249,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--baseline", action="store_true")
+    parser.add_argument("--baseline", action="store_true", help="also plain PyTorch")
+    parser.add_argument("--profile", action="store_true", help="also seconds by operation, on CUDA")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = pick_device(args.device)

@@ -39,7 +39,7 @@ MEASURED = {
 def test_predictions_are_near_what_was_measured(name):
     """15% for memory, 30% for time, as the README promises."""
     result = MEASURED[name]
-    assert result["hardware"] == "NVIDIA H200"
+    gpu = next(gpu for name, gpu in GPUS.items() if name.upper() in result["hardware"].split())
     given, known = result["settings"], {f.name: f.default for f in dataclasses.fields(TuneConfig)}
     same = {k: type(known[k])(v) for k, v in given.items() if k in known}
     config = TuneConfig(**same)
@@ -51,7 +51,7 @@ def test_predictions_are_near_what_was_measured(name):
         )
     parts = memory(model, config, range(model.exit_layers[-1]))
     assert sum(parts.values()) / GIB == pytest.approx(result["peak_gib"], rel=0.15)
-    seconds = sum(step_seconds(model, config, GPUS["h200"]).values())
+    seconds = sum(step_seconds(model, config, gpu).values())
     tokens = config.global_batch_size * config.seq_length
     assert tokens / seconds == pytest.approx(result["tokens_per_second"]["median"], rel=0.3)
 
