@@ -168,14 +168,14 @@ class Segment:
         own: list[str] = types[self.start : self.stop]
         return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
 
-    def compile(self, cache: Cache | None = None, options: dict[str, Any] | None = None) -> None:
+    def compile(self, cache: Cache | None = None) -> None:
         """Compile each layer, without its hooks; layers of a kind share one graph.
 
         cache: the one that every call will bring. A layer then sees only its own part of it: its
-        number would be a constant of the graph. options: of torch.compile.
+        number would be a constant of the graph.
         """
         for i, layer in enumerate(self._layers):
-            layer.forward = torch.compile(layer.forward, dynamic=False, options=options)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
             if cache is not None:
                 layer.forward = _with_cache(layer.forward, cache.layers[i])
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ee_tuning.errors import UserError
@@ -70,10 +70,25 @@ def quantise_layer(layer: nn.Module, precision: str, dtype: torch.dtype) -> int:
 
         kinds = config.get_apply_tensor_subclass()
         quantize_(layer, kinds, filter_fn=lambda module, _: type(module) is nn.Linear)
+        for linear in linears:
+            linear.__class__ = Int8Linear
     else:
         for linear in linears:
             _to_bitsandbytes(linear, config)
     return len(linears)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose weight torchao keeps in int8, which is converted before the product.
+
+    torchao's own product does both at once: compiled for a GPU, that is a kernel for a few tokens,
+    slow for the thousands of a tuning step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, K) to (…, N)."""
+        weight: Any = self.weight
+        return nn.functional.linear(x, weight.dequantize(x.dtype), self.bias)
 
 
 def _can_be(linear: nn.Linear, precision: str) -> bool:

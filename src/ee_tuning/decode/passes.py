@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
 
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
-# With this, products of one token become reductions, which reach more of the memory's bandwidth.
-OPTIONS: dict[str, Any] = {"coordinate_descent_tuning": True}
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
 REACH_FACTOR, LEAST_REACH = 2, 256
@@ -149,8 +147,8 @@ class Passes:
         if compile:
             self._steps = model.segments(list(self.exits), last=stage.stop)
             for segment, cache in zip(self._steps, self.caches, strict=True):
-                segment.compile(cache, OPTIONS)
-            self._predict = torch.compile(_predict, dynamic=False, options=OPTIONS)
+                segment.compile(cache)
+            self._predict = torch.compile(_predict, dynamic=False)
 
     @torch.inference_mode()
     def prompt(
@@ -272,7 +270,13 @@ class Passes:
         if not self.compile:
             return self._forward(*key)
         if key not in self._graphs:
-            with torch._dynamo.config.patch(recompile_limit=VERSIONS):
+            # So products of one token become reductions, which use more of the memory's bandwidth.
+            # For more tokens it takes long to compile and gains little.
+            single = key[1:3] == (1, 1)
+            with (
+                torch._dynamo.config.patch(recompile_limit=VERSIONS),
+                torch._inductor.config.patch(coordinate_descent_tuning=single),
+            ):
                 self._graphs[key] = self._captured(lambda: self._forward(*key))
         return self._graphs[key]()
 
