@@ -55,7 +55,7 @@ def pretrain(model: Path, data: Path, args: argparse.Namespace) -> dict[str, Any
     if not (model / "training.json").exists():
         subprocess.run(command, check=True)
     training = json.loads((model / "training.json").read_text())
-    kept = ("parameters", "layers", "hidden_size", "tokens", "nats_per_token", "train_seconds")
+    kept = ("parameters", "layers", "tokens", "nats_per_token", "train_seconds")
     return {key: training[key] for key in kept}
 
 

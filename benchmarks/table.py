@@ -22,7 +22,7 @@ def steps() -> str:
     """Speed, memory and parts of every measured tuning step."""
     lines = [
         "| GPU | shape | exits | flags | tokens/s (min–max) | peak GiB | of the bf16 ceiling | "
-        "backbone | exits | heads | optimizer |",
+        "backbone (TFLOP/s) | exits (TFLOP/s) | heads (TFLOP/s) | optimizer |",
         "|---" * 11 + "|",
     ]
     machines = set()
@@ -38,13 +38,17 @@ def steps() -> str:
         ]
         flop, top = result["flop_per_token"]["sum"], result["matmul_tflops"]
         share = flop * rate["median"] / top / 1e12
-        parts = result["seconds_per_step"].values()
-        backbone, exits, optimizer, heads = (f"{v:.2f} s" for v in parts)
+        tokens = int(given["global_batch_size"]) * int(given["seq_length"])
+        parts = list(result["seconds_per_step"].values())
+        backbone, exits, heads = (
+            f"{v:.2f} s ({result['flop_per_token'][name] * tokens / v / 1e12:.0f})"
+            for name, v in (("backbone", parts[0]), ("exits", parts[1]), ("head", parts[3]))
+        )
         gpu = result["hardware"].split()[1]
         begin = f"| {gpu} | {given['shape']} | {given['layers'].count(',') + 1} | "
         lines.append(
             f"{begin}{' '.join(flags) or '–'} | {_rate(result)} | {result['peak_gib']} | "
-            f"{share:.0%} of {top} TFLOP/s | {backbone} | {exits} | {heads} | {optimizer} |"
+            f"{share:.0%} of {top} TFLOP/s | {backbone} | {exits} | {heads} | {parts[2]:.2f} s |"
         )
         given_steps = f"median of {given['steps']} steps"
         machines.add(f"{result['hardware']}; {result['versions']}; {given_steps}")

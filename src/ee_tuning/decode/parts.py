@@ -12,7 +12,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, empty_backbone
 from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.pipeline import count_weights, cut_layers
+from ee_tuning.parallel.pipeline import count_weights, cut_layers, exit_weights
 from ee_tuning.parallel.tensor import check_splits, split_model
 
 
@@ -64,9 +64,7 @@ def _costs(model: EarlyExitModel) -> list[float]:
     """Weights that a token is multiplied with in each layer and in what predicts after it."""
     layers: list[nn.Module] = list(model.backbone.layers)  # type: ignore[call-overload]
     costs = [float(count_weights(layer)) for layer in layers]
-    head = count_weights(model.backbone.head)
-    costs[-1] += head
+    costs[-1] += count_weights(model.backbone.head)
     for layer in model.exit_layers:
-        exit = model.exit(layer)
-        costs[layer - 1] += count_weights(exit) + (head if exit.spec.head == "shared" else 0)
+        costs[layer - 1] += exit_weights(model, layer)
     return costs

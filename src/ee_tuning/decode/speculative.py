@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode.passes import Prediction
-from ee_tuning.parallel.pipeline import count_weights
+from ee_tuning.parallel.pipeline import count_weights, exit_weights
 
 if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
@@ -156,6 +156,5 @@ class Pace:
 def draft_cost(model: EarlyExitModel, layer: int) -> float:
     """Of the weights that a token is multiplied with at full depth, the share of a draft."""
     layers = [count_weights(one) for one in model.backbone.layers]  # type: ignore[attr-defined]
-    head, exit = count_weights(model.backbone.head), model.exit(layer)
-    own = count_weights(exit) + (head if exit.spec.head == "shared" else 0)
-    return (sum(layers[:layer]) + own) / (sum(layers) + head)
+    draft = sum(layers[:layer]) + exit_weights(model, layer)
+    return draft / (sum(layers) + count_weights(model.backbone.head))

@@ -144,6 +144,13 @@ def count_weights(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 
 
+def exit_weights(model: EarlyExitModel, layer: int) -> int:
+    """How many values the matrices have that predict at an exit, its head's too if it is shared."""
+    exit = model.exit(layer)
+    head = count_weights(model.backbone.head) if exit.spec.head == "shared" else 0
+    return count_weights(exit) + head
+
+
 def balance(costs: Sequence[float], stages: int) -> list[int]:
     """Numbers of consecutive layers, one per stage, whose dearest stage is as cheap as can be.
 
