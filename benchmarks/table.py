@@ -122,6 +122,40 @@ def decoding() -> str:
     return "\n".join([*lines, "", *sorted(machines)])
 
 
+def speedup() -> str:
+    """What tuned exits bring to decoding on a real model, and what they cost."""
+    result = json.loads((RESULTS / "speedup.json").read_text())
+    lines = [
+        "| exit | way | tokens/s | against full depth (min–max) | mean depth "
+        "| texts identical | tokens identical |",
+        "|---" * 7 + "|",
+    ]
+    for arch, run in result["runs"].items():
+        for name, row in run["ways"].items():
+            same, agrees = row.get("identical_texts"), row.get("text_agreement")
+            texts = "–" if same is None else f"{same} of {run['prompts']}"
+            tokens = "–" if agrees is None else f"{agrees:.1%}"
+            low, high = row["spread"]
+            lines.append(
+                f"| `{arch}` | {name} | {row['tokens_per_second']:,.0f} "
+                f"| {row['speedup']:.2f}× ({low:.2f}–{high:.2f}) | {row['mean_layer']:.1f} "
+                f"| {texts} | {tokens} |"
+            )
+    base, given = result["backbone"], result["settings"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['hardware']}; {result['versions']}. Backbone: {base['parameters']:,} "
+            f"parameters, {base['layers']} layers, pre-trained for {base['train_seconds']:.0f} s "
+            f"({base['tokens']:,} tokens), its own held-out loss {base['nats_per_token']:.2f}; one "
+            f"exit, at layer {given['layers']}, tuned {given['steps']} steps. bf16, batch 1, "
+            f"{given['prompts']} held-out prompts of 64 tokens, {given['new_tokens']} new ones "
+            f"each; the spread is that of {given['groups']} groups of prompts.",
+        ]
+    )
+
+
 def _rate(found: dict[str, Any]) -> str:
     rate = found["tokens_per_second"]
     return f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
@@ -182,7 +216,7 @@ def layouts() -> str:
 
 TABLES = {
     "efficiency.md": {"steps": steps, "savings": savings},
-    "decoding.md": {"speed": decoding},
+    "decoding.md": {"speed": decoding, "speedup": speedup},
     "scaling.md": {"parallel": parallel, "pipeline": pipeline, "layouts": layouts},
 }
 

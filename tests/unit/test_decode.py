@@ -296,6 +296,10 @@ def test_compiled_passes_give_the_same_tokens_and_compile_once():
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_there_is_nothing_to_warm_up_where_nothing_compiles():
+    assert long_model().warm_up(mode="speculative", compile=False) == 0
+
+
 def test_padding_writes_over_nothing_that_is_known():
     """Padding to a compiled size leaves the K/V of every settled token as they are, bit for bit."""
     passes = Engine(early_exit("llama"), [1, 3], slots=3, capacity=64).passes

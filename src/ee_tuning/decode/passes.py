@@ -242,8 +242,10 @@ class Passes:
     def warm_up(self, measures: Sequence[str] = ("probability",), verify: bool = True) -> float:
         """Compile, and capture on CUDA, what decoding with all slots free will ask for.
 
-        A sequence must not be in progress. Gives the seconds it took.
+        A sequence must not be in progress. Gives the seconds it took, 0 where nothing compiles.
         """
+        if not self.compile:
+            return 0.0
         start = time.perf_counter()
         self._control.zero_()
         self._control[:, 0] = torch.arange(self.slots, device=self.device)
