@@ -98,7 +98,7 @@ def decoding() -> str:
         "first token |",
         "|---" * 6 + "|",
     ]
-    machines = set()
+    notes = []
     for path in sorted(RESULTS.glob("decode-*.json")):
         result: dict[str, Any] = json.loads(path.read_text())
         shape = result["settings"]["shape"]
@@ -108,18 +108,22 @@ def decoding() -> str:
                 f"| {shape} | {name} | {_rate(found)} | {found['ms_per_step']:.2f} | {share} "
                 f"| {found['first_token_ms']:.1f} ms |"
             )
-        for name, found in result["transformers"].items():
+        for name, found in result.get("transformers", {}).items():
             lines.append(f"| {shape} | transformers, {name} | {_rate(found)} | – | – | – |")
-        long = result["prefill"]
-        machines.add(
-            f"{result['hardware']}; {result['versions']}; bf16, greedy, prompts of "
+        note = (
+            f"{shape}: {result['hardware']}; {result['versions']}; bf16, greedy, prompts of "
             f"{result['settings']['prompt_length']} tokens, {result['settings']['new_tokens']} new "
             f"ones each, {result['settings']['rounds']} rounds. A copy reaches "
-            f"{result['copy_gb_per_second']:,} GB/s there, bytes read and written. A prompt of "
-            f"{long['prompt_tokens']:,} tokens takes {long['ms']:.1f} ms, "
-            f"{long['share_of_transformers_speed']:.0%} of transformers' speed."
+            f"{result['copy_gb_per_second']:,} GB/s there, bytes read and written."
         )
-    return "\n".join([*lines, "", *sorted(machines)])
+        if "prefill" in result:
+            long = result["prefill"]
+            note += (
+                f" A prompt of {long['prompt_tokens']:,} tokens takes {long['ms']:.1f} ms, "
+                f"{long['share_of_transformers_speed']:.0%} of transformers' speed."
+            )
+        notes.append(note)
+    return "\n\n".join(["\n".join(lines), *notes])
 
 
 def speedup() -> str:
