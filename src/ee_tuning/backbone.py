@@ -66,6 +66,22 @@ class Anatomy:
     head: str
 
 
+def check_unquantised(config: Any, name: str) -> None:
+    """Refuse a backbone whose weights are stored or loaded quantised.
+
+    Raises:
+        UserError: how it is quantised, and what to use instead.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+        raise UserError(
+            f"{name} is quantised ({getattr(method, 'value', method)}), and exits start from full "
+            "precision: give the checkpoint it was made from, with --backbone-precision bnb-4bit, "
+            "say, if memory is short"
+        )
+
+
 def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a causal LM by what they are, not by what they are called.
 
@@ -77,6 +93,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder model: exits need a decoder-only causal LM")
+    check_unquantised(config, name)
     head = model.get_output_embeddings()
     if head is None or not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{name} is not a causal LM: it has no output head over a vocabulary")

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from ee_tuning.backbone import Anatomy, Backbone, find_anatomy
+from ee_tuning.backbone import Anatomy, Backbone, check_unquantised, find_anatomy
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
 from ee_tuning.parallel.split import (
@@ -65,6 +65,7 @@ def load_config(path: str) -> Any:
         raise UserError(f"cannot read the backbone {path}: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{path} is an encoder-decoder model: exits need a decoder-only causal LM")
+    check_unquantised(config, path)
     architectures = config.architectures or ["CausalLM"]
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not any(
         "CausalLM" in name or "LMHead" in name for name in architectures

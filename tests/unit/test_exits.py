@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import tiny
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.config import parse_layers
@@ -249,6 +250,21 @@ def test_a_tensor_missing_from_the_backbone(saved):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
         EarlyExitModel.from_pretrained(str(saved / "exits"))
+
+
+def test_backbones_that_are_quantised_already(tmp_path):
+    """Stored so, whether or not the package that made them is there, or loaded so."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"quantization_config": {"quant_method": "gptq"}}))
+    message = r"is quantised \(gptq\).*--backbone-precision bnb-4bit"
+    with pytest.raises(UserError, match=message):
+        EarlyExitModel.from_base(str(tmp_path), ExitConfig("1"))
+    model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM is quantised \(bitsandbytes\)"):
+        EarlyExitModel.from_base(model, ExitConfig("1"))
 
 
 def test_models_that_are_not_decoder_only(tmp_path):
