@@ -151,10 +151,10 @@ class Bench:
         vocabulary = self.model.backbone.config.vocab_size
         ids = torch.randint(vocabulary, (1, length), generator=draw)
         engine = Engine(self.model, [], capacity=length + 1, compile=False)
-        there = ids.to(self.device)
+        there, given = ids.to(self.device), [(0, ids[0].tolist())]
 
         def ours() -> None:
-            engine.passes.prompt(0, ids[0].tolist(), 0, Wanted("last", True))
+            list(engine.passes.prompts(given, 0, Wanted("last", True), lambda i: [0]))
 
         @torch.inference_mode()
         def theirs() -> None:

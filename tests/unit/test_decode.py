@@ -304,8 +304,9 @@ def test_padding_writes_over_nothing_that_is_known():
     """Padding to a compiled size leaves the K/V of every settled token as they are, bit for bit."""
     passes = Engine(early_exit("llama"), [1, 3], slots=3, capacity=64).passes
     lengths = [5, 9, 4]
-    for slot, length in enumerate(lengths):
-        passes.prompt(slot, prompt(length, slot), len(passes.segments) - 1, Wanted("last", True))
+    given = [(slot, prompt(length, slot)) for slot, length in enumerate(lengths)]
+    last = len(passes.segments) - 1
+    assert len(list(passes.prompts(given, last, Wanted("last", True), lambda i: [0] * 3))) == 3
     passes.compile = True  # for the sizes: nothing has been compiled
 
     def known():

@@ -80,6 +80,11 @@ class _Row:
         return layer in self.policy.thresholds and self.pending < self.limit
 
 
+def _prompt_kind(row: _Row) -> tuple[int, str, bool]:
+    """Prompts of a kind are read together."""
+    return row.last, row.policy.measure, row.policy.final
+
+
 Event = tuple[Request, Token]
 
 
@@ -153,24 +158,38 @@ class Engine:
 
     def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
         """Fill the free slots with the next requests, and read their prompts."""
-        for slot in range(len(self._rows)):
-            row = self._rows[slot]
+        for slot, row in enumerate(self._rows):
             if row is not None and row.request.cancelled:
                 self._rows[slot] = None
-            while self._rows[slot] is None:
-                request = next(waiting, None)
-                if request is None:
-                    break
-                self._check(request)
-                self._generators.give(request.chooser)
-                policy = request.policy
-                row = self._rows[slot] = _Row(request, slot, self._stops.index(policy.end))
-                if policy.verifies:
-                    row.pace = Pace(policy.max_pending, self._draft_cost(min(policy.thresholds)))
-                wanted = Wanted("last", policy.final, policy.measure)
-                found, _ = self.passes.prompt(slot, row.ids, row.last, wanted)
-                assert found is not None
-                yield from self._settle(row, found, 0, 1)
+        while new := self._begin_rows(waiting):
+            for kind, group in groupby(sorted(new, key=_prompt_kind), key=_prompt_kind):
+                last, measure, final = kind
+                alike = list(group)
+                given = [(row.slot, row.request.ids) for row in alike]
+                wanted = Wanted("last", final, measure)
+                for read in self.passes.prompts(given, last, wanted, self._starts):
+                    assert read.found is not None
+                    yield from self._settle(alike[read.number], read.found, read.window, 1)
+
+    def _begin_rows(self, waiting: Iterator[Request]) -> list[_Row]:
+        """A row for the next request in each free slot."""
+        new = []
+        for slot, row in enumerate(self._rows):
+            request = next(waiting, None) if row is None else None
+            if request is None:
+                continue
+            self._check(request)
+            self._generators.give(request.chooser)
+            policy = request.policy
+            row = self._rows[slot] = _Row(request, slot, self._stops.index(policy.end))
+            if policy.verifies:
+                row.pace = Pace(policy.max_pending, self._draft_cost(min(policy.thresholds)))
+            new.append(row)
+        return new
+
+    def _starts(self, i: int) -> list[int]:
+        """For every slot, how many tokens segment `i` has computed."""
+        return [row.done[i] if row and i <= row.last else 0 for row in self._rows]
 
     def _advance(self, i: int, rows: list[_Row]) -> Iterator[Event]:
         """Rows that stand before segment `i` go through it, those that want the same together."""
@@ -182,8 +201,7 @@ class Engine:
             alike = list(group)
             wanted = Wanted(self._after(i, alike), final, measure)
             windows = [row.window(i) for row in alike]
-            starts = [row.done[i] if row and i <= row.last else 0 for row in self._rows]
-            found = self.passes.window(i, windows, starts, wanted)
+            found = self.passes.window(i, windows, self._starts(i), wanted)
             for j, row in enumerate(alike):
                 row.done[i] += windows[j].count
                 yield from self._decide(i, row, found, j, windows[j].count)

@@ -8,7 +8,7 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,20 @@ class Prediction:
         return self._all.logits[self._row, self._place]
 
 
+@dataclass
+class Read:
+    """A prompt that was read: which one; what follows, if that was wanted, as window `window` of
+    `found`; and where a stage follows, the hidden states (P, H) behind the last segment.
+
+    `found` and `hidden` are good until the next pass.
+    """
+
+    number: int
+    found: Predictions | None
+    window: int
+    hidden: Tensor | None
+
+
 class Passes:
     """The chain of segments with its caches and rings, for up to `slots` sequences at a time.
 
@@ -151,17 +165,31 @@ class Passes:
             self._predict = torch.compile(_predict, dynamic=False)
 
     @torch.inference_mode()
-    def prompt(
-        self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
-    ) -> tuple[Predictions | None, Tensor | None]:
-        """Read a prompt into an empty slot, through segment `last`.
+    def prompts(
+        self,
+        given: Sequence[tuple[int, Sequence[int] | Tensor]],
+        last: int,
+        wanted: Wanted,
+        starts: Callable[[int], list[int]],
+    ) -> Iterator[Read]:
+        """Read prompts into empty slots, through segment `last`; in the order in which they end.
 
-        inputs: its ids, for a later stage hidden states (P, H). Gives what follows, if it is
-        wanted, and where a stage follows the hidden states (P, H) behind the last segment, good
-        until the next pass.
+        given: slot, and ids or for a later stage hidden states (P, H), of each. starts: of a
+        segment, as for `window`, whatever it says of these slots.
         """
-        if self.compile and len(inputs) <= CHUNK * CHUNKS:
-            return self._prompt_in_chunks(slot, inputs, last, wanted)
+        if not self.compile:
+            alone, short = list(range(len(given))), []
+        else:
+            alone = [j for j, (_, inputs) in enumerate(given) if len(inputs) > CHUNK * CHUNKS]
+            short = [j for j in range(len(given)) if j not in alone]
+        for j in alone:
+            yield self._prompt(j, *given[j], last, wanted)
+        yield from self._prompts_in_chunks({j: given[j] for j in short}, last, wanted, starts)
+
+    def _prompt(
+        self, number: int, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
+    ) -> Read:
+        """A prompt in one pass, neither compiled nor padded."""
         hidden = self._inputs(inputs)[None]
         positions = torch.arange(len(inputs), device=self.device)[None]
         slots = torch.tensor([slot], device=self.device)
@@ -174,7 +202,48 @@ class Passes:
         count = torch.tensor([len(inputs)], device=self.device)
         found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
         predictions = None if found is None else _read(*found, [0])
-        return predictions, None if self.is_last else hidden[0]
+        return Read(number, predictions, 0, None if self.is_last else hidden[0])
+
+    def _prompts_in_chunks(
+        self,
+        given: dict[int, tuple[int, Sequence[int] | Tensor]],
+        last: int,
+        wanted: Wanted,
+        starts: Callable[[int], list[int]],
+    ) -> Iterator[Read]:
+        """Prompts by compiled passes, together: where launching takes longer than computing."""
+        hidden: dict[int, list[Tensor]] = {j: [] for j in given}
+        first = 0
+        while left := [j for j, (_, inputs) in given.items() if len(inputs) > first]:
+            chunks = {j: given[j][1][first : first + CHUNK] for j in left}
+            slots = [given[j][0] for j in left]
+            ends = [j for j in left if len(given[j][1]) <= first + CHUNK]
+            places = [
+                [slot for slot, j in zip(slots, left, strict=True) for _ in chunks[j]],
+                [first + place for j in left for place in range(len(chunks[j]))],
+            ]
+            if not self.is_first:
+                self.put(places[0], places[1], torch.cat(list(chunks.values())))  # type: ignore[arg-type]
+            for i in range(last + 1):
+                ids = i == 0 and self.is_first
+                windows = [
+                    Window(slot, len(chunks[j]), chunks[j] if ids else ())  # type: ignore[arg-type]
+                    for slot, j in zip(slots, left, strict=True)
+                ]
+                known = starts(i)
+                for slot in slots:
+                    known[slot] = first
+                found = self.window(
+                    i, windows, known, wanted if i == last and ends else Wanted("nothing", False)
+                )
+            if not self.is_last:
+                taken = self.take(*places).split([len(chunk) for chunk in chunks.values()])
+                for j, states in zip(left, taken, strict=True):
+                    hidden[j].append(states)
+            for j in ends:
+                states = torch.cat(hidden[j]) if hidden[j] else None
+                yield Read(j, found, left.index(j), states)
+            first += CHUNK
 
     @torch.inference_mode()
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
@@ -211,25 +280,6 @@ class Passes:
         logits, answers = found
         return _read(logits, answers, [slots.index(window.slot) for window in windows])
 
-    def _prompt_in_chunks(
-        self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
-    ) -> tuple[Predictions | None, Tensor | None]:
-        """As `prompt`, but by compiled passes: where launching takes longer than computing."""
-        starts, nothing, hidden = [0] * self.slots, Wanted("nothing", False), []
-        for start in range(0, len(inputs), CHUNK):
-            chunk, starts[slot] = inputs[start : start + CHUNK], start
-            places = [slot] * len(chunk), range(start, start + len(chunk))
-            ids = chunk if self.is_first else ()
-            if not self.is_first:
-                self.put(*places, chunk)  # type: ignore[arg-type]
-            for i in range(last + 1):
-                asked = wanted if i == last and start + CHUNK >= len(inputs) else nothing
-                window = Window(slot, len(chunk), () if i else ids)  # type: ignore[arg-type]
-                found = self.window(i, [window], starts, asked)
-            if not self.is_last:
-                hidden.append(self.take(*places))
-        return found, torch.cat(hidden) if hidden else None
-
     def _inputs(self, inputs: Sequence[int] | Tensor) -> Tensor:
         return torch.as_tensor(inputs, device=self.device)
 
@@ -253,9 +303,9 @@ class Passes:
         for i, rows, reach, measure in sizes:
             last = self.is_last and i == len(self._steps) - 1
             in_order = self._in_order(list(range(rows)))
-            # Prompts come alone, and before the first segment there is one token otherwise.
+            # Of prompts, and before the first segment there is one token otherwise.
             many = [1] if i == 0 and self.is_first else self.window_sizes
-            for length in self.length_sizes if rows == 1 else many:
+            for length in sorted({*many, CHUNK}):
                 for after in (
                     ("last", "nothing", "each") if last and verify else ("last", "nothing")
                 ):

@@ -139,9 +139,10 @@ class Stage(Engine):
             wanted = Wanted("last" if asks else "nothing", asks and policy.final, policy.measure)
             inputs = row.ids if hidden is None else hidden
             through = min(last, len(self._stops) - 1)
-            found, hidden = self.passes.prompt(slot, inputs, through, wanted)
-            if found is not None:
-                self._answer(row, policy.end, found.of(0, 0))
+            (read,) = self.passes.prompts([(slot, inputs)], through, wanted, self._starts)
+            hidden = read.hidden
+            if read.found is not None:
+                self._answer(row, policy.end, read.found.of(0, 0))
         self._post_answers(alive=True)
         states = len(row.ids) if self._goes_beyond(row) else 0
         self._mail.tell_next(Message(Kind.PROMPT, [News(slot, states=states)], hidden))
