@@ -38,7 +38,7 @@ def tuned(arch: str, base: Path, data: Path, out: str, args: argparse.Namespace)
         TuneConfig(
             model=str(base), layers=args.layers, arch=arch, out=out, overwrite=True,
             data=[str(data / "train.jsonl")], valid_data=[str(data / "validation.jsonl")],
-            steps=args.steps, seq_length=512, micro_batch_size=8, lr=1e-3, min_lr=1e-4,
+            steps=args.steps, seq_length=args.seq_length, micro_batch_size=8, lr=1e-3, min_lr=1e-4,
             loss="mixed", kl_weight=0.8, eval_every=0, save_every=0,
         )
     )  # fmt: skip
@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--layers", default="4")
     parser.add_argument("--archs", nargs="*", default=["mlp", "layer"])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.8, 0.6, 0.4])
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=48)

@@ -184,6 +184,7 @@ class Baseline(torch.nn.Module):
         super().__init__()
         self.model = model.model
         self.exits = model.exits.to(model.backbone.dtype)
+        self.model.base_model.layers = self.model.base_model.layers[: model.exit_layers[-1]]
         self.seen: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in model.exit_layers}
         for layer, seen in self.seen.items():
             module = model.backbone.layers[layer - 1]
@@ -235,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--name", default="", help="what the table calls this run")
-    parser.add_argument("--layers", default="1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8")
+    parser.add_argument("--layers", help="default: at every 1/8 of the depth, or after each layer")
     parser.add_argument("--head", default="own")
     parser.add_argument("--backbone-precision", default="same", choices=get_args(FrozenPrecision))
     parser.add_argument("--exit-precision", default="same")
@@ -253,6 +254,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also seconds by operation, on CUDA")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    depth = SHAPES[args.shape]["num_hidden_layers"]
+    every = max(1, depth // 8)
+    args.layers = args.layers or ",".join(map(str, range(every, depth + 1, every)))
     device = pick_device(args.device)
     dtype = pick_dtype("auto", device)
     same = {f.name for f in dataclasses.fields(TuneConfig)} & vars(args).keys()

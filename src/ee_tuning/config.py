@@ -102,12 +102,15 @@ def parse_threshold(threshold: str | float) -> float | dict[int, float]:
     try:
         if ":" not in str(threshold):
             return float(threshold)
-        pairs = (item.split(":") for item in str(threshold).split(","))
-        return {int(layer): float(value) for layer, value in pairs}
+        pairs = [item.split(":") for item in str(threshold).split(",")]
+        found = {int(layer): float(value) for layer, value in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a layer twice")
+        return found
     except ValueError:
         raise UserError(
-            f"threshold {threshold!r} is not understood: give a number, or one per exit layer "
-            "(8:0.9,16:0.7)"
+            f"threshold {threshold!r} is not understood: give a number, or one per exit layer, "
+            "each once (8:0.9,16:0.7)"
         ) from None
 
 

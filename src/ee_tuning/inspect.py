@@ -34,6 +34,9 @@ def _exits_table(path: str) -> Table:
     table = Table(title=f"exits {path}\nfor {saved['base_model']} ({depth} layers)")
     for column in ("exit layer", "architecture", "head", "parameters"):
         table.add_column(column, justify="right")
+    if saved["vocab_size"]:
+        total = saved["backbone"]["config"]["vocab_size"]
+        table.caption = f"the exits know {saved['vocab_size']:,} of {total:,} tokens"
     sizes = _parameters(folder / WEIGHTS_NAME)
     for layer, arch, head in zip(*(saved[k] for k in ("layers", "arch", "head")), strict=True):
         table.add_row(str(layer), arch, head, f"{sizes.get(layer, 0):,}")
@@ -46,6 +49,8 @@ def _parameters(path: Path) -> dict[int, int]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not iterable itself
+                if name == "vocabulary":  # what the exits know, no weights
+                    continue
                 size = 1
                 for n in file.get_slice(name).get_shape():
                     size *= n

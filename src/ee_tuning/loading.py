@@ -57,6 +57,8 @@ def load_config(path: str) -> Any:
     """
     if not path:
         raise UserError("no backbone given: name a folder or a hub id with --model")
+    if path.startswith(("/", "./", "../")) and not Path(path).is_dir():
+        raise UserError(f"cannot read the backbone {path}: there is no such folder")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} is not a transformers checkpoint: it has no config.json")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -108,7 +107,8 @@ def confidence(logits: Tensor, measure: str = "probability") -> Tensor:
     """How sure logits are, between 0 and 1: (…, V) → (…) fp32.
 
     measure: ``probability``, the largest of the softmax; ``margin``, by how much it exceeds the
-    second; ``entropy``, 1 − H / log V, H being the softmax's entropy.
+    second; ``entropy``, 1 − H / log V, H being the softmax's entropy and V the number of tokens
+    that are known, those whose logits are finite.
     """
     logits = logits.float()
     if measure == "margin":
@@ -117,5 +117,5 @@ def confidence(logits: Tensor, measure: str = "probability") -> Tensor:
     if measure == "entropy":
         found = logits.log_softmax(-1)
         entropy = torch.special.entr(found.exp()).sum(-1)
-        return 1 - entropy / math.log(logits.shape[-1])
+        return 1 - entropy / logits.isfinite().sum(-1).clamp(min=2).log()
     return torch.exp(logits.amax(-1) - logits.logsumexp(-1))

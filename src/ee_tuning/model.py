@@ -170,8 +170,15 @@ class EarlyExitModel(nn.Module):
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
             if slices and saved.get("vocab_size"):
                 slices = replace(slices, head=False)  # its rows are picked first
-            parts = None if whole else _needed(path, config, stage)
-            model = load_backbone(path, parts, dtype, slices)
+            try:
+                parts = None if whole else _needed(path, config, stage)
+                model = load_backbone(path, parts, dtype, slices)
+            except UserError as error:
+                if model is not None:
+                    raise
+                raise UserError(
+                    f"{error}; {exits} was made with that backbone: say where it is with --model"
+                ) from error
         check_same(saved["backbone"]["config"], config_values(model.config), exits)
         early_exit = cls(model, config, stage)
         hashes, found = saved["backbone"]["tensors"], early_exit.tensor_hashes
@@ -414,7 +421,9 @@ class EarlyExitModel(nn.Module):
         """
         if self.vocabulary is not None:
             if not torch.equal(self.vocabulary.tokens, tokens.cpu()):
-                raise UserError("the exits' vocabulary is reduced to other tokens already")
+                raise UserError(
+                    "the exits' vocabulary is reduced to other tokens already: leave exit_vocab out"
+                )
             return
         self.vocabulary = Vocabulary(tokens, self.backbone.config.vocab_size)
         for layer in self.exit_layers:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
 from ee_tuning.quantised import PACKAGES
+from ee_tuning.tune import loop
 
 
 def arguments(base, data, out, **changes):
@@ -295,13 +296,13 @@ def test_quantised_backbone_resumes_bit_for_bit_and_exits_load_on_the_plain_one(
 
 
 def test_exits_with_a_reduced_vocabulary_from_tuning_to_decoding(base, data, tmp_path, capsys):
-    settings = {"exit_vocab": 100, "head": "own,shared"}
+    settings = {"exit_vocab": 40, "head": "own,shared"}
     a, b = whole_and_resumed(base, data, tmp_path, **settings)
-    assert "exits know 100 of 300 tokens" in capsys.readouterr().err.replace("\n", " ")
+    assert "exits know 40 of 300 tokens" in capsys.readouterr().err.replace("\n", " ")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert a["vocabulary"].shape == (100,)
-    assert a["1.head.weight"].shape == (100, 32)
+    assert a["vocabulary"].shape == (40,)
+    assert a["1.head.weight"].shape == (40, 32)
     assert not any(name.startswith("3.reduced") for name in a)
     model = EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
     out = model.generate(torch.tensor([[5, 9]]), threshold=0.0, max_new_tokens=8, eos_token_id=None)
@@ -311,8 +312,17 @@ def test_exits_with_a_reduced_vocabulary_from_tuning_to_decoding(base, data, tmp
     flags = "--seq-length 32 --prompts 1 --max-new-tokens 4 --rounds 1 --prompt-length 8"
     exits = ["--exits", str(tmp_path / "whole")]
     main(["evaluate", *exits, "--data", str(data), *flags.split()])
+    found = json.loads((tmp_path / "whole/evaluation.json").read_text())
+    assert 0 < found["unknown_targets"] < 0.5
+    assert "are not in the exits' vocabulary" in " ".join(capsys.readouterr().out.split())
+    assert "are not in the exits" in (tmp_path / "whole/report.html").read_text()
+    # What an exit does not know it cannot say: full depth says it all the same.
+    agreement = [row["agreement"] for row in found["exit_rows"]]
+    assert agreement[-1] == 1
+    main(["inspect", exits[1]])
+    assert "know 40 of 300 tokens" in " ".join(capsys.readouterr().out.split())
     line = fails(capsys, "export", *exits, "--layer", "1", "--out", "x")
-    assert "knows 100 tokens" in line
+    assert "knows 40 tokens" in line
     tune(base, data, tmp_path / "more", exits=str(tmp_path / "whole"), layers="")
 
 
@@ -335,6 +345,33 @@ def test_8_bit_optimizer_resumes_bit_for_bit_with_either_weights(
         assert all(torch.equal(one[name], other[name]) for name in one)
     valid = [line["valid_loss"] for line in records(tmp_path / "whole") if "valid_loss" in line]
     assert all(valid[-1][layer] < valid[0][layer] for layer in ("1", "3"))
+
+
+@pytest.mark.parametrize(("function", "after"), [("mean_losses", 0), ("tuning_step", 2)])
+def test_running_out_of_memory_names_the_largest_parts(
+    function, after, base, data, tmp_path, capsys, monkeypatch
+):
+    """Wherever it happens; the last checkpoint is good, if there is one."""
+    calls, real = [], getattr(loop, function)
+
+    def fails_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, function, fails_later)
+    out = tmp_path / "exits"
+    line = fails(capsys, "tune", *arguments(base, data, out, save_every=1))
+    assert "the largest parts are" in line
+    assert "see ee-tuning plan" in line
+    if not after:
+        assert "out of memory at the start: nothing was saved yet" in line
+        return
+    assert "out of memory at step 3" in line
+    assert "step-000002 is good, go on with --resume" in line
+    monkeypatch.setattr(loop, function, real)
+    main(["tune", *arguments(base, data, out, save_every=1), "--resume"])
 
 
 def test_bf16_weights_without_stochastic_rounding_are_refused(base, data, tmp_path, capsys):

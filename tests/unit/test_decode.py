@@ -450,7 +450,7 @@ def test_caches_may_take_all_that_is_free(short, fits, monkeypatch):
 
 BAD: list[tuple] = [
     ([[]], {}, "prompt is empty"),
-    ([[1] * 64], {}, "context is 64"),
+    ([[1] * 65], {}, "context is 64"),
     (1, {}, r"prompts of shape \(B, P\)"),
     (torch.zeros(0, 3), {}, r"prompts of shape \(B, P\), not \(0, 3\)"),
     ([[1]], {"threshold": 1.5}, r"outside \[0, 1\]"),
@@ -462,7 +462,7 @@ BAD: list[tuple] = [
     ([[1]], {"mode": "fixed"}, "needs one exit"),
     ([[1]], {"exit_layers": [4]}, "no exit at layer 4"),
     ([[1]], {"exit_layers": [9]}, "exit layer 9 does not exist"),
-    ([[1]], {"max_pending": -1}, "negative"),
+    ([[1]], {"max_pending": -1}, "whole number from 0"),
     ([[1]], {"num_beams": 2}, "beam search"),
     ([[1, 1], [1, 0]], {"attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padded on its right"),
     ([[1], [2]], {"streamer": object()}, "a streamer takes one text"),
@@ -507,9 +507,18 @@ def test_texts_end_where_learned_positions_do(family):
 def test_requests_that_do_not_fit_an_engine_are_refused():
     engine = Engine(early_exit(), [1], capacity=16, max_pending=2)
     for request, message in [
-        (Request([1], Policy(DEPTH), 17), "17 tokens are asked for, there is room for 16"),
-        (Request([1], Policy(2, final=False), 9), "exit at layer 2 is not among the engine's"),
-        (Request([1], Policy(DEPTH, max_pending=3), 9), "max_pending 3 is above the engine's, 2"),
+        (
+            Request([1], Policy(DEPTH), 17),
+            "17 tokens .* there is room for 16: ask for fewer, or raise capacity",
+        ),
+        (
+            Request([1], Policy(2, final=False), 9),
+            "exit at layer 2 is not among those of all prompts",
+        ),
+        (
+            Request([1], Policy(DEPTH, max_pending=3), 9),
+            "max_pending 3 is above that of all prompts, 2",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             list(engine.stream([request]))

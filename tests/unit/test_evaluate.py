@@ -235,7 +235,7 @@ def test_bad_thresholds(given):
         ({"micro_batch_size": 0}, "micro_batch_size 0 is too small"),
         ({"prompt_length": LENGTH + 8}, "more than seq_length"),
         ({"exit_layers": "3"}, "no exit at layer 3"),
-        ({"max_pending": -1}, "negative"),
+        ({"max_pending": -1}, "whole number from 0"),
     ],
 )
 def test_refusals_are_one_line(exits, data, tmp_path, changes, message):

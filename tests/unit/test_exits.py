@@ -267,6 +267,12 @@ def test_backbones_that_are_quantised_already(tmp_path):
         EarlyExitModel.from_base(model, ExitConfig("1"))
 
 
+def test_a_backbone_that_is_gone_is_asked_for(saved):
+    shutil.rmtree(saved / "base")
+    with pytest.raises(UserError, match=r"there is no such folder.*say where it is with --model"):
+        EarlyExitModel.from_pretrained(str(saved / "exits"))
+
+
 def test_models_that_are_not_decoder_only(tmp_path):
     from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 

@@ -174,6 +174,25 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
         list(model.generate_batch([[5, 9]], streamer=Streamer()))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([5, 9], {"slots": 0}, "slots is 0: give 1 or more"),
+        ({"threshold": 0.5}, {}, "token ids, as input_ids or alone, not nothing"),
+        ("def f", {}, "token ids, as input_ids or alone, not str"),
+        ([5.0, 9.0], {}, "generate takes token ids"),
+        ([5, 9], {"threshold": {"a": 0.5}}, "thresholds' layers must be numbers"),
+        ([5, 9], {"max_pending": 2.5}, "max_pending 2.5 is not possible"),
+        ([5, 9], {"min_depth": 4, "threshold": {1: 0.5}}, "no exit is active.*min_depth"),
+        ([5, 9], {"min_depth": 4, "mode": "fixed"}, r"active are \[\].*min_depth"),
+        ([5, 9], {"capacity": 8, "max_new_tokens": 63}, "there is room for 64.*capacity"),
+    ],
+)
+def test_prompts_of_a_batch_that_are_none(prompt, settings, message):
+    with pytest.raises(UserError, match=message):
+        list(early_exit().generate_batch([prompt], **settings))
+
+
 def test_several_sequences_per_prompt_and_plain_tensors():
     model = early_exit()
     ids = torch.tensor([[5, 9, 11], [4, 6, 8]])

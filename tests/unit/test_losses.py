@@ -38,6 +38,18 @@ def test_cross_entropy_is_a_masked_mean():
     torch.testing.assert_close(loss.mean(), torch.stack(terms).mean())
 
 
+@pytest.mark.parametrize(
+    ("measure", "least"), [("probability", 0.1), ("margin", 0), ("entropy", 0)]
+)
+def test_confidence_is_over_the_tokens_that_are_known(measure, least):
+    """A reduced vocabulary of 10 tokens of 100: not sure at all, and entirely."""
+    logits = torch.full((2, 100), -torch.inf)
+    logits[:, 20:30] = 0.0
+    logits[1, 25] = 100.0
+    expected = torch.tensor([float(least), 1.0])
+    torch.testing.assert_close(confidence(logits, measure), expected)
+
+
 def test_dynamic_weights_are_the_detached_confidence():
     logits, labels = sample()
     cross_entropy(logits, labels, dynamic=True).total.backward()

@@ -69,8 +69,18 @@ class Settings:
 
 
 def as_row(values: Any) -> Tensor:
-    """A prompt of `generate_batch`, or its mask, as a batch (1, P)."""
-    return torch.as_tensor(values, dtype=torch.int64).reshape(1, -1)
+    """A prompt of `generate_batch`, or its mask, as a batch (1, P).
+
+    Raises:
+        UserError: it is nothing of the kind.
+    """
+    try:
+        return torch.as_tensor(values).reshape(1, -1)
+    except (TypeError, ValueError, RuntimeError):
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(
+            f"a prompt of generate_batch is token ids, as input_ids or alone, not {found}"
+        ) from None
 
 
 def read_prompts(
@@ -101,7 +111,7 @@ def read_prompts(
     for ids in rows:
         if not ids:
             raise UserError("the prompt is empty: give at least one token")
-        if context and len(ids) >= context:
+        if context and len(ids) > context:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, the backbone's context is {context}: shorten it"
             )

@@ -288,14 +288,17 @@ class Engine:
         policy, passes = request.policy, self.passes
         if request.max_length > passes.capacity:
             raise UserError(
-                f"{request.max_length} tokens are asked for, there is room for {passes.capacity}"
+                f"{request.max_length} tokens with the prompt are asked for, there is room for "
+                f"{passes.capacity}: ask for fewer, or raise capacity"
             )
         missing = sorted({*policy.exit_layers} - {*self.exit_layers})
         if missing:
             raise UserError(
-                f"the exit at layer {missing[0]} is not among the engine's: {self.exit_layers}"
+                f"the exit at layer {missing[0]} is not among those of all prompts, "
+                f"{self.exit_layers}: add it to their exit_layers"
             )
         if policy.max_pending > self.max_pending:
             raise UserError(
-                f"max_pending {policy.max_pending} is above the engine's, {self.max_pending}"
+                f"max_pending {policy.max_pending} is above that of all prompts, "
+                f"{self.max_pending}: raise that"
             )

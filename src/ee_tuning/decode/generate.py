@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from ee_tuning.decode.arguments import Settings, as_row, prepare, read_prompts, said, warn_ignored
 from ee_tuning.decode.engine import Engine, Request
 from ee_tuning.decode.pipeline import Stage
-from ee_tuning.decode.policy import active_layers
+from ee_tuning.decode.policy import active_layers, check_pending
 from ee_tuning.decode.speculative import Token
 from ee_tuning.errors import UserError
 
@@ -123,18 +123,21 @@ def generate_batch(
         UserError: as `generate`; a prompt that does not fit is refused when its turn comes.
     """
     warn_ignored(kwargs)
+    if slots < 1:
+        raise UserError(f"slots is {slots}: give 1 or more")
     capacity = capacity or model.backbone.context
     if not capacity:
         raise UserError("the backbone's config has no context length: give capacity")
     exits = active_layers(model, kwargs.get("exit_layers"))
     bound = kwargs.get("max_pending", Settings.max_pending)
+    check_pending(bound)
     engine = _engine(model, exits, slots, capacity, bound, compile)
     numbers: dict[Request, tuple[int, list[Token]]] = {}
 
     def requests() -> Iterator[Request]:
         for number, prompt in enumerate(prompts):
             own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
-            row, mask = as_row(own.pop("input_ids")), own.pop("attention_mask", None)
+            row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
             (ids,) = read_prompts(model, row, None if mask is None else as_row(mask))
             for request in prepare(model, ids, **kwargs | own)[0]:
                 numbers[request] = number, []

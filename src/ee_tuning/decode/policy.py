@@ -59,14 +59,14 @@ def make_policy(
         raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if measure not in MEASURES:
         raise UserError(f"measure {measure!r} is unknown: use one of {', '.join(MEASURES)}")
-    if max_pending < 0:
-        raise UserError(f"max_pending {max_pending} is negative")
+    check_pending(max_pending)
     active = [k for k in active_layers(model, exit_layers) if k >= min_depth]
     thresholds = _thresholds(threshold, active)
     if mode == "fixed":
         if len(active) != 1:
             raise UserError(
-                f"mode fixed needs one exit, there are {active}: name it with exit_layers"
+                f"mode fixed needs one exit, active are {active}: name it with exit_layers, and no "
+                "min_depth above it"
             )
         return Policy(active[0], final=False, measure=measure)
     if mode == "speculative" and depth in active:
@@ -78,6 +78,16 @@ def make_policy(
     inner = {k: t for k, t in thresholds.items() if k < depth and t < 1 and mode != "full"}
     verifies = mode == "speculative" and bool(inner)
     return Policy(depth, True, inner, measure, max_pending, verifies)
+
+
+def check_pending(max_pending: int) -> None:
+    """Refuse a bound that is none.
+
+    Raises:
+        UserError: it is no whole number, or negative.
+    """
+    if not isinstance(max_pending, int) or max_pending < 0:
+        raise UserError(f"max_pending {max_pending!r} is not possible: give a whole number from 0")
 
 
 def active_layers(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
@@ -100,17 +110,23 @@ def _thresholds(threshold: float | Mapping[int, float], active: list[int]) -> di
     Raises:
         UserError: one is outside [0, 1], is for no active exit, or an exit has none.
     """
-    given: dict[Any, Any] = (
-        {int(layer): value for layer, value in threshold.items()}
-        if isinstance(threshold, Mapping)
-        else dict.fromkeys(active, threshold)
-    )
-    for value in given.values() if active else [threshold]:
+    try:
+        given: dict[Any, Any] = (
+            {int(layer): value for layer, value in threshold.items()}
+            if isinstance(threshold, Mapping)
+            else dict.fromkeys(active, threshold)
+        )
+    except ValueError as error:
+        raise UserError(f"the thresholds' layers must be numbers: {error}") from error
+    for value in given.values() if active or isinstance(threshold, Mapping) else [threshold]:
         if not (isinstance(value, (int, float)) and 0 <= value <= 1):
             raise UserError(f"threshold {value!r} is outside [0, 1]")
     unknown, missing = sorted(given.keys() - set(active)), sorted(set(active) - given.keys())
     if unknown:
-        raise UserError(f"threshold for layer {unknown[0]}: the active exits are at {active}")
+        raise UserError(
+            f"threshold for layer {unknown[0]}, where no exit is active, but at {active}: leave it "
+            "out, or see exit_layers and min_depth"
+        )
     if missing:
         raise UserError(f"no threshold for the exit at layer {missing[0]}: give one for each")
     return {layer: given[layer] for layer in active}

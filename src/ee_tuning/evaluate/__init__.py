@@ -15,7 +15,7 @@ from ee_tuning.data import load_packed
 from ee_tuning.decode.show import load_for_decoding
 from ee_tuning.devices import hardware, versions
 from ee_tuning.errors import UserError
-from ee_tuning.evaluate.exits import measure_exits
+from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
 from ee_tuning.files import write_json
@@ -120,7 +120,7 @@ def describe_machine(device: torch.device) -> str:
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """The exits' and the thresholds' figures for the terminal."""
-    exits = Table(title="exits, on held-out data")
+    exits = Table(title="exits, on held-out data", caption=unknown_text(result))
     for column in ("layer", "loss", "agrees with final exit", "mean confidence"):
         exits.add_column(column, justify="right")
     for row in result["exit_rows"]:

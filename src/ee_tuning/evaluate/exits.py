@@ -19,17 +19,22 @@ from ee_tuning.model import EarlyExitModel
 
 @dataclass
 class Predictions:
-    """What one exit says of the labelled tokens: its summed loss, and per batch (N,) each the
-    likeliest tokens and their probabilities, on the CPU."""
+    """What one exit says of the labelled tokens: its summed loss, of how many the exits know, and
+    per batch (N,) each the likeliest tokens and their confidences, on the CPU."""
 
     layer: int
     loss: float = 0.0
+    known: int = 0
     tokens: list[Tensor] = field(default_factory=list)
     confidences: list[Tensor] = field(default_factory=list)
 
-    def add(self, logits: Tensor, labels: Tensor, measure: str) -> None:
-        """Add a batch: logits (B, T, V), labels (B, T); measure: of confidence."""
-        self.loss += cross_entropy(logits, labels).total.item()
+    def add(self, logits: Tensor, labels: Tensor, known: Tensor, measure: str) -> None:
+        """Add a batch: logits (B, T, V), labels (B, T), and those that the exits know.
+
+        measure: of confidence.
+        """
+        self.loss += cross_entropy(logits, known).total.item()
+        self.known += int((known[:, 1:] != IGNORED).sum())
         labelled = logits[:, :-1][labels[:, 1:] != IGNORED]
         self.tokens.append(labelled.argmax(-1).cpu())
         self.confidences.append(confidence(labelled, measure).cpu())
@@ -42,8 +47,10 @@ def measure_exits(
     """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
 
     Returns ``exit_rows`` (layer, loss in nats per token, top-1 agreement with the final exit,
-    mean confidence) and ``next_token``: per threshold, what would happen to each token if the
-    text before it were the data's: agreement with the final exit and mean depth.
+    mean confidence), ``unknown_targets``, the share of tokens that a reduced vocabulary of the
+    exits lacks, whose losses are left out of every row, and ``next_token``: per threshold, what
+    would happen to each token if the text before it were the data's: agreement with the final exit
+    and mean depth.
 
     Raises:
         UserError: an active exit does not exist, or no token of these rows has a label.
@@ -58,8 +65,19 @@ def measure_exits(
     return {
         "data_tokens": len(taken),
         "exit_rows": rows,
+        "unknown_targets": 1 - final.known / len(taken),
         "next_token": [_leave(inner, taken, final.layer, t) for t in thresholds],
     }
+
+
+def unknown_text(result: dict[str, Any]) -> str | None:
+    """What a reduced vocabulary of the exits leaves out."""
+    if not result["unknown_targets"]:
+        return None
+    return (
+        f"{result['unknown_targets']:.1%} of the tokens are not in the exits' vocabulary: they are "
+        "left out of every loss, and no exit agrees there"
+    )
 
 
 def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
@@ -74,20 +92,17 @@ def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
 def _predict(
     model: EarlyExitModel, packed: Any, config: EvaluateConfig
 ) -> tuple[list[Predictions], Predictions]:
-    """Predictions of every exit, by depth, and of the final exit, on the same tokens.
-
-    Tokens that are not in a reduced vocabulary of the exits are left out.
-    """
+    """Predictions of every exit, by depth, and of the final exit, on the same tokens."""
     exits = [Predictions(layer) for layer in model.exit_layers]
     final = Predictions(model.backbone.num_layers)
     rows = max(1, min(len(packed), config.max_tokens // config.seq_length))
     for batch in micro_batches(packed, range(rows), config.micro_batch_size):
-        batch["labels"] = model.known_labels(batch["labels"])
+        batch["known"] = model.known_labels(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
         logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
         for found in (*exits, final):
             # Never given a name here: one exit's logits are gone when the next one's are made.
-            found.add(next(logits_by_depth), batch["labels"], config.measure)
+            found.add(next(logits_by_depth), batch["labels"], batch["known"], config.measure)
     return exits, final
 
 
@@ -104,7 +119,7 @@ def _exit_row(found: Predictions, final: Tensor) -> dict[str, Any]:
     """One exit's figures; `final` (N,) is what the final exit takes."""
     return {
         "layer": found.layer,
-        "loss": found.loss / len(final),
+        "loss": found.loss / max(1, found.known),
         "agreement": _share(torch.cat(found.tokens) == final),
         "confidence": torch.cat(found.confidences).mean().item(),
     }

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.decode.show import depth_colour
+from ee_tuning.evaluate.exits import unknown_text
 from ee_tuning.files import write_text
 
 
@@ -19,6 +20,7 @@ def write_report(path: Path, result: dict[str, Any], tokenizer: PreTrainedTokeni
     """Render an evaluation's result to the file at `path`."""
     environment = Environment(loader=PackageLoader("ee_tuning.evaluate", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
+        unknown=unknown_text(result),
         result=result,
         loss_plot=_svg(loss_plot(result)),
         agreement_plot=_svg(agreement_plot(result)),

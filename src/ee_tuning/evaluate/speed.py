@@ -59,8 +59,11 @@ def measure_thresholds(
     """
     inputs = [torch.tensor([ids], device=model.backbone.device) for ids in prompts]
     methods = _methods(model, thresholds, config)
+    # Where passes are compiled, all sizes that come are so before the clock starts.
+    first = inputs if inputs[0].is_cuda else inputs[:1]
     for method in methods.values():
-        method(inputs[0])
+        for ids in first:
+            method(ids)
     seconds: dict[Any, list[float]] = {name: [] for name in methods}
     outputs: dict[Any, list[Any]] = {}
     for _ in range(config.rounds):

@@ -68,9 +68,24 @@ def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
         out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
         console = console or Console(stderr=True, quiet=not mesh.is_main)
-        run = Run(config, out, console, mesh, device)
-        run.go()
+        with _largest_parts_named(config, mesh, out):
+            run = Run(config, out, console, mesh, device)
+            run.go()
     return run.model
+
+
+@contextmanager
+def _largest_parts_named(config: TuneConfig, mesh: Mesh, out: Path) -> Iterator[None]:
+    """Say what takes the memory when there is none left, and what is not lost."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        saved = checkpoints(out / "checkpoints")
+        kept = f"{saved[-1]} is good, go on with --resume" if saved else "nothing was saved yet"
+        raise UserError(
+            f"out of memory at {mesh.doing}: {kept}; the largest parts are "
+            f"{largest_parts(config)}; see ee-tuning plan"
+        ) from error
 
 
 class Run:
@@ -91,7 +106,7 @@ class Run:
             config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
         )
         if device.type == "cuda" and config.dp == config.tp == 1:
-            refuse_if_too_large(config, torch.cuda.mem_get_info(device)[1] / GIB)
+            refuse_if_too_large(config, torch.cuda.mem_get_info(device)[0] / GIB)
         self.model = build_model(config, mesh, device, self.dtype, console)
         self.layers = self.model.all_exit_layers
         if config.loss_weights and len(config.loss_weights) != len(self.layers):
@@ -159,22 +174,16 @@ class Run:
             set_learning_rate(optimizer, learning_rate(config, step))
         weights = loss_weights(config, self.layers, step)
         batches = self._micro_batches(step)
-        try:
-            losses, norms = tuning_step(
-                self.model,
-                self.optimizers,
-                batches,
-                self.objective,
-                weights,
-                config.clip,
-                self.autocast,
-                self.pipeline,
-            )
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory at step {step + 1}: checkpoints in {self.checkpoints} are good; "
-                f"the largest parts are {largest_parts(config)}; see ee-tuning plan"
-            ) from error
+        losses, norms = tuning_step(
+            self.model,
+            self.optimizers,
+            batches,
+            self.objective,
+            weights,
+            config.clip,
+            self.autocast,
+            self.pipeline,
+        )
         self._report(log, display)
         self.unread = step, OnTheWay(self._numbers(losses, norms, stop))
         display.update(step + 1, config.global_batch_size * config.seq_length)

@@ -1,0 +1,82 @@
+"""The benchmarks run as their docstrings say, on tiny models, and write what the tables read."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import decode
+import savings
+import speedup
+import table
+import tune
+
+
+def run(module, monkeypatch, out, flags):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *flags.split(), "--out", str(out)])
+    module.main()
+    return json.loads(out.read_text())
+
+
+@pytest.fixture
+def work(base, data, tmp_path):
+    """A pre-trained backbone and its text, as demo/pretrain.py leaves them."""
+    shutil.copytree(base, tmp_path / "model")
+    training = {
+        "parameters": 1, "layers": 4, "tokens": 1, "nats_per_token": 5.0, "train_seconds": 1.0,
+    }  # fmt: skip
+    (tmp_path / "model/training.json").write_text(json.dumps(training))
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation"):
+        text = json.dumps({"text": Path(data).read_text()})
+        (tmp_path / f"data/{name}.jsonl").write_text(f"{text}\n" * 3)
+    return tmp_path
+
+
+def test_tuning_steps_and_their_baseline(tmp_path, monkeypatch):
+    flags = "--shape tiny --seq-length 16 --device cpu --warmup 1 --steps 1"
+    found = run(tune, monkeypatch, tmp_path / "all.json", flags)
+    assert found["settings"]["layers"] == "1,2,3,4"
+    assert found["tokens_per_second"]["median"] > 0
+    found = run(tune, monkeypatch, tmp_path / "half.json", f"{flags} --layers 1/2 --baseline")
+    assert found["baseline"]["tokens_per_second"]["median"] > 0
+
+
+def test_decoding_in_every_way(tmp_path, monkeypatch):
+    flags = "--shape tiny --device cpu --prompt-length 5 --new-tokens 6 --long-prompt 9"
+    out = tmp_path / "decode-tiny.json"
+    found = run(decode, monkeypatch, out, f"{flags} --rounds 1 --batches 2")
+    assert len(found["decoding"]) == 7
+    assert all(way["tokens_per_second"]["median"] > 0 for way in found["decoding"].values())
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert table.decoding().count("| tiny |") == 9  # transformers' two ways, too
+
+
+def test_patterns_hold_their_shares():
+    """80% of the drafts kept, half of the tokens leaving: of every ten, exactly."""
+    for share in (0.5, 0.8):
+        drawn = decode.answers(share)
+        tens = [[next(drawn) for _ in range(10)] for _ in range(20)]
+        assert {sum(ten) for ten in tens} == {10 * share}
+        assert len({tuple(ten) for ten in tens}) > 5
+
+
+def test_savings_on_a_real_model(work, monkeypatch):
+    flags = f"--work {work} --layers 2 --steps 2 --seq-length 16 --only none"
+    found = run(savings, monkeypatch, work / "savings.json", flags)
+    assert list(found["runs"]) == ["bf16, fp32 masters"]
+    monkeypatch.setattr(table, "RESULTS", work)
+    assert "| bf16, fp32 masters |" in table.savings()
+
+
+def test_speed_on_a_real_model(work, monkeypatch):
+    flags = f"--work {work} --layers 2 --archs mlp --steps 2 --thresholds 0.5 --seq-length 64"
+    out = work / "speedup.json"
+    found = run(speedup, monkeypatch, out, f"{flags} --prompts 2 --groups 1 --new-tokens 3")
+    ways = found["runs"]["mlp"]["ways"]
+    assert ways["speculative 0.5"]["identical_texts"] == found["runs"]["mlp"]["prompts"]
+    monkeypatch.setattr(table, "RESULTS", work)
+    assert "| `mlp` | threshold 0.5 |" in table.speedup()
