@@ -6,6 +6,7 @@ python benchmarks/table.py
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ def losses(runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def savings() -> str:
+def savings(name: str = "savings") -> str:
     """Final losses of the same exits tuned with each saving."""
-    result = json.loads((RESULTS / "savings.json").read_text())
+    result = json.loads((RESULTS / f"{name}.json").read_text())
     runs = result["runs"]
     base, given = result["backbone"], next(iter(runs.values()))["settings"]
     return "\n".join(
@@ -219,7 +220,11 @@ def layouts() -> str:
 
 
 TABLES = {
-    "efficiency.md": {"steps": steps, "savings": savings},
+    "efficiency.md": {
+        "steps": steps,
+        "savings": savings,
+        "savings-cpu": partial(savings, "savings-cpu"),
+    },
     "decoding.md": {"speed": decoding, "speedup": speedup},
     "scaling.md": {"parallel": parallel, "pipeline": pipeline, "layouts": layouts},
 }
