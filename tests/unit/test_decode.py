@@ -31,9 +31,10 @@ def early_exit(family="llama", arch="mlp,norm,layer"):
     return MODELS[key]
 
 
-def long_model():
+def long_model(family="llama"):
     """One with a longer context, of which several chunks can be read."""
-    base = tiny("llama", max_position_embeddings=256)
+    context = {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
+    base = tiny(family, **context)
     return EarlyExitModel.from_base(base, ExitConfig("1,2,3", arch="mlp,norm,layer")).eval()
 
 
@@ -86,6 +87,7 @@ class Told(Chooser):
             st.integers(1, 20),
             st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=14),
             st.integers(0, 4),
+            st.sampled_from([DEPTH, DEPTH, 1, 2, 3]),
         ),
         min_size=1,
         max_size=4,
@@ -93,19 +95,18 @@ class Told(Chooser):
     seed=st.integers(0, 1000),
 )
 def test_any_pattern_of_exits_gives_what_recomputing_everything_gives(family, rows, seed):
-    """Rows of different prompts, patterns and pending bounds in one batch: at every token, the
-    logits of the exit where the slow decoder's token leaves, from scratch.
+    """Rows of different prompts, patterns and pending bounds in one batch, some of mode fixed: at
+    every token, the logits of the exit where the slow decoder's token leaves, from scratch.
 
     Tolerance: a window of several tokens sums in another order.
     """
     model = early_exit(family)
     generator = torch.Generator().manual_seed(seed)
     requests, given_tokens = [], []
-    for length, pattern, bound in rows:
+    for length, pattern, bound, end in rows:
         tokens = torch.randint(3, 96, (len(pattern) + 1,), generator=generator).tolist()
-        policy = Forced(
-            DEPTH, True, dict.fromkeys([1, 2, 3], 0.5), max_pending=bound, pattern=pattern
-        )
+        inner = dict.fromkeys([1, 2, 3], 0.5) if end == DEPTH else {}
+        policy = Forced(end, end == DEPTH, inner, max_pending=bound, pattern=pattern)
         total = length + len(tokens)
         requests.append(Request(prompt(length, seed), policy, total, Told(tokens)))
         given_tokens.append(tokens)
@@ -129,7 +130,7 @@ def slow_layers(model, request, tokens):
     settled = []
     policy = request.policy
     decoder = Decoder(
-        model, [1, 2, 3], DEPTH, policy.max_pending,
+        model, policy.exit_layers, policy.end, policy.max_pending,
         lambda layer, _: layer >= policy.pattern[len(settled) - 1],
     )  # fmt: skip
     settled.append(decoder.prefill(torch.tensor([request.ids])).exit_layer)
@@ -294,6 +295,27 @@ def test_compiled_passes_give_the_same_tokens_and_compile_once():
     ]
     assert found[0] == found[1]
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_prompts_that_are_read_together_give_what_each_gives_alone(family, monkeypatch):
+    """In chunks of several prompts, padded, beside rows in progress, of all kinds; what compiling
+    makes of the passes is left out, their sizes are those of compiled ones."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = long_model(family)
+    lengths = [70, 5, 64, 130, 1, 65, 128, 3]
+    own = [{}, {"mode": "full"}, {"mode": "fixed", "exit_layers": [1]}, {"mode": "speculative"}]
+    rows = [{"input_ids": prompt(n, n), **own[i % 4]} for i, n in enumerate(lengths)]
+    common = {"max_new_tokens": 9, "eos_token_id": None, "threshold": 0.02, "exit_layers": [1, 3]}
+    expected = {
+        number: model.generate(torch.tensor([row.pop("input_ids")]), **common | row)
+        for number, row in enumerate(map(dict, rows))
+    }
+    found = dict(model.generate_batch(rows, slots=3, capacity=200, compile=True, **common))
+    assert found.keys() == expected.keys()
+    for number, out in found.items():
+        assert torch.equal(out.sequences, expected[number].sequences)
+        assert torch.equal(out.exit_layers, expected[number].exit_layers)
 
 
 def test_there_is_nothing_to_warm_up_where_nothing_compiles():
