@@ -15,9 +15,8 @@ from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.parallel.simulate import simulate
-from ee_tuning.parallel.tensor import check_splits
-from ee_tuning.plan import GIB, memory, runs_side_by_side, tuned_values
-from ee_tuning.tune.check import check_parallel
+from ee_tuning.plan import GIB, itemsize, memory, runs_side_by_side, tuned_values
+from ee_tuning.tune.check import check_model, check_parallel
 
 NODE = 8  # GPUs
 INSIDE, OUTSIDE = 300e9, 40e9  # bytes per second of a GPU within a node and between nodes: assumed
@@ -69,7 +68,7 @@ def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
     """Whether tp divides what it splits, and stages and ranks have something to do."""
     try:
         check_parallel(config)
-        check_splits(model.backbone, config.tp)
+        check_model(model, config)
     except UserError:
         return False
     enough = config.pp <= model.exit_layers[-1] and config.dp <= config.global_batch_size
@@ -79,7 +78,8 @@ def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
 def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
     """What the layout of `config` is expected to take, by the simulated schedule."""
     tp, dp, pp = config.tp, config.dp, config.pp
-    hidden = config.micro_batch_size * config.seq_length * model.backbone.config.hidden_size * 2
+    tokens = config.micro_batch_size * config.seq_length
+    hidden = tokens * model.backbone.config.hidden_size * itemsize(config)
     each = math.ceil(config.global_batch_size / dp / config.micro_batch_size)
     # A ring sends everything twice, but for a process's own part.
     sum_over_tp = 2 * (tp - 1) / tp * hidden / INSIDE
@@ -94,10 +94,10 @@ def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
     forward = [len(stage) * layer for stage in stages]
     found = simulate(forward, work, each, send, together=together)
     seconds = found.seconds + _last_sum(model, config)
-    tokens = config.global_batch_size * config.seq_length
     gib = max(sum(memory(model, config, stage).values()) for stage in stages) / GIB
     idle = 1 - (1 - found.idle) * found.seconds / seconds
-    return Layout(dp, tp, pp, tokens / seconds, max(0.0, idle), gib)
+    rate = config.global_batch_size * config.seq_length / seconds
+    return Layout(dp, tp, pp, rate, max(0.0, idle), gib)
 
 
 def _last_sum(model: EarlyExitModel, config: TuneConfig) -> float:

@@ -43,7 +43,12 @@ from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, run_on_part
 from ee_tuning.parallel.split import SplitParameter, read_part
-from ee_tuning.quantised import check_installed, compiles, quantise_layer
+from ee_tuning.quantised import (
+    check_installed,
+    compiles,
+    nothing_to_quantise,
+    quantise_layer,
+)
 from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -226,10 +231,7 @@ class EarlyExitModel(nn.Module):
             self.freeze_shared_head()
         self.compiles_layers = compiles(backbone_precision)
         if quantises and not quantised:
-            raise UserError(
-                f"the layers of {type(self.model).__name__} have no linear matrices that could be "
-                f"kept in {backbone_precision}: leave --backbone-precision at same"
-            )
+            raise nothing_to_quantise(self.model, backbone_precision)
 
     def freeze_shared_head(self) -> None:
         """Keep the backbone's head in fp8 if an exit shares it."""

@@ -17,42 +17,46 @@ from rich.table import Table
 from torch import nn
 
 from ee_tuning.config import ExitConfig, PlanConfig, TuneConfig
+from ee_tuning.devices import pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.fp8 import has_fp8
 from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
-from ee_tuning.model import EarlyExitModel, find_exits, read_exit_config, saved_exits
+from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.quantised import BYTES
+from ee_tuning.vocabulary import Vocabulary
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: usable GiB; bf16, fp8: dense TFLOP/s of the datasheet, 0 without units; TB/s."""
+    """memory: usable GiB; fp32 (without tf32), bf16, fp8: dense TFLOP/s of the datasheet, 0
+    without units; TB/s."""
 
     memory: float
+    fp32: float
     bf16: float
     fp8: float
     bandwidth: float
 
 
 GPUS = {
-    "b200": Gpu(178, 2250, 4500, 8.0),
-    "h200": Gpu(139, 989, 1979, 4.8),
-    "h100": Gpu(79, 989, 1979, 3.35),
-    "a100-80": Gpu(79, 312, 0, 2.0),
-    "a100-40": Gpu(39, 312, 0, 1.55),
-    "l40s": Gpu(44, 362, 733, 0.86),
-    "5090": Gpu(31, 210, 419, 1.79),
-    "4090": Gpu(23.5, 165, 330, 1.0),
-    "3090": Gpu(23.5, 71, 0, 0.94),
+    "b200": Gpu(178, 80, 2250, 4500, 8.0),
+    "h200": Gpu(139, 67, 989, 1979, 4.8),
+    "h100": Gpu(79, 67, 989, 1979, 3.35),
+    "a100-80": Gpu(79, 19.5, 312, 0, 2.0),
+    "a100-40": Gpu(39, 19.5, 312, 0, 1.55),
+    "l40s": Gpu(44, 91.6, 362, 733, 0.86),
+    "5090": Gpu(31, 105, 210, 419, 1.79),
+    "4090": Gpu(23.5, 82.6, 165, 330, 1.0),
+    "3090": Gpu(23.5, 35.6, 71, 0, 0.94),
 }
-# Shares of the datasheet's rates that the parts of a step reached on an H200, and on an H100.
-REACHED = {"bf16": 0.58, "fp8": 0.45, "bandwidth": 0.8}
+# Shares of the datasheet's rates that the parts of a step reached on an H200, and on an H100. That
+# of fp32 was not measured: it is taken to be bf16's.
+REACHED = {"fp32": 0.58, "bf16": 0.58, "fp8": 0.45, "bandwidth": 0.8}
 # What makes a run smaller, the cheapest in quality first.
 SAVINGS: tuple[dict[str, object], ...] = (
     {"micro_batch_size": 1},
@@ -67,20 +71,23 @@ def plan(config: PlanConfig) -> None:
     """Print memory by part, time, whether it fits, and which flags would make it fit.
 
     Raises:
-        UserError: a GPU or a backbone that is not known, exits that it cannot have, or a layout
+        UserError: a GPU or a backbone that is not known, settings that `tune` refuses, or a layout
             whose memory is not counted here.
     """
+    from ee_tuning.tune.check import check_counts, check_settings  # its package uses what is here
+
     if config.gpu not in GPUS:
         raise UserError(f"gpu {config.gpu!r} is unknown: use one of {', '.join(GPUS)}")
     if config.shard or config.shard_backbone:
         raise UserError("plan knows neither --shard nor --shard-backbone: leave them out")
-    if config.gpus % (config.pp * config.tp):
-        parts_of = f"{config.pp} pipeline stages of {config.tp} tensor-parallel ranks"
-        raise UserError(f"{config.gpus} GPUs cannot be divided into {parts_of}")
+    check_counts(config, "gpus", "tp", "pp")
+    if not config.tokens > 0:
+        raise UserError(f"tokens is {config.tokens}: it must be above 0")
     gpu, console = GPUS[config.gpu], Console()
-    config = dataclasses.replace(config, dp=config.gpus // (config.pp * config.tp))
+    config = dataclasses.replace(config, dp=_data_parallel(config))
+    check_settings(config)
     model = shapes_of(config)
-    check_splits(model.backbone, config.tp)
+    _check(model, config)
     parts = largest_stage(model, config)
     table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
     table.add_column("part")
@@ -90,12 +97,8 @@ def plan(config: PlanConfig) -> None:
     total = sum(parts.values()) / GIB
     table.add_row("sum", f"{total:.1f} of {gpu.memory:g}", style="bold")
     console.print(table)
-    if config.backbone_precision == "fp8" and not gpu.fp8:
-        console.print(
-            f"{config.gpu} has no fp8 units, so tune refuses fp8 there: use --backbone-precision "
-            "torchao-int8, which takes the same memory",
-            soft_wrap=True,
-        )
+    if not gpu.fp8:
+        _show_missing_units(config, console)
     taken = step_seconds(model, config, gpu)
     seconds = sum(taken.values()) / config.gpus
     rate = config.global_batch_size * config.seq_length / seconds
@@ -114,6 +117,51 @@ def plan(config: PlanConfig) -> None:
         )
     if config.gpus > 1:
         _show_layouts(model, config, taken, console)
+
+
+def _data_parallel(config: PlanConfig) -> int:
+    """Data-parallel ranks: those given, or as many as the GPUs make.
+
+    Raises:
+        UserError: --dp, --tp and --pp do not take all GPUs, or more.
+    """
+    ranks = config.tp * config.pp
+    if not config.dp and config.gpus % ranks:
+        parts_of = f"{config.pp} pipeline stages of {config.tp} tensor-parallel ranks"
+        raise UserError(f"{config.gpus} GPUs cannot be divided into {parts_of}")
+    if config.dp and config.dp * ranks != config.gpus:
+        raise UserError(
+            f"dp {config.dp} × tp {config.tp} × pp {config.pp} is {config.dp * ranks}, not gpus, "
+            f"{config.gpus}: leave --dp out, or let --gpus be the product"
+        )
+    return config.dp or config.gpus // ranks
+
+
+def _check(model: EarlyExitModel, config: TuneConfig) -> None:
+    """Refuse what `tune` does on a GPU, whatever data, packages and GPU it finds.
+
+    Raises:
+        UserError: names the setting.
+    """
+    from ee_tuning.tune.check import check_dtype, check_model, check_settings
+
+    check_settings(config)
+    check_dtype(config, pick_dtype(config.precision, torch.device("cuda")))
+    check_model(model, config)
+
+
+def _show_missing_units(config: PlanConfig, console: Console) -> None:
+    refused = f"{config.gpu} has no fp8 units, so tune refuses"
+    if config.backbone_precision == "fp8":
+        console.print(
+            f"{refused} fp8 there: use --backbone-precision torchao-int8, which takes the same "
+            "memory",
+            soft_wrap=True,
+        )
+    if config.exit_precision == "fp8":
+        console.print(
+            f"{refused} --exit-precision fp8 there: use --exit-precision same", soft_wrap=True
+        )
 
 
 def _show_layouts(
@@ -145,11 +193,16 @@ def shapes_of(config: TuneConfig) -> EarlyExitModel:
         UserError: no such backbone or exits, or exits that the backbone cannot have.
     """
     exits: ExitConfig = config.exit_config()
-    path = config.model
+    path, known = config.model, None
     if config.exits:
-        saved = read_exit_config(find_exits(config.exits))
+        folder = find_exits(config.exits)
+        saved = read_exit_config(folder)
         exits, path = saved_exits(saved), config.model or saved["base_model"]
-    return EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
+        path, known = str(folder) if path == HERE else path, saved.get("vocab_size")
+    model = EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
+    if known:  # which tokens does not matter; heads stay whole, `_known` says what is left of them
+        model.vocabulary = Vocabulary(torch.arange(known), model.backbone.config.vocab_size)
+    return model
 
 
 def largest_stage(model: EarlyExitModel, config: TuneConfig) -> dict[str, float]:
@@ -159,7 +212,7 @@ def largest_stage(model: EarlyExitModel, config: TuneConfig) -> dict[str, float]
 
 
 def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str, float]:
-    """Bytes by part on the GPU that tunes the exits of `stage` (layers from 0), in bf16.
+    """Bytes by part on the GPU that tunes the exits of `stage` (layers from 0).
 
     model: may be on the meta device. Gradients are those of one exit, or of all where the hidden
     states of a whole batch would take more; see `tune.step`. With a loss that needs the final
@@ -172,15 +225,19 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
     deep = backbone.num_layers if config.loss != "ce" else stage.stop
     layers = list(backbone.layers)[stage.start : deep]  # type: ignore[call-overload]
-    small = BYTES.get(config.backbone_precision, 2)
+    wide = itemsize(config)
+    small = BYTES.get(config.backbone_precision, wide)
     vocabulary = _values(backbone.head)
     shared = any(exit.spec.head == "shared" for exit in exits)
-    frozen = (small * sum(map(_values, layers)) + 2 * vocabulary) / tp
+    # In fp8, a shared head is there twice: the products of its gradient need it transposed.
+    head = 2 if shared and config.backbone_precision == "fp8" else wide
+    frozen = (small * sum(map(_values, layers)) + head * vocabulary) / tp
     if stage.start == 0 and (tp > 1 or not backbone.config.tie_word_embeddings):
-        frozen += 2 * _values(backbone.model.get_input_embeddings())
-    if shared and config.exit_vocab:
-        frozen += 2 * vocabulary * _known(model, config) / backbone.config.vocab_size / tp
-    sizes = [sum(_tuned(model, config, exit)) / tp for exit in exits] or [0.0]
+        frozen += wide * _values(backbone.model.get_input_embeddings())
+    if shared and _reduced(model, config):
+        frozen += head * vocabulary * _known(model, config) / backbone.config.vocab_size / tp
+    tuned = [_tuned(model, config, exit) for exit in exits] or [[0.0]]
+    sizes = [sum(parts) / tp for parts in tuned]
     weight = _weight(config)
     state = 2.1 if config.optimizer == "adamw-8bit" else 8
     hidden = backbone.config.hidden_size
@@ -189,17 +246,20 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
     states = _hidden_states(model, config, len(exits))
     side_by_side = runs_side_by_side(model, config, stage)
     gradients = weight * (max(sizes) if side_by_side else sum(sizes))
+    # Beside the masters' gradients: working copies in bf16 and two gradients of them, or, where
+    # products are in fp32, a gradient that is about to be added.
+    largest = max(map(max, tuned)) / tp
+    beside = 4 * largest if wide == 4 else 6 * max(sizes) if weight == 4 else 0
     widest = max(p.shape[0] for layer in layers for p in layer.parameters() if p.dim() >= 2)
     logits = min(LOGITS, tokens * _known(model, config) / tp)
     return {
         "backbone": frozen,
         "exits' weights": weight * sum(sizes),
         "optimizer state": state * sum(sizes),
-        # Beside the masters', working copies in bf16 and two gradients of them.
-        "gradients": gradients + (6 * max(sizes) if weight == 4 else 0),
-        "hidden states": states if side_by_side else kept * tokens * hidden * 2 / positions,
-        "activations": 2 * tokens * (5 * widest / tp + 8 * hidden / positions),
-        "logits": 4 * logits,
+        "gradients": gradients + beside,
+        "hidden states": states if side_by_side else kept * tokens * hidden * wide / positions,
+        "activations": wide * tokens * (5 * widest / tp + 8 * hidden / positions),
+        "logits": 2 * wide * logits,
     }
 
 
@@ -225,7 +285,13 @@ def _hidden_states(model: EarlyExitModel, config: TuneConfig, exits: int) -> flo
     """Bytes of what so many exits need of all micro-batches of a data-parallel rank."""
     tokens = config.global_batch_size * config.seq_length / config.dp
     positions = config.tp if config.sequence_parallel else 1
-    return _kept(config, exits) * tokens * model.backbone.config.hidden_size * 2 / positions
+    wide = itemsize(config)
+    return _kept(config, exits) * tokens * model.backbone.config.hidden_size * wide / positions
+
+
+def itemsize(config: TuneConfig) -> int:
+    """Bytes of a hidden state's value, and of a frozen weight that is not quantised, on a GPU."""
+    return 4 if config.precision == "fp32" else 2
 
 
 def _weight(config: TuneConfig) -> int:
@@ -236,12 +302,13 @@ def _weight(config: TuneConfig) -> int:
 def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[str, float]:
     """Seconds by part of one optimizer step on one GPU."""
     tokens = config.global_batch_size * config.seq_length
-    given = model, config.seq_length, config.exit_vocab
+    given = model, config.seq_length, _reduced(model, config)
     flop = flop_per_token(*given, teacher=config.loss != "ce")
-    bf16 = gpu.bf16 * REACHED["bf16"] * 1e12
-    fp8 = gpu.fp8 * REACHED["fp8"] * 1e12 or bf16
-    frozen = fp8 if config.backbone_precision == "fp8" else bf16
-    tuned = fp8 if config.exit_precision == "fp8" else bf16
+    same = "fp32" if config.precision == "fp32" else "bf16"
+    wide = getattr(gpu, same) * REACHED[same] * 1e12
+    fp8 = gpu.fp8 * REACHED["fp8"] * 1e12 or wide
+    frozen = fp8 if config.backbone_precision == "fp8" else wide
+    tuned = fp8 if config.exit_precision == "fp8" else wide
     shared = any(exit.spec.head == "shared" for exit in model.exits.values())  # type: ignore[union-attr]
     sizes = [sum(_tuned(model, config, model.exit(layer))) for layer in model.exit_layers]
     moved = 4 * (2 if config.master_weights == "bf16" else 4)  # weight and gradient, in and out
@@ -284,7 +351,10 @@ def flop_per_token(
 
 
 def advice(model: EarlyExitModel, config: TuneConfig, available: float, fp8: bool) -> str:
-    """Which flags would make `config` fit into `available` GiB. fp8: whether the GPU has it."""
+    """Which flags, that `tune` takes, would make `config` fit into `available` GiB.
+
+    fp8: whether the GPU has it.
+    """
     flags: list[str] = []
     for saving in SAVINGS:
         if saving == {"backbone_precision": "fp8"} and not fp8:
@@ -295,13 +365,26 @@ def advice(model: EarlyExitModel, config: TuneConfig, available: float, fp8: boo
             continue  # smaller already
         if "head" in saving and config.exits:
             continue
-        config = dataclasses.replace(config, **saving)  # type: ignore[arg-type]
+        smaller = dataclasses.replace(config, **saving)  # type: ignore[arg-type]
+        # Heads are what changes the exits.
+        shapes = shapes_of(smaller) if "head" in saving else model
+        if not _is_possible(shapes, smaller):
+            continue
+        model, config = shapes, smaller
         flags += [f"--{name.replace('_', '-')} {value}" for name, value in saving.items()]
-        if "head" in saving:  # the one that changes the exits
-            model = shapes_of(config)
         if sum(largest_stage(model, config).values()) / GIB <= available:
             return "it would with " + " ".join(flags)
-    return f"not even with {' '.join(flags)}: use fewer or shallower exits, or more GPUs with --pp"
+    tried = f"not even with {' '.join(flags)}: " if flags else ""
+    more = ", or more GPUs with --pp" if config.loss == "ce" else ""
+    return f"{tried}use fewer or shallower exits{more}"
+
+
+def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
+    try:
+        _check(model, config)
+    except UserError:
+        return False
+    return True
 
 
 def refuse_if_too_large(config: TuneConfig, available: float) -> None:
@@ -340,7 +423,12 @@ def _tuned(model: EarlyExitModel, config: TuneConfig, exit: Exit) -> list[float]
 
 
 def _known(model: EarlyExitModel, config: TuneConfig) -> int:
-    return config.exit_vocab or model.backbone.config.vocab_size
+    return _reduced(model, config) or model.backbone.config.vocab_size
+
+
+def _reduced(model: EarlyExitModel, config: TuneConfig) -> int:
+    """How many tokens the exits know, of a saved vocabulary or one to come; 0: all."""
+    return len(model.vocabulary.tokens) if model.vocabulary else config.exit_vocab
 
 
 def _values(module: nn.Module) -> int:

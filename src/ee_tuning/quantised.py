@@ -36,6 +36,14 @@ def check_installed(precision: str) -> None:
         raise UserError(f"--backbone-precision {precision} needs: pip install {package}")
 
 
+def nothing_to_quantise(model: nn.Module, precision: str) -> UserError:
+    """What is wrong where no layer of `model` has an `nn.Linear`."""
+    return UserError(
+        f"the layers of {type(model).__name__} have no linear matrices that could be "
+        f"kept in {precision}: leave --backbone-precision at same"
+    )
+
+
 def compiles(precision: str) -> bool:
     """Whether layers in `precision` can be compiled: bitsandbytes' products look at values."""
     return PACKAGES.get(precision) != "bitsandbytes"

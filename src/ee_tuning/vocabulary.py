@@ -33,16 +33,25 @@ class Vocabulary:
         return torch.where(self.to_places(labels) == IGNORED, IGNORED, labels)
 
 
+def check_number(number: int, size: int) -> None:
+    """Refuse to let exits know `number` tokens of a vocabulary of `size`.
+
+    Raises:
+        UserError: `number` is not between 1 and `size`.
+    """
+    if not 1 <= number <= size:
+        raise UserError(f"exit_vocab is {number}: it must be between 1 and {size}, the vocabulary")
+
+
 def most_frequent(batches: Iterable[dict[str, Tensor]], number: int, size: int) -> Tensor:
     """The `number` tokens that occur most often among the labels of `batches`, ascending.
 
     Ties, and tokens that never occur, by their id.
 
     Raises:
-        UserError: `number` is not between 1 and the vocabulary's `size`.
+        UserError: see `check_number`.
     """
-    if not 1 <= number <= size:
-        raise UserError(f"exit_vocab is {number}: it must be between 1 and {size}, the vocabulary")
+    check_number(number, size)
     counts = torch.zeros(size, dtype=torch.int64)
     for batch in batches:
         counts += torch.bincount(batch["labels"][batch["labels"] != IGNORED], minlength=size)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from families import tiny
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
@@ -23,6 +24,7 @@ from ee_tuning.plan import (
     shapes_of,
     step_seconds,
 )
+from ee_tuning.tune.check import check
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -91,13 +93,156 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ("--gpus 6 --tp 4", "6 GPUs cannot be divided into 1 pipeline stages of 4"),
         ("--gpus 3 --tp 3", "tp is 3: it must divide the backbone's vocab_size"),
         ("--gpus 2 --shard", "plan knows neither --shard nor --shard-backbone"),
+        ("--gpus 0", "gpus is 0: it must be at least 1"),
+        ("--tp 0", "tp is 0: it must be at least 1"),
+        ("--gpus 2 --dp 4", "dp 4 × tp 1 × pp 1 is 4, not gpus, 2: leave --dp out, or"),
+        ("--tokens -5", "tokens is -5.0: it must be above 0"),
+        ("--global-batch-size 0", "global_batch_size is 0: it must be at least 1"),
+        ("--seq-length 0", "seq_length is 0: it must be at least 1"),
+        ("--micro-batch-size 0", "micro_batch_size is 0: it must be at least 1"),
+        ("--gpus 2 --pp 2 --loss kl", "loss kl cannot be had with pp 2"),
+        ("--gpus 2 --tp 2 --backbone-precision fp8", "--backbone-precision fp8 cannot be had"),
+        ("--gpus 2 --tp 2 --optimizer adamw-8bit", "--optimizer adamw-8bit cannot be had"),
+        ("--gpus 2 --tp 2 --exit-vocab 999", "tp is 2: it must divide the tokens that exits know"),
+        ("--gpus 32", "global_batch_size 16 is less than dp 32"),
+        ("--stage-layers 16 16", "stage_layers needs --pp"),
+        ("--master-weights bf16", "master_weights bf16 needs an optimizer that rounds"),
+        (
+            "--master-weights bf16 --optimizer adamw-8bit --precision fp32",
+            "master_weights bf16 needs --precision bf16",
+        ),
+        ("--seq-length 99999", "seq_length 99999 is beyond the backbone's context of 2048"),
+        ("--exit-vocab 99999999", "exit_vocab is 99999999: it must be between 1 and 32000"),
+        ("--loss-weights 1 2", "2 loss_weights for 1 exits"),
+        ("--arch embedding --head shared", "nothing to tune"),
+        ("--exits folder", "give either --exits or --layers"),
     ],
 )
 def test_plan_refuses(flags, message, large, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--model", large, "--layers", "8", *flags.split()])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_backbone_without_linear_layers_cannot_be_quantised(tmp_path, capsys):
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    common = ["plan", "--model", str(tmp_path), "--layers", "4", "--seq-length", "512"]
+    with pytest.raises(SystemExit):
+        main([*common, "--backbone-precision", "fp8"])
+    assert "have no linear matrices that could be kept in fp8" in capsys.readouterr().err
+    config = TuneConfig(model=str(tmp_path), layers="4", seq_length=512)
+    with pytest.raises(UserError) as refusal:
+        refuse_if_too_large(config, 0.1)
+    assert "--optimizer adamw-8bit" in str(refusal.value)
+    assert "--backbone-precision" not in str(refusal.value)
+
+
+def test_the_ranks_given_are_those_of_the_gpus(large, capsys):
+    common = ["plan", "--model", large, "--layers", "8", "--gpus", "4", "--tp", "2"]
+    main(common)
+    without = capsys.readouterr().out
+    main([*common, "--dp", "2"])
+    assert capsys.readouterr().out == without
+
+
+@pytest.mark.parametrize("precision", ["backbone", "exit"])
+def test_plan_says_that_a_gpu_has_no_fp8_units(precision, large, capsys):
+    common = ["plan", "--model", large, "--layers", "8", f"--{precision}-precision", "fp8"]
+    main([*common, "--gpu", "3090"])
+    out = " ".join(capsys.readouterr().out.split())
+    instead = {"backbone": "torchao-int8", "exit": "same"}[precision]
+    assert "3090 has no fp8 units, so tune refuses" in out
+    assert f"use --{precision}-precision {instead}" in out
+    main([*common, "--gpu", "4090"])
+    assert "no fp8 units" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "never"),
+    [
+        ({"tp": 2}, ["adamw-8bit", "--backbone-precision", "--master-weights"]),
+        ({"precision": "fp32"}, ["--master-weights"]),
+        ({"loss": "kl"}, ["--pp"]),
+        ({"arch": "embedding"}, ["--head shared"]),
+    ],
+)
+def test_advice_is_what_tune_takes(settings, never, large):
+    """Its flags, each with those before it, pass what `tune` checks."""
+    config = TuneConfig(model=large, layers="8", seq_length=512, micro_batch_size=2)
+    config = replace(config, **settings)
+    with pytest.raises(UserError) as refusal:
+        refuse_if_too_large(config, 0.1)
+    advised = str(refusal.value).split("not even with ")[1]
+    assert "--micro-batch-size 1" in advised
+    for flag in never:
+        assert flag not in advised
+    words = advised.split(":")[0].split()
+    names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
+    changes = dict(zip(names, words[1::2], strict=True))
+    changes["micro_batch_size"] = int(changes["micro_batch_size"])
+    check(replace(config, data=["a.jsonl"], **changes))
+
+
+def test_fp32_takes_more_memory_and_time(large):
+    config = TuneConfig(model=large, layers="8,32")
+    model = shapes_of(config)
+    wide = replace(config, precision="fp32")
+    half, whole = (memory(model, c, range(32)) for c in (config, wide))
+    for part in ("backbone", "activations", "logits"):
+        assert whole[part] == 2 * half[part]
+    for part in ("exits' weights", "optimizer state"):
+        assert whole[part] == half[part]
+    assert memory(model, replace(config, precision="bf16"), range(32)) == half
+    eight = replace(wide, backbone_precision="torchao-int8")
+    layers = sum(p.numel() for p in model.backbone.layers.parameters())
+    fewer = whole["backbone"] - memory(model, eight, range(32))["backbone"]
+    assert fewer == pytest.approx(3 * layers)
+    fast, slow = (step_seconds(model, c, GPUS["h100"]) for c in (config, wide))
+    for part in ("backbone", "exits", "heads"):
+        assert slow[part] / fast[part] == pytest.approx(989 / 67)
+    assert slow["optimizer"] == fast["optimizer"]
+    available = sum(half.values()) / GIB + 1
+    refuse_if_too_large(config, available)
+    with pytest.raises(UserError, match="more than the GPU has"):
+        refuse_if_too_large(wide, available)
+
+
+@pytest.mark.parametrize("head", ["own", "shared"])
+def test_saved_exits_keep_their_vocabulary(head, tmp_path, capsys):
+    base, exits = tmp_path / "base", tmp_path / "exits"
+    tiny("llama").save_pretrained(base)
+    model = EarlyExitModel.from_base(str(base), ExitConfig("2,4", "mlp", head=head))
+    model.reduce_vocabulary(torch.arange(32))
+    model.save_pretrained(exits)
+    common = ["plan", "--seq-length", "32"]
+    main([*common, "--exits", str(exits)])
+    shown = capsys.readouterr().out
+    new = TuneConfig(model=str(base), layers="2,4", head=head, seq_length=32)
+    old = TuneConfig(exits=str(exits), seq_length=32)
+    known = replace(new, exit_vocab=32)
+    assert _predicted(old) == _predicted(known)
+    assert _predicted(old) == _predicted(replace(old, exit_vocab=32))
+    assert _predicted(old) != _predicted(new)
+    main([*common, "--model", str(base), "--layers", "2,4", "--head", head, "--exit-vocab", "32"])
+    assert capsys.readouterr().out == shown
+    for flags, message in (
+        (["--exit-vocab", "16"], "exit_vocab is 16: the exits in"),
+        (["--gpus", "2", "--tp", "2", "--loss", "kl"], "--exit-vocab and --loss kl cannot be had"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*common, "--exits", str(exits), *flags])
+        assert message in capsys.readouterr().err
+    saved = json.loads((exits / "exit_config.json").read_text()) | {"base_model": "."}
+    (base / "exit_config.json").write_text(json.dumps(saved))
+    assert _predicted(replace(old, exits=str(base))) == _predicted(old)
+
+
+def _predicted(config):
+    model = shapes_of(config)
+    return largest_stage(model, config), step_seconds(model, config, GPUS["h200"])
 
 
 def test_the_docs_show_what_was_measured():

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
+from torch import nn
+
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.quantised import check_installed
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.tensor import check_splits
+from ee_tuning.quantised import check_installed, nothing_to_quantise
+from ee_tuning.vocabulary import check_number
 
 
 def check(config: TuneConfig) -> None:
@@ -15,11 +23,20 @@ def check(config: TuneConfig) -> None:
     """
     if not config.data:
         raise UserError("no data given: name files, folders or hub ids with --data")
+    check_settings(config)
+    check_installed(config.backbone_precision)
+
+
+def check_settings(config: TuneConfig) -> None:
+    """Refuse settings that cannot work with any model, data or machine.
+
+    Raises:
+        UserError: names the setting.
+    """
     if bool(config.exits) == bool(config.layers):
         raise UserError("give either --exits or --layers: one says which exits to tune")
-    for key in ("steps", "seq_length", "micro_batch_size", "global_batch_size", "keep"):
-        if getattr(config, key) < 1:
-            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
+    counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep"
+    check_counts(config, *counts, "dp", "tp", "pp")
     if config.seq_length < 2:
         raise UserError("seq_length is 1: a token needs another one before it")
     if config.master_weights == "bf16" and config.optimizer != "adamw-8bit":
@@ -35,7 +52,6 @@ def check(config: TuneConfig) -> None:
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
         )
-    check_installed(config.backbone_precision)
     check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
@@ -51,6 +67,64 @@ def check(config: TuneConfig) -> None:
     for key in ("kl_weight", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
+
+
+def check_counts(config: TuneConfig, *keys: str) -> None:
+    """Refuse settings that count something and are below 1.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for key in keys:
+        if getattr(config, key) < 1:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
+
+
+def check_dtype(config: TuneConfig, dtype: torch.dtype) -> None:
+    """Refuse what cannot be had with a backbone in `dtype`.
+
+    Raises:
+        UserError: bf16 weights that would be multiplied in fp32.
+    """
+    if config.master_weights == "bf16" and dtype == torch.float32:
+        raise UserError("master_weights bf16 needs --precision bf16, it is fp32 here")
+
+
+def check_model(model: EarlyExitModel, config: TuneConfig) -> None:
+    """Refuse settings that cannot work with this model, which may be on the meta device.
+
+    Raises:
+        UserError: names the setting, or there is nothing to tune.
+    """
+    backbone, exits = model.backbone, len(model.all_exit_layers)
+    if backbone.context and config.seq_length > backbone.context:
+        raise UserError(
+            f"seq_length {config.seq_length} is beyond the backbone's context of {backbone.context}"
+        )
+    if config.loss_weights and len(config.loss_weights) != exits:
+        raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
+    if not any(p.requires_grad for p in model.exits.parameters()):
+        raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
+    linear = any(type(m) is nn.Linear for m in backbone.layers.modules())
+    if config.backbone_precision != "same" and not linear:
+        raise nothing_to_quantise(backbone.model, config.backbone_precision)
+    check_splits(backbone, config.tp)
+    _check_vocabulary(model, config)
+
+
+def _check_vocabulary(model: EarlyExitModel, config: TuneConfig) -> None:
+    known = len(model.vocabulary.tokens) if model.vocabulary else config.exit_vocab
+    if not known:
+        return
+    check_number(known, model.backbone.config.vocab_size)
+    if config.exit_vocab not in (0, known):
+        raise UserError(
+            f"exit_vocab is {config.exit_vocab}: the exits in {config.exits} know {known} tokens "
+            "already; leave --exit-vocab out"
+        )
+    if known % config.tp:
+        raise UserError(f"tp is {config.tp}: it must divide the tokens that exits know, {known}")
+    check_parallel(dataclasses.replace(config, exit_vocab=known))
 
 
 def check_parallel(config: TuneConfig) -> None:

@@ -28,8 +28,8 @@ from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.trace import save_timeline
-from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large
-from ee_tuning.tune.check import check
+from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large, shapes_of
+from ee_tuning.tune.check import check, check_dtype, check_model
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -100,8 +100,8 @@ class Run:
         self.dtype = pick_dtype(config.precision, self.device)
         check_precisions(config, device)
         self.autocast = None if self.dtype == torch.float32 else self.dtype
-        if config.master_weights == "bf16" and self.autocast is None:
-            raise UserError("master_weights bf16 needs --precision bf16, it is fp32 here")
+        check_dtype(config, self.dtype)
+        mesh.on_all(lambda: check_model(shapes_of(config), config))
         self.objective = Objective(
             config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
         )
@@ -109,11 +109,6 @@ class Run:
             refuse_if_too_large(config, torch.cuda.mem_get_info(device)[0] / GIB)
         self.model = build_model(config, mesh, device, self.dtype, console)
         self.layers = self.model.all_exit_layers
-        if config.loss_weights and len(config.loss_weights) != len(self.layers):
-            raise UserError(
-                f"{len(config.loss_weights)} loss_weights for {len(self.layers)} exits: "
-                "give one each"
-            )
         self.train_data, self.valid_data = load_data(config, self.model, mesh)
         if config.exit_vocab:
             reduce_vocabulary(self.model, self.train_data, self.valid_data, config, console)

@@ -34,8 +34,8 @@ def build_model(
     """Exits to tune, of this process's stage, on what they need of the backbone in `dtype`.
 
     Raises:
-        UserError: see `own_stage`, `EarlyExitModel.from_base`; processes have different
-            backbones; or no exit has a parameter.
+        UserError: see `own_stage`, `EarlyExitModel.from_base`; or processes have different
+            backbones.
     """
     load: dict[str, Any] = {
         "stage": own_stage(config, mesh, device, dtype, console),
@@ -57,8 +57,6 @@ def build_model(
 
     model = mesh.on_all(read)
     model.tensor_hashes = _all_hashes(model, mesh)
-    if not any(mesh.gather_on_host(any(p.requires_grad for p in model.exits.parameters()))):
-        raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
     return model
 
 
@@ -110,11 +108,6 @@ def load_data(
     Raises:
         UserError: no data, or other data than another process has.
     """
-    context = model.backbone.context
-    if context and config.seq_length > context:
-        raise UserError(
-            f"seq_length {config.seq_length} is beyond the backbone's context of {context}"
-        )
     both = mesh.on_all(lambda: _pack(config, model.backbone.model.name_or_path))
     mesh.check_same("data", digest(*map(_sample, both)))
     return both
