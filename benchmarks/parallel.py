@@ -33,6 +33,7 @@ from shapes import SHAPES, build
 from tune import peak
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.check import check
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.errors import ProcessFailed, UserError
@@ -43,7 +44,6 @@ from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline, cut_stages
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import Event, idle_share, span
-from ee_tuning.tune.check import check
 from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizer import build_optimizers

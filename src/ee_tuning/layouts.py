@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ee_tuning.check import check_model, check_parallel
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.plan import GIB, itemsize, memory, runs_side_by_side, tuned_values
-from ee_tuning.tune.check import check_model, check_parallel
 
 NODE = 8  # GPUs
 INSIDE, OUTSIDE = 300e9, 40e9  # bytes per second of a GPU within a node and between nodes: assumed

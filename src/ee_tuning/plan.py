@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ee_tuning.check import check_counts, check_dtype, check_model, check_settings
 from ee_tuning.config import ExitConfig, PlanConfig, TuneConfig
 from ee_tuning.devices import pick_dtype
 from ee_tuning.errors import UserError
@@ -74,8 +75,6 @@ def plan(config: PlanConfig) -> None:
         UserError: a GPU or a backbone that is not known, settings that `tune` refuses, or a layout
             whose memory is not counted here.
     """
-    from ee_tuning.tune.check import check_counts, check_settings  # its package uses what is here
-
     if config.gpu not in GPUS:
         raise UserError(f"gpu {config.gpu!r} is unknown: use one of {', '.join(GPUS)}")
     if config.shard or config.shard_backbone:
@@ -143,8 +142,6 @@ def _check(model: EarlyExitModel, config: TuneConfig) -> None:
     Raises:
         UserError: names the setting.
     """
-    from ee_tuning.tune.check import check_dtype, check_model, check_settings
-
     check_settings(config)
     check_dtype(config, pick_dtype(config.precision, torch.device("cuda")))
     check_model(model, config)

@@ -31,9 +31,18 @@ def check_installed(precision: str) -> None:
     Raises:
         UserError: what to install.
     """
-    package = PACKAGES.get(precision)
-    if package and find_spec(package) is None:
-        raise UserError(f"--backbone-precision {precision} needs: pip install {package}")
+    if precision in PACKAGES:
+        check_package(PACKAGES[precision], f"--backbone-precision {precision}")
+
+
+def check_package(package: str, what: str) -> None:
+    """Refuse what needs a package that is missing, `what` being a flag and its value.
+
+    Raises:
+        UserError: what to install.
+    """
+    if find_spec(package) is None:
+        raise UserError(f"{what} needs: pip install {package}")
 
 
 def nothing_to_quantise(model: nn.Module, precision: str) -> UserError:

@@ -111,6 +111,7 @@ def test_a_missing_shard_is_one_line_and_status_2(backbones, data, tmp_path, fre
         shutil.copytree(backbones / "llama", folder / "model")
         env = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
         flags = ["--model", "model", "--data", data, "--layers", "1,5", "--out", tmp_path / "out"]
+        flags += ["--seq-length", "64"]
         command = [sys.executable, "-m", "ee_tuning", "tune", *flags, "--pp", "2"]
         processes.append((command, folder, os.environ | {k: str(v) for k, v in env.items()}))
     min((tmp_path / "1/model").glob("*.safetensors")).unlink()

@@ -149,6 +149,8 @@ BAD = [
     ({"out": None}, "no output folder"),
     ({"steps": 0}, "at least 1"),
     ({"lr": -1}, "above 0"),
+    ({"log_every": 0}, "log_every is 0: it must be at least 1"),
+    ({"beta1": 2}, "beta1 is 2.0: it must be at least 0 and below 1"),
     ({"seq_length": 4096}, "beyond the backbone's context of 128"),
     ({"loss_weights": [1, 2, 3]}, "3 loss_weights for 2 exits"),
     ({"device": "cuda:7"}, "cannot be used"),

@@ -12,6 +12,7 @@ from families import tiny
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.check import check
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
@@ -24,7 +25,6 @@ from ee_tuning.plan import (
     shapes_of,
     step_seconds,
 )
-from ee_tuning.tune.check import check
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -7,11 +7,11 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning import quantised as module
+from ee_tuning.check import check
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.quantised import PACKAGES, quantisation_config
-from ee_tuning.tune.check import check
 from ee_tuning.tune.step import mean_losses
 
 EXITS = ExitConfig("1,3", "mlp,layer")
@@ -80,6 +80,8 @@ def test_a_missing_package_is_named_before_anything_is_read(precision, monkeypat
     config = TuneConfig(data=["a.jsonl"], layers="4", backbone_precision=precision)
     with pytest.raises(UserError, match=f"{precision} needs: pip install {PACKAGES[precision]}"):
         check(config)
+    with pytest.raises(UserError, match="--optimizer adamw-8bit needs: pip install torchao"):
+        check(TuneConfig(data=["a.jsonl"], layers="4", optimizer="adamw-8bit"))
     flags = "--model nowhere --layers 1 --data nowhere.jsonl --out x --backbone-precision"
     with pytest.raises(SystemExit) as stopped:
         main(["tune", *flags.split(), precision])

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ee_tuning.check import check, check_dtype, check_model
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import check_precisions, pick_device, pick_dtype, versions
@@ -29,7 +30,6 @@ from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.trace import save_timeline
 from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large, shapes_of
-from ee_tuning.tune.check import check, check_dtype, check_model
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,

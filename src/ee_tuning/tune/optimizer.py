@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import TuneConfig
-from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.tensor import total_norm
@@ -49,10 +48,7 @@ def _adamw_8bit(seed: int, layer: int) -> Any:
     that goes on from a checkpoint rounds as if it had not stopped, and exits tuned together as if
     each were alone.
     """
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError("--optimizer adamw-8bit needs: pip install torchao") from error
+    from torchao.optim import AdamW8bit
 
     class Seeded(AdamW8bit):
         def step(self, closure: Any = None) -> Any:

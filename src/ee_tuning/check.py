@@ -11,7 +11,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.tensor import check_splits
-from ee_tuning.quantised import check_installed, nothing_to_quantise
+from ee_tuning.quantised import check_installed, check_package, nothing_to_quantise
 from ee_tuning.vocabulary import check_number
 
 
@@ -25,6 +25,8 @@ def check(config: TuneConfig) -> None:
         raise UserError("no data given: name files, folders or hub ids with --data")
     check_settings(config)
     check_installed(config.backbone_precision)
+    if config.optimizer == "adamw-8bit":
+        check_package("torchao", "--optimizer adamw-8bit")
 
 
 def check_settings(config: TuneConfig) -> None:
@@ -35,7 +37,7 @@ def check_settings(config: TuneConfig) -> None:
     """
     if bool(config.exits) == bool(config.layers):
         raise UserError("give either --exits or --layers: one says which exits to tune")
-    counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep"
+    counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep", "log_every"
     check_counts(config, *counts, "dp", "tp", "pp")
     if config.seq_length < 2:
         raise UserError("seq_length is 1: a token needs another one before it")
@@ -64,6 +66,9 @@ def check_settings(config: TuneConfig) -> None:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
     if config.balance == "measured" and (config.pp == 1 or config.stage_layers):
         raise UserError("balance measured needs --pp, and no --stage-layers: nothing to balance")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(config, key) < 1:
+            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 0 and below 1")
     for key in ("kl_weight", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
