@@ -177,14 +177,13 @@ class Passes:
         given: slot, and ids or for a later stage hidden states (P, H), of each. starts: of a
         segment, as for `window`, whatever it says of these slots.
         """
-        if not self.compile:
-            alone, short = list(range(len(given))), []
-        else:
-            alone = [j for j, (_, inputs) in enumerate(given) if len(inputs) > CHUNK * CHUNKS]
-            short = [j for j in range(len(given)) if j not in alone]
-        for j in alone:
-            yield self._prompt(j, *given[j], last, wanted)
-        yield from self._prompts_in_chunks({j: given[j] for j in short}, last, wanted, starts)
+        short = {}
+        for j, (slot, inputs) in enumerate(given):
+            if self.compile and len(inputs) <= CHUNK * CHUNKS:
+                short[j] = slot, inputs
+            else:
+                yield self._prompt(j, slot, inputs, last, wanted)
+        yield from self._prompts_in_chunks(short, last, wanted, starts)
 
     def _prompt(
         self, number: int, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted

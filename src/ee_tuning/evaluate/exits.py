@@ -76,7 +76,7 @@ def unknown_text(result: dict[str, Any]) -> str | None:
         return None
     return (
         f"{result['unknown_targets']:.1%} of the tokens are not in the exits' vocabulary: they are "
-        "left out of every loss, and no exit agrees there"
+        "left out of every loss; where full depth takes such a token, no exit agrees"
     )
 
 
