@@ -129,11 +129,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
             name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}"
         )
     speeds = Table(
-        title="thresholds: mean depth, agreement with full depth, speed",
+        title="thresholds: mean depth, agreement with full depth (next token, text), speed",
         caption=f"greedy, batch 1, {result['tokens_per_prompt']} new tokens; median (least–most); "
         "lossless: speed-up of mode speculative",
     )
-    for column in ("threshold", "depth", "next token", "text", "tok/s", "speed-up", "lossless"):
+    for column in ("threshold", "depth", "next", "text", "tok/s", "speed-up", "lossless"):
         speeds.add_column(column, justify="right", no_wrap=True)
     for row in result["threshold_rows"]:
         speeds.add_row(
