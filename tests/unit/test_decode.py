@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Policy, Request
 from ee_tuning.decode.cache import SlotLayer, check_room
-from ee_tuning.decode.passes import Wanted, Window
+from ee_tuning.decode.passes import Passes, Wanted, Window
 from ee_tuning.losses import confidence
 
 DEPTH = 4
@@ -316,6 +316,31 @@ def test_prompts_that_are_read_together_give_what_each_gives_alone(family, monke
     for number, out in found.items():
         assert torch.equal(out.sequences, expected[number].sequences)
         assert torch.equal(out.exit_layers, expected[number].exit_layers)
+
+
+def test_prompts_that_are_read_together_go_on_at_the_next_stage(monkeypatch):
+    """Two stages, each with its own passes, give what all layers give, to the order of sums."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model, given = long_model(), [(1, prompt(70, 1)), (0, prompt(5, 2))]
+    wanted, nothing = Wanted("last", True), Wanted("nothing", False)
+
+    def passes(stage):
+        model.stage = stage
+        settings = {"slots": 2, "capacity": 90, "longest": 4, "compile": True}
+        return Passes(model, [1, 3], **settings, stage=stage)
+
+    def read(one, given, wanted):
+        last = len(one.segments) - 1
+        return {r.number: (r.found and r.found.of(r.window, 0), r.hidden)
+                for r in one.prompts(given, last, wanted, lambda i: [0, 0])}  # fmt: skip
+
+    expected = {number: found.token for number, (found, _) in
+                read(passes(range(4)), given, wanted).items()}  # fmt: skip
+    states = read(passes(range(2)), given, nothing)
+    assert [states[j][1].shape for j in (0, 1)] == [(70, 32), (5, 32)]
+    there = [(slot, states[j][1].clone()) for j, (slot, _) in enumerate(given)]
+    found = read(passes(range(2, 4)), there, wanted)
+    assert {number: one.token for number, (one, _) in found.items()} == expected
 
 
 def test_there_is_nothing_to_warm_up_where_nothing_compiles():
