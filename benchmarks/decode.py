@@ -151,7 +151,7 @@ class Bench:
         vocabulary = self.model.backbone.config.vocab_size
         ids = torch.randint(vocabulary, (1, length), generator=draw)
         engine = Engine(self.model, [], capacity=length + 1, compile=False)
-        there, given = ids.to(self.device), [(0, ids[0].tolist())]
+        there, given = ids.to(self.device), {0: ids[0].tolist()}
 
         def ours() -> None:
             list(engine.passes.prompts(given, 0, Wanted("last", True), lambda i: [0]))

@@ -74,18 +74,25 @@ def losses(runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def pre_trained(base: dict[str, Any]) -> str:
+    """What a backbone of `savings.pretrain` is."""
+    return (
+        f"Backbone: {base['parameters']:,} parameters, {base['layers']} layers, pre-trained for "
+        f"{base['train_seconds']:.0f} s ({base['tokens']:,} tokens), its own held-out loss "
+        f"{base['nats_per_token']:.2f}"
+    )
+
+
 def savings(name: str = "savings") -> str:
     """Final losses of the same exits tuned with each saving."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     runs = result["runs"]
-    base, given = result["backbone"], next(iter(runs.values()))["settings"]
+    given = next(iter(runs.values()))["settings"]
     return "\n".join(
         [
             losses(runs),
             "",
-            f"{result['hardware']}; {result['versions']}. Backbone: {base['parameters']:,} "
-            f"parameters, {base['layers']} layers, pre-trained for {base['train_seconds']:.0f} s "
-            f"({base['tokens']:,} tokens), its own held-out loss {base['nats_per_token']:.2f}. "
+            f"{result['hardware']}; {result['versions']}. {pre_trained(result['backbone'])}. "
             f"{given['steps']} steps of {given['global_batch_size']} × {given['seq_length']} "
             f"tokens, `{given['arch']}` exits with own heads, one run each; nats per token.",
         ]
@@ -146,14 +153,12 @@ def speedup() -> str:
                 f"| {row['speedup']:.2f}× ({low:.2f}–{high:.2f}) | {row['mean_layer']:.1f} "
                 f"| {texts} | {tokens} |"
             )
-    base, given = result["backbone"], result["settings"]
+    given = result["settings"]
     return "\n".join(
         [
             *lines,
             "",
-            f"{result['hardware']}; {result['versions']}. Backbone: {base['parameters']:,} "
-            f"parameters, {base['layers']} layers, pre-trained for {base['train_seconds']:.0f} s "
-            f"({base['tokens']:,} tokens), its own held-out loss {base['nats_per_token']:.2f}; one "
+            f"{result['hardware']}; {result['versions']}. {pre_trained(result['backbone'])}; one "
             f"exit, at layer {given['layers']}, tuned {given['steps']} steps. bf16, batch 1, "
             f"{given['prompts']} held-out prompts of 64 tokens, {given['new_tokens']} new ones "
             f"each; the spread is that of {given['groups']} groups of prompts.",

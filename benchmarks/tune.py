@@ -59,7 +59,12 @@ def ceiling(device: torch.device) -> float:
     """TFLOP/s of one large bf16 matrix product here."""
     n = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * n**3 / median(timed(lambda: a @ b, device, 20, warmup=5)) / 1e12
+    return tflops(lambda: a @ b, n, device)
+
+
+def tflops(product: Callable[[], Any], n: int, device: torch.device) -> float:
+    """TFLOP/s of a product of two n × n matrices."""
+    return 2 * n**3 / median(timed(product, device, 20, warmup=5)) / 1e12
 
 
 def fp8_ceiling(device: torch.device) -> float:
@@ -68,11 +73,7 @@ def fp8_ceiling(device: torch.device) -> float:
     a, b = (torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     ones = torch.ones(n, 1, device=device)
     like = {"scale_a": ones, "scale_b": ones.T, "out_dtype": torch.bfloat16}
-
-    def product() -> torch.Tensor:
-        return torch._scaled_mm(a, b.T, **like, use_fast_accum=True)
-
-    return 2 * n**3 / median(timed(product, device, 20, warmup=5)) / 1e12
+    return tflops(lambda: torch._scaled_mm(a, b.T, **like, use_fast_accum=True), n, device)
 
 
 # What the profiler's operations are called, and what they are.

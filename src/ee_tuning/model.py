@@ -169,8 +169,7 @@ class EarlyExitModel(nn.Module):
         saved = read_exit_config(folder)
         config = saved_exits(saved)
         if model is None or isinstance(model, str):
-            path = model or saved["base_model"]
-            path = str(folder) if path == HERE else path
+            path = base_of(folder, saved, model)
             if not path:
                 raise UserError(f"{exits} does not name its backbone: give it with --model")
             if slices and saved.get("vocab_size"):
@@ -543,6 +542,12 @@ def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
     last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
     head = bool(own) or layers.stop == num_layers
     return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)
+
+
+def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:
+    """Where the backbone of the exits in `folder` is: `model`, or what `saved` of them says."""
+    path = model or saved["base_model"]
+    return str(folder) if path == HERE else path
 
 
 def saved_exits(saved: dict[str, Any]) -> ExitConfig:

@@ -24,7 +24,7 @@ from ee_tuning.exits import Exit
 from ee_tuning.fp8 import has_fp8
 from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
-from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
+from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.quantised import BYTES
 from ee_tuning.vocabulary import Vocabulary
@@ -137,12 +137,11 @@ def _data_parallel(config: PlanConfig) -> int:
 
 
 def _check(model: EarlyExitModel, config: TuneConfig) -> None:
-    """Refuse what `tune` does on a GPU, whatever data, packages and GPU it finds.
+    """Refuse what `tune` does with this model on a GPU, whatever data and packages it finds.
 
     Raises:
         UserError: names the setting.
     """
-    check_settings(config)
     check_dtype(config, pick_dtype(config.precision, torch.device("cuda")))
     check_model(model, config)
 
@@ -194,8 +193,8 @@ def shapes_of(config: TuneConfig) -> EarlyExitModel:
     if config.exits:
         folder = find_exits(config.exits)
         saved = read_exit_config(folder)
-        exits, path = saved_exits(saved), config.model or saved["base_model"]
-        path, known = str(folder) if path == HERE else path, saved.get("vocab_size")
+        exits, path = saved_exits(saved), base_of(folder, saved, config.model)
+        known = saved.get("vocab_size")
     model = EarlyExitModel(empty_backbone(path), dataclasses.replace(exits, init="copy"))
     if known:  # which tokens does not matter; heads stay whole, `_known` says what is left of them
         model.vocabulary = Vocabulary(torch.arange(known), model.backbone.config.vocab_size)
@@ -378,6 +377,7 @@ def advice(model: EarlyExitModel, config: TuneConfig, available: float, fp8: boo
 
 def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
     try:
+        check_settings(config)
         _check(model, config)
     except UserError:
         return False

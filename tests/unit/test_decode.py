@@ -321,7 +321,7 @@ def test_prompts_that_are_read_together_give_what_each_gives_alone(family, monke
 def test_prompts_that_are_read_together_go_on_at_the_next_stage(monkeypatch):
     """Two stages, each with its own passes, give what all layers give, to the order of sums."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    model, given = long_model(), [(1, prompt(70, 1)), (0, prompt(5, 2))]
+    model, given = long_model(), {1: prompt(70, 1), 0: prompt(5, 2)}
     wanted, nothing = Wanted("last", True), Wanted("nothing", False)
 
     def passes(stage):
@@ -331,16 +331,16 @@ def test_prompts_that_are_read_together_go_on_at_the_next_stage(monkeypatch):
 
     def read(one, given, wanted):
         last = len(one.segments) - 1
-        return {r.number: (r.found and r.found.of(r.window, 0), r.hidden)
+        return {r.slot: (r.found and r.found.of(r.window, 0), r.hidden)
                 for r in one.prompts(given, last, wanted, lambda i: [0, 0])}  # fmt: skip
 
-    expected = {number: found.token for number, (found, _) in
+    expected = {slot: found.token for slot, (found, _) in
                 read(passes(range(4)), given, wanted).items()}  # fmt: skip
     states = read(passes(range(2)), given, nothing)
-    assert [states[j][1].shape for j in (0, 1)] == [(70, 32), (5, 32)]
-    there = [(slot, states[j][1].clone()) for j, (slot, _) in enumerate(given)]
+    assert [states[slot][1].shape for slot in (1, 0)] == [(70, 32), (5, 32)]
+    there = {slot: hidden.clone() for slot, (_, hidden) in states.items()}
     found = read(passes(range(2, 4)), there, wanted)
-    assert {number: one.token for number, (one, _) in found.items()} == expected
+    assert {slot: one.token for slot, (one, _) in found.items()} == expected
 
 
 def test_there_is_nothing_to_warm_up_where_nothing_compiles():
@@ -351,7 +351,7 @@ def test_padding_writes_over_nothing_that_is_known():
     """Padding to a compiled size leaves the K/V of every settled token as they are, bit for bit."""
     passes = Engine(early_exit("llama"), [1, 3], slots=3, capacity=64).passes
     lengths = [5, 9, 4]
-    given = [(slot, prompt(length, slot)) for slot, length in enumerate(lengths)]
+    given = {slot: prompt(length, slot) for slot, length in enumerate(lengths)}
     last = len(passes.segments) - 1
     assert len(list(passes.prompts(given, last, Wanted("last", True), lambda i: [0] * 3))) == 3
     passes.compile = True  # for the sizes: nothing has been compiled

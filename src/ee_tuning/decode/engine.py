@@ -164,12 +164,13 @@ class Engine:
         while new := self._begin_rows(waiting):
             for kind, group in groupby(sorted(new, key=_prompt_kind), key=_prompt_kind):
                 last, measure, final = kind
-                alike = list(group)
-                given = [(row.slot, row.request.ids) for row in alike]
+                given = {row.slot: row.request.ids for row in group}
                 wanted = Wanted("last", final, measure)
                 for read in self.passes.prompts(given, last, wanted, self._starts):
+                    row = self._rows[read.slot]
+                    assert row is not None
                     assert read.found is not None
-                    yield from self._settle(alike[read.number], read.found, read.window, 1)
+                    yield from self._settle(row, read.found, read.window, 1)
 
     def _begin_rows(self, waiting: Iterator[Request]) -> list[_Row]:
         """A row for the next request in each free slot."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, empty_backbone
-from ee_tuning.model import HERE, EarlyExitModel, find_exits, read_exit_config, saved_exits
+from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import count_weights, cut_layers, exit_weights
 from ee_tuning.parallel.tensor import check_splits, split_model
@@ -50,8 +50,7 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]
     """The layers of this process's stage, counted from 0."""
     folder = find_exits(exits)
     saved = read_exit_config(folder)
-    path = model or saved["base_model"]
-    backbone = empty_backbone(str(folder) if path == HERE else path)
+    backbone = empty_backbone(base_of(folder, saved, model))
     shapes = EarlyExitModel(backbone, replace(saved_exits(saved), init="copy"))
     depth = shapes.backbone.num_layers
     check_splits(shapes.backbone, mesh.tp)

@@ -8,7 +8,7 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -97,13 +97,13 @@ class Prediction:
 
 @dataclass
 class Read:
-    """A prompt that was read: which one; what follows, if that was wanted, as window `window` of
+    """A prompt that was read into `slot`: what follows, if that was wanted, as window `window` of
     `found`; and where a stage follows, the hidden states (P, H) behind the last segment.
 
     `found` and `hidden` are good until the next pass.
     """
 
-    number: int
+    slot: int
     found: Predictions | None
     window: int
     hidden: Tensor | None
@@ -167,27 +167,25 @@ class Passes:
     @torch.inference_mode()
     def prompts(
         self,
-        given: Sequence[tuple[int, Sequence[int] | Tensor]],
+        given: Mapping[int, Sequence[int] | Tensor],
         last: int,
         wanted: Wanted,
         starts: Callable[[int], list[int]],
     ) -> Iterator[Read]:
         """Read prompts into empty slots, through segment `last`; in the order in which they end.
 
-        given: slot, and ids or for a later stage hidden states (P, H), of each. starts: of a
-        segment, as for `window`, whatever it says of these slots.
+        given: by slot, ids or for a later stage hidden states (P, H). starts: of a segment, as for
+        `window`, whatever it says of these slots.
         """
         short = {}
-        for j, (slot, inputs) in enumerate(given):
+        for slot, inputs in given.items():
             if self.compile and len(inputs) <= CHUNK * CHUNKS:
-                short[j] = slot, inputs
+                short[slot] = inputs
             else:
-                yield self._prompt(j, slot, inputs, last, wanted)
+                yield self._prompt(slot, inputs, last, wanted)
         yield from self._prompts_in_chunks(short, last, wanted, starts)
 
-    def _prompt(
-        self, number: int, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted
-    ) -> Read:
+    def _prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
         """A prompt in one pass, neither compiled nor padded."""
         hidden = self._inputs(inputs)[None]
         positions = torch.arange(len(inputs), device=self.device)[None]
@@ -201,47 +199,41 @@ class Passes:
         count = torch.tensor([len(inputs)], device=self.device)
         found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
         predictions = None if found is None else _read(*found, [0])
-        return Read(number, predictions, 0, None if self.is_last else hidden[0])
+        return Read(slot, predictions, 0, None if self.is_last else hidden[0])
 
     def _prompts_in_chunks(
         self,
-        given: dict[int, tuple[int, Sequence[int] | Tensor]],
+        given: Mapping[int, Sequence[int] | Tensor],
         last: int,
         wanted: Wanted,
         starts: Callable[[int], list[int]],
     ) -> Iterator[Read]:
         """Prompts by compiled passes, together: where launching takes longer than computing."""
-        hidden: dict[int, list[Tensor]] = {j: [] for j in given}
+        hidden: dict[int, list[Tensor]] = {slot: [] for slot in given}
         first = 0
-        while left := [j for j, (_, inputs) in given.items() if len(inputs) > first]:
-            chunks = {j: given[j][1][first : first + CHUNK] for j in left}
-            slots = [given[j][0] for j in left]
-            ends = [j for j in left if len(given[j][1]) <= first + CHUNK]
-            places = [
-                [slot for slot, j in zip(slots, left, strict=True) for _ in chunks[j]],
-                [first + place for j in left for place in range(len(chunks[j]))],
-            ]
+        while left := [slot for slot in given if len(given[slot]) > first]:
+            chunks = [given[slot][first : first + CHUNK] for slot in left]
+            ends = [slot for slot in left if len(given[slot]) <= first + CHUNK]
             if not self.is_first:
-                self.put(places[0], places[1], torch.cat(list(chunks.values())))  # type: ignore[arg-type]
+                self.put(*_places(left, chunks, first), torch.cat(chunks))  # type: ignore[arg-type]
             for i in range(last + 1):
                 ids = i == 0 and self.is_first
                 windows = [
-                    Window(slot, len(chunks[j]), chunks[j] if ids else ())  # type: ignore[arg-type]
-                    for slot, j in zip(slots, left, strict=True)
+                    Window(slot, len(chunk), chunk if ids else ())  # type: ignore[arg-type]
+                    for slot, chunk in zip(left, chunks, strict=True)
                 ]
                 known = starts(i)
-                for slot in slots:
+                for slot in left:
                     known[slot] = first
-                found = self.window(
-                    i, windows, known, wanted if i == last and ends else Wanted("nothing", False)
-                )
+                asked = wanted if i == last and ends else Wanted("nothing", False)
+                found = self.window(i, windows, known, asked)
             if not self.is_last:
-                taken = self.take(*places).split([len(chunk) for chunk in chunks.values()])
-                for j, states in zip(left, taken, strict=True):
-                    hidden[j].append(states)
-            for j in ends:
-                states = torch.cat(hidden[j]) if hidden[j] else None
-                yield Read(j, found, left.index(j), states)
+                taken = self.take(*_places(left, chunks, first)).split(list(map(len, chunks)))
+                for slot, states in zip(left, taken, strict=True):
+                    hidden[slot].append(states)
+            for slot in ends:
+                states = None if self.is_last else torch.cat(hidden[slot])
+                yield Read(slot, found, left.index(slot), states)
             first += CHUNK
 
     @torch.inference_mode()
@@ -454,6 +446,14 @@ class Passes:
         if place:
             cache.put(place)
         return cache
+
+
+def _places(
+    slots: Sequence[int], chunks: Sequence[Sequence[int] | Tensor], first: int
+) -> tuple[list[int], list[int]]:
+    """The slot and the position of every token of chunks that begin at position `first`."""
+    each = [slot for slot, chunk in zip(slots, chunks, strict=True) for _ in chunk]
+    return each, [first + place for chunk in chunks for place in range(len(chunk))]
 
 
 def _sizes(most: int, factor: int, least: int = 1) -> list[int]:

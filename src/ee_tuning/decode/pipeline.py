@@ -139,7 +139,7 @@ class Stage(Engine):
             wanted = Wanted("last" if asks else "nothing", asks and policy.final, policy.measure)
             inputs = row.ids if hidden is None else hidden
             through = min(last, len(self._stops) - 1)
-            (read,) = self.passes.prompts([(slot, inputs)], through, wanted, self._starts)
+            (read,) = self.passes.prompts({slot: inputs}, through, wanted, self._starts)
             hidden = read.hidden
             if read.found is not None:
                 self._answer(row, policy.end, read.found.of(0, 0))

@@ -33,8 +33,9 @@ class Predictions:
 
         measure: of confidence.
         """
-        self.loss += cross_entropy(logits, known).total.item()
-        self.known += int((known[:, 1:] != IGNORED).sum())
+        loss = cross_entropy(logits, known)
+        self.loss += loss.total.item()
+        self.known += int(loss.count)
         labelled = logits[:, :-1][labels[:, 1:] != IGNORED]
         self.tokens.append(labelled.argmax(-1).cpu())
         self.confidences.append(confidence(labelled, measure).cpu())

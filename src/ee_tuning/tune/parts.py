@@ -18,7 +18,6 @@ from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan import shapes_of
 from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.step import Batch
@@ -83,15 +82,11 @@ def own_stage(
     """The layers of this process's stage, counted from 0; None for all that the exits need.
 
     Raises:
-        UserError: the backbone cannot be cut into so many stages, or split so often.
+        UserError: the backbone cannot be cut into so many stages.
     """
-    if config.pp == config.tp == 1:
-        return None
-    shapes = shapes_of(config)
-    check_splits(shapes.backbone, config.tp)
     if config.pp == 1:
         return None
-    costs = None
+    shapes, costs = shapes_of(config), None
     if config.balance == "measured":
         costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
     stages = cut_stages(shapes, config, costs)
