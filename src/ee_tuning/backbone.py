@@ -25,8 +25,8 @@ class Zero(nn.Module):
     """In place of a learned position embedding: later segments have it in their input already."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A zero that broadcasts."""
-        return torch.zeros(())
+        """A zero that broadcasts, where the positions are."""
+        return torch.zeros((), device=kwargs.get("position_ids", *args[:1]).device)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {name!r} cannot be used: {first_line(error)}; use --device cpu"

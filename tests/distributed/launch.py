@@ -19,7 +19,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import datasets
 import torch
 import torch.distributed as dist
-from ranks import become, fork
+from ranks import become, run_ranks
 from rich.console import Console
 
 from ee_tuning.config import TuneConfig
@@ -141,10 +141,10 @@ def run(rank: int, cases: list[dict]) -> None:
 
 
 def main() -> None:
-    """Fork the ranks, wait for them."""
+    """Run the ranks, wait for them."""
     cases = json.loads(Path(sys.argv[1]).read_text())
     datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
-    fork(max(case["size"] for case in cases), lambda rank: run(rank, cases))
+    run_ranks(max(case["size"] for case in cases), run, cases)
 
 
 if __name__ == "__main__":

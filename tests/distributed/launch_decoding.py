@@ -1,4 +1,4 @@
-"""Decodes as several processes would: ``launch_decoding.py CASES.json`` forks the ranks once.
+"""Decodes as several processes would: ``launch_decoding.py CASES.json`` starts the ranks once.
 
 A case is {"name", "tp", "pp", "port", "todo", …}: its ranks call the function `todo` below, and
 leave what it gives, or the error, in files named by case and rank.
@@ -17,7 +17,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import become, fork, launch
+from ranks import become, launch, run_ranks
 from rich.console import Console
 
 import ee_tuning.decode.engine as engine
@@ -172,11 +172,12 @@ def run(rank: int, cases: list[dict], folder: Path) -> None:
 
 
 def main() -> None:
-    """Fork the ranks, wait for them."""
+    """Run the ranks, wait for them."""
     path = Path(sys.argv[1])
     cases = json.loads(path.read_text())
     number = max(case["tp"] * case["pp"] for case in cases)
-    fork(number, lambda rank: run(rank, cases, path.parent))
+    fresh = any(case.get("device") == "cuda" for case in cases)
+    run_ranks(number, run, cases, path.parent, fresh=fresh)
 
 
 if __name__ == "__main__":

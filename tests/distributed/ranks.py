@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import socket
@@ -37,17 +38,17 @@ def launch(script, cases, folder, *more, seconds=300):
     return done.stdout + done.stderr
 
 
-def fork(number, run):
-    """`run` as each of so many ranks, in a process of its own; waits for all."""
-    ranks = []
-    for rank in range(number):
-        ranks.append(os.fork())
-        if not ranks[-1]:
-            run(rank)
-            sys.stdout.flush()
-            os._exit(0)
+def run_ranks(number, run, *given, fresh=False):
+    """`run(rank, *given)` as each of so many ranks, in a process of its own; waits for all.
+
+    fresh: processes that start anew, as a GPU wants it; forked ones need not import all again.
+    """
+    context = multiprocessing.get_context("spawn" if fresh else "fork")
+    ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
     for rank in ranks:
-        os.waitpid(rank, 0)
+        rank.start()
+    for rank in ranks:
+        rank.join()
 
 
 def become(rank, size, port):

@@ -188,6 +188,7 @@ def test_loss_and_gradient_of_a_shared_fp8_head_in_one_go_are_those_of_its_logit
 
 @pytest.mark.parametrize("precision", PACKAGES)
 def test_quantised_layers_are_near_and_their_exits_exact(precision):
+    """Of the norm: 8 bits round to 1%, nf4 is off by an eighth in each product of three layers."""
     pytest.importorskip(PACKAGES[precision])
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     base = [tiny("llama", **sizes).to(torch.bfloat16) for _ in range(2)]
@@ -202,7 +203,8 @@ def test_quantised_layers_are_near_and_their_exits_exact(precision):
     assert all(torch.equal(a[name], b[name]) for name in a)
     ids = batch()["input_ids"].cuda()
     for (_, x), (_, y) in zip(plain.states(ids), kept.states(ids), strict=True):
-        assert (x.hidden - y.hidden).norm() < 0.4 * x.hidden.norm()
+        near = 0.6 if precision == "bnb-4bit" else 0.1
+        assert (x.hidden - y.hidden).norm() < near * x.hidden.norm()
 
 
 @pytest.mark.skipif(
