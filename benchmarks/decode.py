@@ -62,9 +62,14 @@ class Accepting(Chooser):
         super().__init__()
         self.answers = answers(share)
 
-    def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
-        """The draft, or another token."""
-        return draft.id if next(self.answers) else draft.id ^ 1
+    def verify(
+        self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
+    ) -> tuple[int, int]:
+        """Up to the first that it is not to keep, in place of which there is another token."""
+        for kept, draft in enumerate(drafts):
+            if not next(self.answers):
+                return kept, draft.id ^ 1
+        return len(drafts), found[-1].token
 
 
 def copy_bandwidth(device: torch.device) -> float:

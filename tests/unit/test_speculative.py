@@ -152,9 +152,13 @@ class Rejecting(Chooser):
         self.seen.append((list(ids), found.logits.clone()))
         return self.tokens[len(ids) % len(self.tokens)], None
 
-    def verify(self, ids, found, draft):
-        self.seen.append((list(ids), found.logits.clone()))
-        return draft.id if len(ids) % 3 else (draft.id + 1) % 96
+    def verify(self, ids, found, drafts):
+        first = len(ids) - len(drafts)
+        for kept, draft in enumerate(drafts):
+            self.seen.append((ids[: first + kept], found[kept].logits.clone()))
+            if (first + kept) % 3 == 0:
+                return kept, (draft.id + 1) % 96
+        return len(drafts), self.choose(ids, found[-1])[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
@@ -180,6 +184,20 @@ def test_rejected_drafts_leave_nothing_behind(family, arch):
         wrong += min(errors) > 1e-3
     assert len(chooser.seen) > 60
     assert not wrong
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_samples_are_those_that_torch_draws(device):
+    """One by one, from one generator."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    weights = torch.rand(50, 96, generator=torch.Generator().manual_seed(1)).to(device)
+    draws = []
+    for draw in (Chooser(sample=True)._draw, lambda one: int(torch.multinomial(one, 1))):
+        torch.manual_seed(2)
+        draws.append([draw(one) for one in weights])
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 20
 
 
 def test_an_end_token_within_a_draft_ends_it_as_at_full_depth():

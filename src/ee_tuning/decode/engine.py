@@ -246,26 +246,17 @@ class Engine:
 
         count: tokens of window `j`. If there are drafts, there are predictions after each.
         """
-        chooser, drafts = row.request.chooser, row.drafts
+        drafts = row.drafts
         first, place = len(row.ids) - len(drafts), count - 1 - len(drafts)
-        kept, own = 0, None
-        for draft in drafts:
-            settled = row.ids[: first + kept]
-            own = chooser.verify(settled, found.of(j, place + kept), draft)
-            if own != draft.id:
-                break
-            kept += 1
-        prediction = found.of(j, place + kept)
-        if kept == len(drafts):
-            own, _ = chooser.choose(row.ids, prediction)
-        assert own is not None
+        after = [found.of(j, place + k) for k in range(len(drafts) + 1)]
+        kept, own = row.request.chooser.verify(row.ids, after, drafts)
         row.ids[first + kept :] = [own]
         row.done = [min(done, len(row.ids) - 1) for done in row.done]
         row.door, row.pending, row.drafts = 0, 0, []
         if row.pace is not None:
             row.pace.learn(len(drafts), kept)
             row.limit = row.pace.drafts(row.request.max_length - len(row.ids))
-        token = Token(own, self._stops[row.last], prediction.confidence)
+        token = Token(own, self._stops[row.last], after[kept].confidence)
         yield from self._emit(row, [*drafts[:kept], token])
 
     def _emit(self, row: _Row, tokens: list[Token]) -> Iterator[Event]:

@@ -58,19 +58,56 @@ class Chooser:
         while self.sample and self.drawn < drawn:
             self._draw(like)
 
-    def _draw(self, probabilities: Tensor) -> int:
-        self.drawn += 1
-        return int(torch.multinomial(probabilities, num_samples=1, generator=self.generator))
+    def verify(
+        self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
+    ) -> tuple[int, int]:
+        """How many of the drafts that `ids` end with are kept, and the token that follows them.
 
-    def verify(self, ids: Sequence[int], found: Prediction, draft: Token) -> int:
-        """The token that follows `ids` by the final exit's prediction: the draft, if it is kept."""
-        if draft.probabilities is None:
-            return self.choose(ids, found)[0]
-        p, q = self._scores(ids, found.logits).softmax(-1), draft.probabilities
-        if torch.rand((), device=p.device, generator=self.generator) * q[draft.id] < p[draft.id]:
-            return draft.id
-        rest = (p - q).clamp(min=0)
-        return self._draw(rest if rest.sum() > 0 else p)
+        found: the final exit's prediction of each draft, and of what follows the last one.
+        """
+        first = len(ids) - len(drafts)
+        if self.sample and drafts:
+            kept, token = self._verify_samples(ids[:first], found, drafts)
+            if token is not None:
+                return kept, token
+        else:
+            for kept, draft in enumerate(drafts):
+                token, _ = self.choose(ids[: first + kept], found[kept])
+                if token != draft.id:
+                    return kept, token
+        return len(drafts), self.choose(ids, found[-1])[0]
+
+    def _verify_samples(
+        self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
+    ) -> tuple[int, int | None]:
+        """As `verify`, without a token if all are kept. All drafts at once: one wait for them.
+
+        ids: without the drafts.
+        """
+        scores, text = [], list(ids)
+        for draft, one in zip(drafts, found, strict=False):
+            scores.append(self._scores(text, one.logits))
+            text.append(draft.id)
+        p = torch.stack(scores).softmax(-1)
+        q = torch.stack([draft.probabilities for draft in drafts])  # type: ignore[misc]
+        chosen = torch.tensor([[draft.id] for draft in drafts], device=p.device)
+        drawn = torch.rand(len(drafts), 1, device=p.device, generator=self.generator)
+        keeps = (drawn * q.gather(1, chosen) < p.gather(1, chosen)).flatten().tolist()
+        if all(keeps):
+            return len(drafts), None
+        kept = keeps.index(False)
+        rest = (p[kept] - q[kept]).clamp(min=0)
+        return kept, self._draw(torch.where(rest.sum() > 0, rest, p[kept]))
+
+    def _draw(self, weights: Tensor) -> int:
+        """A token, as likely as its weight among all (V,).
+
+        It is `torch.multinomial`'s for a single one, without its look at the weights, for which the
+        host would wait twice.
+        """
+        self.drawn += 1
+        noise = torch.empty_like(weights).exponential_(generator=self.generator)
+        return int((weights / noise).argmax())
 
     def _scores(self, ids: Sequence[int], logits: Tensor) -> Tensor:
         if not len(self.processors):
