@@ -26,7 +26,7 @@ def steps() -> str:
         "backbone (TFLOP/s) | exits (TFLOP/s) | heads (TFLOP/s) | optimizer |",
         "|---" * 11 + "|",
     ]
-    machines = set()
+    machines, profiles = set(), []
     for path in sorted(RESULTS.glob("*.json")):
         result: dict[str, Any] = json.loads(path.read_text())
         if "tokens_per_second" not in result:
@@ -53,12 +53,18 @@ def steps() -> str:
         )
         given_steps = f"median of {given['steps']} steps"
         machines.add(f"{result['hardware']}; {result['versions']}; {given_steps}")
+        if "seconds_on_gpu" in result:
+            seconds = ", ".join(f"{k} {v:.2f}" for k, v in result["seconds_on_gpu"].items())
+            profiles.append(
+                f"GPU seconds of a step of {given['shape']} with {' '.join(flags)}, by operation: "
+                f"{seconds}; fp8 products run at {result['fp8_matmul_tflops']:,} TFLOP/s alone."
+            )
         if "baseline" in result:
             plain = result["baseline"]
             lines.append(
                 f"{begin}plain PyTorch | {_rate(plain)} | {plain['peak_gib']} |" + " – |" * 5
             )
-    return "\n".join([*lines, "", *sorted(machines)])
+    return "\n\n".join(["\n".join(lines), *sorted(machines), *profiles])
 
 
 def losses(runs: dict[str, Any]) -> str:
@@ -171,27 +177,30 @@ def _rate(found: dict[str, Any]) -> str:
     return f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
 
 
-def parallel() -> str:
-    """The step in several layouts of CPU processes, against one process."""
-    result = json.loads((RESULTS / "parallel-cpu.json").read_text())
+def parallel(name: str) -> str:
+    """The step in several layouts of processes, against one process."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
     lines = [
-        "| layout | tokens/s | against one process | idle | ideal | losses differ by | norms by |",
-        "|---" * 7 + "|",
+        "| layout | tokens/s | against one process | peak GiB of a rank | idle | ideal "
+        "| losses differ by | norms by |",
+        "|---" * 8 + "|",
     ]
-    for name, found in result["layouts"].items():
+    for layout, found in result["layouts"].items():
         idle, differ = found["idle"], [found[f"{v}_differ_by"] for v in ("losses", "norms")]
+        peak = f"{max(found['peak_gib']):.1f}" if any(found["peak_gib"]) else "–"
         lines.append(
-            f"| `{name}` | {found['tokens_per_second']['median']} | {found['speedup']:.2f} × | "
+            f"| `{layout}` | {_rate(found)} | {found['speedup']:.2f} × | {peak} | "
             f"{idle['measured']:.1%} | {idle['ideal']:.1%} | {differ[0]:.1g} | {differ[1]:.1g} |"
         )
     given = result["settings"]
+    backend = "gloo" if result["hardware"].startswith("CPU") else "NCCL"
     return "\n".join(
         [
             *lines,
             "",
-            f"{result['hardware']}; {result['versions']}; gloo. Shape {given['shape']}, "
-            f"{given['precision']}, {given['layers'].count(',') + 1} exits, steps of "
-            f"{given['global_batch_size']} × {given['seq_length']} tokens; "
+            f"{result['hardware']}; {result['versions']}; {backend}. Shape {given['shape']}, "
+            f"{given['precision'].replace('auto', 'bf16')}, {given['layers'].count(',') + 1} "
+            f"exits, steps of {given['global_batch_size']} × {given['seq_length']} tokens; "
             f"{len(found['seconds'])} of {len(found['losses'])} steps timed.",
         ]
     )
@@ -231,7 +240,13 @@ TABLES = {
         "savings-cpu": partial(savings, "savings-cpu"),
     },
     "decoding.md": {"speed": decoding, "speedup": speedup},
-    "scaling.md": {"parallel": parallel, "pipeline": pipeline, "layouts": layouts},
+    "scaling.md": {
+        "parallel": partial(parallel, "parallel-cpu"),
+        "parallel-gpu": partial(parallel, "parallel-gpu"),
+        "parallel-gpu-check": partial(parallel, "parallel-gpu-check"),
+        "pipeline": pipeline,
+        "layouts": layouts,
+    },
 }
 
 

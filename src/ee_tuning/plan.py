@@ -55,9 +55,13 @@ GPUS = {
     "4090": Gpu(23.5, 82.6, 165, 330, 1.0),
     "3090": Gpu(23.5, 35.6, 71, 0, 0.94),
 }
-# Shares of the datasheet's rates that the parts of a step reached on an H200, and on an H100. That
-# of fp32 was not measured: it is taken to be bf16's.
-REACHED = {"fp32": 0.58, "bf16": 0.58, "fp8": 0.45, "bandwidth": 0.8}
+# Shares of the datasheet's rates that the parts of a step reached on an H200, and on an H100: what
+# the packages keep quantised, of bf16's rate. That of fp32 was not measured: it is taken to be
+# bf16's.
+REACHED = {
+    "fp32": 0.58, "bf16": 0.58, "fp8": 0.45, "bandwidth": 0.8,
+    "torchao-int8": 0.58, "bnb-8bit": 0.24, "bnb-4bit": 0.45,
+}  # fmt: skip
 # What makes a run smaller, the cheapest in quality first.
 SAVINGS: tuple[dict[str, object], ...] = (
     {"micro_batch_size": 1},
@@ -301,10 +305,13 @@ def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[st
     given = model, config.seq_length, _reduced(model, config)
     flop = flop_per_token(*given, teacher=config.loss != "ce")
     same = "fp32" if config.precision == "fp32" else "bf16"
-    wide = getattr(gpu, same) * REACHED[same] * 1e12
-    fp8 = gpu.fp8 * REACHED["fp8"] * 1e12 or wide
-    frozen = fp8 if config.backbone_precision == "fp8" else wide
-    tuned = fp8 if config.exit_precision == "fp8" else wide
+    wide = getattr(gpu, same) * 1e12
+    rates = {name: wide * share for name, share in REACHED.items()}
+    rates["same"] = rates[same]
+    rates["fp8"] = gpu.fp8 * REACHED["fp8"] * 1e12 or rates["same"]
+    frozen, tuned = rates[config.backbone_precision], rates[config.exit_precision]
+    # Of the frozen parts the packages quantise the layers alone.
+    head = rates["fp8"] if config.backbone_precision == "fp8" else rates["same"]
     shared = any(exit.spec.head == "shared" for exit in model.exits.values())  # type: ignore[union-attr]
     sizes = [sum(_tuned(model, config, model.exit(layer))) for layer in model.exit_layers]
     moved = 4 * (2 if config.master_weights == "bf16" else 4)  # weight and gradient, in and out
@@ -312,7 +319,7 @@ def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[st
     return {
         "backbone": flop["backbone"] * tokens / frozen,
         "exits": flop["exits"] * tokens / tuned,
-        "heads": flop["head"] * tokens / (frozen if shared else tuned),
+        "heads": flop["head"] * tokens / (head if shared else tuned),
         "optimizer": moved * sum(sizes) / (gpu.bandwidth * REACHED["bandwidth"] * 1e12),
     }
 
