@@ -9,6 +9,12 @@ from families import FAMILIES, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import DEPTH, MODELS, early_exit, logits_from_scratch, padded, prompt
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Policy, Request
@@ -96,40 +102,46 @@ def test_200_prompts_of_real_text_give_the_tokens_of_full_depth():
 
 
 def test_samples_have_the_full_models_distribution():
-    """Three tokens of a vocabulary of 8 by exact enumeration, χ² over 3,000 draws.
+    """Four tokens of a vocabulary of 5 by exact enumeration, χ² over 4,000 draws.
 
-    Expected counts below 5 are pooled. The bound is the mean plus 5 standard deviations of χ².
+    So there are up to two drafts at a time, and what a penalty sees depends on them. Expected
+    counts below 5 are pooled. The bound is the mean plus 5 standard deviations of χ².
     """
     torch.manual_seed(0)
-    base = tiny("llama", vocab_size=8, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    base = tiny("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
     model = EarlyExitModel.from_base(base, ExitConfig("1,2", arch="norm")).eval()
-    model.backbone.head.weight.data.mul_(4)
+    model.backbone.head.weight.data.mul_(1.5)
     for layer in model.exit_layers:
-        model.exit(layer).head.weight.data.mul_(4)
-    ids = torch.tensor([[1, 5]])
-    draws = 3000
-    common = {"do_sample": True, "temperature": 0.8, "top_k": 6, "max_new_tokens": 3}
-    counts, early = torch.zeros(8, 8, 8), 0
+        model.exit(layer).head.weight.data.mul_(1.5)
+    ids = torch.tensor([[1, 3]])
+    draws, new = 4000, 4
+    penalty, top_k, temperature = 4.0, 4, 0.8
+    common = {"repetition_penalty": penalty, "top_k": top_k, "temperature": temperature}
+    counts, early = torch.zeros([5] * new), torch.zeros(new)
     for _ in range(draws // 100):
         out = model.generate(
-            ids, mode="speculative", threshold=0.0, num_return_sequences=100, **common
-        )
+            ids, mode="speculative", threshold=0.0, num_return_sequences=100, do_sample=True,
+            max_new_tokens=new, **common,
+        )  # fmt: skip
         for text in out.sequences[:, 2:].tolist():
             counts[tuple(text)] += 1
-        early += (out.exit_layers < DEPTH).sum().item()
-    assert draws / 8 < early < 0.9 * draws  # drafts take part in what is tested
+        early += (out.exit_layers < DEPTH).sum(0)
+    assert (early[1:3] > draws / 4).all()  # a round of two drafts was tried, and some were kept
+    assert (early[1:3] < 0.9 * draws).all()
 
-    def next_probabilities(prefix):
-        logits = model(prefix, output_logits=True).logits[:, -1] / 0.8
-        worst = logits.topk(6).values[:, -1:]
-        return logits.masked_fill(logits < worst, -torch.inf).softmax(-1)
-
-    expected = torch.zeros(8, 8, 8)
-    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(8))
-    first = next_probabilities(ids)[0]
-    second = next_probabilities(torch.cat([ids.repeat(8, 1), torch.arange(8)[:, None]], 1))
-    third = next_probabilities(torch.cat([ids.repeat(64, 1), pairs], 1)).view(8, 8, 8)
-    expected = (first[:, None, None] * second[:, :, None] * third * draws).flatten().detach()
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(penalty),
+            TemperatureLogitsWarper(temperature),
+            TopKLogitsWarper(top_k),
+        ]
+    )
+    expected, texts = torch.full((1,), float(draws)), ids
+    for _ in range(new):
+        logits = model(texts, output_logits=True).logits[:, -1].detach()
+        expected = (expected[:, None] * processors(texts, logits).softmax(-1)).flatten()
+        following = torch.arange(5).repeat(len(texts))[:, None]
+        texts = torch.cat([texts.repeat_interleave(5, 0), following], 1)
     counts = counts.flatten()
     assert counts[expected == 0].sum() == 0
     large = expected >= 5
