@@ -46,6 +46,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", COMMON | {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False}),
     "falcon-new": ("falcon", COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "cohere": ("cohere", COMMON | {"logit_scale": 0.3}),
+    "gpt_bigcode": ("gpt_bigcode", GPT2 | {"multi_query": True}),
+    "biogpt": ("biogpt", COMMON | {"scale_embedding": True}),
+    "olmo": ("olmo", COMMON),
+}  # fmt: skip
+# They do something to hidden states outside of their layers.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
+    "xglm": ("xglm", {"vocab_size": 96, "d_model": 32, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4}),
 }  # fmt: skip
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -58,7 +66,7 @@ def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
     Norms and biases get noise too, so that leaving one out shows.
     """
-    model_type, values = (FAMILIES | MOE)[family]
+    model_type, values = (FAMILIES | MOE | REFUSED)[family]
     config = AutoConfig.for_model(model_type, **(values | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

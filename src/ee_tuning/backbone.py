@@ -17,16 +17,17 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 from ee_tuning.twin import twin
 
 
 class Zero(nn.Module):
     """In place of a learned position embedding: later segments have it in their input already."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A zero that broadcasts, where the positions are."""
-        return torch.zeros((), device=kwargs.get("position_ids", *args[:1]).device)
+    def forward(self, first: Any, *_: Any, position_ids: Any = None, **__: Any) -> Tensor:
+        """A zero that broadcasts, where the positions are, which come first or by name."""
+        positions = first if position_ids is None else position_ids
+        return torch.zeros((), device=positions.device)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(later_parts={"wpe": Zero()}, positions_end=True),
+    "gpt_bigcode": Family(later_parts={"wpe": Zero()}, positions_end=True),
+    "biogpt": Family(
+        later_parts={"embed_positions": Zero()}, masks_packing=False, positions_end=True
+    ),
     "opt": Family(later_parts={"embed_positions": Zero()}, masks_packing=False, positions_end=True),
     "granite": Family(later_attributes={"embedding_multiplier": 1.0}),
     "falcon": Family(masks_packing=False),
@@ -157,8 +162,9 @@ class Segment:
         self.is_first = not later
         self._backbone = backbone
         self._call: Call | None = None
-        last = self._recorded(layers[-1]) if record else twin(layers[-1], {})
-        self._layers = [*(twin(layer, {}) for layer in layers[:-1]), last]
+        self._layers = [twin(layer, {}) for layer in layers]
+        if record:
+            self._layers[-1] = self._recorded(layers[-1])
         parts: dict[str, nn.Module] = {
             backbone.anatomy.layers: nn.ModuleList(self._layers),
             backbone.anatomy.norm: nn.Identity(),
@@ -324,6 +330,11 @@ def mlp_names(layer: nn.Module) -> list[str]:
     return names
 
 
+def in_memory(module: nn.Module) -> bool:
+    """Whether `module` is there, and not a placeholder of `ee_tuning.loading.load_backbone`."""
+    return type(module) is not nn.Module
+
+
 class _TrunkOutput(BaseModelOutputWithPast):
     """A trunk's output in which whatever a family adds (router logits, …) is None."""
 
@@ -368,6 +379,25 @@ class Backbone:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def end(self) -> int | None:
+        """How many tokens a text can have, where more are not only unwise but impossible.
+
+        Learned positions end with the context. Rotary frequencies that are chosen by the length of
+        what is computed (longrope, dynamic) would no longer be those of the K/V that are kept, nor
+        the same for all texts of a batch.
+        """
+        if self.family.positions_end:
+            return self.context
+        ropes = getattr(self.config, "rope_parameters", None) or {}
+        kinds = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if r]
+        ends = [
+            rope.get("original_max_position_embeddings") or self.context
+            for rope in kinds
+            if rope["rope_type"] in ("longrope", "dynamic")
+        ]
+        return min((end for end in ends if end), default=None)
+
+    @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return self.model.device
@@ -377,11 +407,40 @@ class Backbone:
         """The dtype of the backbone's weights."""
         return self.model.dtype
 
+    def check_cuts(self) -> None:
+        """Refuse a trunk that does more to hidden states than its layers and its norm do.
+
+        A segment without layers has to give what it is given: else a later segment would not go on
+        where the one before it ended.
+
+        Raises:
+            UserError: names the family.
+        """
+        hidden = torch.randn(1, 2, self.config.hidden_size).to(self.device, self.dtype)
+        positions = torch.arange(2, device=self.device)[None]
+        try:
+            with torch.inference_mode():
+                after = Segment(self, [], 1, later=True, record=False)(hidden, positions).hidden
+            changed = not torch.equal(after, hidden)
+        except Exception as error:
+            raise UserError(f"{self._cannot}: {first_line(error)}") from error
+        if changed:
+            raise UserError(f"{self._cannot}: it changes hidden states outside of its layers")
+
+    @property
+    def _cannot(self) -> str:
+        return f"a model of type {self.config.model_type} cannot be cut into segments"
+
     def segment(self, start: int, stop: int, record: bool = False) -> Segment:
-        """The layers `start`..`stop`-1, counted from 0."""
+        """The layers `start`..`stop`-1, counted from 0.
+
+        Raises:
+            UserError: one of them was left out of memory.
+        """
         layers = list(self.layers)[start:stop]  # type: ignore[call-overload]
-        for layer in layers:
-            assert any(True for _ in layer.parameters()), "a layer that was left out of memory"
+        for number, layer in enumerate(layers, start + 1):
+            if not in_memory(layer):
+                raise UserError(f"layer {number} is not in memory: load the whole backbone")
         return Segment(self, layers, start, later=start > 0, record=record)
 
     def block(self, layer: nn.Module) -> Segment:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ee_tuning.backbone import Backbone, Segment, State, attention_name, mlp_names
+from ee_tuning.backbone import Backbone, Segment, State, attention_name, in_memory, mlp_names
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
 from ee_tuning.fp8 import Fp8Linear
@@ -168,6 +168,6 @@ def _trainable(module: nn.Module) -> nn.Module:
     Raises:
         UserError: the module was left out of memory.
     """
-    if not any(True for _ in module.parameters()):
+    if not in_memory(module):
         raise UserError("the module to copy an exit from is not in memory: load the whole backbone")
     return copy.deepcopy(module).requires_grad_(True)

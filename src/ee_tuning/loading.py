@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from ee_tuning.backbone import Anatomy, Backbone, check_unquantised, find_anatomy
+from ee_tuning.backbone import Anatomy, Backbone, check_unquantised, find_anatomy, in_memory
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
 from ee_tuning.parallel.split import (
@@ -280,11 +280,6 @@ def tensor_hashes(backbone: Backbone, deepest: int) -> dict[str, str]:
     layers = list(backbone.layers)[:deepest]  # type: ignore[call-overload]
     parts |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
     return {name: _hash_tensors(part) for name, part in parts.items() if in_memory(part)}
-
-
-def in_memory(module: nn.Module) -> bool:
-    """Whether `module` is there, and not a placeholder of `load_backbone`."""
-    return any(True for _ in module.parameters())
 
 
 def _hash_tensors(module: nn.Module) -> str:

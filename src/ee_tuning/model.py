@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import ModelOutput
 
-from ee_tuning.backbone import Backbone, Segment, State
+from ee_tuning.backbone import Backbone, Segment, State, in_memory
 from ee_tuning.card import model_card
 from ee_tuning.config import ExitConfig, FrozenPrecision
 from ee_tuning.devices import check_fp8
@@ -33,7 +33,6 @@ from ee_tuning.loading import (
     Slices,
     check_same,
     config_values,
-    in_memory,
     load_backbone,
     load_config,
     tensor_hashes,
@@ -94,6 +93,8 @@ class EarlyExitModel(nn.Module):
         super().__init__()
         self.model = model  # a submodule, so that `to` moves it; its parameters need no gradient
         self.backbone = Backbone(model)
+        if model.device.type != "meta":
+            self.backbone.check_cuts()
         self.config = config
         specs = config.specs(self.backbone.num_layers)
         self.all_exit_layers = [spec.layer for spec in specs]  # of every stage

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MOE, tiny
+from families import FAMILIES, MOE, REFUSED, tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.config import ARCHS
@@ -175,3 +175,9 @@ def test_only_needed_tensors_are_read(family, tmp_path, monkeypatch):
     whole = EarlyExitModel.from_base(model, config)
     a, b = (m(ids, output_exit_logits=True).exit_logits[2] for m in (part, whole))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_that_is_more_than_its_layers_is_refused(family):
+    with pytest.raises(UserError, match=f"type {family} cannot be cut.*outside of its layers"):
+        EarlyExitModel.from_base(tiny(family), ExitConfig("1,2", "norm"))

@@ -8,6 +8,8 @@ from families import tiny
 from test_decode import early_exit, padded, prompt
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -186,6 +188,9 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
         ([5, 9], {"min_depth": 4, "threshold": {1: 0.5}}, "no exit is active.*min_depth"),
         ([5, 9], {"min_depth": 4, "mode": "fixed"}, r"active are \[\].*min_depth"),
         ([5, 9], {"capacity": 8, "max_new_tokens": 63}, "there is room for 64.*capacity"),
+        ([[5, 6], [7, 8]], {}, r"not of shape \(2, 2\): give several prompts one by one"),
+        ({"input_ids": [5, 6], "attention_mask": 1}, {}, r"not of shape \(\)"),
+        ([True, False], {}, "generate takes token ids.*bool"),
     ],
 )
 def test_prompts_of_a_batch_that_are_none(prompt, settings, message):
@@ -267,3 +272,150 @@ def test_engines_are_kept_and_given_up():
     for bound in range(2, 9):
         model.generate(ids, max_pending=bound, **common)
     assert len(model.engines) <= 4
+
+
+def test_calls_of_two_sizes_in_turns_keep_their_engines():
+    """And one that is large enough for both takes their place."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="norm")).eval()
+    common = {"max_new_tokens": 2, "eos_token_id": None, "mode": "full"}
+    short, long = torch.full((4, 3), 5), torch.full((1, 300), 5)
+
+    def sizes():
+        return [(one.passes.slots, one.passes.capacity) for one in model.engines.values()]
+
+    model.backbone.config.max_position_embeddings = 1024
+    model.generate(short, **common)
+    model.generate(long, **common)
+    assert sizes() == [(4, 256), (1, 512)]
+    kept = set(map(id, model.engines.values()))
+    model.generate(short, **common)
+    model.generate(long[:, :290], **common)
+    assert set(map(id, model.engines.values())) == kept
+    model.generate(long.repeat(4, 1), **common)
+    assert sizes() == [(4, 512)]
+
+
+def test_autocast_has_engines_of_its_own():
+    model = early_exit()
+    ids = torch.tensor([[5, 9, 11]])
+    common = {"max_new_tokens": 4, "eos_token_id": None, "mode": "full"}
+    plain = model.generate(ids, **common).sequences
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.backbone.model.generate(
+            ids, max_new_tokens=4, eos_token_id=None, do_sample=False
+        )
+        assert torch.equal(model.generate(ids, **common).sequences, expected)
+    assert torch.equal(model.generate(ids, **common).sequences, plain)
+
+
+class InPlace(LogitsProcessor):
+    """Bans tokens in the tensor that it is given."""
+
+    def __call__(self, input_ids, scores):
+        scores[:, 5:50] = -torch.inf
+        return scores
+
+
+class NoNumbers(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores * torch.nan
+
+
+@pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
+def test_processors_may_write_into_the_logits(mode):
+    model = early_exit()
+    ids = torch.tensor([[5, 9, 11]])
+    common = {"logits_processor": [InPlace()], "max_new_tokens": 9, "eos_token_id": None}
+    expected = model.backbone.model.generate(ids, do_sample=False, **common)
+    out = model.generate(ids, mode=mode, threshold=0.0, **common).sequences
+    assert not ((out[:, 3:] >= 5) & (out[:, 3:] < 50)).any()
+    if mode != "threshold":
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_no_token_is_made_up(do_sample):
+    with pytest.raises(UserError, match="no token to choose"):
+        early_exit().generate(
+            torch.tensor([[5, 9]]), logits_processor=[NoNumbers()], do_sample=do_sample
+        )
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"pad_token_id": 3}, {"eos_token_id": [0, 2]}, {"eos_token_id": None}]
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_padding_without_a_mask_is_what_transformers_takes_for_it(kwargs, rows):
+    model = early_exit("gpt2")
+    ids = torch.tensor([[0, 0, 5, 9, 11], [3, 3, 4, 6, 8]])[-rows:]
+    common = {"max_new_tokens": 6} | kwargs
+    expected = model.backbone.model.generate(ids, do_sample=False, **common)
+    out = model.generate(ids, mode="full", **common).sequences
+    assert torch.equal(out, expected)
+
+
+def test_a_callers_greatest_length_counts():
+    ids = torch.tensor([[5, 9, 11]])
+    common = {"stopping_criteria": [MaxLengthCriteria(8)], "eos_token_id": None}
+    out = early_exit().generate(ids, max_new_tokens=12, **common)
+    assert out.sequences.shape == (1, 8)
+
+
+def test_texts_hold_no_distributions():
+    """Of a large vocabulary they would take more memory than the K/V."""
+    model = early_exit()
+    common = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": None, "threshold": 0.0}
+    tokens = []
+    for mode in ("threshold", "speculative"):
+        model.generate(
+            torch.tensor([[5, 9]]), mode=mode, on_token=lambda _, t: tokens.append(t), **common
+        )
+    assert sum(token.exit_layer < 4 for token in tokens) > 10
+    assert all(token.probabilities is None for token in tokens)
+
+
+def test_a_bound_beyond_the_text_takes_no_room():
+    model = early_exit()
+    model.generate(torch.tensor([[5, 9]]), max_pending=10**6, max_new_tokens=4)
+    assert list(model.engines.values())[-1].passes.places <= 128
+
+
+def test_a_fixed_depth_takes_any_bound():
+    model = early_exit()
+    ((_, out),) = model.generate_batch(
+        [[5, 9]], mode="fixed", exit_layers=[2], max_pending=2, max_new_tokens=4
+    )
+    assert set(out.exit_layers.flatten().tolist()) <= {0, 2}
+
+
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 16, "rope_theta": 1e4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "end"),
+    [
+        ("phi3", LONGROPE, 16),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 64),
+    ],
+)
+def test_rotary_frequencies_that_change_with_the_length_end_a_text(family, rope, end):
+    """Up to there it is that of transformers; beyond, the K/V that are kept would not fit."""
+    original = {"original_max_position_embeddings": 16} if family == "phi3" else {}
+    base = tiny(family, rope_parameters=rope, **original)
+    model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
+    assert model.backbone.end == end
+    ids = torch.tensor([[5, 9, 11]])
+    common = {"max_new_tokens": end - 3, "eos_token_id": None}
+    expected = base.generate(ids, do_sample=False, **common)
+    assert torch.equal(model.generate(ids, mode="full", **common).sequences, expected)
+    with pytest.raises(UserError, match=f"positions go on for {end} alone"):
+        model.generate(ids, max_new_tokens=end)
+
+
+def test_layers_that_were_left_out_are_asked_for(base):
+    model = EarlyExitModel.from_base(base, ExitConfig("1", arch="norm"), whole=False)
+    with pytest.raises(UserError, match="layer 2 is not in memory: load the whole backbone"):
+        model.generate(torch.tensor([[5, 9]]))

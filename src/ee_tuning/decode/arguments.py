@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Arguments of transformers' `generate` that have no effect here, and those that cannot be had.
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REFUSED = {
     "assistant_model": "exits draft with mode speculative",
     "custom_generate": "leave it out",
@@ -69,35 +70,51 @@ class Settings:
 
 
 def as_row(values: Any) -> Tensor:
-    """A prompt of `generate_batch`, or its mask, as a batch (1, P).
+    """A prompt of `generate_batch` (P,) or (1, P), or its mask, as a batch (1, P).
 
     Raises:
         UserError: it is nothing of the kind.
     """
     try:
-        return torch.as_tensor(values).reshape(1, -1)
+        row = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
+        row = None
+    if row is None or row.ndim == 0 or row.ndim > 2 or (row.ndim == 2 and len(row) != 1):
         found = "nothing" if values is None else type(values).__name__
+        if row is not None:
+            found = f"of shape {tuple(row.shape)}: give several prompts one by one"
         raise UserError(
             f"a prompt of generate_batch is token ids, as input_ids or alone, not {found}"
-        ) from None
+        )
+    return row.reshape(1, -1)
 
 
 def read_prompts(
-    model: EarlyExitModel, input_ids: Tensor, attention_mask: Tensor | None
+    model: EarlyExitModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: Mapping[str, Any],
 ) -> list[list[int]]:
-    """The rows of a batch, without their padding."""
+    """The rows of a batch, without their padding.
+
+    kwargs: those of `generate`, as what is padding may be said there.
+    """
     if not isinstance(input_ids, Tensor):
         found = type(input_ids).__name__
         raise UserError(f"generate takes a tensor of prompts of shape (B, P), not {found}")
-    if input_ids.ndim != 2 or not len(input_ids) or input_ids.is_floating_point():
+    if not isinstance(attention_mask, Tensor | None):
+        found = type(attention_mask).__name__
+        raise UserError(f"attention_mask is a tensor of the prompts' shape (B, P), not {found}")
+    if input_ids.ndim != 2 or not len(input_ids) or input_ids.dtype not in IDS:
         found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
         raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-        config = model.backbone.config
-        padding = getattr(config, "pad_token_id", None)
-        if len(input_ids) > 1 and padding not in (None, getattr(config, "eos_token_id", None)):
+        own = model.backbone.model.generation_config
+        padding, ends = (
+            said(kwargs, name, getattr(own, name)) for name in ("pad_token_id", "eos_token_id")
+        )
+        if padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
             attention_mask = (input_ids != padding).cummax(-1).values.long()
     if attention_mask.shape != input_ids.shape:
         raise UserError(
@@ -138,10 +155,12 @@ def prepare(model: EarlyExitModel, ids: list[int], **kwargs: Any) -> tuple[list[
         nonlocal padding
         config = prepared["generation_config"]
         _check_mode(config)
-        stops = _stops(prepared["stopping_criteria"], input_ids.device)
+        criteria = prepared["stopping_criteria"]
+        stops = _stops(criteria, input_ids.device)
+        length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
         for row in input_ids.tolist():
             chooser = Chooser(prepared["logits_processor"], config.do_sample)
-            requests.append(Request(row, policy, config.max_length, chooser, stops))
+            requests.append(Request(row, policy, length, chooser, stops))
         padding = _padding(config)
         return input_ids
 
@@ -183,10 +202,12 @@ def _for_transformers(kwargs: dict[str, Any]) -> dict[str, Any]:
     return rest | {"stopping_criteria": criteria, "generation_config": config}
 
 
-def said(kwargs: dict[str, Any], name: str) -> Any:
+def said(kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
     """What the caller said of an argument, by itself or in a ``generation_config``."""
-    value = kwargs.get(name)
-    return getattr(kwargs.get("generation_config"), name, None) if value is None else value
+    if name in kwargs:
+        return kwargs[name]
+    value = getattr(kwargs.get("generation_config"), name, None)
+    return default if value is None else value
 
 
 def _check_mode(config: GenerationConfig) -> None:

@@ -114,7 +114,7 @@ class Engine:
             exit_layers,
             slots=slots,
             capacity=capacity,
-            longest=max_pending + 1,
+            longest=min(max_pending + 1, capacity),
             compile=compile,
             stage=stage,
         )
@@ -233,13 +233,12 @@ class Engine:
         if row.policy.leaves(layer, prediction.confidence):
             row.door = 0
             chosen, q = row.request.chooser.choose(row.ids, prediction)
-            token = Token(chosen, layer, prediction.confidence, q)
             row.ids.append(chosen)
             row.pending += 1
             if row.policy.verifies:
-                row.drafts.append(token)
+                row.drafts.append(Token(chosen, layer, prediction.confidence, q))
             else:
-                yield from self._emit(row, [token])
+                yield from self._emit(row, [Token(chosen, layer, prediction.confidence)])
 
     def _settle(self, row: _Row, found: Predictions, j: int, count: int) -> Iterator[Event]:
         """A token went to the end: keep drafts while the end agrees, then take its own token.
@@ -250,6 +249,8 @@ class Engine:
         first, place = len(row.ids) - len(drafts), count - 1 - len(drafts)
         after = [found.of(j, place + k) for k in range(len(drafts) + 1)]
         kept, own = row.request.chooser.verify(row.ids, after, drafts)
+        for draft in drafts:
+            draft.probabilities = None  # a text may be kept for long
         row.ids[first + kept :] = [own]
         row.done = [min(done, len(row.ids) - 1) for done in row.done]
         row.door, row.pending, row.drafts = 0, 0, []

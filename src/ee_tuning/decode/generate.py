@@ -57,7 +57,7 @@ def generate(
     alike, and gives the same on each.
 
     attention_mask: (B, P), 0 where a shorter prompt is padded on its left; default: leading
-        padding tokens, in a batch.
+        padding tokens, unless they may end a text.
     compile: layers and exits, and capture passes as CUDA graphs; default: on CUDA. The first calls
         compile; `warm_up` does it ahead.
     on_token: called with the row and each settled `Token` before the streamer gets it.
@@ -70,7 +70,7 @@ def generate(
             transformers refuses or cannot be had with early exits.
     """
     warn_ignored(kwargs)
-    prompts = read_prompts(model, input_ids, attention_mask)
+    prompts = read_prompts(model, input_ids, attention_mask, kwargs)
     prepared = [prepare(model, ids, **kwargs) for ids in prompts]
     requests = [request for requests, _ in prepared for request in requests]
     if streamer is not None and len(requests) > 1:
@@ -115,7 +115,8 @@ def generate_batch(
 
     prompts: token ids, as lists or tensors (P,); or what a tokenizer gives for one text; or dicts
         of ``input_ids`` and arguments that this prompt has for itself: a mode, a threshold, …
-    capacity: tokens of a prompt with its text at most; default: the backbone's context.
+    capacity: tokens of a prompt with its text at most; default: the backbone's context, or where
+        its positions end.
     kwargs: `Settings` and arguments of transformers' ``generate``, for all prompts. Their
         `exit_layers` and `max_pending` bound those of the single prompts.
 
@@ -125,7 +126,7 @@ def generate_batch(
     warn_ignored(kwargs)
     if slots < 1:
         raise UserError(f"slots is {slots}: give 1 or more")
-    capacity = capacity or model.backbone.context
+    capacity = capacity or model.backbone.end or model.backbone.context
     if not capacity:
         raise UserError("the backbone's config has no context length: give capacity")
     exits = active_layers(model, kwargs.get("exit_layers"))
@@ -138,8 +139,9 @@ def generate_batch(
         for number, prompt in enumerate(prompts):
             own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
             row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
-            (ids,) = read_prompts(model, row, None if mask is None else as_row(mask))
-            for request in prepare(model, ids, **kwargs | own)[0]:
+            given = kwargs | own
+            (ids,) = read_prompts(model, row, None if mask is None else as_row(mask), given)
+            for request in prepare(model, ids, **given)[0]:
                 numbers[request] = number, []
                 yield request
 
@@ -166,7 +168,7 @@ def warm_up(
     """
     given = Settings(**settings)
     policy = given.policy(model)
-    capacity = capacity or model.backbone.context or ROOM
+    capacity = capacity or model.backbone.end or model.backbone.context or ROOM
     engine = _engine(model, policy.exit_layers, slots, capacity, policy.max_pending, compile)
     return engine.warm_up([policy.measure])
 
@@ -201,39 +203,50 @@ def _engine(
     max_pending: int,
     compile: bool | None,
 ) -> Engine:
-    """One of the model's engines if it fits and has room; else a new one, which the model keeps.
+    """The smallest of the model's engines that has room; else a new one, which the model keeps.
 
     Captured graphs hold the addresses of weights, so other weights want another engine.
     """
     mesh, compile = model.mesh, will_compile(model, compile)
-    context = model.backbone.context
-    if context and capacity > context and model.backbone.family.positions_end:
+    end = model.backbone.end
+    if end and capacity > end:
         raise UserError(
-            f"{capacity} tokens with the prompt are asked for, the backbone has positions for "
-            f"{context} alone: ask for fewer"
+            f"{capacity} tokens with the prompt are asked for, the backbone's positions go on for "
+            f"{end} alone: ask for fewer"
         )
     weights = tuple(p.data_ptr() for p in model.parameters())
-    key = (tuple(exit_layers), max_pending, compile, weights)
-    kept = model.engines.pop(key, None)
-    if kept is None or kept.busy or kept.passes.slots < slots or kept.passes.capacity < capacity:
+    device = model.backbone.device.type
+    cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    alike = (tuple(exit_layers), max_pending, compile, weights, cast)
+    kept = [key for key in model.engines if key[0] == alike]
+    fitting = [
+        key for key in kept
+        if key[1] >= slots and key[2] >= capacity and not model.engines[key].busy
+    ]  # fmt: skip
+    if fitting:
+        key = min(fitting, key=lambda one: one[1] * one[2])
+        engine = model.engines.pop(key)
+    else:
         room = -(-capacity // ROOM) * ROOM
-        room = max(capacity, min(room, context or room))
+        room = max(capacity, min(room, end or model.backbone.context or room))
+        key = (alike, slots, room)
+        for smaller in [one for one in kept if one[1] <= slots and one[2] <= room]:
+            del model.engines[smaller]
         settings: dict[str, Any] = {"slots": slots, "capacity": room, "max_pending": max_pending}
         kind = Engine if mesh.pp == 1 else Stage
-        kept = None
 
         def make() -> Engine:
             return kind(model, exit_layers, **settings, compile=compile)
 
         try:
-            kept = mesh.on_all(make)
+            engine = mesh.on_all(make)
         except UserError:  # no room: that of the others may be enough
             model.engines.clear()
-            kept = mesh.on_all(make)
-    model.engines[key] = kept
+            engine = mesh.on_all(make)
+    model.engines[key] = engine
     for oldest in list(model.engines)[:-ENGINES]:
         del model.engines[oldest]
-    return kept
+    return engine
 
 
 def _output(

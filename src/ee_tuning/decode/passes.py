@@ -144,7 +144,8 @@ class Passes:
         self.places = -(-(capacity + longest) // ALIGNED) * ALIGNED
         self.row_sizes = _sizes(slots, ROWS_FACTOR)
         self.reach_sizes = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
-        self.limit = max(capacity, model.backbone.context or 0) - 1  # for padding: no position more
+        most = model.backbone.end or max(capacity, model.backbone.context or 0)
+        self.limit = most - 1  # for padding: no position more
         stage = range(model.backbone.num_layers) if stage is None else stage
         self.is_first, self.is_last = stage.start == 0, stage.stop == model.backbone.num_layers
         self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}

@@ -68,7 +68,7 @@ def make_policy(
                 f"mode fixed needs one exit, active are {active}: name it with exit_layers, and no "
                 "min_depth above it"
             )
-        return Policy(active[0], final=False, measure=measure)
+        return Policy(active[0], final=False, measure=measure, max_pending=max_pending)
     if mode == "speculative" and depth in active:
         raise UserError(
             f"mode speculative cannot draft with the exit at the last layer, {depth}: leave it "
@@ -96,7 +96,7 @@ def active_layers(model: EarlyExitModel, exit_layers: Layers | None) -> list[int
     Raises:
         UserError: there is no exit at one of them.
     """
-    if not exit_layers:
+    if exit_layers is None:
         return model.all_exit_layers
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
     for layer in layers:

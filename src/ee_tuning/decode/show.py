@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,6 +99,9 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
     input_ids = encode_prompt(tokenizer, prompt, config.chat)
     streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    usual = {name: getattr(GenerateConfig(), name) for name in sampling}
+    if sampling != usual and not config.do_sample:
+        warnings.warn("temperature, top_k and top_p are ignored without do_sample", stacklevel=1)
     way: dict[str, Any] = {
         "mode": config.mode,
         "threshold": parse_threshold(config.threshold),

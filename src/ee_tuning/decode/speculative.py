@@ -8,6 +8,7 @@ normalised. What comes out has the distribution p (speculative sampling: Leviath
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode.passes import Prediction
+from ee_tuning.errors import UserError
 from ee_tuning.parallel.pipeline import count_weights, exit_weights
 
 if TYPE_CHECKING:
@@ -29,13 +31,13 @@ class Token:
     id: int
     exit_layer: int
     confidence: float
-    probabilities: Tensor | None = None  # (V,), of a draft that was sampled
+    probabilities: Tensor | None = None  # (V,), of a draft that was sampled, until it is verified
 
 
 class Chooser:
     """Chooses tokens from logits as transformers does.
 
-    generator: of the samples; default: torch's own. drawn: how many it was used for.
+    generator: of the samples; default: torch's own. drawn: how many it has given.
     """
 
     def __init__(self, processors: Any = (), sample: bool = False) -> None:
@@ -49,14 +51,14 @@ class Chooser:
             return found.token, None
         scores = self._scores(ids, found.logits)
         if not self.sample:
-            return int(scores.argmax()), None
+            return _token(scores.argmax(), scores.amax()), None
         probabilities = scores.softmax(-1)
         return self._draw(probabilities), probabilities
 
     def catch_up(self, drawn: int, like: Tensor) -> None:
         """Leave out the draws before the `drawn`-th, from (V,) like these: others made them."""
         while self.sample and self.drawn < drawn:
-            self._draw(like)
+            self._noise(like)
 
     def verify(
         self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
@@ -66,53 +68,66 @@ class Chooser:
         found: the final exit's prediction of each draft, and of what follows the last one.
         """
         first = len(ids) - len(drafts)
+        texts = [ids[: first + kept] for kept in range(len(drafts))]
         if self.sample and drafts:
-            kept, token = self._verify_samples(ids[:first], found, drafts)
-            if token is not None:
+            return self._verify_samples([*texts, ids], found, drafts)
+        for kept, draft in enumerate(drafts):
+            token, _ = self.choose(texts[kept], found[kept])
+            if token != draft.id:
                 return kept, token
-        else:
-            for kept, draft in enumerate(drafts):
-                token, _ = self.choose(ids[: first + kept], found[kept])
-                if token != draft.id:
-                    return kept, token
         return len(drafts), self.choose(ids, found[-1])[0]
 
     def _verify_samples(
-        self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
-    ) -> tuple[int, int | None]:
-        """As `verify`, without a token if all are kept. All drafts at once: one wait for them.
+        self, texts: list[Sequence[int]], found: Sequence[Prediction], drafts: Sequence[Token]
+    ) -> tuple[int, int]:
+        """As `verify`, of all drafts at once, so that the host waits for them once.
 
-        ids: without the drafts.
+        texts: what each prediction follows.
         """
-        scores, text = [], list(ids)
-        for draft, one in zip(drafts, found, strict=False):
-            scores.append(self._scores(text, one.logits))
-            text.append(draft.id)
-        p = torch.stack(scores).softmax(-1)
+        pairs = zip(texts[:-1], found[:-1], strict=True)
+        p = torch.stack([self._scores(text, one.logits) for text, one in pairs]).softmax(-1)
         q = torch.stack([draft.probabilities for draft in drafts])  # type: ignore[misc]
         chosen = torch.tensor([[draft.id] for draft in drafts], device=p.device)
-        drawn = torch.rand(len(drafts), 1, device=p.device, generator=self.generator)
-        keeps = (drawn * q.gather(1, chosen) < p.gather(1, chosen)).flatten().tolist()
+        uniform = torch.rand(chosen.shape, dtype=p.dtype, device=p.device, generator=self.generator)
+        keeps = (uniform * q.gather(1, chosen) < p.gather(1, chosen)).flatten().tolist()
         if all(keeps):
-            return len(drafts), None
+            return len(drafts), self.choose(texts[-1], found[-1])[0]
         kept = keeps.index(False)
         rest = (p[kept] - q[kept]).clamp(min=0)
         return kept, self._draw(torch.where(rest.sum() > 0, rest, p[kept]))
 
     def _draw(self, weights: Tensor) -> int:
-        """A token, as likely as its weight among all (V,).
+        """A token, each as likely as its share of the weights (V,).
 
-        It is `torch.multinomial`'s for a single one, without its look at the weights, for which the
-        host would wait twice.
+        The same that `torch.multinomial` draws, which waits for the device twice to look at the
+        weights.
         """
+        return _token((weights / self._noise(weights)).argmax(), weights.sum())
+
+    def _noise(self, like: Tensor) -> Tensor:
         self.drawn += 1
-        noise = torch.empty_like(weights).exponential_(generator=self.generator)
-        return int((weights / noise).argmax())
+        return torch.empty_like(like).exponential_(generator=self.generator)
 
     def _scores(self, ids: Sequence[int], logits: Tensor) -> Tensor:
         if not len(self.processors):
             return logits
-        return self.processors(torch.tensor([ids], device=logits.device), logits[None])[0]
+        # A processor may write into what it is given.
+        return self.processors(torch.tensor([ids], device=logits.device), logits[None].clone())[0]
+
+
+def _token(index: Tensor, evidence: Tensor) -> int:
+    """A token's index on the host, in one wait; exact up to 2²⁴.
+
+    Raises:
+        UserError: the score or weight that speaks for it is no finite number.
+    """
+    token, value = torch.stack([index.float(), evidence.float()]).tolist()
+    if not math.isfinite(value):
+        raise UserError(
+            "there is no token to choose: the logits are not finite, or every token is excluded; "
+            "see temperature and what else changes the logits"
+        )
+    return int(token)
 
 
 class Generators:
