@@ -201,7 +201,7 @@ def parallel(name: str) -> str:
             f"{result['hardware']}; {result['versions']}; {backend}. Shape {given['shape']}, "
             f"{given['precision'].replace('auto', 'bf16')}, {given['layers'].count(',') + 1} "
             f"exits, steps of {given['global_batch_size']} × {given['seq_length']} tokens; "
-            f"{len(found['seconds'])} of {len(found['losses'])} steps timed.",
+            f"{given['steps']} of {len(result['layouts']['one']['losses'])} steps timed.",
         ]
     )
 

@@ -26,7 +26,7 @@ from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
 from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.quantised import BYTES
+from ee_tuning.quantised import BYTES, PACKAGES
 from ee_tuning.vocabulary import Vocabulary
 
 GIB = 2**30
@@ -304,14 +304,15 @@ def step_seconds(model: EarlyExitModel, config: TuneConfig, gpu: Gpu) -> dict[st
     tokens = config.global_batch_size * config.seq_length
     given = model, config.seq_length, _reduced(model, config)
     flop = flop_per_token(*given, teacher=config.loss != "ce")
-    same = "fp32" if config.precision == "fp32" else "bf16"
-    wide = getattr(gpu, same) * 1e12
-    rates = {name: wide * share for name, share in REACHED.items()}
-    rates["same"] = rates[same]
-    rates["fp8"] = gpu.fp8 * REACHED["fp8"] * 1e12 or rates["same"]
-    frozen, tuned = rates[config.backbone_precision], rates[config.exit_precision]
+    dtype = "fp32" if config.precision == "fp32" else "bf16"
+    plain = getattr(gpu, dtype) * REACHED[dtype]
+    rates = {"same": plain, "fp8": gpu.fp8 * REACHED["fp8"] or plain}
+    rates |= {name: getattr(gpu, dtype) * REACHED[name] for name in PACKAGES}
+    frozen, tuned = (
+        rates[name] * 1e12 for name in (config.backbone_precision, config.exit_precision)
+    )
     # Of the frozen parts the packages quantise the layers alone.
-    head = rates["fp8"] if config.backbone_precision == "fp8" else rates["same"]
+    head = plain * 1e12 if config.backbone_precision in PACKAGES else frozen
     shared = any(exit.spec.head == "shared" for exit in model.exits.values())  # type: ignore[union-attr]
     sizes = [sum(_tuned(model, config, model.exit(layer))) for layer in model.exit_layers]
     moved = 4 * (2 if config.master_weights == "bf16" else 4)  # weight and gradient, in and out

@@ -1,10 +1,13 @@
 """`generate` follows transformers' conventions."""
 
+import io
 import threading
 
+import numpy
 import pytest
 import torch
 from families import tiny
+from rich.console import Console
 from test_decode import early_exit, padded, prompt
 from transformers import (
     GenerationConfig,
@@ -18,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.decode.show import DepthStreamer
 from ee_tuning.loading import load_tokenizer
 
 
@@ -184,6 +188,8 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
         ("def f", {}, "token ids, as input_ids or alone, not str"),
         ([5.0, 9.0], {}, "generate takes token ids"),
         ([5, 9], {"threshold": {"a": 0.5}}, "thresholds' layers must be numbers"),
+        ([5, 9], {"threshold": {None: 0.5}}, "thresholds' layers must be numbers"),
+        ([5, 9], {"exit_layers": []}, "no exit layers given"),
         ([5, 9], {"max_pending": 2.5}, "max_pending 2.5 is not possible"),
         ([5, 9], {"min_depth": 4, "threshold": {1: 0.5}}, "no exit is active.*min_depth"),
         ([5, 9], {"min_depth": 4, "mode": "fixed"}, r"active are \[\].*min_depth"),
@@ -419,3 +425,24 @@ def test_layers_that_were_left_out_are_asked_for(base):
     model = EarlyExitModel.from_base(base, ExitConfig("1", arch="norm"), whole=False)
     with pytest.raises(UserError, match="layer 2 is not in memory: load the whole backbone"):
         model.generate(torch.tensor([[5, 9]]))
+
+
+def test_text_is_printed_as_it_is(base, tokenizer):
+    """Tabs stay tabs, and what an unfinished character held back comes at the end."""
+    written = io.StringIO()
+    streamer = DepthStreamer(tokenizer, Console(file=written), 4)
+    for text in ("if x:\n\treturn y", "\r\n", "ü"):
+        ids = tokenizer(text).input_ids
+        for token in ids if text != "ü" else ids[:1]:
+            streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert written.getvalue().startswith("if x:\n\treturn y\r\n\ufffd")
+
+
+def test_any_real_number_is_a_threshold():
+    ids = torch.tensor([[5, 9]])
+    outputs = [
+        early_exit().generate(ids, threshold=kind(0.02), max_new_tokens=8)
+        for kind in (float, numpy.float32)
+    ]
+    assert torch.equal(outputs[0].exit_layers, outputs[1].exit_layers)

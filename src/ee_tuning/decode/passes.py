@@ -188,7 +188,7 @@ class Passes:
 
     def _prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
         """A prompt in one pass, neither compiled nor padded."""
-        hidden = self._inputs(inputs)[None]
+        hidden = torch.as_tensor(inputs, device=self.device)[None]
         positions = torch.arange(len(inputs), device=self.device)[None]
         slots = torch.tensor([slot], device=self.device)
         self._put(Place(slots, positions, len(inputs), in_order=False, empty=True))
@@ -272,16 +272,13 @@ class Passes:
         logits, answers = found
         return _read(logits, answers, [slots.index(window.slot) for window in windows])
 
-    def _inputs(self, inputs: Sequence[int] | Tensor) -> Tensor:
-        return torch.as_tensor(inputs, device=self.device)
-
     def _in_ring(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         table = [list(slots), list(positions)]
         places = torch.tensor(table, dtype=torch.int64, device=self.device)
         return places[0], places[1] % (2 * self.longest)
 
     @torch.inference_mode()
-    def warm_up(self, measures: Sequence[str] = ("probability",), verify: bool = True) -> float:
+    def warm_up(self, measures: Sequence[str] = ("probability",)) -> float:
         """Compile, and capture on CUDA, what decoding with all slots free will ask for.
 
         A sequence must not be in progress. Gives the seconds it took, 0 where nothing compiles.
@@ -298,9 +295,7 @@ class Passes:
             # Of prompts, and before the first segment there is one token otherwise.
             many = [1] if i == 0 and self.is_first else self.window_sizes
             for length in sorted({*many, CHUNK}):
-                for after in (
-                    ("last", "nothing", "each") if last and verify else ("last", "nothing")
-                ):
+                for after in ("last", "nothing", "each") if last else ("last", "nothing"):
                     wanted = Wanted(after, last and after != "nothing", measure)
                     self._run((i, rows, length, reach, in_order, wanted))
         if self.device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from ee_tuning.config import MEASURES, MODES, Layers, parse_layers
@@ -116,10 +117,10 @@ def _thresholds(threshold: float | Mapping[int, float], active: list[int]) -> di
             if isinstance(threshold, Mapping)
             else dict.fromkeys(active, threshold)
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"the thresholds' layers must be numbers: {error}") from error
     for value in given.values() if active or isinstance(threshold, Mapping) else [threshold]:
-        if not (isinstance(value, (int, float)) and 0 <= value <= 1):
+        if not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise UserError(f"threshold {value!r} is outside [0, 1]")
     unknown, missing = sorted(given.keys() - set(active)), sorted(set(active) - given.keys())
     if unknown:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
@@ -58,16 +60,20 @@ class DepthStreamer:
         """Print what `ids` add to the text; the first call brings the prompt."""
         self.ids += ids.flatten().tolist()
         text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if text.endswith("\ufffd"):
-            return
+        if not text.endswith("\ufffd"):
+            self._print(text)
+
+    def end(self) -> None:
+        """Print what still waits, and end the line."""
+        self._print(str(self.tokenizer.decode(self.ids, skip_special_tokens=True)))
+        self.console.print()
+
+    def _print(self, text: str) -> None:
         new, self.printed = text[self.printed :], len(text)
         style = f"bold {depth_colour(self.layer, self.depth)}" if self.prompt_seen else "dim"
         self.prompt_seen = True
-        self.console.print(Text(new, style=style), end="", soft_wrap=True)
-
-    def end(self) -> None:
-        """End the line."""
-        self.console.print()
+        # As it is: a Text would have spaces for tabs.
+        self.console.print(Segments([Segment(new, Style.parse(style))]), end="", soft_wrap=True)
 
 
 def generate_and_show(config: GenerateConfig, console: Console | None = None) -> None:
