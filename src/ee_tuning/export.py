@@ -76,7 +76,7 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
     if exit.spec.arch == "mlp":
         layers[-1] = twin(layers[-1], dict(exit.mlp.items()))
     if exit.spec.arch == "layer":
-        layers.append(exit.block)
+        layers.append(_as_layer(exit.block, layer))
         kept.append(backbone.num_layers - 1)  # the block stands where the last layer stood
     anatomy, own = backbone.anatomy, exit.spec.head == "own"
     parts: dict[str, nn.Module] = {
@@ -86,11 +86,23 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
     }
     exported: Any = twin(backbone.model, parts)
     exported.config = slice_config(backbone.config, kept)
+    exported.get_submodule(anatomy.trunk).config = exported.config
     if own:
         exported.config.tie_word_embeddings = False
         exported.all_tied_weights_keys = {}
     _check_family(exported, exit.spec.arch)
     return exported
+
+
+def _as_layer(block: nn.Module, number: int) -> nn.Module:
+    """A twin of `block` that has its K/V in the place of layer `number`, counted from 0."""
+    named = block.named_modules()
+    parts = {name: twin(one, {}) for name, one in named if name and hasattr(one, "layer_idx")}
+    found = twin(block, parts)
+    for module in found.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = number
+    return found
 
 
 def _check_family(exported: PreTrainedModel, arch: str) -> None:

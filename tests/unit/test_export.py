@@ -44,6 +44,19 @@ def test_logits_are_the_exits(family, arch, head, tmp_path):
     assert torch.equal(loaded.eval()(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon", "mixtral"])
+def test_an_exported_layer_exit_generates_before_it_is_saved(family, tmp_path):
+    model = with_exits(family, "layer", "own")
+    exported = exit_checkpoint(model, 2)
+    common = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    found = exported.generate(IDS, **common)
+    exported.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(found, loaded.generate(IDS, **common))
+    full = model.generate(IDS, mode="full", **common).sequences
+    assert torch.equal(full, model.model.generate(IDS, **common))  # nothing of it was renumbered
+
+
 @pytest.mark.parametrize(
     ("family", "values"),
     [
