@@ -107,6 +107,9 @@ def test_rows_that_end_are_padded():
         {"generation_config": GenerationConfig(max_new_tokens=5, repetition_penalty=1.8)},
         {"max_new_tokens": 9, "min_new_tokens": 6, "eos_token_id": [7, 40, 41, 42, 43]},
         {"max_new_tokens": 8, "no_repeat_ngram_size": 1},
+        {"max_length": 12, "forced_eos_token_id": 33},
+        {"max_length": 14, "min_length": 11, "eos_token_id": list(range(3, 60))},
+        {"generation_config": GenerationConfig(max_length=12, forced_eos_token_id=33)},
     ],
 )
 def test_transformers_arguments_mean_what_they_mean_there(kwargs):

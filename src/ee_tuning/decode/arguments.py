@@ -137,8 +137,10 @@ def read_prompts(
     return rows
 
 
-def prepare(model: EarlyExitModel, ids: list[int], **kwargs: Any) -> tuple[list[Request], int]:
-    """What transformers makes of `kwargs` for a prompt.
+def prepare(
+    model: EarlyExitModel, ids: list[int], padded: int = 0, **kwargs: Any
+) -> tuple[list[Request], int]:
+    """What transformers makes of `kwargs` for a prompt that was padded by so many tokens.
 
     Requests, ``num_return_sequences`` of them, and the token behind a text that ended.
 
@@ -148,6 +150,9 @@ def prepare(model: EarlyExitModel, ids: list[int], **kwargs: Any) -> tuple[list[
     names = {f.name for f in fields(Settings)} & kwargs.keys()
     policy = Settings(**{name: kwargs.pop(name) for name in names}).policy(model)
     kwargs = _for_transformers(kwargs)
+    for name in ("max_length", "min_length") if padded else ():  # they count padding
+        if said(kwargs, name):
+            kwargs[name] = max(said(kwargs, name) - padded, 1)
     requests: list[Request] = []
     padding = 0
 

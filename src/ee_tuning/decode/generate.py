@@ -71,7 +71,8 @@ def generate(
     """
     warn_ignored(kwargs)
     prompts = read_prompts(model, input_ids, attention_mask, kwargs)
-    prepared = [prepare(model, ids, **kwargs) for ids in prompts]
+    width = input_ids.shape[1]
+    prepared = [prepare(model, ids, width - len(ids), **kwargs) for ids in prompts]
     requests = [request for requests, _ in prepared for request in requests]
     if streamer is not None and len(requests) > 1:
         raise UserError("a streamer takes one text: leave it out, or use on_token for a batch")
