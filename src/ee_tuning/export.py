@@ -101,7 +101,7 @@ def _as_layer(block: nn.Module, number: int) -> nn.Module:
     found = twin(block, parts)
     for module in found.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = number
+            module.layer_idx = number  # type: ignore[assignment]
     return found
 
 
