@@ -52,6 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # They do something to hidden states outside of their layers.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "nanochat": ("nanochat", COMMON),
     "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "xglm": ("xglm", {"vocab_size": 96, "d_model": 32, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4}),
 }  # fmt: skip

@@ -343,6 +343,16 @@ class _TrunkOutput(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
+class _Counter(nn.Module):
+    """In place of a norm: counts its calls."""
+
+    calls = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden
+
+
 class _Passthrough(nn.Module):
     """In place of the trunk: hands `inputs_embeds` on to the head."""
 
@@ -418,18 +428,16 @@ class Backbone:
         """
         hidden = torch.randn(1, 2, self.config.hidden_size).to(self.device, self.dtype)
         positions = torch.arange(2, device=self.device)[None]
+        segment, norm = Segment(self, [], 1, later=True, record=False), _Counter()
+        segment.trunk = twin(segment.trunk, {self.anatomy.norm: norm})
+        problem = f"a model of type {self.config.model_type} cannot be cut into segments"
         try:
             with torch.inference_mode():
-                after = Segment(self, [], 1, later=True, record=False)(hidden, positions).hidden
-            changed = not torch.equal(after, hidden)
+                after = segment(hidden, positions).hidden
         except Exception as error:
-            raise UserError(f"{self._cannot}: {first_line(error)}") from error
-        if changed:
-            raise UserError(f"{self._cannot}: it changes hidden states outside of its layers")
-
-    @property
-    def _cannot(self) -> str:
-        return f"a model of type {self.config.model_type} cannot be cut into segments"
+            raise UserError(f"{problem}: {first_line(error)}") from error
+        if norm.calls != 1 or not torch.equal(after, hidden):
+            raise UserError(f"{problem}: it changes hidden states outside of its layers")
 
     def segment(self, start: int, stop: int, record: bool = False) -> Segment:
         """The layers `start`..`stop`-1, counted from 0.

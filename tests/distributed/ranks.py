@@ -47,8 +47,10 @@ def run_ranks(number, run, *given, fresh=False):
     ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
+    for number, rank in enumerate(ranks):
         rank.join()
+        if rank.exitcode:
+            print(f"rank {number} ended with status {rank.exitcode}")
 
 
 def become(rank, size, port):
