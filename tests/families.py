@@ -50,6 +50,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("biogpt", COMMON | {"scale_embedding": True}),
     "olmo": ("olmo", COMMON),
 }  # fmt: skip
+# Families that nothing here names, by their model types.
+OTHERS: dict[str, dict[str, Any]] = (
+    dict.fromkeys(
+        ["apertus", "arcee", "bitnet", "ernie4_5", "gpt_neox_japanese", "jais2", "nemotron",
+         "olmo3", "smollm3", "diffllama"],
+        COMMON,
+    )
+    | dict.fromkeys(
+        ["cohere2", "exaone4", "glm", "glm4", "helium", "hunyuan_v1_dense", "ministral",
+         "seed_oss", "vaultgemma"],
+        COMMON | {"head_dim": 8},
+    )
+    | dict.fromkeys(["codegen", "gptj"], GPT2 | {"rotary_dim": 8})
+    | dict.fromkeys(["minicpm3", "persimmon", "youtu"], COMMON | {"num_key_value_heads": 4})
+)  # fmt: skip
 # They do something to hidden states outside of their layers.
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("nanochat", COMMON),
@@ -58,6 +73,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": ("gpt_oss", COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6, "layer_types": HYBRID, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "qwen3_moe": ("qwen3_moe", COMMON | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1}),
 }  # fmt: skip
 
@@ -67,7 +83,8 @@ def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
     Norms and biases get noise too, so that leaving one out shows.
     """
-    model_type, values = (FAMILIES | MOE | REFUSED)[family]
+    others = {name: (name, values) for name, values in OTHERS.items()}
+    model_type, values = (FAMILIES | MOE | REFUSED | others)[family]
     config = AutoConfig.for_model(model_type, **(values | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ee_tuning.errors import UserError, first_line
@@ -55,6 +55,8 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(later_parts={"embed_positions": Zero()}, masks_packing=False, positions_end=True),
     "granite": Family(later_attributes={"embedding_multiplier": 1.0}),
     "falcon": Family(masks_packing=False),
+    "gpt_oss": Family(masks_packing=False),
+    "afmoe": Family(masks_packing=False),
 }
 
 
@@ -236,12 +238,12 @@ class Segment:
         return State(output.last_hidden_state, position_ids, call, boundaries)
 
     def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
-        """The causal mask of packed documents, for trunks that do not pass positions to theirs."""
+        """The masks of packed documents, for trunks that do not pass positions to theirs."""
         shape_only = torch.empty(
             *inputs.shape[:2], 1, device=inputs.device, dtype=self._backbone.dtype
         )
-        return create_causal_mask(
-            config=self._backbone.config,
+        return create_masks_for_generate(
+            config=self.trunk.config,
             inputs_embeds=shape_only,
             attention_mask=None,
             past_key_values=None,

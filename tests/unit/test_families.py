@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MOE, REFUSED, tiny
+from families import FAMILIES, MOE, OTHERS, REFUSED, tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.config import ARCHS
@@ -175,6 +175,22 @@ def test_only_needed_tensors_are_read(family, tmp_path, monkeypatch):
     whole = EarlyExitModel.from_base(model, config)
     a, b = (m(ids, output_exit_logits=True).exit_logits[2] for m in (part, whole))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_go_the_same_way(family):
+    """Drafts leave transformers' tokens as they are, and packed documents do not see each other."""
+    base = tiny(family)
+    model = EarlyExitModel.from_base(base, ExitConfig("1,2", "norm,layer")).eval()
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    common = {"max_new_tokens": 12, "eos_token_id": None}
+    out = model.generate(ids, mode="speculative", threshold=0.0, **common).sequences
+    assert torch.equal(out, base.generate(ids, do_sample=False, **common))
+    places = torch.arange(6).repeat(1, 2)
+    packed = model(ids, position_ids=places, output_exit_logits=True).exit_logits
+    alone = model(ids[:, 6:], output_exit_logits=True).exit_logits
+    for layer in (1, 2):
+        torch.testing.assert_close(packed[layer][:, 6:], alone[layer], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", REFUSED)
