@@ -243,7 +243,7 @@ class Segment:
             *inputs.shape[:2], 1, device=inputs.device, dtype=self._backbone.dtype
         )
         return create_masks_for_generate(
-            config=self.trunk.config,
+            config=self.trunk.config,  # type: ignore[arg-type]
             inputs_embeds=shape_only,
             attention_mask=None,
             past_key_values=None,
