@@ -24,7 +24,7 @@ from ee_tuning.twin import twin
 class Zero(nn.Module):
     """In place of a learned position embedding: later segments have it in their input already."""
 
-    def forward(self, first: Any, *_: Any, position_ids: Any = None, **__: Any) -> Tensor:
+    def forward(self, first: Any = None, *_: Any, position_ids: Any = None, **__: Any) -> Tensor:
         """A zero that broadcasts, where the positions are, which come first or by name."""
         positions = first if position_ids is None else position_ids
         return torch.zeros((), device=positions.device)
@@ -401,11 +401,12 @@ class Backbone:
         if self.family.positions_end:
             return self.context
         ropes = getattr(self.config, "rope_parameters", None) or {}
-        kinds = [ropes] if "rope_type" in ropes else [r for r in ropes.values() if r]
-        ends = [
-            rope.get("original_max_position_embeddings") or self.context
+        kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
+        ends = [self.context for rope in kinds if rope.get("rope_type") == "dynamic"]
+        ends += [
+            rope.get("original_max_position_embeddings")
             for rope in kinds
-            if rope["rope_type"] in ("longrope", "dynamic")
+            if rope.get("rope_type") == "longrope"
         ]
         return min((end for end in ends if end), default=None)
 
@@ -428,7 +429,9 @@ class Backbone:
         Raises:
             UserError: names the family.
         """
-        hidden = torch.randn(1, 2, self.config.hidden_size).to(self.device, self.dtype)
+        draw = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, 2, self.config.hidden_size, generator=draw)
+        hidden = hidden.to(self.device, self.dtype)
         positions = torch.arange(2, device=self.device)[None]
         segment, norm = Segment(self, [], 1, later=True, record=False), _Counter()
         segment.trunk = twin(segment.trunk, {self.anatomy.norm: norm})

@@ -108,6 +108,7 @@ def test_rows_that_end_are_padded():
         {"max_new_tokens": 9, "min_new_tokens": 6, "eos_token_id": [7, 40, 41, 42, 43]},
         {"max_new_tokens": 8, "no_repeat_ngram_size": 1},
         {"max_length": 12, "forced_eos_token_id": 33},
+        {"max_new_tokens": 20, "stopping_criteria": [MaxLengthCriteria(9)]},
         {"max_length": 14, "min_length": 11, "eos_token_id": list(range(3, 60))},
         {"generation_config": GenerationConfig(max_length=12, forced_eos_token_id=33)},
     ],
@@ -302,6 +303,35 @@ def test_calls_of_two_sizes_in_turns_keep_their_engines():
     assert set(map(id, model.engines.values())) == kept
     model.generate(long.repeat(4, 1), **common)
     assert sizes() == [(4, 512)]
+    model.backbone.config.max_position_embeddings = 512
+    for more in (600, 601, 602):  # beyond the context, too
+        model.generate(torch.full((1, 10), 5), max_length=more, min_length=more, mode="full")
+        assert sizes() == [(4, 512), (1, 768)]
+
+
+def test_streams_that_run_in_turns_have_engines_of_their_own():
+    """Also where all rows of one have just ended."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="norm")).eval()
+    prompts = [[5, 9, 11], [5, 6], [7, 8], [9, 4]]
+    common = {"slots": 2, "max_new_tokens": 6, "eos_token_id": None}
+    expected = [out.sequences for _, out in model.generate_batch(prompts, **common)]
+    one, other = model.generate_batch(prompts, **common), model.generate_batch(prompts, **common)
+    found = [[next(one), next(one)], [next(other)]]
+    found[0] += one
+    found[1] += other
+    for outputs in found:
+        assert len(outputs) == 4
+        for a, (_, b) in zip(expected, outputs, strict=True):
+            assert torch.equal(a, b.sequences)
+
+
+def test_making_a_model_draws_no_random_number():
+    base = tiny("llama")
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    EarlyExitModel.from_base(base, ExitConfig("1,2", arch="norm"))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_autocast_has_engines_of_its_own():
@@ -342,24 +372,63 @@ def test_processors_may_write_into_the_logits(mode):
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"logits_processor": [NoNumbers()]}])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_no_token_is_made_up(do_sample):
+@pytest.mark.parametrize("measure", ["probability", "margin", "entropy"])
+def test_no_token_is_made_up(kwargs, do_sample, measure):
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="norm")).eval()
+    if not kwargs:
+        model.backbone.norm.weight.data.fill_(torch.nan)
     with pytest.raises(UserError, match="no token to choose"):
-        early_exit().generate(
-            torch.tensor([[5, 9]]), logits_processor=[NoNumbers()], do_sample=do_sample
-        )
+        model.generate(torch.tensor([[5, 9]]), do_sample=do_sample, measure=measure, **kwargs)
+
+
+def test_a_token_may_be_forced_by_infinity():
+    class Forced(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 7] = torch.inf
+            return scores
+
+    out = early_exit().generate(
+        torch.tensor([[5, 9]]), logits_processor=[Forced()], max_new_tokens=4
+    )
+    assert out.sequences[0, 2:].tolist() == [7] * 4
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"pad_token_id": 3}, {"eos_token_id": [0, 2]}, {"eos_token_id": None}]
-)
+    "kwargs",
+    [
+        {}, {"pad_token_id": 3}, {"eos_token_id": [0, 2]}, {"eos_token_id": None},
+        {"eos_token_id": torch.tensor([0, 2])},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 2])
 def test_padding_without_a_mask_is_what_transformers_takes_for_it(kwargs, rows):
     model = early_exit("gpt2")
-    ids = torch.tensor([[0, 0, 5, 9, 11], [3, 3, 4, 6, 8]])[-rows:]
+    ids = torch.tensor([[0, 0, 5, 9, 11], [3, 3, 4, 6, 8]])
     common = {"max_new_tokens": 6} | kwargs
-    expected = model.backbone.model.generate(ids, do_sample=False, **common)
-    out = model.generate(ids, mode="full", **common).sequences
+    for prompts in ids[:rows], ids[-rows:]:
+        expected = model.backbone.model.generate(prompts, do_sample=False, **common)
+        out = model.generate(prompts, mode="full", **common).sequences
+        assert torch.equal(out, expected)
+
+
+def test_what_is_no_padding_stays():
+    """A text may begin with the token for padding, and a list has none of it."""
+    model = early_exit("gpt2")
+    start = torch.tensor([[0]])
+    common = {"max_new_tokens": 5, "mode": "full"}
+    assert model.generate(start, **common).sequences[0, 0] == 0
+    ((_, out),) = model.generate_batch([[0, 5, 9]], **common)
+    assert out.sequences[0, :3].tolist() == [0, 5, 9]
+
+
+def test_the_models_own_greatest_length_counts_padding(monkeypatch):
+    model = early_exit("gpt2")
+    monkeypatch.setattr(model.model.generation_config, "max_length", 9)
+    ids = torch.tensor([[0, 0, 5, 9, 11]])
+    expected = model.backbone.model.generate(ids, do_sample=False, eos_token_id=None)
+    out = model.generate(ids, mode="full", eos_token_id=None).sequences
     assert torch.equal(out, expected)
 
 

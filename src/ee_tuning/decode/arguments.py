@@ -110,12 +110,10 @@ def read_prompts(
         raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-        own = model.backbone.model.generation_config
-        padding, ends = (
-            said(kwargs, name, getattr(own, name)) for name in ("pad_token_id", "eos_token_id")
-        )
-        if padding is not None and padding not in (ends if isinstance(ends, list) else [ends]):
-            attention_mask = (input_ids != padding).cummax(-1).values.long()
+        padding, ends = (_tokens(model, kwargs, f"{name}_token_id") for name in ("pad", "eos"))
+        if padding and padding[0] not in ends:
+            attention_mask = (input_ids != padding[0]).cummax(-1).values.long()
+            attention_mask[:, -1] = 1
     if attention_mask.shape != input_ids.shape:
         raise UserError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts have "
@@ -124,7 +122,8 @@ def read_prompts(
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
         raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    context, size = model.backbone.context, model.backbone.config.vocab_size
+    context = model.backbone.end or model.backbone.context
+    size = model.backbone.config.vocab_size
     for ids in rows:
         if not ids:
             raise UserError("the prompt is empty: give at least one token")
@@ -135,6 +134,12 @@ def read_prompts(
         if not 0 <= min(ids) <= max(ids) < size:
             raise UserError(f"the prompt has a token outside the vocabulary of {size}")
     return rows
+
+
+def _tokens(model: EarlyExitModel, kwargs: Mapping[str, Any], name: str) -> list[int]:
+    """The tokens that an argument, or else the model's own generation config, names."""
+    value = said(kwargs, name, getattr(model.backbone.model.generation_config, name))
+    return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
 def prepare(
@@ -149,10 +154,13 @@ def prepare(
     """
     names = {f.name for f in fields(Settings)} & kwargs.keys()
     policy = Settings(**{name: kwargs.pop(name) for name in names}).policy(model)
-    kwargs = _for_transformers(kwargs)
     for name in ("max_length", "min_length") if padded else ():  # they count padding
-        if said(kwargs, name):
-            kwargs[name] = max(said(kwargs, name) - padded, 1)
+        value = said(kwargs, name, getattr(model.backbone.model.generation_config, name))
+        if value:
+            kwargs[name] = max(value - padded, 1)
+    kwargs = _for_transformers(kwargs)
+    criteria = kwargs["stopping_criteria"]  # the caller's, which take the place of transformers'
+    lengths = [c.max_length - padded for c in criteria if isinstance(c, MaxLengthCriteria)]
     requests: list[Request] = []
     padding = 0
 
@@ -160,9 +168,8 @@ def prepare(
         nonlocal padding
         config = prepared["generation_config"]
         _check_mode(config)
-        criteria = prepared["stopping_criteria"]
-        stops = _stops(criteria, input_ids.device)
-        length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+        stops = _stops(prepared["stopping_criteria"], input_ids.device)
+        length = min(lengths, default=config.max_length)
         for row in input_ids.tolist():
             chooser = Chooser(prepared["logits_processor"], config.do_sample)
             requests.append(Request(row, policy, length, chooser, stops))
@@ -204,6 +211,8 @@ def _for_transformers(kwargs: dict[str, Any]) -> dict[str, Any]:
         return rest | {"stopping_criteria": criteria, "use_cache": False}
     config = copy.deepcopy(config)
     config.use_cache, config.stop_strings = False, None
+    for name in ("max_length", "min_length"):
+        setattr(config, name, rest.pop(name, getattr(config, name)))
     return rest | {"stopping_criteria": criteria, "generation_config": config}
 
 

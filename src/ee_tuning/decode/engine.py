@@ -121,6 +121,7 @@ class Engine:
         self.exit_layers, self.max_pending = list(exit_layers), max_pending
         self._stops = [segment.stop for segment in self.passes.segments]
         self._rows: list[_Row | None] = [None] * slots
+        self.streams = False  # whether a stream is in progress
         self._draft_cost = cache(partial(draft_cost, model))
 
     @property
@@ -130,7 +131,7 @@ class Engine:
 
     def warm_up(self, measures: Sequence[str] = ("probability",)) -> float:
         """Compile and capture everything now; gives the seconds it took."""
-        assert not self.busy
+        assert not self.streams
         return self.passes.warm_up(measures)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -142,8 +143,9 @@ class Engine:
         Raises:
             UserError: a request does not fit this engine.
         """
-        assert not self.busy, "an engine runs one stream at a time"
+        assert not self.streams, "an engine runs one stream at a time"
         waiting, self._generators = iter(requests), Generators(self.passes.device)
+        self.streams = True
         try:
             while True:
                 yield from self._admit(waiting)
@@ -155,6 +157,7 @@ class Engine:
         finally:
             self._rows = [None] * len(self._rows)
             self._generators.close()
+            self.streams = False
 
     def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
         """Fill the free slots with the next requests, and read their prompts."""

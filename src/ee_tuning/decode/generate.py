@@ -141,7 +141,8 @@ def generate_batch(
             own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
             row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
             given = kwargs | own
-            (ids,) = read_prompts(model, row, None if mask is None else as_row(mask), given)
+            mask = torch.ones_like(row) if mask is None else as_row(mask)
+            (ids,) = read_prompts(model, row, mask, given)
             for request in prepare(model, ids, **given)[0]:
                 numbers[request] = number, []
                 yield request
@@ -222,14 +223,15 @@ def _engine(
     kept = [key for key in model.engines if key[0] == alike]
     fitting = [
         key for key in kept
-        if key[1] >= slots and key[2] >= capacity and not model.engines[key].busy
+        if key[1] >= slots and key[2] >= capacity and not model.engines[key].streams
     ]  # fmt: skip
     if fitting:
         key = min(fitting, key=lambda one: one[1] * one[2])
         engine = model.engines.pop(key)
     else:
         room = -(-capacity // ROOM) * ROOM
-        room = max(capacity, min(room, end or model.backbone.context or room))
+        limits = [limit for limit in (end, model.backbone.context) if limit and limit >= capacity]
+        room = min([room, *limits])
         key = (alike, slots, room)
         for smaller in [one for one in kept if one[1] <= slots and one[2] <= room]:
             del model.engines[smaller]

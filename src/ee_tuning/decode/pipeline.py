@@ -53,12 +53,13 @@ class Stage(Engine):
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
         """As `Engine.stream`. Every process has to be given the same requests."""
-        assert not self.busy, "an engine runs one stream at a time"
+        assert not self.streams, "an engine runs one stream at a time"
         self._given_up, self._mistake = False, None
         self._generators = Generators(self.passes.device)
         waiting = iter(requests)
         events = self._lead(waiting) if self.passes.is_first else self._follow(waiting)
         self._mail.open()
+        self.streams = True
         try:
             yield from self._until_given_up(events)
             if self._mistake is not None:
@@ -66,6 +67,7 @@ class Stage(Engine):
         finally:
             self._rows = [None] * len(self._rows)
             self._generators.close()
+            self.streams = False
 
     def _until_given_up(self, events: Iterator[Event]) -> Iterator[Event]:
         try:

@@ -106,7 +106,7 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
     streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     usual = {name: getattr(GenerateConfig(), name) for name in sampling}
-    if sampling != usual and not config.do_sample:
+    if sampling != usual and not config.do_sample and mesh.is_main:
         warnings.warn("temperature, top_k and top_p are ignored without do_sample", stacklevel=1)
     way: dict[str, Any] = {
         "mode": config.mode,

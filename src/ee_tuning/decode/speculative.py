@@ -48,6 +48,7 @@ class Chooser:
     def choose(self, ids: Sequence[int], found: Prediction) -> tuple[int, Tensor | None]:
         """What follows `ids` by a prediction: a token, and its distribution (V,) if sampled."""
         if not self.sample and not len(self.processors):
+            _check_evidence(found.confidence)
             return found.token, None
         scores = self._scores(ids, found.logits)
         if not self.sample:
@@ -119,15 +120,19 @@ def _token(index: Tensor, evidence: Tensor) -> int:
     """A token's index on the host, in one wait; exact up to 2²⁴.
 
     Raises:
-        UserError: the score or weight that speaks for it is no finite number.
+        UserError: the score or weight that speaks for it is no number, or minus infinity.
     """
     token, value = torch.stack([index.float(), evidence.float()]).tolist()
-    if not math.isfinite(value):
+    _check_evidence(value)
+    return int(token)
+
+
+def _check_evidence(value: float) -> None:
+    if math.isnan(value) or value == -math.inf:
         raise UserError(
             "there is no token to choose: the logits are not finite, or every token is excluded; "
             "see temperature and what else changes the logits"
         )
-    return int(token)
 
 
 class Generators:
