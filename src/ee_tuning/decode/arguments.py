@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 # Arguments of transformers' `generate` that have no effect here, and those that cannot be had.
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REFUSED = {
     "assistant_model": "exits draft with mode speculative",
     "custom_generate": "leave it out",
@@ -38,6 +37,7 @@ REFUSED = {
     "position_ids": "positions follow from attention_mask",
     "streamer": "generate_batch gives whole texts; generate has one",
 }
+IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of token ids
 
 
 @dataclass
