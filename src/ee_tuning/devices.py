@@ -26,8 +26,9 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        rank = os.environ.get("LOCAL_RANK")  # torchrun: one GPU per process
+        if device.type == "cuda" and rank and torch.cuda.is_available():
+            torch.cuda.set_device(int(rank))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(

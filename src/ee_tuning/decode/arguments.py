@@ -113,7 +113,7 @@ def read_prompts(
         padding, ends = (_tokens(model, kwargs, f"{name}_token_id") for name in ("pad", "eos"))
         if padding and padding[0] not in ends:
             attention_mask = (input_ids != padding[0]).cummax(-1).values.long()
-            attention_mask[:, -1] = 1
+            attention_mask[:, -1:] = 1
     if attention_mask.shape != input_ids.shape:
         raise UserError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts have "
