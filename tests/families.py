@@ -50,10 +50,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("biogpt", COMMON | {"scale_embedding": True}),
     "olmo": ("olmo", COMMON),
 }  # fmt: skip
-# Families that nothing here names, by their model types.
+# Families that a short test alone has seen, by their model types.
 OTHERS: dict[str, dict[str, Any]] = (
     dict.fromkeys(
-        ["apertus", "arcee", "bitnet", "ernie4_5", "gpt_neox_japanese", "jais2", "nemotron",
+        ["afmoe", "apertus", "arcee", "bitnet", "ernie4_5", "gpt_neox_japanese", "jais2", "nemotron",
          "olmo3", "smollm3", "diffllama"],
         COMMON,
     )
@@ -63,6 +63,7 @@ OTHERS: dict[str, dict[str, Any]] = (
         COMMON | {"head_dim": 8},
     )
     | dict.fromkeys(["codegen", "gptj"], GPT2 | {"rotary_dim": 8})
+    | {"mpt": {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_layers": 4, "expansion_ratio": 2, "max_seq_len": 64}}
     | dict.fromkeys(["minicpm3", "persimmon", "youtu"], COMMON | {"num_key_value_heads": 4})
 )  # fmt: skip
 # They do something to hidden states outside of their layers.
@@ -70,6 +71,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "nanochat": ("nanochat", COMMON),
     "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "xglm": ("xglm", {"vocab_size": 96, "d_model": 32, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4}),
+}  # fmt: skip
+CHUNKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4": ("llama4_text", COMMON | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
 }  # fmt: skip
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -84,7 +88,7 @@ def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     Norms and biases get noise too, so that leaving one out shows.
     """
     others = {name: (name, values) for name, values in OTHERS.items()}
-    model_type, values = (FAMILIES | MOE | REFUSED | others)[family]
+    model_type, values = (FAMILIES | MOE | REFUSED | CHUNKED | others)[family]
     config = AutoConfig.for_model(model_type, **(values | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

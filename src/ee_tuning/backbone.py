@@ -57,6 +57,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family(masks_packing=False),
     "gpt_oss": Family(masks_packing=False),
     "afmoe": Family(masks_packing=False),
+    "mpt": Family(masks_packing=False),
 }
 
 
@@ -178,7 +179,17 @@ class Segment:
             setattr(self.trunk, name, value)
 
     def windows(self) -> list[int | None]:
-        """Per layer, how many tokens its sliding window sees; None for all."""
+        """Per layer, how many tokens its sliding window sees; None for all.
+
+        Raises:
+            UserError: layers attend within chunks.
+        """
+        config = self._backbone.config
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            raise UserError(
+                f"a model of type {config.model_type} attends within chunks, with which it can be "
+                "tuned, but not decoded"
+            )
         layers = DynamicCache(config=self._backbone.config).layers[self.start : self.stop]
         return [getattr(layer, "sliding_window", None) for layer in layers]
 
@@ -436,6 +447,8 @@ class Backbone:
         segment, norm = Segment(self, [], 1, later=True, record=False), _Counter()
         segment.trunk = twin(segment.trunk, {self.anatomy.norm: norm})
         problem = f"a model of type {self.config.model_type} cannot be cut into segments"
+        if getattr(self.config, "alibi", False):
+            raise UserError(f"{problem}: with ALiBi it wants to know where a text begins")
         try:
             with torch.inference_mode():
                 after = segment(hidden, positions).hidden

@@ -197,3 +197,16 @@ def test_other_families_go_the_same_way(family):
 def test_a_family_that_is_more_than_its_layers_is_refused(family):
     with pytest.raises(UserError, match=f"type {family} cannot be cut.*outside of its layers"):
         EarlyExitModel.from_base(tiny(family), ExitConfig("1,2", "norm"))
+
+
+def test_alibi_is_refused():
+    with pytest.raises(UserError, match=r"type falcon cannot be cut.*ALiBi"):
+        EarlyExitModel.from_base(tiny("falcon", alibi=True), ExitConfig("1,2", "norm"))
+
+
+def test_attention_within_chunks_is_not_decoded():
+    model = EarlyExitModel.from_base(tiny("llama4"), ExitConfig("1,2", "norm")).eval()
+    ids = torch.tensor([[5, 9]])
+    assert model(ids, output_exit_logits=True).exit_logits[2].shape == (1, 2, 96)
+    with pytest.raises(UserError, match="attends within chunks"):
+        model.generate(ids)
