@@ -190,7 +190,7 @@ class Segment:
                 f"a model of type {config.model_type} attends within chunks, with which it can be "
                 "tuned, but not decoded"
             )
-        layers = DynamicCache(config=self._backbone.config).layers[self.start : self.stop]
+        layers = DynamicCache(config=config).layers[self.start : self.stop]
         return [getattr(layer, "sliding_window", None) for layer in layers]
 
     def masks(self, mask_of: Callable[[int], Tensor]) -> Any:
@@ -422,6 +422,11 @@ class Backbone:
         return min((end for end in ends if end), default=None)
 
     @property
+    def longest_text(self) -> int | None:
+        """The tokens to have room for where nobody says how many: up to the end, or the context."""
+        return self.end or self.context
+
+    @property
     def device(self) -> torch.device:
         """Where the backbone is."""
         return self.model.device
@@ -440,15 +445,15 @@ class Backbone:
         Raises:
             UserError: names the family.
         """
+        problem = f"a model of type {self.config.model_type} cannot be cut into segments"
+        if getattr(self.config, "alibi", False):
+            raise UserError(f"{problem}: with ALiBi it wants to know where a text begins")
         draw = torch.Generator().manual_seed(0)
         hidden = torch.randn(1, 2, self.config.hidden_size, generator=draw)
         hidden = hidden.to(self.device, self.dtype)
         positions = torch.arange(2, device=self.device)[None]
         segment, norm = Segment(self, [], 1, later=True, record=False), _Counter()
         segment.trunk = twin(segment.trunk, {self.anatomy.norm: norm})
-        problem = f"a model of type {self.config.model_type} cannot be cut into segments"
-        if getattr(self.config, "alibi", False):
-            raise UserError(f"{problem}: with ALiBi it wants to know where a text begins")
         try:
             with torch.inference_mode():
                 after = segment(hidden, positions).hidden

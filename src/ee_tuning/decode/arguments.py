@@ -110,7 +110,8 @@ def read_prompts(
         raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-        padding, ends = (_tokens(model, kwargs, f"{name}_token_id") for name in ("pad", "eos"))
+        padding = _tokens(_holds(model, kwargs, "pad_token_id"))
+        ends = _tokens(_holds(model, kwargs, "eos_token_id"))
         if padding and padding[0] not in ends:
             attention_mask = (input_ids != padding[0]).cummax(-1).values.long()
             attention_mask[:, -1:] = 1
@@ -122,8 +123,7 @@ def read_prompts(
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
         raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    context = model.backbone.end or model.backbone.context
-    size = model.backbone.config.vocab_size
+    context, size = model.backbone.longest_text, model.backbone.config.vocab_size
     for ids in rows:
         if not ids:
             raise UserError("the prompt is empty: give at least one token")
@@ -136,9 +136,13 @@ def read_prompts(
     return rows
 
 
-def _tokens(model: EarlyExitModel, kwargs: Mapping[str, Any], name: str) -> list[int]:
-    """The tokens that an argument, or else the model's own generation config, names."""
-    value = said(kwargs, name, getattr(model.backbone.model.generation_config, name))
+def _holds(model: EarlyExitModel, kwargs: Mapping[str, Any], name: str) -> Any:
+    """What an argument, or else the model's own generation config, says."""
+    return said(kwargs, name, getattr(model.backbone.model.generation_config, name))
+
+
+def _tokens(value: Any) -> list[int]:
+    """The tokens that an argument names, in any of the forms that transformers takes."""
     return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
@@ -155,7 +159,7 @@ def prepare(
     names = {f.name for f in fields(Settings)} & kwargs.keys()
     policy = Settings(**{name: kwargs.pop(name) for name in names}).policy(model)
     for name in ("max_length", "min_length") if padded else ():  # they count padding
-        value = said(kwargs, name, getattr(model.backbone.model.generation_config, name))
+        value = _holds(model, kwargs, name)
         if value:
             kwargs[name] = max(value - padded, 1)
     kwargs = _for_transformers(kwargs)

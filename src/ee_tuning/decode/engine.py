@@ -236,12 +236,13 @@ class Engine:
         if row.policy.leaves(layer, prediction.confidence):
             row.door = 0
             chosen, q = row.request.chooser.choose(row.ids, prediction)
+            token = Token(chosen, layer, prediction.confidence, q)
             row.ids.append(chosen)
             row.pending += 1
             if row.policy.verifies:
-                row.drafts.append(Token(chosen, layer, prediction.confidence, q))
+                row.drafts.append(token)
             else:
-                yield from self._emit(row, [Token(chosen, layer, prediction.confidence)])
+                yield from self._emit(row, [token])
 
     def _settle(self, row: _Row, found: Predictions, j: int, count: int) -> Iterator[Event]:
         """A token went to the end: keep drafts while the end agrees, then take its own token.
@@ -252,8 +253,6 @@ class Engine:
         first, place = len(row.ids) - len(drafts), count - 1 - len(drafts)
         after = [found.of(j, place + k) for k in range(len(drafts) + 1)]
         kept, own = row.request.chooser.verify(row.ids, after, drafts)
-        for draft in drafts:
-            draft.probabilities = None  # a text may be kept for long
         row.ids[first + kept :] = [own]
         row.done = [min(done, len(row.ids) - 1) for done in row.done]
         row.door, row.pending, row.drafts = 0, 0, []
@@ -276,6 +275,7 @@ class Engine:
             request.finished = ends
             if ends:
                 self._rows[row.slot] = None
+            token.probabilities = None  # a text may be kept for long
             yield request, token
             if ends:
                 return

@@ -127,7 +127,7 @@ def generate_batch(
     warn_ignored(kwargs)
     if slots < 1:
         raise UserError(f"slots is {slots}: give 1 or more")
-    capacity = capacity or model.backbone.end or model.backbone.context
+    capacity = capacity or model.backbone.longest_text
     if not capacity:
         raise UserError("the backbone's config has no context length: give capacity")
     exits = active_layers(model, kwargs.get("exit_layers"))
@@ -170,7 +170,7 @@ def warm_up(
     """
     given = Settings(**settings)
     policy = given.policy(model)
-    capacity = capacity or model.backbone.end or model.backbone.context or ROOM
+    capacity = capacity or model.backbone.longest_text or ROOM
     engine = _engine(model, policy.exit_layers, slots, capacity, policy.max_pending, compile)
     return engine.warm_up([policy.measure])
 
@@ -229,9 +229,9 @@ def _engine(
         key = min(fitting, key=lambda one: one[1] * one[2])
         engine = model.engines.pop(key)
     else:
-        room = -(-capacity // ROOM) * ROOM
-        limits = [limit for limit in (end, model.backbone.context) if limit and limit >= capacity]
-        room = min([room, *limits])
+        room, longest = -(-capacity // ROOM) * ROOM, model.backbone.longest_text
+        if longest and capacity <= longest < room:
+            room = longest
         key = (alike, slots, room)
         for smaller in [one for one in kept if one[1] <= slots and one[2] <= room]:
             del model.engines[smaller]

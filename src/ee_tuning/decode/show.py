@@ -59,16 +59,18 @@ class DepthStreamer:
     def put(self, ids: torch.Tensor) -> None:
         """Print what `ids` add to the text; the first call brings the prompt."""
         self.ids += ids.flatten().tolist()
-        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if not text.endswith("\ufffd"):
-            self._print(text)
+        self._print()
 
     def end(self) -> None:
         """Print what still waits, and end the line."""
-        self._print(str(self.tokenizer.decode(self.ids, skip_special_tokens=True)))
+        self._print(whole=True)
         self.console.print()
 
-    def _print(self, text: str) -> None:
+    def _print(self, whole: bool = False) -> None:
+        """What is new; whole: an unfinished character, too."""
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        if text.endswith("\ufffd") and not whole:
+            return
         new, self.printed = text[self.printed :], len(text)
         style = f"bold {depth_colour(self.layer, self.depth)}" if self.prompt_seen else "dim"
         self.prompt_seen = True

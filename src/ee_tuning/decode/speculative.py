@@ -31,7 +31,7 @@ class Token:
     id: int
     exit_layer: int
     confidence: float
-    probabilities: Tensor | None = None  # (V,), of a draft that was sampled, until it is verified
+    probabilities: Tensor | None = None  # (V,), of a sampled token, until it is settled
 
 
 class Chooser:
