@@ -7,7 +7,7 @@ import math
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -131,7 +131,7 @@ class Run:
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
         before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
         display = Display(self.console, first, config.steps)
-        with display.progress, stop_requests() as stopped:
+        with display.progress, stop_requests(self.mesh.size) as stopped:
             for step in range(first, config.steps):
                 self.mesh.doing = f"step {step + 1}"
                 traced = config.trace and step == first + 1
@@ -250,10 +250,12 @@ class Run:
 
 
 @contextmanager
-def stop_requests() -> Iterator:
+def stop_requests(processes: int = 1) -> Iterator[Callable[[], bool]]:
     """Turns a first Ctrl-C or SIGTERM into a request, read by calling what this gives.
 
     A second one stops at once.
+
+    processes: that run together, which torchrun ends with SIGTERM when one of them has failed.
     """
     asked: list[int] = []
 
@@ -265,6 +267,10 @@ def stop_requests() -> Iterator:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
+    except Exception:
+        if processes > 1:  # torchrun's signal must not come before the line on what went wrong
+            del before[signal.SIGTERM]
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
