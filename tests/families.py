@@ -64,6 +64,14 @@ OTHERS: dict[str, dict[str, Any]] = (
     )
     | dict.fromkeys(["codegen", "gptj"], GPT2 | {"rotary_dim": 8})
     | {"mpt": {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_layers": 4, "expansion_ratio": 2, "max_seq_len": 64}}
+    | dict.fromkeys(
+        ["deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "granitemoe", "minimax_m2",
+         "olmoe", "phimoe", "qwen2_moe"],
+        COMMON | {"num_key_value_heads": 4, "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4,
+                  "num_experts_per_tok": 2, "moe_intermediate_size": 16, "q_lora_rank": 8, "kv_lora_rank": 8,
+                  "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1,
+                  "topk_group": 1, "n_shared_experts": 1, "moe_num_experts": 4, "moe_k": 2},
+    )
     | dict.fromkeys(["minicpm3", "persimmon", "youtu"], COMMON | {"num_key_value_heads": 4})
 )  # fmt: skip
 # They do something to hidden states outside of their layers.
@@ -72,8 +80,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
     "xglm": ("xglm", {"vocab_size": 96, "d_model": 32, "ffn_dim": 48, "num_layers": 4, "attention_heads": 4}),
 }  # fmt: skip
-CHUNKED: dict[str, tuple[str, dict[str, Any]]] = {
+# Layers of theirs carry a state from token to token.
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_5": ("qwen3_5_text", COMMON | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}),
+    "lfm2": ("lfm2", COMMON | {"layer_types": ["conv", "full_attention"] * 2}),
+    "falcon_h1": ("falcon_h1", COMMON | {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}),
+    "rwkv": ("rwkv", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4}),
+}  # fmt: skip
+# They can be tuned, but not decoded.
+UNDECODED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("llama4_text", COMMON | {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
+    "deepseek_v32": ("deepseek_v32", COMMON | {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}),
 }  # fmt: skip
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -88,7 +105,7 @@ def tiny(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     Norms and biases get noise too, so that leaving one out shows.
     """
     others = {name: (name, values) for name, values in OTHERS.items()}
-    model_type, values = (FAMILIES | MOE | REFUSED | CHUNKED | others)[family]
+    model_type, values = (FAMILIES | MOE | REFUSED | RECURRENT | UNDECODED | others)[family]
     config = AutoConfig.for_model(model_type, **(values | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -94,8 +99,8 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a causal LM by what they are, not by what they are called.
 
     Raises:
-        UserError: the model is an encoder-decoder, has no output head, or its layers or
-            final norm are not where a decoder-only model has them.
+        UserError: the model is an encoder-decoder, has no output head, its layers or final norm
+            are not where a decoder-only model has them, or some layers are recurrent.
     """
     config = model.config
     name = type(model).__name__
@@ -120,6 +125,12 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     ]
     if not norms:
         raise UserError(f"{name} has no final norm after its layers: exits need a pre-norm model")
+    caches = DynamicCache(config=config).layers
+    if model._is_stateful or any(isinstance(c, LinearAttentionCacheLayerMixin) for c in caches):
+        raise UserError(
+            f"{name} has layers that carry a state from token to token: exits need attention "
+            "alone, whose K/V can be filled in later and taken back"
+        )
     heads = [path for path, module in model.named_modules() if module is head]
     return Anatomy(trunk, layers, norms[-1], heads[0])
 
@@ -182,15 +193,19 @@ class Segment:
         """Per layer, how many tokens its sliding window sees; None for all.
 
         Raises:
-            UserError: layers attend within chunks.
+            UserError: layers attend within chunks, or keep more than K/V.
         """
         config = self._backbone.config
-        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UserError(
-                f"a model of type {config.model_type} attends within chunks, with which it can be "
-                "tuned, but not decoded"
-            )
         layers = DynamicCache(config=config).layers[self.start : self.stop]
+        found = None
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            found = "attends within chunks"
+        elif not {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            found = "caches more than keys and values"
+        if found:
+            raise UserError(
+                f"a model of type {config.model_type} {found}: it can be tuned, but not decoded"
+            )
         return [getattr(layer, "sliding_window", None) for layer in layers]
 
     def masks(self, mask_of: Callable[[int], Tensor]) -> Any:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MOE, OTHERS, REFUSED, tiny
+from families import FAMILIES, MOE, OTHERS, RECURRENT, REFUSED, UNDECODED, tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.config import ARCHS
@@ -204,9 +204,17 @@ def test_alibi_is_refused():
         EarlyExitModel.from_base(tiny("falcon", alibi=True), ExitConfig("1,2", "norm"))
 
 
-def test_attention_within_chunks_is_not_decoded():
-    model = EarlyExitModel.from_base(tiny("llama4"), ExitConfig("1,2", "norm")).eval()
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrent_family_is_refused(family):
+    """Packed documents would see each other, and there are no K/V to fill in later."""
+    with pytest.raises(UserError, match="carry a state from token to token"):
+        EarlyExitModel.from_base(tiny(family), ExitConfig("1,2", "norm"))
+
+
+@pytest.mark.parametrize("family", UNDECODED)
+def test_what_is_not_decoded_says_so(family):
+    model = EarlyExitModel.from_base(tiny(family), ExitConfig("1,2", "norm")).eval()
     ids = torch.tensor([[5, 9]])
     assert model(ids, output_exit_logits=True).exit_logits[2].shape == (1, 2, 96)
-    with pytest.raises(UserError, match="attends within chunks"):
+    with pytest.raises(UserError, match="can be tuned, but not decoded"):
         model.generate(ids)

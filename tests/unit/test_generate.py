@@ -103,6 +103,7 @@ def test_rows_that_end_are_padded():
     "kwargs",
     [
         {"max_new_tokens": 7},
+        {"max_new_tokens": 7, "eos_token_id": []},
         {"max_length": 17},
         {"generation_config": GenerationConfig(max_new_tokens=5, repetition_penalty=1.8)},
         {"max_new_tokens": 9, "min_new_tokens": 6, "eos_token_id": [7, 40, 41, 42, 43]},

@@ -242,9 +242,7 @@ def _check_mode(config: GenerationConfig) -> None:
 
 def _padding(config: GenerationConfig) -> int:
     """The token behind a text that ended, as transformers chooses it."""
-    ends = config.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
-    return next((token for token in (config.pad_token_id, end) if token is not None), 0)
+    return [*_tokens(config.pad_token_id), *_tokens(config.eos_token_id), 0][0]
 
 
 def warn_ignored(kwargs: dict[str, Any]) -> None:
