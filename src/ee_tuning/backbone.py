@@ -6,6 +6,7 @@ Nothing here knows a model family, except for the few lines of `FAMILIES`.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.twin import twin
+
+# What transformers calls a cache: `past_key_values` before 5.24.
+CACHE = next(
+    name
+    for name in inspect.signature(create_masks_for_generate).parameters
+    if name in ("cache", "past_key_values")
+)
 
 
 class Zero(nn.Module):
@@ -257,8 +265,8 @@ class Segment:
             **{name: inputs},
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         )
         call, self._call = self._call, None
         return State(output.last_hidden_state, position_ids, call, boundaries)
@@ -272,7 +280,7 @@ class Segment:
             config=self.trunk.config,  # type: ignore[arg-type]
             inputs_embeds=shape_only,
             attention_mask=None,
-            past_key_values=None,
+            **{CACHE: None},
             position_ids=position_ids,
         )
 

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import ModelOutput
 
@@ -95,7 +95,7 @@ class EarlyExitModel(nn.Module):
         self.backbone = Backbone(model)
         if model.device.type != "meta":
             self.backbone.check_cuts()
-        self.config = config
+        self.exit_config = config
         specs = config.specs(self.backbone.num_layers)
         self.all_exit_layers = [spec.layer for spec in specs]  # of every stage
         self.stage = range(specs[-1].layer) if stage is None else stage
@@ -402,6 +402,11 @@ class EarlyExitModel(nn.Module):
         return self.backbone.dtype
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """The backbone's, as transformers asks any model for one; the exits' is `exit_config`."""
+        return self.backbone.config
+
+    @property
     def generation_config(self) -> Any:
         """The backbone's."""
         return self.model.generation_config
@@ -473,11 +478,11 @@ class EarlyExitModel(nn.Module):
 
     def saved_config(self) -> dict[str, Any]:
         """What ``exit_config.json`` holds."""
-        specs = self.config.specs(self.backbone.num_layers)
+        specs = self.exit_config.specs(self.backbone.num_layers)
         return {
             "format_version": FORMAT_VERSION,
             "base_model": self.backbone.model.name_or_path,
-            **asdict(self.config),
+            **asdict(self.exit_config),
             "vocab_size": len(self.vocabulary.tokens) if self.vocabulary else None,
             "layers": [spec.layer for spec in specs],
             "arch": [spec.arch for spec in specs],

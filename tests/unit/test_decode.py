@@ -517,6 +517,7 @@ BAD: list[tuple] = [
     ([[1, 2]], {"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\)"),
     ([[1]], {"assistant_model": object()}, "assistant_model cannot be had with early exits"),
     ([[1]], {"past_key_values": object()}, "past_key_values cannot be had"),
+    ([[1]], {"cache": object()}, "cache cannot be had"),
     ([[1]], {"prompt_lookup_num_tokens": 3}, "assisted generation is not possible"),
     ([[1]], {"guidance_scale": 2.0}, "guidance_scale is not possible"),
     ([[1]], {"do_sample": True, "temperature": 0.0}, "strictly positive float"),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 REFUSED = {
     "assistant_model": "exits draft with mode speculative",
+    "cache": "give the whole text as the prompt",
     "custom_generate": "leave it out",
     "inputs_embeds": "give token ids",
     "past_key_values": "give the whole text as the prompt",

@@ -127,6 +127,8 @@ class SlotLayer(CacheLayerMixin):
         """Tokens that there is room for."""
         return self.size
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
 
 class SlotCache(Cache):
     """The `SlotLayer`s of a run of layers that starts at layer `first`, counted from 0."""

@@ -32,7 +32,7 @@ def measured_costs(
     types = getattr(backbone.config, "layer_types", None) or [None] * backbone.num_layers
     layers = list(backbone.layers)  # type: ignore[call-overload]
     kinds = [(types[k], *(p.shape for p in layer.parameters())) for k, layer in enumerate(layers)]
-    specs = {spec.layer: spec for spec in shapes.config.specs(backbone.num_layers)}
+    specs = {spec.layer: spec for spec in shapes.exit_config.specs(backbone.num_layers)}
 
     @cache
     def measure(layer: int, arch: str, head: str) -> tuple[float, float]:
