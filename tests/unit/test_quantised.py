@@ -49,7 +49,7 @@ def test_states_and_losses_are_near_and_exits_are_exact(precision, family, dtype
     )
     kinds = {type(m) for m in kept.backbone.layers.modules() if isinstance(m, torch.nn.Linear)}
     names = {type(m.weight).__name__ for m in kept.backbone.layers[0].modules() if type(m) in kinds}
-    assert names <= {"Int8Tensor", "Int8Params", "Params4bit"}
+    assert names <= {"Int8Tensor", "AffineQuantizedTensor", "Int8Params", "Params4bit"}
     assert kept.tensor_hashes == plain.tensor_hashes
     a, b = plain.exit_state(), kept.exit_state()
     assert all(torch.equal(a[name], b[name]) for name in a)
