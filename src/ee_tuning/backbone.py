@@ -196,6 +196,7 @@ class Segment:
         self.trunk.config = slice_config(backbone.config, range(self.start, self.stop))
         for name, value in family.later_attributes.items() if later else ():
             setattr(self.trunk, name, value)
+        self._settled: dict[bool, nn.Module] = {}  # trunks for short and for long texts
 
     def windows(self) -> list[int | None]:
         """Per layer, how many tokens its sliding window sees; None for all.
@@ -253,15 +254,16 @@ class Segment:
         """Run the layers on token ids (B, T) or hidden states (B, T, H).
 
         cache: has a part for each layer of the segment, at the layer's number counted from the
-        model's start. Without one, positions that start again mark packed documents, which do not
-        see each other. boundaries: what attention is told in place of transformers' own mask: see
-        `ee_tuning.varlen` and `masks`.
+        model's start, and may have `longest_text`, the length that all its texts are taken to have
+        where rotary frequencies depend on it. Without one, positions that start again mark packed
+        documents, which do not see each other. boundaries: what attention is told in place of
+        transformers' own mask: see `ee_tuning.varlen` and `masks`.
         """
         mask = boundaries
         if mask is None and cache is None and not self._backbone.family.masks_packing:
             mask = self._packing_mask(inputs, position_ids)
         name = "input_ids" if self.is_first else "inputs_embeds"
-        output = self.trunk(
+        output = self._trunk_for(getattr(cache, "longest_text", None))(
             **{name: inputs},
             attention_mask=mask,
             position_ids=position_ids,
@@ -270,6 +272,24 @@ class Segment:
         )
         call, self._call = self._call, None
         return State(output.last_hidden_state, position_ids, call, boundaries)
+
+    def _trunk_for(self, length: int | None) -> nn.Module:
+        """The trunk with the rotary frequencies of texts of `length`; None: of what it is given.
+
+        transformers chooses them anew in each pass, by the last position in it: those of one text
+        would change, and a host that waits for the position cannot capture the pass.
+        """
+        if length is None:
+            return self.trunk
+        long = length > (self._backbone.original_context or length)
+        if long not in self._settled:
+            rotary = {
+                path: _settled(module, length if long else 1)
+                for path, module in self.trunk.named_modules()
+                if _frequencies_change(module)
+            }
+            self._settled[long] = twin(self.trunk, rotary) if rotary else self.trunk
+        return self._settled[long]
 
     def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
         """The masks of packed documents, for trunks that do not pass positions to theirs."""
@@ -310,6 +330,25 @@ def _with_cache(forward: Callable[..., Any], own: Any) -> Callable[..., Any]:
         return forward(*args, **given)
 
     return call
+
+
+def _frequencies_change(module: nn.Module) -> bool:
+    """Whether it is a rotary embedding with frequencies that depend on how long texts are."""
+    kinds = getattr(module, "rope_type", ())
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
+
+
+def _settled(rotary: Any, length: int) -> nn.Module:
+    """A copy of a rotary embedding that has the frequencies of texts of `length` for good."""
+    settled = copy.deepcopy(rotary)
+    device = next(settled.buffers()).device
+    last = torch.tensor([[length - 1]], device=device)
+    kinds = settled.rope_type if isinstance(settled.rope_type, dict) else {}
+    for kind in kinds or [None]:
+        settled(torch.zeros(1, device=device), last, **({"layer_type": kind} if kind else {}))
+    settled.rope_type = dict.fromkeys(kinds, "default") if kinds else "default"
+    return settled
 
 
 class _Kept(nn.Module):
@@ -428,26 +467,35 @@ class Backbone:
     def end(self) -> int | None:
         """How many tokens a text can have, where more are not only unwise but impossible.
 
-        Learned positions end with the context. Rotary frequencies that are chosen by the length of
-        what is computed (longrope, dynamic) would no longer be those of the K/V that are kept, nor
-        the same for all texts of a batch.
+        Learned positions end with the context. Rotary frequencies that grow with the length
+        (dynamic) would no longer be those of the K/V that are kept.
         """
-        if self.family.positions_end:
-            return self.context
-        ropes = getattr(self.config, "rope_parameters", None) or {}
-        kinds = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
-        ends = [self.context for rope in kinds if rope.get("rope_type") == "dynamic"]
-        ends += [
+        grows = any(rope.get("rope_type") == "dynamic" for rope in self._ropes)
+        return self.context if grows or self.family.positions_end else None
+
+    @property
+    def original_context(self) -> int | None:
+        """The length of text beyond which rotary frequencies are others (longrope); else None.
+
+        Those of one text may not change, so a text is short or long from its first token on.
+        """
+        lengths = [
             rope.get("original_max_position_embeddings")
-            for rope in kinds
+            for rope in self._ropes
             if rope.get("rope_type") == "longrope"
         ]
-        return min((end for end in ends if end), default=None)
+        return min((length for length in lengths if length), default=None)
+
+    @property
+    def _ropes(self) -> list[dict[str, Any]]:
+        """The rotary parameters: one set, or one per type of layer."""
+        ropes = getattr(self.config, "rope_parameters", None) or {}
+        return [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
 
     @property
     def longest_text(self) -> int | None:
-        """The tokens to have room for where nobody says how many: up to the end, or the context."""
-        return self.end or self.context
+        """The tokens to have room for where nobody says how many, nor that texts are long."""
+        return self.original_context or self.end or self.context
 
     @property
     def device(self) -> torch.device:

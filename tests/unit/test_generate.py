@@ -10,7 +10,7 @@ import transformers
 from families import tiny
 from packaging.version import Version
 from rich.console import Console
-from test_decode import early_exit, padded, prompt
+from test_decode import early_exit, logits_from_scratch, padded, prompt
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -476,29 +476,82 @@ def test_a_fixed_depth_takes_any_bound():
 
 LONGROPE = {
     "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-    "original_max_position_embeddings": 16, "rope_theta": 1e4,
+    "attention_factor": 1.2, "original_max_position_embeddings": 16, "rope_theta": 1e4,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("family", "rope", "end"),
-    [
-        ("phi3", LONGROPE, 16),
-        ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 64),
-    ],
-)
-def test_rotary_frequencies_that_change_with_the_length_end_a_text(family, rope, end):
+def phi3(**rope):
+    rope = LONGROPE | rope
+    original = rope["original_max_position_embeddings"]
+    base = tiny(
+        "phi3", rope_parameters=rope, original_max_position_embeddings=original,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    return EarlyExitModel.from_base(base, ExitConfig("1,2,3", arch="mlp,norm,layer")).eval()
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_rotary_frequencies_that_change_with_the_length_end_a_text(family):
     """Up to there it is that of transformers; beyond, the K/V that are kept would not fit."""
-    original = {"original_max_position_embeddings": 16} if family == "phi3" else {}
-    base = tiny(family, rope_parameters=rope, **original)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    base = tiny("llama", rope_parameters=rope)
     model = EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
-    assert model.backbone.end == end
+    end, message = 64, "positions go on for 64 alone"
+    if family == "phi3":
+        model, end, message = phi3(), 16, "begins with up to 16 ends there"
+    base = model.backbone.model
     ids = torch.tensor([[5, 9, 11]])
     common = {"max_new_tokens": end - 3, "eos_token_id": None}
-    expected = base.generate(ids, do_sample=False, **common)
-    assert torch.equal(model.generate(ids, mode="full", **common).sequences, expected)
-    with pytest.raises(UserError, match=f"positions go on for {end} alone"):
+    base(torch.ones(1, 80, dtype=torch.int64))  # frequencies of a longer text are not kept
+    out = model.generate(ids, mode="full", **common).sequences
+    assert torch.equal(out, base.generate(ids, do_sample=False, **common))
+    with pytest.raises(UserError, match=message):
         model.generate(ids, max_new_tokens=end)
+
+
+@pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_long_texts_have_the_frequencies_of_long_ones_throughout(mode, compile, monkeypatch):
+    """Each token is what one pass over all before it gives, and transformers' own where deep.
+
+    With `compile`, prompts are read in chunks and windows are padded as for compiled passes.
+    """
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = phi3(original_max_position_embeddings=70)
+    ids, mask = padded([prompt(74, 1), prompt(100, 2)])
+    common = {"max_new_tokens": 12, "eos_token_id": None, "attention_mask": mask}
+    model.generate(ids[:, -9:], mode=mode, max_new_tokens=3, compile=compile)  # short ones before
+    out = model.generate(ids, mode=mode, threshold=0.03, compile=compile, **common)
+    for row, start in enumerate((26, 0)):
+        text = out.sequences[row, start:]
+        for i, layer in enumerate(out.exit_layers[row].tolist()):
+            seen = text[: len(text) - 12 + i]
+            deep = 4 if mode == "speculative" else layer
+            assert logits_from_scratch(model, seen[None], deep).argmax() == text[len(seen)]
+            sure = logits_from_scratch(model, seen[None], layer).softmax(-1).max().item()
+            assert out.confidences[row, i].item() == pytest.approx(sure, abs=1e-5)  # sums' order
+    if mode == "threshold":
+        assert len(out.exit_layers.unique()) > 1
+    else:
+        expected = model.backbone.model.generate(ids, do_sample=False, **common)
+        assert torch.equal(out.sequences, expected)
+    ids, mask = padded([prompt(70), prompt(71)])
+    with pytest.raises(UserError, match="in calls of their own"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=1)
+
+
+def test_room_for_long_texts_makes_all_of_a_stream_long():
+    """Short prompts too: the frequencies are those of a model that has no others."""
+    prompts = [prompt(4, 1), prompt(20, 2)]
+    common = {"max_new_tokens": 20, "eos_token_id": None, "mode": "threshold", "threshold": 0.03}
+    always = phi3(short_factor=LONGROPE["long_factor"], original_max_position_embeddings=63)
+    found, expected = (
+        {number: out.sequences for number, out in model.generate_batch(prompts, **kind, **common)}
+        for model, kind in ((phi3(), {"capacity": 40}), (always, {}))
+    )
+    assert all(torch.equal(found[number], expected[number]) for number in (0, 1))
+    with pytest.raises(UserError, match="there is room for 16"):
+        list(phi3().generate_batch(prompts, **common))
 
 
 def test_layers_that_were_left_out_are_asked_for(base):

@@ -124,7 +124,7 @@ def read_prompts(
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
         raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    context, size = model.backbone.longest_text, model.backbone.config.vocab_size
+    context, size = model.backbone.context, model.backbone.config.vocab_size
     for ids in rows:
         if not ids:
             raise UserError("the prompt is empty: give at least one token")

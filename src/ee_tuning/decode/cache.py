@@ -131,11 +131,14 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The `SlotLayer`s of a run of layers that starts at layer `first`, counted from 0."""
+    """The `SlotLayer`s of a run of layers that starts at layer `first`, counted from 0.
 
-    def __init__(self, layers: list[SlotLayer], first: int) -> None:
+    longest_text: tokens that a text may have.
+    """
+
+    def __init__(self, layers: list[SlotLayer], first: int, longest_text: int) -> None:
         super().__init__(layers=list(layers))
-        self.slot_layers, self.first = layers, first
+        self.slot_layers, self.first, self.longest_text = layers, first, longest_text
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any

@@ -116,8 +116,9 @@ def generate_batch(
 
     prompts: token ids, as lists or tensors (P,); or what a tokenizer gives for one text; or dicts
         of ``input_ids`` and arguments that this prompt has for itself: a mode, a threshold, …
-    capacity: tokens of a prompt with its text at most; default: the backbone's context, or where
-        its positions end.
+    capacity: tokens of a prompt with its text at most; default: the backbone's context. Where
+        rotary frequencies change at a length (longrope), default: that; with more, all texts have
+        those of long ones.
     kwargs: `Settings` and arguments of transformers' ``generate``, for all prompts. Their
         `exit_layers` and `max_pending` bound those of the single prompts.
 
@@ -194,6 +195,19 @@ def engine_for(model: EarlyExitModel, requests: list[Request], compile: bool | N
     exits = sorted({layer for policy in policies for layer in policy.exit_layers})
     pending = max(policy.max_pending for policy in policies)
     capacity = max(request.max_length for request in requests)
+    original = model.backbone.original_context
+    if original and capacity > original:
+        long = [len(request.ids) > original for request in requests]
+        if not any(long):
+            raise UserError(
+                f"{capacity} tokens with the prompt are asked for, and a text that begins with "
+                f"up to {original} ends there, where rotary frequencies change: ask for fewer"
+            )
+        if not all(long):
+            raise UserError(
+                f"prompts of up to {original} tokens and longer ones have other rotary "
+                "frequencies: give them in calls of their own"
+            )
     return _engine(model, exits, len(requests), capacity, pending, compile)
 
 
@@ -210,7 +224,7 @@ def _engine(
     Captured graphs hold the addresses of weights, so other weights want another engine.
     """
     mesh, compile = model.mesh, will_compile(model, compile)
-    end = model.backbone.end
+    end, original = model.backbone.end, model.backbone.original_context
     if end and capacity > end:
         raise UserError(
             f"{capacity} tokens with the prompt are asked for, the backbone's positions go on for "
@@ -219,7 +233,8 @@ def _engine(
     weights = tuple(p.data_ptr() for p in model.parameters())
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    alike = (tuple(exit_layers), max_pending, compile, weights, cast)
+    long = original is not None and capacity > original
+    alike = (tuple(exit_layers), max_pending, compile, weights, cast, long)
     kept = [key for key in model.engines if key[0] == alike]
     fitting = [
         key for key in kept
@@ -229,7 +244,8 @@ def _engine(
         key = min(fitting, key=lambda one: one[1] * one[2])
         engine = model.engines.pop(key)
     else:
-        room, longest = -(-capacity // ROOM) * ROOM, model.backbone.longest_text
+        room = -(-capacity // ROOM) * ROOM
+        longest = model.backbone.context if long else model.backbone.longest_text
         if longest and capacity <= longest < room:
             room = longest
         key = (alike, slots, room)

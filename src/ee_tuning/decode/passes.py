@@ -439,7 +439,7 @@ class Passes:
         self, segment: Segment, slots: int, capacity: int, longest: int, place: Place | None = None
     ) -> SlotCache:
         layers = [SlotLayer(window, slots, capacity, longest) for window in segment.windows()]
-        cache = SlotCache(layers, segment.start)
+        cache = SlotCache(layers, segment.start, self.capacity)
         if place:
             cache.put(place)
         return cache
