@@ -196,7 +196,7 @@ class Segment:
         self.trunk.config = slice_config(backbone.config, range(self.start, self.stop))
         for name, value in family.later_attributes.items() if later else ():
             setattr(self.trunk, name, value)
-        self._settled: dict[bool, nn.Module] = {}  # trunks for short and for long texts
+        self._trunks: dict[bool, nn.Module] = {}  # trunks for short and for long texts
 
     def windows(self) -> list[int | None]:
         """Per layer, how many tokens its sliding window sees; None for all.
@@ -282,14 +282,14 @@ class Segment:
         if length is None:
             return self.trunk
         long = length > (self._backbone.original_context or length)
-        if long not in self._settled:
+        if long not in self._trunks:
             rotary = {
-                path: _settled(module, length if long else 1)
+                path: _with_fixed_frequencies(module, length if long else 1)
                 for path, module in self.trunk.named_modules()
                 if _frequencies_change(module)
             }
-            self._settled[long] = twin(self.trunk, rotary) if rotary else self.trunk
-        return self._settled[long]
+            self._trunks[long] = twin(self.trunk, rotary) if rotary else self.trunk
+        return self._trunks[long]
 
     def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
         """The masks of packed documents, for trunks that do not pass positions to theirs."""
@@ -339,16 +339,16 @@ def _frequencies_change(module: nn.Module) -> bool:
     return any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
-def _settled(rotary: Any, length: int) -> nn.Module:
+def _with_fixed_frequencies(rotary: Any, length: int) -> nn.Module:
     """A copy of a rotary embedding that has the frequencies of texts of `length` for good."""
-    settled = copy.deepcopy(rotary)
-    device = next(settled.buffers()).device
+    fixed = copy.deepcopy(rotary)
+    device = next(fixed.buffers()).device
     last = torch.tensor([[length - 1]], device=device)
-    kinds = settled.rope_type if isinstance(settled.rope_type, dict) else {}
+    kinds = fixed.rope_type if isinstance(fixed.rope_type, dict) else {}
     for kind in kinds or [None]:
-        settled(torch.zeros(1, device=device), last, **({"layer_type": kind} if kind else {}))
-    settled.rope_type = dict.fromkeys(kinds, "default") if kinds else "default"
-    return settled
+        fixed(torch.zeros(1, device=device), last, **({"layer_type": kind} if kind else {}))
+    fixed.rope_type = dict.fromkeys(kinds, "default") if kinds else "default"
+    return fixed
 
 
 class _Kept(nn.Module):
