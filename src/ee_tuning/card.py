@@ -10,16 +10,17 @@ CARD = Template(
     """\
 ---
 library_name: ee-tuning
-{%- if base %}
+{%- if base and not here %}
 base_model: {{ base }}
 {%- endif %}
 tags: [early-exit, ee-tuning]
 ---
 
-# Early exits{% if base %} for `{{ base }}`{% endif %}
+# Early exits{% if base and not here %} for `{{ base }}`{% endif %}
 
 Exits after {{ exits | length }} of the backbone's {{ depth }} layers, made with EE-Tuning
-(arXiv 2402.00518). The backbone is not in here and is not changed by them.
+(arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
+and is not changed by them.
 
 | exit layer | architecture | head |
 |---|---|---|
@@ -40,11 +41,12 @@ threshold 1 gives the backbone's own text.
 )
 
 
-def model_card(saved_config: dict[str, Any]) -> str:
-    """Markdown for the contents of an ``exit_config.json``."""
+def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
+    """Markdown for the contents of an ``exit_config.json``. here: the backbone is beside it."""
     return (
         CARD.render(
             base=saved_config["base_model"],
+            here=here,
             depth=saved_config["backbone"]["config"]["num_hidden_layers"],
             exits=list(zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)),
         )

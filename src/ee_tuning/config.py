@@ -97,12 +97,12 @@ def parse_layers(layers: Layers, num_layers: int) -> list[int]:
     return found
 
 
-def parse_threshold(threshold: str | float) -> float | dict[int, float]:
+def parse_threshold(threshold: str) -> float | dict[int, float]:
     """One threshold, or one per exit layer: ``"8:0.9,16:0.7"``."""
     try:
-        if ":" not in str(threshold):
+        if ":" not in threshold:
             return float(threshold)
-        pairs = [item.split(":") for item in str(threshold).split(",")]
+        pairs = [item.split(":") for item in threshold.split(",")]
         found = {int(layer): float(value) for layer, value in pairs}
         if len(found) < len(pairs):
             raise ValueError("a layer twice")
@@ -325,8 +325,10 @@ class GenerateConfig(SamplingConfig):
         "full depth, a fixed exit layer, the first confident exit, or speculative: exits draft, "
         "the remaining layers verify, the text is that of full depth",
     )
-    threshold: str | float = option(
-        0.8, "confidence from which a token leaves; 1 switches exits off; per exit: 8:0.9,16:0.7"
+    threshold: str | float | dict[int, float] = option(
+        0.8,
+        "confidence from which a token leaves; 1 switches exits off; per exit: 8:0.9,16:0.7, or "
+        "in YAML {8: 0.9, 16: 0.7}",
     )
     do_sample: bool = option(False, "sample instead of taking the likeliest token")
     temperature: float = option(1.0, "sampling temperature")

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_tuning.backbone import slice_config
+from ee_tuning.card import model_card
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
 from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.loading import load_tokenizer
-from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
+from ee_tuning.model import CONFIG_NAME, HERE, WEIGHTS_NAME, EarlyExitModel, find_exits
 from ee_tuning.out import claim_folder
 from ee_tuning.twin import twin
 
@@ -47,7 +49,7 @@ def export(config: ExportConfig) -> None:
     exported = None if config.merge else exit_checkpoint(model, config.layer)
     folder = claim_folder(config.out, config.overwrite)
     if exported is None:
-        save_merged(model, tokenizer, folder)
+        save_merged(model, tokenizer, folder, load_file(find_exits(config.exits) / WEIGHTS_NAME))
     else:
         save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
 
@@ -153,14 +155,23 @@ def save_exit(
         )
 
 
-def save_merged(model: EarlyExitModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write backbone, tokenizer and exits to one `folder`, which may be moved afterwards."""
+def save_merged(
+    model: EarlyExitModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    exits: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write backbone, tokenizer and exits to one `folder`, which may be moved afterwards.
+
+    exits: their weights as they are stored, of more digits than the backbone's dtype perhaps.
+    """
     with _staged(folder) as staging:
         model.backbone.model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, state=exits)
         saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE}
         write_json(staging / CONFIG_NAME, saved)
+        write_text(staging / "README.md", model_card(saved, here=True))
 
 
 @contextmanager

@@ -260,7 +260,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"no tokenizer in {path}: {first_line(error)}; name one with --tokenizer"
+            f"no tokenizer in {path}: {first_line(error)}; save the model's own there"
         ) from error
 
 

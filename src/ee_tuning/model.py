@@ -374,6 +374,8 @@ class EarlyExitModel(nn.Module):
         """
         from ee_tuning.decode import generate
 
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise UserError("both inputs and input_ids are given: leave one out")
         input_ids = kwargs.pop("input_ids", inputs)
         return generate(self, input_ids, generation_config=generation_config, **kwargs)
 
@@ -592,17 +594,13 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
     saved = read_json(path)
-    missing = {
-        "format_version",
-        "layers",
-        "arch",
-        "init",
-        "head",
-        "seed",
-        "backbone",
-    } - saved.keys()
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+    needed = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"}
+    lacking = sorted(needed - (saved.keys() if isinstance(saved, dict) else set()))
+    if not lacking:
+        parts = saved["backbone"].keys() if isinstance(saved["backbone"], dict) else set()
+        lacking = [f"backbone.{name}" for name in sorted({"config", "tensors"} - parts)]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}")
     if saved["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"

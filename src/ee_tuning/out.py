@@ -13,10 +13,11 @@ OURS = (
 )  # fmt: skip
 
 
-def claim_folder(out: str, overwrite: bool, resume: bool = False) -> Path:
+def claim_folder(out: str, overwrite: bool, resume: bool | None = None) -> Path:
     """The folder at `out`, created if need be.
 
-    overwrite: remove what an earlier run left there; other files stay.
+    overwrite: remove what an earlier run left there; other files stay. resume: take it as it is;
+        None: what fills it cannot go on.
 
     Raises:
         UserError: no folder given, one that cannot be written, or one that is not empty while
@@ -28,9 +29,10 @@ def claim_folder(out: str, overwrite: bool, resume: bool = False) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (overwrite or resume):
+            go_on = "" if resume is None else "go on with --resume, "
             raise UserError(
-                f"the folder {out} is not empty: go on with --resume, replace it with --overwrite "
-                "or choose another --out"
+                f"the folder {out} is not empty: {go_on}replace it with --overwrite or choose "
+                "another --out"
             )
         if overwrite and not resume:
             for name in OURS:

@@ -1,6 +1,7 @@
 """The other commands, and what the README says of commands, files and symbols."""
 
 import ast
+import copy
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from test_tune import fails, tune
 
 from ee_tuning.cli import COMMANDS, main, parse
 from ee_tuning.config import parse_layers
+from ee_tuning.decode.show import encode_prompt
 from ee_tuning.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -160,7 +162,12 @@ def test_evaluated_losses_are_those_of_the_forward_pass(exits, base, data):
         ),
         (["evaluate", "--exits", "EXITS", "--data", "DATA", "--thresholds", "a"], "not numbers"),
         (["evaluate", "--exits", "EXITS", "--data", "nowhere.txt"], "does not exist"),
-        (["init", "--model", "BASE", "--layers", "2", "--out", "EXITS"], "not empty"),
+        (
+            ["init", "--model", "BASE", "--layers", "2", "--out", "EXITS"],
+            "is not empty: replace it with --overwrite or",
+        ),
+        (["generate", "--exits", "EXITS", "--prompt", "caf\udce9"], "not in UTF-8"),
+        (["generate", "--exits", "EXITS", "--prompt", "x", "--min-depth", "9"], "no exit active"),
         (["init", "--model", "BASE", "--layers", "2", "--out", "/proc/x"], "cannot write"),
         (["inspect", "/nowhere"], "cannot read the backbone"),
         (["tunee"], "did you mean tune?"),
@@ -169,6 +176,20 @@ def test_evaluated_losses_are_those_of_the_forward_pass(exits, base, data):
 def test_bad_calls(args, message, exits, base, data, capsys):
     places = {"EXITS": exits, "BASE": base, "DATA": data}
     assert message in fails(capsys, *[places.get(arg, arg) for arg in args])
+
+
+def test_thresholds_per_exit_in_yaml(exits, tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"exits: {exits}\nprompt: x\nthreshold: {{3: 0.2, 2: 0.5}}\n")
+    assert "threshold for layer 2" in fails(capsys, "generate", "--config", settings)
+
+
+def test_a_chat_template_that_fails_is_one_line(tokenizer):
+    tokenizer = copy.copy(tokenizer)
+    for template in ("{{ raise_exception('no such role') }}", "{% for"):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match="the tokenizer's chat template fails: "):
+            encode_prompt(tokenizer, "x", chat=True)
 
 
 def test_help_names_every_setting(capsys):

@@ -230,6 +230,12 @@ BAD_FILES = [
     ("exits/exits.safetensors", lambda p: p.unlink(), "does not exist"),
     ("exits/exit_config.json", lambda p: p.write_text("{"), "is not valid JSON"),
     ("exits/exit_config.json", lambda p: p.write_text("{}"), "lacks"),
+    ("exits/exit_config.json", lambda p: p.write_text("[]"), "lacks arch, backbone,"),
+    (
+        "exits/exit_config.json",
+        lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"backbone": {}})),
+        r"lacks backbone\.config, backbone\.tensors",
+    ),
     ("exits/exit_config.json", lambda p: p.unlink(), "holds no exits"),
 ]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import tiny
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -99,7 +100,13 @@ def test_a_draft_leaves_assisted_generation_as_it_is(saved):
 
 
 def test_a_merged_folder_needs_nothing_else(saved):
+    stored = load_file(saved / "exits/exits.safetensors")
+    stored = {name: value.double() for name, value in stored.items()}
+    save_file(stored, saved / "exits/exits.safetensors")
     export(saved, "--merge")
+    kept = load_file(saved / "out/exits.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in stored.items())  # every digit
+    assert "The backbone is in here, too" in (saved / "out/README.md").read_text()
     expected = EarlyExitModel.from_pretrained(str(saved / "exits"))(IDS, output_exit_logits=True)
     base = tiny("llama").state_dict()
     shutil.rmtree(saved / "base")

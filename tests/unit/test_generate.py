@@ -198,9 +198,14 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
         ([5, 9], {"threshold": {None: 0.5}}, "thresholds' layers must be numbers"),
         ([5, 9], {"exit_layers": []}, "no exit layers given"),
         ([5, 9], {"max_pending": 2.5}, "max_pending 2.5 is not possible"),
-        ([5, 9], {"min_depth": 4, "threshold": {1: 0.5}}, "no exit is active.*min_depth"),
-        ([5, 9], {"min_depth": 4, "mode": "fixed"}, r"active are \[\].*min_depth"),
-        ([5, 9], {"capacity": 8, "max_new_tokens": 63}, "there is room for 64.*capacity"),
+        ([5, 9], {"min_depth": 4, "threshold": {1: 0.5}}, "min_depth 4 leaves no exit active"),
+        ([5, 9], {"min_depth": 4, "mode": "fixed"}, "min_depth 4 leaves no exit active"),
+        ([5, 9], {"min_depth": -1}, "min_depth -1 is not possible"),
+        ([5, 9], {"threshold": "8:x"}, "threshold '8:x' is not understood"),
+        ([5, 9], {"compile": "off"}, "compile is True, False or None, not 'off'"),
+        ([5, 9], {"capacity": -1}, "capacity is -1: give 1 or more"),
+        ([], {}, "the prompt is empty"),
+        ([5, 9], {"capacity": 8, "max_new_tokens": 63}, "there is room for 8: .*capacity"),
         ([[5, 6], [7, 8]], {}, r"not of shape \(2, 2\): give several prompts one by one"),
         ({"input_ids": [5, 6], "attention_mask": 1}, {}, r"not of shape \(\)"),
         ([True, False], {}, "generate takes token ids.*bool"),
@@ -209,6 +214,34 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
 def test_prompts_of_a_batch_that_are_none(prompt, settings, message):
     with pytest.raises(UserError, match=message):
         list(early_exit().generate_batch([prompt], **settings))
+
+
+def test_texts_in_progress_end_before_a_prompt_is_refused():
+    """Its number is said, and no further prompt is asked for."""
+    model, asked = early_exit(), []
+
+    def prompts():
+        for ids in ([5, 9], [4], [96], [7]):
+            asked.append(ids)
+            yield ids
+
+    stream = model.generate_batch(prompts(), slots=4, max_new_tokens=5, eos_token_id=None)
+    assert sorted(number for number, _ in (next(stream), next(stream))) == [0, 1]
+    with pytest.raises(UserError, match=r"prompt 2: .* outside the vocabulary of 96"):
+        next(stream)
+    assert asked == [[5, 9], [4], [96]]
+
+
+def test_thresholds_as_the_command_takes_them():
+    model, ids = early_exit(), torch.tensor([[5, 9]])
+    common = {"max_new_tokens": 5, "eos_token_id": None}
+    a, b = (
+        model.generate(ids, threshold=threshold, exit_layers=[1, 3], **common)
+        for threshold in ("1:0.02,3:0.03", {1: 0.02, 3: 0.03})
+    )
+    assert torch.equal(a.exit_layers, b.exit_layers)
+    with pytest.raises(UserError, match="both inputs and input_ids"):
+        model.generate(ids, input_ids=ids)
 
 
 def test_several_sequences_per_prompt_and_plain_tensors():

@@ -50,7 +50,8 @@ class Settings:
         confidence is at least `threshold`. Threshold 1 switches exits off. ``speculative``
         takes such tokens for drafts that the remaining layers verify together: greedy tokens are
         those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.speculative`.
-    threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``.
+    threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``, or as the command
+        takes them, ``"8:0.9,16:0.7"``.
     exit_layers: the active exits; default: all.
     max_pending: tokens that may leave before one has to go all the way; the longest draft.
     measure: of confidence: ``probability``, ``margin`` or ``entropy``, see
@@ -59,7 +60,7 @@ class Settings:
     """
 
     mode: str = "threshold"
-    threshold: float | Mapping[int, float] = 0.8
+    threshold: str | float | Mapping[int, float] = 0.8
     exit_layers: Layers | None = None
     max_pending: int = 8
     measure: str = "probability"
@@ -87,6 +88,8 @@ def as_row(values: Any) -> Tensor:
         raise UserError(
             f"a prompt of generate_batch is token ids, as input_ids or alone, not {found}"
         )
+    if not row.numel():
+        raise UserError("the prompt is empty: give at least one token")
     return row.reshape(1, -1)
 
 

@@ -182,7 +182,7 @@ class Engine:
             request = next(waiting, None) if row is None else None
             if request is None:
                 continue
-            self._check(request)
+            self.check(request)
             self._generators.give(request.chooser)
             policy = request.policy
             row = self._rows[slot] = _Row(request, slot, self._stops.index(policy.end))
@@ -280,12 +280,19 @@ class Engine:
             if ends:
                 return
 
-    def _check(self, request: Request) -> None:
-        policy, passes = request.policy, self.passes
-        if request.max_length > passes.capacity:
+    def check(self, request: Request, capacity: int | None = None) -> None:
+        """Refuse what this engine was not made for.
+
+        capacity: tokens that a text may have, if fewer than there is room for.
+
+        Raises:
+            UserError: a longer text, or exits or a pending bound beyond those of all prompts.
+        """
+        policy, room = request.policy, capacity or self.passes.capacity
+        if request.max_length > room:
             raise UserError(
                 f"{request.max_length} tokens with the prompt are asked for, there is room for "
-                f"{passes.capacity}: ask for fewer, or raise capacity"
+                f"{room}: ask for fewer, or raise capacity"
             )
         missing = sorted({*policy.exit_layers} - {*self.exit_layers})
         if missing:

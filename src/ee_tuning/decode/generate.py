@@ -52,7 +52,8 @@ def generate(
 ) -> GenerateOutput | Tensor:
     """Generate from prompts (B, P); `kwargs`: `Settings` and those of transformers' ``generate``.
 
-    Every row decides for itself, and its tokens do not depend on its neighbours. A model that
+    Every row decides for itself, and its tokens do not depend on its neighbours (in fp32: rounding
+    may decide between tokens that are all but equally likely). A model that
     several processes have parts of, see `ee_tuning.decode.load_part`, is called on all of them
     alike, and gives the same on each.
 
@@ -123,11 +124,10 @@ def generate_batch(
         `exit_layers` and `max_pending` bound those of the single prompts.
 
     Raises:
-        UserError: as `generate`; a prompt that does not fit is refused when its turn comes.
+        UserError: as `generate`. A prompt that cannot be had is refused by its number when its turn
+            comes: the texts in progress end first, and no further prompt is asked for.
     """
     warn_ignored(kwargs)
-    if slots < 1:
-        raise UserError(f"slots is {slots}: give 1 or more")
     capacity = capacity or model.backbone.longest_text
     if not capacity:
         raise UserError("the backbone's config has no context length: give capacity")
@@ -136,15 +136,27 @@ def generate_batch(
     check_pending(bound)
     engine = _engine(model, exits, slots, capacity, bound, compile)
     numbers: dict[Request, tuple[int, list[Token]]] = {}
+    refused: list[UserError] = []
+
+    def read(prompt: Any) -> list[Request]:
+        own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
+        row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
+        given = kwargs | own
+        mask = torch.ones_like(row) if mask is None else as_row(mask)
+        (ids,) = read_prompts(model, row, mask, given)
+        found = prepare(model, ids, **given)[0]
+        for request in found:
+            engine.check(request, capacity)
+        return found
 
     def requests() -> Iterator[Request]:
         for number, prompt in enumerate(prompts):
-            own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
-            row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
-            given = kwargs | own
-            mask = torch.ones_like(row) if mask is None else as_row(mask)
-            (ids,) = read_prompts(model, row, mask, given)
-            for request in prepare(model, ids, **given)[0]:
+            try:
+                found = read(prompt)
+            except UserError as error:
+                refused.append(UserError(f"prompt {number}: {error}"))
+                return
+            for request in found:
                 numbers[request] = number, []
                 yield request
 
@@ -155,6 +167,8 @@ def generate_batch(
             del numbers[request]
             prompt = torch.tensor([request.ids])
             yield number, _output(prompt, [tokens], 0, model.backbone.device)
+    if refused:
+        raise refused[0]
 
 
 def warm_up(
@@ -182,6 +196,8 @@ def will_compile(model: EarlyExitModel, compile: bool | None) -> bool:
     Raises:
         UserError: it cannot.
     """
+    if not isinstance(compile, bool | None):
+        raise UserError(f"compile is True, False or None, not {compile!r}")
     if compile is None:
         return model.backbone.device.type == "cuda" and model.mesh.tp == 1
     if compile and model.mesh.tp > 1:
@@ -223,6 +239,9 @@ def _engine(
 
     Captured graphs hold the addresses of weights, so other weights want another engine.
     """
+    for name, number in (("slots", slots), ("capacity", capacity)):
+        if not isinstance(number, int) or number < 1:
+            raise UserError(f"{name} is {number!r}: give 1 or more")
     mesh, compile = model.mesh, will_compile(model, compile)
     end, original = model.backbone.end, model.backbone.original_context
     if end and capacity > end:

@@ -120,7 +120,7 @@ class Stage(Engine):
         try:
             request = next(waiting, None)
             if request is not None:
-                self._check(request)
+                self.check(request)
             return request
         except UserError as mistake:
             self._given_up, self._mistake = True, mistake
@@ -230,8 +230,9 @@ class Stage(Engine):
     def _goes_beyond(self, row: _Row) -> bool:
         return row.last == len(self._stops)
 
-    def _check(self, request: Request) -> None:
-        super()._check(request)
+    def check(self, request: Request, capacity: int | None = None) -> None:
+        """As an engine's; drafts are refused, too."""
+        super().check(request, capacity)
         if request.policy.verifies:
             raise UserError(NO_DRAFTS)
 

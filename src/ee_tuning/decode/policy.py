@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from ee_tuning.config import MEASURES, MODES, Layers, parse_layers
+from ee_tuning.config import MEASURES, MODES, Layers, parse_layers, parse_threshold
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Policy:
 def make_policy(
     model: EarlyExitModel,
     mode: str,
-    threshold: float | Mapping[int, float] = 0.8,
+    threshold: str | float | Mapping[int, float] = 0.8,
     exit_layers: Layers | None = None,
     max_pending: int = 8,
     measure: str = "probability",
@@ -61,7 +61,14 @@ def make_policy(
     if measure not in MEASURES:
         raise UserError(f"measure {measure!r} is unknown: use one of {', '.join(MEASURES)}")
     check_pending(max_pending)
-    active = [k for k in active_layers(model, exit_layers) if k >= min_depth]
+    if not isinstance(min_depth, int) or min_depth < 0:
+        raise UserError(f"min_depth {min_depth!r} is not possible: give a layer's number")
+    named = active_layers(model, exit_layers)
+    active = [k for k in named if k >= min_depth]
+    if not active and mode != "full":
+        raise UserError(f"min_depth {min_depth} leaves no exit active, of those at {named}")
+    if isinstance(threshold, str):
+        threshold = parse_threshold(threshold)
     thresholds = _thresholds(threshold, active)
     if mode == "fixed":
         if len(active) != 1:

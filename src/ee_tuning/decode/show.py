@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.config import GenerateConfig, SamplingConfig, parse_threshold
+from ee_tuning.config import GenerateConfig, SamplingConfig
+from ee_tuning.decode.arguments import prepare
 from ee_tuning.decode.generate import will_compile
 from ee_tuning.decode.parts import load_part
 from ee_tuning.decode.pipeline import NO_DRAFTS
 from ee_tuning.decode.speculative import Token
 from ee_tuning.devices import pick_device, pick_dtype
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
@@ -99,7 +101,7 @@ def generate_and_show(config: GenerateConfig, console: Console | None = None) ->
 
 def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
     standard_input = config.prompt == "-"
-    prompt = mesh.on_main(sys.stdin.read) if standard_input else config.prompt
+    prompt = mesh.on_main(_read_input) if standard_input else config.prompt
     if not prompt:
         raise UserError("the prompt is empty: give one with --prompt, or - to read standard input")
     model, tokenizer = load_for_decoding(config, mesh, config.stage_layers)
@@ -112,28 +114,39 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
         warnings.warn("temperature, top_k and top_p are ignored without do_sample", stacklevel=1)
     way: dict[str, Any] = {
         "mode": config.mode,
-        "threshold": parse_threshold(config.threshold),
+        "threshold": config.threshold,
         "compile": config.compiled(),
         **config.leaving(),
     }
+    asked: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": config.do_sample,
+        "stop_strings": config.stop_strings or None,
+        "tokenizer": tokenizer,
+        **(sampling if config.do_sample else {}),
+    }
     if will_compile(model, config.compiled()):
+        prepare(model, input_ids[0].tolist(), **asked)  # refuses before anything is compiled
         capacity = input_ids.shape[1] + config.max_new_tokens
         console.print(f"compiled in {model.warm_up(capacity=capacity, **way):.0f} s", style="dim")
     torch.manual_seed(config.seed)
     start = time.perf_counter()
     model.generate(
         input_ids,
-        max_new_tokens=config.max_new_tokens,
-        do_sample=config.do_sample,
-        stop_strings=config.stop_strings or None,
-        tokenizer=tokenizer,
         streamer=streamer,
         on_token=streamer.on_token,
         **way,
-        **(sampling if config.do_sample else {}),
+        **asked,
     )
     seconds = time.perf_counter() - start
     _print_legend(console, streamer.layers, model.backbone.num_layers, seconds)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not in UTF-8: convert it") from error
 
 
 def load_for_decoding(
@@ -153,17 +166,28 @@ def load_for_decoding(
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids (1, P) of a prompt, in the tokenizer's chat template if `chat`."""
+    """Token ids (1, P) of a prompt, in the tokenizer's chat template if `chat`.
+
+    Raises:
+        UserError: it is no text in UTF-8, or the template is missing or fails.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes it could not read
+        raise UserError("the prompt is not in UTF-8: convert it") from error
     if not chat:
         return tokenizer(prompt, return_tensors="pt").input_ids
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: leave --chat out")
-    encoded: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    except TemplateError as error:
+        raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
     return encoded["input_ids"]
 
 
