@@ -159,7 +159,7 @@ def save_merged(
     model: EarlyExitModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    exits: dict[str, torch.Tensor] | None = None,
+    exits: dict[str, torch.Tensor],
 ) -> None:
     """Write backbone, tokenizer and exits to one `folder`, which may be moved afterwards.
 
