@@ -63,8 +63,10 @@ def batch(model, calls):
     common = {"slots": 2, "capacity": 64, "eos_token_id": None, **calls[0]}
     for _ in model.generate_batch(prompts, **common):
         break
-    with pytest.raises(UserError, match="131 tokens with the prompt are asked for"):
-        list(model.generate_batch([PROMPTS[0], [4] * 125], **common))
+    stream = model.generate_batch([PROMPTS[0], [4] * 125], **common)
+    assert next(stream)[0] == 0
+    with pytest.raises(UserError, match="prompt 1: 131 tokens with the prompt are asked for"):
+        next(stream)
     outputs = sorted(model.generate_batch(iter(prompts), **common), key=lambda pair: pair[0])
     return [{"sequences": out.sequences, "exit_layers": out.exit_layers} for _, out in outputs]
 

@@ -122,6 +122,7 @@ class Engine:
         self._stops = [segment.stop for segment in self.passes.segments]
         self._rows: list[_Row | None] = [None] * slots
         self.streams = False  # whether a stream is in progress
+        self._mistake: UserError | None = None  # of a request: no further one is taken
         self._draft_cost = cache(partial(draft_cost, model))
 
     @property
@@ -141,19 +142,23 @@ class Engine:
         what is in progress.
 
         Raises:
-            UserError: a request does not fit this engine.
+            UserError: a request does not fit this engine, or cannot be had: once what is in
+                progress has ended.
         """
         assert not self.streams, "an engine runs one stream at a time"
+        self._mistake = None
         waiting, self._generators = iter(requests), Generators(self.passes.device)
         self.streams = True
         try:
             while True:
                 yield from self._admit(waiting)
                 if not self.busy:
-                    return
+                    break
                 live = [row for row in self._rows if row is not None]
                 door = min(row.door for row in live)
                 yield from self._advance(door, [row for row in live if row.door == door])
+            if self._mistake is not None:
+                raise self._mistake
         finally:
             self._rows = [None] * len(self._rows)
             self._generators.close()
@@ -179,10 +184,9 @@ class Engine:
         """A row for the next request in each free slot."""
         new = []
         for slot, row in enumerate(self._rows):
-            request = next(waiting, None) if row is None else None
+            request = self._next(waiting) if row is None else None
             if request is None:
                 continue
-            self.check(request)
             self._generators.give(request.chooser)
             policy = request.policy
             row = self._rows[slot] = _Row(request, slot, self._stops.index(policy.end))
@@ -190,6 +194,19 @@ class Engine:
                 row.pace = Pace(policy.max_pending, self._draft_cost(min(policy.thresholds)))
             new.append(row)
         return new
+
+    def _next(self, waiting: Iterator[Request]) -> Request | None:
+        """The next request; none after a mistake in one, which waits for what is in progress."""
+        if self._mistake is not None:
+            return None
+        try:
+            request = next(waiting, None)
+            if request is not None:
+                self.check(request)
+        except UserError as mistake:
+            self._mistake = mistake
+            return None
+        return request
 
     def _starts(self, i: int) -> list[int]:
         """For every slot, how many tokens segment `i` has computed."""

@@ -136,7 +136,6 @@ def generate_batch(
     check_pending(bound)
     engine = _engine(model, exits, slots, capacity, bound, compile)
     numbers: dict[Request, tuple[int, list[Token]]] = {}
-    refused: list[UserError] = []
 
     def read(prompt: Any) -> list[Request]:
         own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
@@ -154,8 +153,7 @@ def generate_batch(
             try:
                 found = read(prompt)
             except UserError as error:
-                refused.append(UserError(f"prompt {number}: {error}"))
-                return
+                raise UserError(f"prompt {number}: {error}") from error
             for request in found:
                 numbers[request] = number, []
                 yield request
@@ -167,8 +165,6 @@ def generate_batch(
             del numbers[request]
             prompt = torch.tensor([request.ids])
             yield number, _output(prompt, [tokens], 0, model.backbone.device)
-    if refused:
-        raise refused[0]
 
 
 def warm_up(

@@ -49,7 +49,6 @@ class Stage(Engine):
         self._at_a_time = math.ceil(slots / self.mesh.pp)
         self._answers: list[News] = []  # to the first stage
         self._given_up = False
-        self._mistake: UserError | None = None
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
         """As `Engine.stream`. Every process has to be given the same requests."""
@@ -84,7 +83,7 @@ class Stage(Engine):
         ready: list[News] = []
         while True:
             for slot, row in enumerate(self._rows):
-                if row is None and not self._given_up:
+                if row is None and not self._given_up and self._mistake is None:
                     request = self._next(waiting)
                     if request is not None or self._mistake is not None:
                         self._begin(slot, request)
@@ -114,17 +113,6 @@ class Stage(Engine):
             self.passes.put(*_places(come), hidden)
             self._compute(news)
         self._mail.close()
-
-    def _next(self, waiting: Iterator[Request]) -> Request | None:
-        """The next request; what is wrong with it is raised when all stages have ended."""
-        try:
-            request = next(waiting, None)
-            if request is not None:
-                self.check(request)
-            return request
-        except UserError as mistake:
-            self._given_up, self._mistake = True, mistake
-            return None
 
     def _begin(self, slot: int, request: Request | None, hidden: Tensor | None = None) -> None:
         """Read a prompt; hidden: (P, H), what the stage before gave for it."""
