@@ -281,7 +281,7 @@ class Segment:
         """
         if length is None:
             return self.trunk
-        long = length > (self._backbone.original_context or length)
+        long = self._backbone.is_long(length)
         if long not in self._trunks:
             rotary = {
                 path: _with_fixed_frequencies(module, length if long else 1)
@@ -485,6 +485,10 @@ class Backbone:
             if rope.get("rope_type") == "longrope"
         ]
         return min((length for length in lengths if length), default=None)
+
+    def is_long(self, length: int) -> bool:
+        """Whether a text of `length` tokens has the rotary frequencies of long ones."""
+        return self.original_context is not None and length > self.original_context
 
     @property
     def _ropes(self) -> list[dict[str, Any]]:

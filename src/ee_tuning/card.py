@@ -10,13 +10,13 @@ CARD = Template(
     """\
 ---
 library_name: ee-tuning
-{%- if base and not here %}
+{%- if base %}
 base_model: {{ base }}
 {%- endif %}
 tags: [early-exit, ee-tuning]
 ---
 
-# Early exits{% if base and not here %} for `{{ base }}`{% endif %}
+# Early exits{% if base %} for `{{ base }}`{% endif %}
 
 Exits after {{ exits | length }} of the backbone's {{ depth }} layers, made with EE-Tuning
 (arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
@@ -45,7 +45,7 @@ def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
     """Markdown for the contents of an ``exit_config.json``. here: the backbone is beside it."""
     return (
         CARD.render(
-            base=saved_config["base_model"],
+            base="" if here else saved_config["base_model"],
             here=here,
             depth=saved_config["backbone"]["config"]["num_hidden_layers"],
             exits=list(zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)),

@@ -595,10 +595,9 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
     saved = read_json(path)
     needed = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"}
-    lacking = sorted(needed - (saved.keys() if isinstance(saved, dict) else set()))
-    if not lacking:
-        parts = saved["backbone"].keys() if isinstance(saved["backbone"], dict) else set()
-        lacking = [f"backbone.{name}" for name in sorted({"config", "tensors"} - parts)]
+    lacking = _lacking(saved, needed) or [
+        f"backbone.{name}" for name in _lacking(saved["backbone"], {"config", "tensors"})
+    ]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}")
     if saved["format_version"] != FORMAT_VERSION:
@@ -606,3 +605,8 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
             f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"
         )
     return saved
+
+
+def _lacking(found: Any, names: set[str]) -> list[str]:
+    """Those of `names` that are no keys of what a JSON file held."""
+    return sorted(names - (found.keys() if isinstance(found, dict) else set()))

@@ -47,10 +47,10 @@ def run_ranks(number, run, *given, fresh=False):
     ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
     for rank in ranks:
         rank.start()
-    for number, rank in enumerate(ranks):
+    for i, rank in enumerate(ranks):
         rank.join()
         if rank.exitcode:
-            print(f"rank {number} ended with status {rank.exitcode}")
+            print(f"rank {i} ended with status {rank.exitcode}")
 
 
 def become(rank, size, port):

@@ -21,7 +21,7 @@ STRUCK = Path(__file__).parents[1] / "struck.py"
 
 @pytest.fixture
 def start(base, data, tmp_path):
-    """Starts a run of two ranks, the second of which is struck by a signal at its third."""
+    """Starts a run of two ranks, the second of which a signal strikes in its third checkpoint."""
     flags = {
         "model": base, "layers": "1,3", "arch": "mlp", "data": data, "out": tmp_path / "cut",
         "steps": 30, "seq-length": 32, "micro-batch-size": 2, "global-batch-size": 4, "lr": 1e-3,

@@ -146,23 +146,25 @@ class Engine:
                 progress has ended.
         """
         assert not self.streams, "an engine runs one stream at a time"
-        self._mistake = None
-        waiting, self._generators = iter(requests), Generators(self.passes.device)
+        self._mistake, self._generators = None, Generators(self.passes.device)
         self.streams = True
         try:
-            while True:
-                yield from self._admit(waiting)
-                if not self.busy:
-                    break
-                live = [row for row in self._rows if row is not None]
-                door = min(row.door for row in live)
-                yield from self._advance(door, [row for row in live if row.door == door])
+            yield from self._events(iter(requests))
             if self._mistake is not None:
                 raise self._mistake
         finally:
             self._rows = [None] * len(self._rows)
             self._generators.close()
             self.streams = False
+
+    def _events(self, waiting: Iterator[Request]) -> Iterator[Event]:
+        while True:
+            yield from self._admit(waiting)
+            if not self.busy:
+                return
+            live = [row for row in self._rows if row is not None]
+            door = min(row.door for row in live)
+            yield from self._advance(door, [row for row in live if row.door == door])
 
     def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
         """Fill the free slots with the next requests, and read their prompts."""

@@ -207,9 +207,9 @@ def engine_for(model: EarlyExitModel, requests: list[Request], compile: bool | N
     exits = sorted({layer for policy in policies for layer in policy.exit_layers})
     pending = max(policy.max_pending for policy in policies)
     capacity = max(request.max_length for request in requests)
-    original = model.backbone.original_context
-    if original and capacity > original:
-        long = [len(request.ids) > original for request in requests]
+    backbone, original = model.backbone, model.backbone.original_context
+    if backbone.is_long(capacity):
+        long = [backbone.is_long(len(request.ids)) for request in requests]
         if not any(long):
             raise UserError(
                 f"{capacity} tokens with the prompt are asked for, and a text that begins with "
@@ -239,7 +239,7 @@ def _engine(
         if not isinstance(number, int) or number < 1:
             raise UserError(f"{name} is {number!r}: give 1 or more")
     mesh, compile = model.mesh, will_compile(model, compile)
-    end, original = model.backbone.end, model.backbone.original_context
+    end, long = model.backbone.end, model.backbone.is_long(capacity)
     if end and capacity > end:
         raise UserError(
             f"{capacity} tokens with the prompt are asked for, the backbone's positions go on for "
@@ -248,7 +248,6 @@ def _engine(
     weights = tuple(p.data_ptr() for p in model.parameters())
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    long = original is not None and capacity > original
     alike = (tuple(exit_layers), max_pending, compile, weights, cast, long)
     kept = [key for key in model.engines if key[0] == alike]
     fitting = [

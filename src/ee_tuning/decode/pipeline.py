@@ -11,7 +11,7 @@ events.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from ee_tuning.decode.engine import Engine, Event, Request, _Row
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
 from ee_tuning.decode.passes import Prediction, Predictions, Wanted
-from ee_tuning.decode.speculative import Generators, Token
+from ee_tuning.decode.speculative import Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,25 +50,11 @@ class Stage(Engine):
         self._answers: list[News] = []  # to the first stage
         self._given_up = False
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """As `Engine.stream`. Every process has to be given the same requests."""
-        assert not self.streams, "an engine runs one stream at a time"
-        self._given_up, self._mistake = False, None
-        self._generators = Generators(self.passes.device)
-        waiting = iter(requests)
+    def _events(self, waiting: Iterator[Request]) -> Iterator[Event]:
+        """Every process has to be given the same requests."""
+        self._given_up = False
         events = self._lead(waiting) if self.passes.is_first else self._follow(waiting)
         self._mail.open()
-        self.streams = True
-        try:
-            yield from self._until_given_up(events)
-            if self._mistake is not None:
-                raise self._mistake
-        finally:
-            self._rows = [None] * len(self._rows)
-            self._generators.close()
-            self.streams = False
-
-    def _until_given_up(self, events: Iterator[Event]) -> Iterator[Event]:
         try:
             for event in events:  # noqa: UP028 - closed, `yield from` would close `events`, too
                 yield event

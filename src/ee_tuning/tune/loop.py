@@ -250,7 +250,7 @@ class Run:
 
 
 @contextmanager
-def stop_requests(processes: int = 1) -> Iterator[Callable[[], bool]]:
+def stop_requests(processes: int) -> Iterator[Callable[[], bool]]:
     """Turns a first Ctrl-C or SIGTERM into a request, read by calling what this gives.
 
     A second one stops at once.
