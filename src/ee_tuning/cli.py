@@ -1,88 +1,33 @@
-"""The command line: subcommand → function. Settings and their help are in `config`."""
+"""The command line: which command, with which settings. Settings and their help are in `config`.
+
+A command is a function of its name in `ee_tuning.commands`, which is imported when it runs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import os
 import re
 import sys
 import traceback
 import typing
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ee_tuning import config as settings
 from ee_tuning.errors import Interrupted, ProcessFailed, UserError
 
-
-def init(config: settings.InitConfig) -> None:
-    """Add exits to a backbone, untuned, and save them."""
-    from ee_tuning.model import EarlyExitModel
-    from ee_tuning.out import claim_folder
-
-    folder = claim_folder(config.out, config.overwrite)
-    model = EarlyExitModel.from_base(config.model, config.exit_config(), whole=False)
-    model.save_pretrained(folder)
-    print(f"exits after layers {model.exit_layers} saved in {folder}")
-
-
-def tune(config: settings.TuneConfig) -> None:
-    """Tune the exits of a backbone on text."""
-    from ee_tuning.tune import tune
-
-    tune(config)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"exits saved in {config.out}")
-
-
-def plan(config: settings.PlanConfig) -> None:
-    """Predict memory and time of a tuning run, without a GPU."""
-    from ee_tuning.plan import plan
-
-    plan(config)
-
-
-def generate(config: settings.GenerateConfig) -> None:
-    """Generate text, tokens coloured by the depth at which they left."""
-    from ee_tuning.decode.show import generate_and_show
-
-    generate_and_show(config)
-
-
-def evaluate(config: settings.EvaluateConfig) -> None:
-    """Measure losses, agreement and speed; write JSON and an HTML report."""
-    from ee_tuning.evaluate import evaluate
-
-    evaluate(config)
-
-
-def export(config: settings.ExportConfig) -> None:
-    """Save an exit as an ordinary checkpoint, or backbone and exits as one folder."""
-    from ee_tuning.export import export
-
-    export(config)
-    what = "backbone and exits" if config.merge else f"exit {config.layer} as a checkpoint"
-    print(f"{what} saved in {config.out}")
-
-
-def inspect(config: settings.InspectConfig) -> None:
-    """Describe a backbone or a folder of exits."""
-    from ee_tuning.inspect import inspect
-
-    inspect(config.path)
-
-
-COMMANDS: dict[str, tuple[Callable[[Any], None], type]] = {
-    "init": (init, settings.InitConfig),
-    "tune": (tune, settings.TuneConfig),
-    "plan": (plan, settings.PlanConfig),
-    "generate": (generate, settings.GenerateConfig),
-    "evaluate": (evaluate, settings.EvaluateConfig),
-    "export": (export, settings.ExportConfig),
-    "inspect": (inspect, settings.InspectConfig),
+COMMANDS: dict[str, type] = {
+    "init": settings.InitConfig,
+    "tune": settings.TuneConfig,
+    "plan": settings.PlanConfig,
+    "generate": settings.GenerateConfig,
+    "evaluate": settings.EvaluateConfig,
+    "export": settings.ExportConfig,
+    "inspect": settings.InspectConfig,
 }
 
 
@@ -129,13 +74,14 @@ def _run(args: list[str]) -> None:
         raise UserError(
             f"unknown command {args[0]!r}{_nearest(args[0], COMMANDS)}; see ee-tuning --help"
         )
-    function, config_class = COMMANDS[args[0]]
-    function(parse(args[0], config_class, args[1:]))
+    name = args[0]
+    config = parse(name, COMMANDS[name], args[1:])
+    getattr(importlib.import_module(f"ee_tuning.commands.{name}"), name)(config)
 
 
 def _overview() -> str:
     lines = ["usage: ee-tuning COMMAND [--config FILE.yaml] [--FLAG VALUE ...]", ""]
-    lines += [f"  {name:10}{function.__doc__}" for name, (function, _) in COMMANDS.items()]
+    lines += [f"  {name:10}{config_class.__doc__}" for name, config_class in COMMANDS.items()]
     lines += ["", "ee-tuning COMMAND --help lists the flags; --debug shows tracebacks."]
     return "\n".join(lines)
 

@@ -12,46 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_tuning.backbone import slice_config
 from ee_tuning.card import model_card
-from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
 from ee_tuning.files import filling, read_json, write_json, write_text
-from ee_tuning.loading import load_tokenizer
-from ee_tuning.model import CONFIG_NAME, HERE, WEIGHTS_NAME, EarlyExitModel, find_exits
-from ee_tuning.out import claim_folder
+from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
 from ee_tuning.twin import twin
-
-
-def export(config: ExportConfig) -> None:
-    """Write what `config` asks for to ``config.out``.
-
-    Raises:
-        UserError: both or neither of `layer` and `merge`, an exit that is not there or cannot be
-            a checkpoint of its own, or a folder that is taken.
-    """
-    if bool(config.layer) == config.merge:
-        raise UserError(
-            "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
-            "backbone and exits in one folder"
-        )
-    model = EarlyExitModel.from_pretrained(config.exits, config.model or None, whole=config.merge)
-    base = model.backbone.model.name_or_path
-    if config.out and Path(config.out).resolve() in {
-        Path(path).resolve() for path in (config.exits, base)
-    }:
-        raise UserError(f"{config.out} is what is being exported: give another folder with --out")
-    tokenizer = load_tokenizer(base)
-    exported = None if config.merge else exit_checkpoint(model, config.layer)
-    folder = claim_folder(config.out, config.overwrite)
-    if exported is None:
-        save_merged(model, tokenizer, folder, load_file(find_exits(config.exits) / WEIGHTS_NAME))
-    else:
-        save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
 
 
 def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:

@@ -195,7 +195,7 @@ def test_a_chat_template_that_fails_is_one_line(tokenizer):
 def test_help_names_every_setting(capsys):
     main(["--help"])
     overview = capsys.readouterr().out
-    for name, (_, config_class) in COMMANDS.items():
+    for name, config_class in COMMANDS.items():
         assert name in overview
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
@@ -210,7 +210,7 @@ def test_readme_commands_are_understood():
     assert len(commands) >= 3
     for command in commands:
         name, *args = shlex.split(command)
-        parse(name, COMMANDS[name][1], args)
+        parse(name, COMMANDS[name], args)
 
 
 def test_readme_python_runs(tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_readme_files_and_symbols_exist():
 def test_demo_settings_are_understood(monkeypatch):
     for name, command in (("run", "tune"), ("evaluate", "evaluate")):
         path = ROOT / "demo" / f"{name}.yaml"
-        parse(command, COMMANDS[command][1], ["--config", str(path)])
+        parse(command, COMMANDS[command], ["--config", str(path)])
         assert yaml.safe_load(path.read_text())
 
 
@@ -254,13 +254,13 @@ def test_demo_settings_are_understood(monkeypatch):
 def test_layers_in_yaml(text, key, value, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    config = parse("tune", COMMANDS["tune"][1], ["--config", str(path)])
+    config = parse("tune", COMMANDS["tune"], ["--config", str(path)])
     assert parse_layers(getattr(config, key), 32) == value
 
 
 @pytest.mark.parametrize(("flag", "value"), [("8", [8]), ("8,16", [8, 16]), ("1/4,every:8", None)])
 def test_layers_as_flags(flag, value):
-    config = parse("tune", COMMANDS["tune"][1], ["--layers", flag])
+    config = parse("tune", COMMANDS["tune"], ["--layers", flag])
     if value is None:
         with pytest.raises(UserError, match="given twice"):
             parse_layers(config.layers, 32)

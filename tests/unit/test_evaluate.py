@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.commands.evaluate import evaluate, parse_thresholds, results_folder
 from ee_tuning.config import EvaluateConfig, ExitConfig
 from ee_tuning.data import load_packed
 from ee_tuning.errors import UserError
-from ee_tuning.evaluate import evaluate, parse_thresholds, results_folder
 from ee_tuning.evaluate.exits import measure_exits
 from ee_tuning.evaluate.report import _pieces as text_pieces
 from ee_tuning.evaluate.report import write_report

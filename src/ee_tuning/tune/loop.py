@@ -22,9 +22,8 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
-from ee_tuning.files import write_text
+from ee_tuning.files import claim_folder, write_text
 from ee_tuning.model import EarlyExitModel
-from ee_tuning.out import claim_folder
 from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.pipeline import Pipeline

@@ -8,13 +8,19 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
+from ee_tuning.config import InspectConfig
 from ee_tuning.errors import UserError
 from ee_tuning.loading import config_values, load_config
 from ee_tuning.model import CONFIG_NAME, WEIGHTS_NAME, find_exits, read_exit_config
 
 
-def inspect(path: str) -> None:
-    """Print what is at `path`, a folder or a hub id of a backbone or of exits."""
+def inspect(config: InspectConfig) -> None:
+    """Print what is at ``config.path``, a folder or a hub id of a backbone or of exits.
+
+    Raises:
+        UserError: nothing is there, or something else.
+    """
+    path = config.path
     is_exits = (Path(path) / CONFIG_NAME).is_file()
     Console().print(_exits_table(path) if is_exits else _backbone_table(path))
 

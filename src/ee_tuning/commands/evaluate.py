@@ -1,0 +1,154 @@
+"""`ee-tuning evaluate`: what the exits cost in quality and bring in speed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ee_tuning.config import EvaluateConfig
+from ee_tuning.data import load_packed
+from ee_tuning.decode.show import load_for_decoding
+from ee_tuning.devices import hardware, versions
+from ee_tuning.errors import UserError
+from ee_tuning.evaluate.exits import measure_exits, unknown_text
+from ee_tuning.evaluate.report import write_report
+from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
+from ee_tuning.files import claim_folder, write_json
+
+COUNTS = (
+    "micro_batch_size", "max_tokens", "prompts", "prompt_length", "rounds", "max_new_tokens",
+)  # fmt: skip
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
+    """Measure the exits, print two tables, write ``evaluation.json`` and ``report.html``.
+
+    Raises:
+        UserError: no data, no exits, no folder to write to, or a setting that makes no sense.
+    """
+    console, progress = console or Console(), Console(stderr=True)
+    check_settings(config)
+    thresholds = parse_thresholds(config.thresholds)
+    model, tokenizer = load_for_decoding(config)
+    folder = results_folder(config)
+    packed = load_packed(
+        config.data, tokenizer, config.seq_length, config.seed, config.skip_bad_records
+    )
+    prompts = take_prompts(packed, config.prompts, config.prompt_length)
+    with progress.status("losses and agreement on the data"):
+        measured = measure_exits(model, packed, config, thresholds)
+    with progress.status("speed and agreement of generated text"):
+        measured |= measure_thresholds(model, prompts, thresholds, config)
+    for row, next_token in zip(measured["threshold_rows"], measured.pop("next_token"), strict=True):
+        row["next_token_agreement"] = next_token["agreement"]
+        row["next_token_depth"] = next_token["mean_depth"]
+    result = {
+        "base_model": model.backbone.model.name_or_path,
+        "exits": model.exit_layers,
+        "depth": model.backbone.num_layers,
+        "machine": describe_machine(model.backbone.device),
+        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
+        "settings": dataclasses.asdict(config),
+        **measured,
+    }
+    write_json(folder / "evaluation.json", result)
+    write_report(folder / "report.html", result, tokenizer)
+    for table in tables(result):
+        console.print(table)
+    console.print(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}")
+    return result
+
+
+def check_settings(config: EvaluateConfig) -> None:
+    """Refuse, before anything is loaded, what would fail after the long part.
+
+    Raises:
+        UserError: no data, a number that has to be at least 1, or a prompt longer than a row.
+    """
+    if not config.data:
+        raise UserError("no data given: name held-out files, folders or hub ids with --data")
+    for name in COUNTS:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} {getattr(config, name)} is too small: give at least 1")
+    if config.prompt_length > config.seq_length:
+        raise UserError(
+            f"prompt_length {config.prompt_length} is more than seq_length {config.seq_length}: "
+            "prompts are taken from packed sequences, lower --prompt-length"
+        )
+
+
+def results_folder(config: EvaluateConfig) -> Path:
+    """Where the two files go, made if need be: `out`, or the exits' folder.
+
+    Raises:
+        UserError: the folder cannot be written, or the exits are from the hub and have none.
+    """
+    if not config.out and not Path(config.exits).is_dir():
+        raise UserError("exits from the hub have no folder for the results: name one with --out")
+    return claim_folder(config.out or config.exits, overwrite=False, resume=True)
+
+
+def parse_thresholds(given: str | float | list[float]) -> list[float]:
+    """Thresholds from ``"1,0.8,0.4"``, a number or a list of them, highest first.
+
+    Raises:
+        UserError: one is not a number within [0, 1].
+    """
+    try:
+        items = given if isinstance(given, list) else str(given).split(",")
+        values = sorted({float(item) for item in items}, reverse=True)
+    except ValueError:
+        raise UserError(f"thresholds {given!r} are not numbers with commas between them") from None
+    for value in values:
+        if not 0 <= value <= 1:
+            raise UserError(f"threshold {value} is outside [0, 1]")
+    return values
+
+
+def describe_machine(device: torch.device) -> str:
+    """Hardware and versions, for every figure that is published."""
+    return f"{hardware(device)}; {versions()}"
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """The exits' and the thresholds' figures for the terminal."""
+    exits = Table(title="exits, on held-out data", caption=unknown_text(result))
+    for column in ("layer", "loss", "agrees with final exit", "mean confidence"):
+        exits.add_column(column, justify="right")
+    for row in result["exit_rows"]:
+        name = f"{row['layer']} (final)" if row["final"] else str(row["layer"])
+        exits.add_row(
+            name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}"
+        )
+    speeds = Table(
+        title="thresholds: mean depth, agreement with full depth (next token, text), speed",
+        caption=f"greedy, batch 1, {result['tokens_per_prompt']} new tokens; median (least–most); "
+        "lossless: speed-up of mode speculative",
+    )
+    for column in ("threshold", "depth", "next", "text", "tok/s", "speed-up", "lossless"):
+        speeds.add_column(column, justify="right", no_wrap=True)
+    for row in result["threshold_rows"]:
+        speeds.add_row(
+            f"{row['threshold']:g}",
+            f"{row['mean_depth']:.1f}",
+            f"{row['next_token_agreement']:.1%}",
+            f"{row['text_agreement']:.1%}",
+            speed_text(row["speed"]),
+            f"{row['speedup']:.2f}×",
+            f"{row['speculative']['speedup']:.2f}×" if row["speculative"] else "",
+        )
+    theirs = result["transformers"]
+    speeds.add_row(
+        "transformers", "", "", "", speed_text(theirs["speed"]), f"{theirs['speedup']:.2f}×"
+    )
+    return [exits, speeds]
+
+
+def speed_text(speed: dict[str, float]) -> str:
+    """``35 (34–36)``: median, least and most tokens per second over the rounds."""
+    return f"{speed['median']:.0f} ({speed['min']:.0f}–{speed['max']:.0f})"

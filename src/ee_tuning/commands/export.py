@@ -1,0 +1,43 @@
+"""`ee-tuning export`: an exit as an ordinary checkpoint, or backbone and exits as one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from ee_tuning.config import ExportConfig
+from ee_tuning.errors import UserError
+from ee_tuning.export import exit_checkpoint, save_exit, save_merged
+from ee_tuning.files import claim_folder
+from ee_tuning.loading import load_tokenizer
+from ee_tuning.model import WEIGHTS_NAME, EarlyExitModel, find_exits
+
+
+def export(config: ExportConfig) -> None:
+    """Write what `config` asks for to ``config.out``.
+
+    Raises:
+        UserError: both or neither of `layer` and `merge`, an exit that is not there or cannot be
+            a checkpoint of its own, or a folder that is taken.
+    """
+    if bool(config.layer) == config.merge:
+        raise UserError(
+            "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
+            "backbone and exits in one folder"
+        )
+    model = EarlyExitModel.from_pretrained(config.exits, config.model or None, whole=config.merge)
+    base = model.backbone.model.name_or_path
+    if config.out and Path(config.out).resolve() in {
+        Path(path).resolve() for path in (config.exits, base)
+    }:
+        raise UserError(f"{config.out} is what is being exported: give another folder with --out")
+    tokenizer = load_tokenizer(base)
+    exported = None if config.merge else exit_checkpoint(model, config.layer)
+    folder = claim_folder(config.out, config.overwrite)
+    if exported is None:
+        save_merged(model, tokenizer, folder, load_file(find_exits(config.exits) / WEIGHTS_NAME))
+    else:
+        save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
+    what = "backbone and exits" if config.merge else f"exit {config.layer} as a checkpoint"
+    print(f"{what} saved in {config.out}")

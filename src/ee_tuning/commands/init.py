@@ -1,0 +1,19 @@
+"""`ee-tuning init`: exits on a backbone, untuned."""
+
+from __future__ import annotations
+
+from ee_tuning.config import InitConfig
+from ee_tuning.files import claim_folder
+from ee_tuning.model import EarlyExitModel
+
+
+def init(config: InitConfig) -> None:
+    """Save untuned exits to ``config.out``.
+
+    Raises:
+        UserError: a backbone or exits that cannot be, or a folder that is taken.
+    """
+    folder = claim_folder(config.out, config.overwrite)
+    model = EarlyExitModel.from_base(config.model, config.exit_config(), whole=False)
+    model.save_pretrained(folder)
+    print(f"exits after layers {model.exit_layers} saved in {folder}")
