@@ -1,8 +1,21 @@
 """Early exits for any Hugging Face language model: add them, tune only those, decode faster."""
 
+from typing import Any
+
 from ee_tuning.config import ExitConfig
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
 
 __version__ = "0.1.0"
 __all__ = ["EarlyExitModel", "ExitConfig", "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`EarlyExitModel`, imported when it is asked for: it brings torch, which takes seconds.
+
+    `__init__.pyi` tells type checkers and editors the same.
+    """
+    if name == "EarlyExitModel":
+        from ee_tuning.model import EarlyExitModel
+
+        return EarlyExitModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
