@@ -199,7 +199,7 @@ class Bench:
 
 def weight_bytes(model: EarlyExitModel, upto: int, exit: int | None) -> int:
     """Bytes of weights that one token reads: its layers, its exit or the final norm and head."""
-    modules = [*list(model.backbone.layers)[:upto]]  # type: ignore[call-overload]
+    modules = [*model.backbone.layers[:upto]]
     modules += [model.exit(exit)] if exit else [model.backbone.norm, model.backbone.head]
     return sum(p.nbytes for module in modules for p in module.parameters())
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.fp8 import freeze_in_fp8
-from ee_tuning.quantised import compiles, quantise_layer
+from ee_tuning.quantise.fp8 import freeze_in_fp8
+from ee_tuning.quantise.packages import compiles, quantise_layer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {

@@ -11,7 +11,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.tensor import check_splits
-from ee_tuning.quantised import check_installed, check_package, nothing_to_quantise
+from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
 from ee_tuning.vocabulary import check_number
 
 
@@ -110,7 +110,7 @@ def check_model(model: EarlyExitModel, config: TuneConfig) -> None:
         raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
-    linear = any(type(m) is nn.Linear for m in backbone.layers.modules())
+    linear = any(type(m) is nn.Linear for layer in backbone.layers for m in layer.modules())
     if config.backbone_precision != "same" and not linear:
         raise nothing_to_quantise(backbone.model, config.backbone_precision)
     check_splits(backbone, config.tp)

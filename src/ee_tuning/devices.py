@@ -13,7 +13,7 @@ import transformers
 import ee_tuning
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError, first_line
-from ee_tuning.fp8 import has_fp8
+from ee_tuning.quantise.fp8 import has_fp8
 
 
 def pick_device(name: str) -> torch.device:

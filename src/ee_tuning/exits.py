@@ -24,9 +24,9 @@ from transformers.cache_utils import Cache
 from ee_tuning.backbone import Backbone, Segment, State, attention_name, in_memory, mlp_names
 from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
-from ee_tuning.fp8 import Fp8Linear
 from ee_tuning.losses import SOFTMAX, Softmax
-from ee_tuning.parallel.split import SplitParameter, part
+from ee_tuning.quantise.fp8 import Fp8Linear
+from ee_tuning.slices import SplitParameter, part
 from ee_tuning.twin import twin
 from ee_tuning.vocabulary import select_rows
 
@@ -72,7 +72,7 @@ class Exit(nn.Module):
         self.tokens: Tensor | None
         self.register_buffer("tokens", None, persistent=False)
         if spec.arch == "mlp":
-            layer = backbone.layers[spec.layer - 1]  # type: ignore[index]
+            layer = backbone.layers[spec.layer - 1]
             names = mlp_names(layer)
             self.mlp = nn.ModuleDict(
                 {name: _trainable(layer.get_submodule(name)) for name in names}
@@ -81,7 +81,7 @@ class Exit(nn.Module):
             parts: dict[str, nn.Module] = {attention_name(layer): replay, **self.mlp}
             self._frozen |= {"replay": replay, "layer": twin(layer, parts)}
         if spec.arch == "layer":
-            self.block = _trainable(backbone.layers[-1])  # type: ignore[index]
+            self.block = _trainable(backbone.layers[-1])
             self._frozen["segment"] = backbone.block(self.block)
         self._frozen["output"] = backbone.output(self.head if spec.head == "own" else backbone.head)
 

@@ -43,7 +43,7 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
             f"exit {layer} is an embedding exit: it has no final norm, which every model of "
             f"{type(backbone.model).__name__} has; export a norm, mlp or layer exit"
         )
-    layers, kept = list(backbone.layers)[:layer], list(range(layer))  # type: ignore[call-overload]
+    layers, kept = backbone.layers[:layer], list(range(layer))
     if exit.spec.arch == "mlp":
         layers[-1] = twin(layers[-1], dict(exit.mlp.items()))
     if exit.spec.arch == "layer":

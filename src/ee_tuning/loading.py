@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from ee_tuning.backbone import Anatomy, Backbone, check_unquantised, find_anatomy, in_memory
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
-from ee_tuning.parallel.split import (
+from ee_tuning.slices import (
     STYLES,
     SUMMED,
     SplitParameter,
@@ -193,7 +193,7 @@ def _with_parts(
 
 def _split_by_plan(model: PreTrainedModel, anatomy: Anatomy, layers: frozenset[int]) -> Left:
     """The linear layers of `layers` (from 1) that the model's tensor-parallel plan splits."""
-    plan = {k: v for k, v in layer_plan(model.config, anatomy).items() if v != SUMMED}
+    plan = {k: v for k, v in layer_plan(model.config, anatomy.layers).items() if v != SUMMED}
     found: Left = {}
     for number in sorted(layers):
         path = f"{anatomy.trunk}.{anatomy.layers}.{number - 1}"
@@ -277,7 +277,7 @@ def tensor_hashes(backbone: Backbone, deepest: int) -> dict[str, str]:
     they need not be in memory. Nor are parts that another stage of a pipeline holds.
     """
     parts = {"embedding": backbone.model.get_input_embeddings(), "final norm": backbone.norm}
-    layers = list(backbone.layers)[:deepest]  # type: ignore[call-overload]
+    layers = backbone.layers[:deepest]
     parts |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
     return {name: _hash_tensors(part) for name, part in parts.items() if in_memory(part)}
 

@@ -27,7 +27,6 @@ from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exits import Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
-from ee_tuning.fp8 import freeze_in_fp8
 from ee_tuning.loading import (
     Parts,
     Slices,
@@ -41,13 +40,14 @@ from ee_tuning.losses import cross_entropy
 from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, run_on_part
-from ee_tuning.parallel.split import SplitParameter, read_part
-from ee_tuning.quantised import (
+from ee_tuning.quantise.fp8 import freeze_in_fp8
+from ee_tuning.quantise.packages import (
     check_installed,
     compiles,
     nothing_to_quantise,
     quantise_layer,
 )
+from ee_tuning.slices import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
 
 FORMAT_VERSION = 1
@@ -217,7 +217,7 @@ class EarlyExitModel(nn.Module):
             check_fp8("--backbone-precision", torch.device(device))
         check_installed(backbone_precision)
         quantised = 0
-        layers: list[nn.Module] = list(self.backbone.layers)  # type: ignore[call-overload]
+        layers: list[nn.Module] = self.backbone.layers
         for number, layer in enumerate(layers):
             layer.to(device)
             if fp8:

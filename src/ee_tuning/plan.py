@@ -21,12 +21,12 @@ from ee_tuning.config import ExitConfig, PlanConfig, TuneConfig
 from ee_tuning.devices import pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
-from ee_tuning.fp8 import has_fp8
 from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
 from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.pipeline import cut_stages
-from ee_tuning.quantised import BYTES, PACKAGES
+from ee_tuning.quantise.fp8 import has_fp8
+from ee_tuning.quantise.packages import BYTES, PACKAGES
 from ee_tuning.vocabulary import Vocabulary
 
 GIB = 2**30
@@ -224,7 +224,7 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
     backbone = model.backbone
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
     deep = backbone.num_layers if config.loss != "ce" else stage.stop
-    layers = list(backbone.layers)[stage.start : deep]  # type: ignore[call-overload]
+    layers = backbone.layers[stage.start : deep]
     wide = itemsize(config)
     small = BYTES.get(config.backbone_precision, wide)
     vocabulary = _values(backbone.head)
@@ -337,7 +337,7 @@ def flop_per_token(
     """
     backbone = model.backbone
     deep = backbone.num_layers if teacher else model.exit_layers[-1]
-    layers = list(backbone.layers)[:deep]  # type: ignore[call-overload]
+    layers = backbone.layers[:deep]
     sizes = [sum(map(_matrix, layer.modules())) for layer in layers]
     hidden = backbone.config.hidden_size
     head = hidden * (exit_vocab or backbone.config.vocab_size)

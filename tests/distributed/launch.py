@@ -24,7 +24,7 @@ from rich.console import Console
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.parallel.pipeline import Pipeline
-from ee_tuning.parallel.split import SplitParameter
+from ee_tuning.slices import SplitParameter
 from ee_tuning.tune import loop as tuning
 from ee_tuning.tune import step
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
-from ee_tuning.quantised import PACKAGES
+from ee_tuning.quantise.packages import PACKAGES
 from ee_tuning.tune import loop
 
 STRUCK = Path(__file__).parents[1] / "struck.py"

@@ -7,8 +7,8 @@ from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
-from ee_tuning.fp8 import has_fp8, product, quantise
-from ee_tuning.quantised import PACKAGES
+from ee_tuning.quantise.fp8 import has_fp8, product, quantise
+from ee_tuning.quantise.packages import PACKAGES
 from ee_tuning.tune.optimizer import build_optimizers
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import (

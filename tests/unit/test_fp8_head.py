@@ -5,7 +5,7 @@ import torch
 from families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.fp8 import Fp8Linear, freeze_in_fp8, head_loss, loss_and_gradient
+from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, head_loss, loss_and_gradient
 from ee_tuning.tune.prepare import use_plain_head
 from ee_tuning.tune.step import Objective, exit_gradients
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ee_tuning import EarlyExitModel, ExitConfig, varlen
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
+from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
 from ee_tuning.tune import copies, step
 from ee_tuning.tune.prepare import prepare
 from ee_tuning.tune.step import Objective, exit_gradients

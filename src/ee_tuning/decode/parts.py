@@ -61,7 +61,7 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]
 
 def _costs(model: EarlyExitModel) -> list[float]:
     """Weights that a token is multiplied with in each layer and in what predicts after it."""
-    layers: list[nn.Module] = list(model.backbone.layers)  # type: ignore[call-overload]
+    layers: list[nn.Module] = model.backbone.layers
     costs = [float(count_weights(layer)) for layer in layers]
     costs[-1] += count_weights(model.backbone.head)
     for layer in model.exit_layers:

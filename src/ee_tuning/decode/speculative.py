@@ -212,6 +212,6 @@ class Pace:
 
 def draft_cost(model: EarlyExitModel, layer: int) -> float:
     """Of the weights that a token is multiplied with at full depth, the share of a draft."""
-    layers = [count_weights(one) for one in model.backbone.layers]  # type: ignore[attr-defined]
+    layers = [count_weights(one) for one in model.backbone.layers]
     draft = sum(layers[:layer]) + exit_weights(model, layer)
     return draft / (sum(layers) + count_weights(model.backbone.head))

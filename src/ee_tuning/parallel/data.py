@@ -18,7 +18,7 @@ from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh, reduce_scatter
-from ee_tuning.parallel.split import SplitParameter, split_parameter
+from ee_tuning.slices import SplitParameter, split_parameter
 
 Item = TypeVar("Item")
 Batch = dict[str, Tensor]

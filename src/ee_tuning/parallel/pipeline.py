@@ -128,7 +128,7 @@ def layer_costs(model: EarlyExitModel, length: int) -> list[float]:
     """
     backbone = model.backbone
     attention = 2.0 * length * backbone.config.hidden_size
-    layers = list(backbone.layers)[: model.exit_layers[-1]]  # type: ignore[call-overload]
+    layers = backbone.layers[: model.exit_layers[-1]]
     costs = [2.0 * count_weights(layer) + attention for layer in layers]
     head = count_weights(backbone.head)
     for layer in model.exit_layers:

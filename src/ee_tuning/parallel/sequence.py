@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ee_tuning.backbone import Segment
 from ee_tuning.errors import UserError
-from ee_tuning.parallel.split import SEQUENCE
+from ee_tuning.slices import SEQUENCE
 
 
 class SequencePart:

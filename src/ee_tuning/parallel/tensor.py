@@ -23,7 +23,7 @@ from ee_tuning.losses import IGNORED, Softmax
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, gather_before, regions, run_on_part
-from ee_tuning.parallel.split import (
+from ee_tuning.slices import (
     COLUMNS,
     STYLES,
     SUMMED,
@@ -147,13 +147,13 @@ def split_model(
     if mesh.tp == 1:
         return
     backbone, tp = model.backbone, mesh.axis("tp")
-    plan = layer_plan(backbone.config, backbone.anatomy)
+    plan = layer_plan(backbone.config, backbone.anatomy.layers)
     head = head_style(gather)
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher or any(exit.spec.head == "shared" for exit in exits):
         split_linear(backbone.head, "the head", head, tp)
     for number in model.stage:
-        layer = backbone.layers[number]  # type: ignore[index]
+        layer = backbone.layers[number]
         _split_by_plan(layer, plan, tp)
     for exit in exits:
         _split_exit(exit, plan, tp, head)
@@ -177,7 +177,7 @@ def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequenceP
     """Let layers and exits of `model`, which are split, work on parts of the sequence."""
     model.sequence = part
     for number in model.stage:
-        _gather_in(model.backbone.layers[number], plan, part)  # type: ignore[index]
+        _gather_in(model.backbone.layers[number], plan, part)
     for exit in (model.exit(layer) for layer in model.exit_layers):
         exit.sequence = part
         # Its terms of the features' gradient are summed once, where these are gathered.
@@ -228,7 +228,7 @@ def check_splits(backbone: Backbone, tp: int) -> None:
     """
     if tp == 1:
         return
-    config, plan = backbone.config, layer_plan(backbone.config, backbone.anatomy)
+    config, plan = backbone.config, layer_plan(backbone.config, backbone.anatomy.layers)
     sizes = {"vocab_size": config.vocab_size}
     if any(style == "colwise" and "att" in name for name, style in plan.items()):
         heads = config.num_attention_heads

@@ -24,7 +24,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.files import put_at, read_json, write_json, writing
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.split import part, whole
+from ee_tuning.slices import part, whole
 from ee_tuning.tune.optimizer import Optimizers, set_learning_rate
 
 # What may not change between a run and its continuation: the exits and the order of the data.

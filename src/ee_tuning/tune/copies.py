@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ee_tuning.exits import Exit
 from ee_tuning.parallel.data import ShardedParameter
-from ee_tuning.parallel.split import whole
+from ee_tuning.slices import whole
 
 WAITING = 2**29  # bytes of a gradient that may wait for a second one
 

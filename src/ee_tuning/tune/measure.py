@@ -30,7 +30,7 @@ def measured_costs(
     """
     backbone = shapes.backbone
     types = getattr(backbone.config, "layer_types", None) or [None] * backbone.num_layers
-    layers = list(backbone.layers)  # type: ignore[call-overload]
+    layers = backbone.layers
     kinds = [(types[k], *(p.shape for p in layer.parameters())) for k, layer in enumerate(layers)]
     specs = {spec.layer: spec for spec in shapes.exit_config.specs(backbone.num_layers)}
 

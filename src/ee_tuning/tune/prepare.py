@@ -9,11 +9,11 @@ import torch
 from ee_tuning import varlen
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import check_fp8
-from ee_tuning.fp8 import Fp8Linear, tune_in_fp8
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import shard_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import split_model
+from ee_tuning.quantise.fp8 import Fp8Linear, tune_in_fp8
 
 ONE_PROCESS = Mesh()
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ee_tuning.backbone import State
 from ee_tuning.exits import Exit
-from ee_tuning.fp8 import head_loss
 from ee_tuning.losses import (
     LOGITS,
     SOFTMAX,
@@ -27,6 +26,7 @@ from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
+from ee_tuning.quantise.fp8 import head_loss
 from ee_tuning.tune.copies import working_copies
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 from ee_tuning.varlen import boundaries

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ee_tuning.backbone import Anatomy
 from ee_tuning.errors import UserError
 
 ROWS, COLUMNS = 0, 1  # of a weight (out, in)
@@ -148,14 +147,16 @@ def read_part(stored: Any, dim: int, mesh: DeviceMesh) -> Tensor:
     return stored[(slice(None),) * dim + (slice(first, first + size),)]
 
 
-def layer_plan(config: Any, anatomy: Anatomy) -> dict[str, str]:
+def layer_plan(config: Any, layers: str) -> dict[str, str]:
     """Style of each module of a layer, by its path in the layer, from transformers' own plan.
+
+    layers: where the trunk keeps its layers.
 
     Raises:
         UserError: the model has none, or one with styles of which this knows nothing.
     """
     whole = getattr(config, "base_model_tp_plan", None) or {}
-    prefix = f"{anatomy.layers}.*."
+    prefix = f"{layers}.*."
     plan = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
     unknown = sorted(set(plan.values()) - {*STYLES, SUMMED})
     if not plan or unknown:

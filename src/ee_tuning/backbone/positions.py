@@ -1,0 +1,95 @@
+"""How long texts may be, and the rotary frequencies that depend on it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ee_tuning.backbone.families import Family
+from ee_tuning.twin import twin
+
+
+class Positions:
+    """What a backbone's config says about the lengths of texts."""
+
+    config: Any
+    family: Family
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the backbone was made for, in tokens, where its config says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def end(self) -> int | None:
+        """How many tokens a text can have, where more are not only unwise but impossible.
+
+        Learned positions end with the context. Rotary frequencies that grow with the length
+        (dynamic) would no longer be those of the K/V that are kept.
+        """
+        grows = any(rope.get("rope_type") == "dynamic" for rope in self._ropes)
+        return self.context if grows or self.family.positions_end else None
+
+    @property
+    def original_context(self) -> int | None:
+        """The length of text beyond which rotary frequencies are others (longrope); else None.
+
+        Those of one text may not change, so a text is short or long from its first token on.
+        """
+        lengths = [
+            rope.get("original_max_position_embeddings")
+            for rope in self._ropes
+            if rope.get("rope_type") == "longrope"
+        ]
+        return min((length for length in lengths if length), default=None)
+
+    def is_long(self, length: int) -> bool:
+        """Whether a text of `length` tokens has the rotary frequencies of long ones."""
+        return self.original_context is not None and length > self.original_context
+
+    @property
+    def _ropes(self) -> list[dict[str, Any]]:
+        """The rotary parameters: one set, or one per type of layer."""
+        ropes = getattr(self.config, "rope_parameters", None) or {}
+        return [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
+
+    @property
+    def longest_text(self) -> int | None:
+        """The tokens to have room for where nobody says how many, nor that texts are long."""
+        return self.original_context or self.end or self.context
+
+
+def _frequencies_change(module: nn.Module) -> bool:
+    """Whether it is a rotary embedding with frequencies that depend on how long texts are."""
+    kinds = getattr(module, "rope_type", ())
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(kind in ("dynamic", "longrope") for kind in kinds)
+
+
+def with_frequencies(trunk: nn.Module, length: int) -> nn.Module:
+    """A twin of `trunk` that has the rotary frequencies of texts of `length` tokens.
+
+    transformers chooses them anew in each pass, by the last position in it: those of one text
+    would change, and a host that waits for the position cannot capture the pass.
+    """
+    rotary = {
+        path: _with_fixed_frequencies(module, length)
+        for path, module in trunk.named_modules()
+        if _frequencies_change(module)
+    }
+    return twin(trunk, rotary) if rotary else trunk
+
+
+def _with_fixed_frequencies(rotary: Any, length: int) -> nn.Module:
+    """A copy of a rotary embedding that has the frequencies of texts of `length` for good."""
+    fixed = copy.deepcopy(rotary)
+    device = next(fixed.buffers()).device
+    last = torch.tensor([[length - 1]], device=device)
+    kinds = fixed.rope_type if isinstance(fixed.rope_type, dict) else {}
+    for kind in kinds or [None]:
+        fixed(torch.zeros(1, device=device), last, **({"layer_type": kind} if kind else {}))
+    fixed.rope_type = dict.fromkeys(kinds, "default") if kinds else "default"
+    return fixed

@@ -1,0 +1,217 @@
+"""A run of layers as a function from hidden states to hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from ee_tuning.backbone.anatomy import Body, attention_name, slice_config
+from ee_tuning.backbone.positions import with_frequencies
+from ee_tuning.errors import UserError
+from ee_tuning.twin import twin
+
+# What transformers calls a cache: `past_key_values` before 5.24.
+CACHE = next(
+    name
+    for name in inspect.signature(create_masks_for_generate).parameters
+    if name in ("cache", "past_key_values")
+)
+
+
+@dataclass
+class Call:
+    """What the last layer of a segment was called with, and what its attention gave.
+
+    An `mlp` exit runs that layer again from here, with its own MLP and without the attention.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    attention: Any = None
+
+
+@dataclass
+class State:
+    """The hidden state at an exit layer, and what an exit may need besides.
+
+    hidden: (B, T, H); position_ids: (B, T) int64; call: how the exit layer was called, if
+    it was recorded; boundaries: as `Segment` takes them, for attention in the exit.
+    """
+
+    hidden: Tensor
+    position_ids: Tensor
+    call: Call | None = None
+    boundaries: Any = None
+
+
+class Segment:
+    """A run of layers `start`..`stop`-1 (counted from 0) that maps hidden states to hidden states.
+
+    It is the backbone's own trunk with `layers` cut to a slice and the final norm left out. The
+    first segment takes token ids, a later one the output of the segment before it.
+    """
+
+    def __init__(
+        self, body: Body, layers: list[nn.Module], start: int, later: bool, record: bool
+    ) -> None:
+        """`layers` stand in for those of `body` from `start` on; `record` keeps the last's call."""
+        self.start, self.stop = start, start + len(layers)
+        self.is_first = not later
+        self._body = body
+        self._call: Call | None = None
+        self._layers = [twin(layer, {}) for layer in layers]
+        if record:
+            self._layers[-1] = self._recorded(layers[-1])
+        parts: dict[str, nn.Module] = {
+            body.anatomy.layers: nn.ModuleList(self._layers),
+            body.anatomy.norm: nn.Identity(),
+        }
+        family = body.family
+        self.trunk = twin(body.trunk, parts | (family.later_parts if later else {}))
+        self.trunk.config = slice_config(body.config, range(self.start, self.stop))
+        for name, value in family.later_attributes.items() if later else ():
+            setattr(self.trunk, name, value)
+        self._trunks: dict[bool, nn.Module] = {}  # trunks for short and for long texts
+
+    def windows(self) -> list[int | None]:
+        """Per layer, how many tokens its sliding window sees; None for all.
+
+        Raises:
+            UserError: layers attend within chunks, or keep more than K/V.
+        """
+        config = self._body.config
+        layers = DynamicCache(config=config).layers[self.start : self.stop]
+        found = None
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            found = "attends within chunks"
+        elif not {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            found = "caches more than keys and values"
+        if found:
+            raise UserError(
+                f"a model of type {config.model_type} {found}: it can be tuned, but not decoded"
+            )
+        return [getattr(layer, "sliding_window", None) for layer in layers]
+
+    def masks(self, mask_of: Callable[[int], Tensor]) -> Any:
+        """A mask for the trunk, from that of each layer, counted from the segment's start.
+
+        Hybrid trunks take one per type of layer.
+        """
+        types = getattr(self._body.config, "layer_types", None)
+        if not types or len(set(types)) == 1:
+            return mask_of(0)
+        own: list[str] = types[self.start : self.stop]
+        return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
+
+    def compile(self, cache: Cache | None = None) -> None:
+        """Compile each layer, without its hooks; layers of a kind share one graph.
+
+        cache: the one that every call will bring. A layer then sees only its own part of it: its
+        number would be a constant of the graph.
+        """
+        for i, layer in enumerate(self._layers):
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+            if cache is not None:
+                layer.forward = _with_cache(layer.forward, cache.layers[i])
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers it runs, twins of the backbone's."""
+        return self._layers
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None = None,
+        boundaries: Any = None,
+    ) -> State:
+        """Run the layers on token ids (B, T) or hidden states (B, T, H).
+
+        cache: has a part for each layer of the segment, at the layer's number counted from the
+        model's start, and may have `longest_text`, the length that all its texts are taken to have
+        where rotary frequencies depend on it. Without one, positions that start again mark packed
+        documents, which do not see each other. boundaries: what attention is told in place of
+        transformers' own mask: see `ee_tuning.varlen` and `masks`.
+        """
+        mask = boundaries
+        if mask is None and cache is None and not self._body.family.masks_packing:
+            mask = self._packing_mask(inputs, position_ids)
+        name = "input_ids" if self.is_first else "inputs_embeds"
+        output = self._trunk_for(getattr(cache, "longest_text", None))(
+            **{name: inputs},
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=cache is not None,
+            **{CACHE: cache},
+        )
+        call, self._call = self._call, None
+        return State(output.last_hidden_state, position_ids, call, boundaries)
+
+    def _trunk_for(self, length: int | None) -> nn.Module:
+        """The trunk with the rotary frequencies of texts of `length`; None: of what it is given."""
+        if length is None:
+            return self.trunk
+        long = self._body.is_long(length)
+        if long not in self._trunks:
+            self._trunks[long] = with_frequencies(self.trunk, length if long else 1)
+        return self._trunks[long]
+
+    def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
+        """The masks of packed documents, for trunks that do not pass positions to theirs."""
+        shape_only = torch.empty(*inputs.shape[:2], 1, device=inputs.device, dtype=self._body.dtype)
+        return create_masks_for_generate(
+            config=self.trunk.config,  # type: ignore[arg-type]
+            inputs_embeds=shape_only,
+            attention_mask=None,
+            **{CACHE: None},
+            position_ids=position_ids,
+        )
+
+    def _recorded(self, layer: nn.Module) -> nn.Module:
+        """A twin of `layer` that leaves its call and its attention's output in `self._call`."""
+        name = attention_name(layer)
+        kept = _Kept(layer.get_submodule(name))
+        recorded = twin(layer, {name: kept})
+
+        def keep_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._call = Call(args, kwargs)
+
+        def keep_attention(_: nn.Module, __: tuple[Any, ...], ___: Any) -> None:
+            assert self._call is not None
+            self._call.attention, kept.output = kept.output, None
+
+        recorded.register_forward_pre_hook(keep_call, with_kwargs=True)
+        recorded.register_forward_hook(keep_attention)
+        return recorded
+
+
+def _with_cache(forward: Callable[..., Any], own: Any) -> Callable[..., Any]:
+    """A layer's forward that gets `own` where the trunk gives it the whole cache."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = {k: own if isinstance(v, Cache) else v for k, v in kwargs.items()}
+        return forward(*args, **given)
+
+    return call
+
+
+class _Kept(nn.Module):
+    """An attention that keeps what it gave. (A hook would be lost in compiled code.)"""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.output: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self.attention(*args, **kwargs)
+        return self.output
