@@ -7,8 +7,10 @@ The dataclasses at the end of this file *are* the command line: each field is a 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from os.path import expanduser
 from typing import Any, Literal, get_args
 
 from ee_tuning.errors import UserError
@@ -27,9 +29,12 @@ MODES: tuple[str, ...] = get_args(Mode)
 MEASURES: tuple[str, ...] = get_args(Measure)
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; lists get a fresh copy each."""
-    metadata = {"help": help}
+def option(default: Any, help: str, path: bool = False) -> Any:
+    """A dataclass field with its help text; lists get a fresh copy each.
+
+    path: it names files or folders, or may.
+    """
+    metadata = {"help": help, "path": path}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -140,11 +145,28 @@ def _one_per_exit(name: str, value: str | list[str], known: tuple[str, ...], n: 
     return values * n if len(values) == 1 else values
 
 
+def _each(function: Callable[[str], str], given: str | list[str]) -> str | list[str]:
+    return [*map(function, given)] if isinstance(given, list) else function(given)
+
+
+class Settings:
+    """What every command's settings are: paths may begin with ``~``."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.metadata["path"]:
+                value = getattr(self, field.name)
+                expanded = (
+                    [*map(expanduser, value)] if isinstance(value, list) else expanduser(value)
+                )
+                setattr(self, field.name, expanded)
+
+
 @dataclass
-class NewExitsConfig:
+class NewExitsConfig(Settings):
     """What `init` and `tune` share."""
 
-    model: str = option("", "backbone: a local folder or a hub id")
+    model: str = option("", "backbone: a local folder or a hub id", path=True)
     layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
     arch: str | list[str] = option(
         "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer"
@@ -153,7 +175,7 @@ class NewExitsConfig:
     head: str | list[str] = option(
         "own", "own (trainable, per exit) or shared (the backbone's, frozen)"
     )
-    out: str = option("", "folder for the exits")
+    out: str = option("", "folder for the exits", path=True)
     overwrite: bool = option(False, "replace what is in --out")
     seed: int = option(0, "seed of the random initialisation")
 
@@ -171,21 +193,23 @@ class InitConfig(NewExitsConfig):
 class TuneConfig(NewExitsConfig):
     """Tune the exits of a backbone on text; the backbone stays as it is."""
 
-    out: str = option("", "folder for the exits, checkpoints and metrics")
+    out: str = option("", "folder for the exits, checkpoints and metrics", path=True)
     seed: int = option(0, "seed of the data order and of random initialisation")
-    exits: str = option("", "exits to go on tuning, instead of --layers and --arch")
+    exits: str = option("", "exits to go on tuning, instead of --layers and --arch", path=True)
     resume: bool = option(False, "go on from the last checkpoint in --out")
 
     data: list[str] = option(
-        [], "tuning data: files, folders or hub ids, each with an optional weight: a.jsonl=0.7"
+        [],
+        "tuning data: files, folders or hub ids, each with an optional weight: a.jsonl=0.7",
+        path=True,
     )
     valid_data: list[str] = option(
-        [], "held-out data; without it, --valid-fraction of --data is held out"
+        [], "held-out data; without it, --valid-fraction of --data is held out", path=True
     )
     valid_fraction: float = option(
         0.01, "share of the packed sequences held out of --data for validation"
     )
-    tokenizer: str = option("", "tokenizer folder or hub id; default: the backbone's")
+    tokenizer: str = option("", "tokenizer folder or hub id; default: the backbone's", path=True)
     skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
 
     steps: int = option(1000, "optimizer steps")
@@ -276,11 +300,11 @@ class PlanConfig(TuneConfig):
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Settings):
     """What `generate` and `evaluate` share."""
 
-    exits: str = option("", "folder or hub id of the exits")
-    model: str = option("", "backbone; default: the one named in exit_config.json")
+    exits: str = option("", "folder or hub id of the exits", path=True)
+    model: str = option("", "backbone; default: the one named in exit_config.json", path=True)
     exit_layers: Layers = option("", "active exits, for example 8,16; default: all")
     device: str = option("auto", "cpu, cuda or auto")
     precision: Literal["auto", "fp32", "bf16"] = option(
@@ -348,7 +372,7 @@ class GenerateConfig(SamplingConfig):
 class EvaluateConfig(SamplingConfig):
     """Measure the exits: losses, agreement, speed; a table, JSON and an HTML report."""
 
-    data: list[str] = option([], "held-out data, as for tune")
+    data: list[str] = option([], "held-out data, as for tune", path=True)
     thresholds: str | float | list[float] = option(
         "1,0.9,0.8,0.6,0.4,0.2", "thresholds to generate with"
     )
@@ -359,23 +383,25 @@ class EvaluateConfig(SamplingConfig):
     prompt_length: int = option(64, "tokens per prompt")
     rounds: int = option(3, "timed rounds; the median and the spread are reported")
     skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
-    out: str = option("", "folder for evaluation.json and report.html; default: the exits' folder")
+    out: str = option(
+        "", "folder for evaluation.json and report.html; default: the exits' folder", path=True
+    )
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Settings):
     """Save an exit as an ordinary checkpoint, or backbone and exits as one folder."""
 
-    exits: str = option("", "folder or hub id of the exits")
-    model: str = option("", "backbone; default: the one named in exit_config.json")
+    exits: str = option("", "folder or hub id of the exits", path=True)
+    model: str = option("", "backbone; default: the one named in exit_config.json", path=True)
     layer: int = option(0, "the exit to save as a checkpoint of the backbone's own class")
     merge: bool = option(False, "save backbone and exits together instead")
-    out: str = option("", "folder for the checkpoint")
+    out: str = option("", "folder for the checkpoint", path=True)
     overwrite: bool = option(False, "replace what is in --out")
 
 
 @dataclass
-class InspectConfig:
+class InspectConfig(Settings):
     """Describe a backbone or a folder of exits."""
 
-    path: str = option("", "folder or hub id of a backbone or of exits")
+    path: str = option("", "folder or hub id of a backbone or of exits", path=True)

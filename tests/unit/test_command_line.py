@@ -1,11 +1,29 @@
 """How the command line reads what it is given, and what it says."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
-from ee_tuning.cli import COMMANDS
+from ee_tuning.cli import COMMANDS, parse
+from ee_tuning.config import TuneConfig
+from ee_tuning.errors import UserError
+
+
+def read(command, *args):
+    return parse(command, COMMANDS[command], list(args))
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Writes a file of settings; gives its path."""
+
+    def write(text):
+        (tmp_path / "settings.yaml").write_text(text)
+        return str(tmp_path / "settings.yaml")
+
+    return write
 
 
 @pytest.mark.parametrize("args", [[], *([name] for name in COMMANDS)], ids=" ".join)
@@ -20,3 +38,116 @@ def test_help_imports_neither_torch_nor_transformers(args):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == "[]"
     assert done.stdout.startswith("usage: ee-tuning")
+
+
+LISTS = [
+    (command, field.name)
+    for command, config_class in COMMANDS.items()
+    for field in dataclasses.fields(config_class)
+    if str(field.type).startswith("list[")
+]
+
+
+@pytest.mark.parametrize(("command", "name"), LISTS)
+def test_repeated_list_flags_add_up_and_replace_the_files(command, name, yaml_file):
+    flag = f"--{name.replace('_', '-')}"
+    file = yaml_file(f"{name}: [9]\n")
+    for args in ([flag, "1", flag, "2", "3"], [f"{flag}=1", f"{flag}=2", flag, "3"]):
+        assert [*map(float, getattr(read(command, *args), name))] == [1, 2, 3]
+        with_file = read(command, "--config", file, *args)
+        assert [*map(float, getattr(with_file, name))] == [1, 2, 3]
+    assert [*map(float, getattr(read(command, "--config", file), name))] == [9]
+
+
+@pytest.mark.parametrize(("command", "name"), LISTS)
+def test_a_single_value_in_yaml_is_a_list_of_one(command, name, yaml_file):
+    read_from_list = read(command, "--config", yaml_file(f"{name}: [3]\n"))
+    assert len(getattr(read_from_list, name)) == 1
+    assert read(command, "--config", yaml_file(f"{name}: 3\n")) == read_from_list
+
+
+def test_equals_signs_everywhere(tmp_path, yaml_file):
+    """In place of a space before a value, also of --config, --out and --resume."""
+    (tmp_path / "run.yaml").write_text("data: [a.jsonl]\nsteps: 7\n")
+    for out in (["--out", str(tmp_path)], [f"--out={tmp_path}"]):
+        for resume in ("--resume", "--resume=true"):
+            config = read("tune", *out, resume)
+            assert (config.data, config.steps, config.resume) == (["a.jsonl"], 7, True)
+        assert read("tune", *out, "--resume=false").data == []
+    file = yaml_file("steps: 3\nlr: 0.5\n")
+    for config in (["--config", file], [f"--config={file}"]):
+        assert read("tune", *config).steps == 3
+    assert read("generate", "--prompt=--x=y", "--mode=full").prompt == "--x=y"
+
+
+def test_a_flag_beats_the_file_wherever_it_stands(yaml_file):
+    file = yaml_file("steps: 3\nlr: 0.5\n")
+    for args in (["--steps=5", "--config", file], [f"--config={file}", "--steps", "5"]):
+        config = read("tune", *args)
+        assert (config.steps, config.lr) == (5, 0.5)
+
+
+def test_paths_with_a_tilde(monkeypatch, yaml_file):
+    monkeypatch.setenv("HOME", "/home/someone")
+    home = "/home/someone"
+    file = yaml_file("model: ~/model\ndata: ['~/a.jsonl=0.7', hub/id]\n")
+    config = read("tune", f"--config={file}", "--out=~/exits", "--tokenizer", "~/tokens")
+    assert config.model == f"{home}/model"
+    assert config.data == [f"{home}/a.jsonl=0.7", "hub/id"]
+    assert (config.out, config.tokenizer) == (f"{home}/exits", f"{home}/tokens")
+    assert read("inspect", "~/exits").path == f"{home}/exits"
+    assert read("export", "--exits=~/e").exits == f"{home}/e"
+    assert read("evaluate", "--data", "~/a", "--data=~/b").data == [f"{home}/a", f"{home}/b"]
+    assert read("generate", "--exits=~/e", "--prompt=~/x").prompt == "~/x"
+    assert TuneConfig(out="~/exits").out == f"{home}/exits"
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "message"),
+    [
+        ("tune", ["--layers", "4", "8"], "--layers takes one value: write 4,8"),
+        ("tune", ["--layers=4", "8", "--lr", "1"], "--layers takes one value: write 4,8"),
+        ("evaluate", ["--thresholds", "1", "0.5"], "--thresholds takes one value: write 1,0.5"),
+        ("generate", ["--prompt", "a", "b c"], "--prompt takes one value: write 'a b c'"),
+        ("tune", ["exits"], "'exits' belongs to no setting: give settings as --name value"),
+        ("inspect", ["a", "b"], "'b' belongs to no setting"),
+        ("inspect", [], "no path given"),
+        ("tune", ["--step", "3"], "unknown setting '--step'; did you mean steps?"),
+        ("tune", ["--steps"], "--steps needs a value"),
+        ("generate", ["--prompt", "--x"], "one that begins with - is written --prompt=VALUE"),
+        ("tune", ["--config"], "--config needs the name of a YAML file"),
+        ("tune", ["--config=nowhere.yaml"], "cannot read the settings in nowhere.yaml: No such"),
+        ("tune", ["--config=."], "cannot read the settings in .: Is a directory"),
+    ],
+)
+def test_what_is_not_understood(command, args, message):
+    with pytest.raises(UserError) as error:
+        read(command, *args)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "unknown setting 'stepz'; did you mean steps?"),
+        ("steps: many", "steps is 'many': it must be of type int"),
+        ("steps: [", "is not valid YAML: "),
+        ("- steps", "holds no settings"),
+        ("data: {a: 1}", "data is {'a': 1}: it must be a list of single values"),
+        ("layers: {a: 1}", "layers is {'a': 1}: it must be one of str, int, list[int | str]"),
+    ],
+)
+def test_what_is_not_understood_in_yaml(text, message, yaml_file):
+    file = yaml_file(text)
+    for args in (["--config", file], [f"--config={file}", "--lr=1"]):
+        with pytest.raises(UserError) as error:
+            read("tune", *args)
+        assert str(error.value).startswith(file)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_an_empty_value_in_yaml_is_the_default(yaml_file):
+    assert read("tune", "--config", yaml_file("data:\nlr:\nsteps: 3\n")) == TuneConfig(steps=3)
+    assert read("tune", "--config", yaml_file("# nothing\n")) == TuneConfig()

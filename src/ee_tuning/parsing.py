@@ -1,0 +1,208 @@
+"""Settings from flags and YAML files: a flag beats a file, that the default."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import shlex
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, get_loader
+
+from ee_tuning.config import InspectConfig
+from ee_tuning.errors import UserError
+
+
+def parse(command: str, config_class: type, args: list[str]) -> Any:
+    """An instance of `config_class` from `args`, flags as ``--name value`` or ``--name=value``.
+
+    A flag that takes several values may be given several times: they add up, in place of the
+    file's. Of several files the later ones beat those before. The one positional argument of
+    ``inspect`` is its path. ``tune --out X --resume`` goes on with what ``X/run.yaml`` keeps.
+
+    Raises:
+        UserError: an unknown flag or key (naming a near one), a value of the wrong type, or a
+            file that cannot be read.
+    """
+    files, flags = _config_files(args)
+    config = _parse(command, config_class, files, flags)
+    if command == "tune" and config.resume and not files:
+        saved = Path(config.out) / "run.yaml"
+        if config.out and saved.is_file():
+            config = _parse(command, config_class, [str(saved)], flags)
+    return config
+
+
+def _parse(command: str, config_class: type, files: list[str], flags: list[str]) -> Any:
+    parser = _parser(command, config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    values = Namespace()
+    try:
+        for file in files:
+            values = _read(file, parser, config_class, values)
+        parsed = parser.parse_args(flags, namespace=values)
+    except ArgumentError as error:
+        hints = typing.get_type_hints(config_class)
+        raise UserError(_explain(str(error), hints, flags)) from error
+    return config_class(**{name: parsed[name] for name in names})
+
+
+def _parser(command: str, config_class: type) -> ArgumentParser:
+    description = config_class.__doc__
+    parser = ArgumentParser(
+        prog=f"ee-tuning {command}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with any of these keys"
+    )
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        name = f"--{field.name.replace('_', '-')}"
+        if config_class is InspectConfig:
+            parser.add_argument(field.name, type=str, help=field.metadata["help"])
+            continue
+        kind: dict[str, Any] = {"type": hints[field.name]}
+        if _is_list(hints[field.name]):
+            (item,) = typing.get_args(hints[field.name])
+            kind = {"type": item, "nargs": "*", "action": _adding_up()}
+        if hints[field.name] is bool:
+            kind = {"type": bool, "nargs": "?", "const": True}
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        parser.add_argument(name, default=default, help=field.metadata["help"], **kind)
+    return parser
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is list
+
+
+def _adding_up() -> type[argparse.Action]:
+    """An action for a flag of several values that may be given several times.
+
+    What was there before the first time, from a file or by default, it replaces.
+    """
+
+    class AddingUp(argparse.Action):
+        given = False
+
+        def __call__(
+            self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+        ) -> None:
+            before = getattr(namespace, self.dest) if self.given else []
+            self.given = True
+            setattr(namespace, self.dest, [*before, *values])
+
+    return AddingUp
+
+
+def _config_files(args: list[str]) -> tuple[list[str], list[str]]:
+    """The files that ``--config`` names, and the other arguments."""
+    files, others = [], []
+    waiting = iter(args)
+    for arg in waiting:
+        if arg == "--config":
+            file = next(waiting, "")
+            if not file:
+                raise UserError("--config needs the name of a YAML file")
+            files.append(file)
+        elif arg.startswith("--config="):
+            files.append(arg.removeprefix("--config="))
+        else:
+            others.append(arg)
+    return [os.path.expanduser(file) for file in files], others
+
+
+def _read(file: str, parser: ArgumentParser, config_class: type, before: Namespace) -> Namespace:
+    """The settings in a YAML file, over those `before`.
+
+    A single value where a list is meant is a list of one; a key without a value is as if it were
+    not there.
+    """
+    try:
+        found = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the settings in {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not in UTF-8: convert it") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict | None):
+        raise UserError(f"{file} holds no settings: write them as lines of `name: value`")
+    hints = typing.get_type_hints(config_class)
+    values = {str(name): value for name, value in (found or {}).items() if value is not None}
+    for name, value in values.items():
+        if _is_list(hints.get(name)):
+            items = values[name] = value if isinstance(value, list) else [value]
+            if any(isinstance(item, dict | list) for item in items):
+                raise UserError(f"{file}: {name} is {value!r}: it must be a list of single values")
+    try:
+        return parser.parse_object(values, before)
+    except ArgumentError as error:
+        raise UserError(f"{file}: {_explain(str(error), hints, [])}") from error
+
+
+def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
+    """jsonargparse's message as one line, with the nearest known name for an unknown one.
+
+    hints: types of the settings by name. flags: as they were given.
+    """
+    message = " ".join(message.split()).removeprefix("error: ")
+    for mark in ("unrecognized arguments: ", "Option '"):
+        if mark in message:
+            rest = message.split(mark)[1]
+            unknown = rest.split()[0].strip("'\"").split("=")[0]
+            if mark.startswith("unrecognized") and not unknown.startswith("-"):
+                return _left_over(rest, hints, flags)
+            return f"unknown setting {unknown!r}{nearest(_key(unknown), hints)}"
+    missing = re.match(r"argument (--[\w-]+): expected (?:one|at least one) argument", message)
+    if missing:
+        return f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"
+    if message.startswith("the following arguments are required: "):
+        return f"no {message.split(': ')[1]} given"
+    wrong = re.match(r"""Parser key "(\w+)".*?: Expected an? (.*)\. Got value: (.*)""", message)
+    if wrong:
+        name, kind, value = wrong.groups()
+        kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind)
+        return f"{name} is {value!r}: it must be of type {kind}"
+    wrong = re.match(
+        r"""Parser key "(\w+)".*?Subtypes: \[(.*?)\] Errors.*Given value: (.*)""", message
+    )
+    if wrong:
+        name, kinds, value = wrong.groups()
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds)
+        return f"{name} is {value}: it must be one of {kinds}"
+    return message
+
+
+def _left_over(words: str, hints: dict[str, Any], flags: list[str]) -> str:
+    """What to say of `words` that belong to no flag: often a flag's second value."""
+    place = next((i for i, flag in enumerate(flags) if f"{words} ".startswith(f"{flag} ")), 0)
+    start = next((i for i in range(place, -1, -1) if flags[i].startswith("--")), None)
+    if start is None:
+        return f"{words!r} belongs to no setting: give settings as --name value"
+    name, *first = flags[start].split("=", 1)
+    values = first + flags[start + 1 : place + 1]
+    several = any(map(_is_list, typing.get_args(hints.get(_key(name)))))
+    return f"{name} takes one value: write {shlex.quote((',' if several else ' ').join(values))}"
+
+
+def _key(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean …?`` of the known name nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
