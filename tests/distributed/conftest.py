@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-from families import tiny
-from ranks import free_ports, launch
-from safetensors.torch import load_file
+from helpers.families import tiny
+from helpers.ranks import free_ports
+from helpers.runs import Runs
 
 BACKBONES = {
     "llama": ("llama", {}),
     "tied": ("qwen3", {"tie_word_embeddings": True}),
     "biased": ("phi", {}),
 }
+
+
+def pytest_collection_modifyitems(items):
+    """What starts processes is slow."""
+    for item in items:
+        if "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -37,48 +41,6 @@ def backbones(tmp_path_factory, tokenizer):
     tiny("gpt2", vocab_size=300, n_positions=128, n_layer=5).save_pretrained(root / "gpt2")
     tokenizer.save_pretrained(root / "gpt2")
     return root
-
-
-class Runs:
-    """Runs by name, each a folder; `start` them together, then look at what they left."""
-
-    def __init__(self, root: Path, common: dict):
-        self.root, self.common, self.cases = root, common, []
-
-    def add(
-        self, name, size=1, only_rank=None, count=False, ahead=False, folders=(), logits=2**28,
-        **settings,
-    ):  # fmt: skip
-        case = {
-            "size": size, "error": str(self.root / f"{name}.error-"), "only_rank": only_rank or {},
-            "folders": folders, "logits": logits,
-            "settings": self.common | {"out": str(self.root / name)} | settings,
-        }  # fmt: skip
-        case |= {"count": str(self.root / f"{name}.traffic-")} if count else {}
-        case |= {"ahead": str(self.root / f"{name}.ahead")} if ahead else {}
-        self.cases.append(case)
-
-    def start(self, seconds=300):
-        # Ranks that are not in a run wait for the next one: so the largest come first.
-        script = Path(__file__).parent / "launch.py"
-        more = [self.root / "data"]
-        self.output = launch(script, self.cases, self.root, *more, seconds=seconds)
-        self.cases = []
-
-    def error(self, name, rank=0):
-        path = self.root / f"{name}.error-{rank}"
-        return path.read_text() if path.exists() else None
-
-    def tensors(self, name, path="exits.safetensors"):
-        assert self.error(name) is None, self.error(name)
-        return load_file(self.root / name / path)
-
-    def records(self, name):
-        lines = (self.root / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def traffic(self, name, rank):
-        return json.loads((self.root / f"{name}.traffic-{rank}").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-import launch_decoding
 import pytest
 import torch
-from families import tiny
+from helpers import launch_decoding
+from helpers.families import tiny
 from rich.console import Console
 
 from ee_tuning import EarlyExitModel, ExitConfig

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ee_tuning.cli import main
 from ee_tuning.tune.loop import stop_requests
 
-STRUCK = Path(__file__).parents[1] / "struck.py"
+STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
 
 @pytest.fixture

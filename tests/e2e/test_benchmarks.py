@@ -5,10 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import decode
+import pytest
 import savings
 import speedup
 import table

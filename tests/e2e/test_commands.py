@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_tune import fails, tune
+from helpers.commands import fails, tune
 
 from ee_tuning.cli import COMMANDS, main, parse
 from ee_tuning.config import parse_layers

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from families import tiny
+from helpers.commands import arguments, fails, records, tune
+from helpers.families import tiny
 from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel
@@ -19,31 +20,7 @@ from ee_tuning.cli import main
 from ee_tuning.quantise.packages import PACKAGES
 from ee_tuning.tune import loop
 
-STRUCK = Path(__file__).parents[1] / "struck.py"
-
-
-def arguments(base, data, out, **changes):
-    """Flags of a small run; `changes` add to them or, with None, leave one out."""
-    values = {
-        "model": base, "layers": "1,3", "arch": "mlp", "data": data, "out": out, "steps": 6,
-        "seq-length": 32, "micro-batch-size": 2, "global-batch-size": 4, "lr": 1e-2,
-        "save-every": 2, "eval-every": 2, "log-every": 1, "valid-fraction": 0.1,
-    } | {name.replace("_", "-"): value for name, value in changes.items()}  # fmt: skip
-    flags = []
-    for name, value in values.items():
-        if value is True:
-            flags.append(f"--{name}")
-        elif value is not None:
-            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def tune(*args, **changes):
-    main(["tune", *arguments(*args, **changes)])
-
-
-def records(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
 
 def test_files_metrics_and_falling_losses(base, data, tmp_path):
@@ -116,20 +93,6 @@ def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
         [{k: line.get(k) for k in kept} for line in records(tmp_path / n)] for n in ("whole", "cut")
     ]
     assert curves[0] == curves[1]
-
-
-def fails(capsys, *args, status=2):
-    """The one line a failing command leaves on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(arg) for arg in args])
-    assert stop.value.code == status
-    lines = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line.startswith("ee-tuning:") and "warning" not in line
-    ]
-    assert len(lines) == 1
-    return lines[0]
 
 
 BAD = [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import tiny
+from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 

@@ -1,15 +1,9 @@
 """Decoding over two GPUs, through NCCL, gives what one gives."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from families import tiny
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
-import launch_decoding
+from helpers import launch_decoding
+from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 

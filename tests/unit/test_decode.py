@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from families import FAMILIES, MOE, tiny
+from helpers.families import FAMILIES, MOE, tiny
+from helpers.models import DEPTH, early_exit, logits_from_scratch, long_model
+from helpers.prompts import padded, prompt
+from helpers.slow_decoder import Decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_decoder import Decoder
-from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Policy, Request
@@ -17,43 +18,8 @@ from ee_tuning.decode.cache import SlotLayer, check_room
 from ee_tuning.decode.passes import Passes, Wanted, Window
 from ee_tuning.losses import confidence
 
-DEPTH = 4
-MODELS: dict[str, EarlyExitModel] = {}
 # Tiny windows of 6 tokens: the rings of these families are written over several times.
 MIXED = ["llama", "mistral", "gemma2", "gemma3", "opt", "gpt2", "falcon", "granite", "phi"]
-
-
-def early_exit(family="llama", arch="mlp,norm,layer"):
-    """One model per family and architecture for the whole file: they are read only."""
-    key = f"{family}/{arch}"
-    if key not in MODELS:
-        MODELS[key] = EarlyExitModel.from_base(tiny(family), ExitConfig("1,2,3", arch=arch)).eval()
-    return MODELS[key]
-
-
-def long_model(family="llama"):
-    """One with a longer context, of which several chunks can be read."""
-    context = {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
-    base = tiny(family, **context)
-    return EarlyExitModel.from_base(base, ExitConfig("1,2,3", arch="mlp,norm,layer")).eval()
-
-
-def logits_from_scratch(model, ids, layer):
-    """Logits (1, V) after the last token, at exit `layer` or the final exit: no cache, one pass."""
-    out = model(ids, output_exit_logits=True, output_logits=True)
-    return (out.logits if layer == DEPTH else out.exit_logits[layer])[:, -1]
-
-
-def prompt(length, seed=0):
-    return torch.randint(3, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def padded(prompts):
-    """A batch (B, P) with its attention mask, padded on the left."""
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(p)) + p for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 @dataclass(frozen=True)
@@ -254,47 +220,6 @@ def test_giving_up_a_stream_frees_its_slots():
     with pytest.raises(KeyboardInterrupt):
         model.generate(ids, max_new_tokens=5, on_token=stop)
     assert model.generate(ids, max_new_tokens=5, eos_token_id=None).sequences.shape == (1, 8)
-
-
-def test_compiled_passes_give_the_same_tokens_and_compile_once():
-    """Three rows, of which a pass may have two and be filled with the third, which is idle; then
-    prompts of one chunk and of more."""
-    model = long_model()
-    ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(4, 3)])
-    common = {"max_new_tokens": 20, "eos_token_id": None, "max_pending": 3, "exit_layers": [1, 3]}
-    ways = [
-        {"mode": "threshold", "threshold": 0.02},
-        {"mode": "speculative", "threshold": 0.02},
-        {"mode": "speculative", "threshold": 0.0},
-    ]
-    settings = {"threshold": 0.5, "exit_layers": [1, 3], "max_pending": 3}
-    seconds = model.warm_up(slots=3, capacity=96, compile=True, **settings)
-    assert seconds > 1
-    graphs = counters["stats"]["unique_graphs"]
-    inputs = [{"input_ids": ids, "attention_mask": mask}]
-    inputs += [{"input_ids": torch.tensor([prompt(length)])} for length in (64, 70)]
-    for given_ids in inputs:
-        for way in ways:
-            plain = model.generate(**given_ids, compile=False, **way, **common)
-            out = model.generate(**given_ids, compile=True, **way, **common)
-            assert torch.equal(out.sequences, plain.sequences)
-            assert torch.equal(out.exit_layers, plain.exit_layers)
-    # Two rows go deep while the first one leaves: it is the idle one.
-    rows = [
-        {"input_ids": prompt(5, i), **way}
-        for i, way in enumerate([{"threshold": 0.0}, {"mode": "full"}, {"mode": "full"}])
-    ]
-    found = [
-        {
-            n: out.sequences.tolist()
-            for n, out in model.generate_batch(
-                rows, slots=3, capacity=96, compile=compile, **common
-            )
-        }
-        for compile in (False, True)
-    ]
-    assert found[0] == found[1]
-    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from families import tiny
+from helpers.families import tiny
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 

@@ -3,10 +3,10 @@
 import shutil
 from pathlib import Path
 
-import families
 import pytest
 import torch
-from families import tiny
+from helpers import families
+from helpers.families import tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MOE, OTHERS, RECURRENT, REFUSED, UNDECODED, tiny
+from helpers.families import FAMILIES, MOE, OTHERS, RECURRENT, REFUSED, UNDECODED, tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.config import ARCHS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import tiny
+from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, head_loss, loss_and_gradient

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from families import tiny
+from helpers.families import tiny
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ee_tuning import EarlyExitModel, ExitConfig

@@ -7,10 +7,11 @@ import numpy
 import pytest
 import torch
 import transformers
-from families import tiny
+from helpers.families import tiny
+from helpers.models import early_exit, logits_from_scratch
+from helpers.prompts import padded, prompt
 from packaging.version import Version
 from rich.console import Console
-from test_decode import early_exit, logits_from_scratch, padded, prompt
 from transformers import (
     GenerationConfig,
     LogitsProcessor,

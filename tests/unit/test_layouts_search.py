@@ -1,11 +1,11 @@
 """Searching layouts: what is tried, what fits, and what docs and `plan` show of it."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -15,8 +15,6 @@ from ee_tuning.layouts import Parts, expected, search
 from ee_tuning.plan import GIB, memory
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from shapes import SHAPES  # noqa: E402
 
 PARTS = Parts(layer=0.001, exit=0.005, optimizer=0.002)
 

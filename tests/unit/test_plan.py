@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from families import tiny
+from helpers.families import tiny
+from shapes import SHAPES
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -27,8 +27,6 @@ from ee_tuning.plan import (
 )
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from shapes import SHAPES  # noqa: E402
 
 MEASURED = {
     path.stem: result
@@ -39,7 +37,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_predictions_are_near_what_was_measured(name):
-    """15% for memory, 30% for time, as the README promises."""
+    """15% for memory, 30% for time, as docs/efficiency.md says."""
     result = MEASURED[name]
     gpu = next(gpu for name, gpu in GPUS.items() if name.upper() in result["hardware"].split())
     given, known = result["settings"], {f.name: f.default for f in dataclasses.fields(TuneConfig)}

@@ -1,7 +1,7 @@
 """Settings that cannot be had together are refused in one line that says why."""
 
 import pytest
-from families import tiny
+from helpers.families import tiny
 
 from ee_tuning.backbone import Backbone
 from ee_tuning.check import check

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from helpers.families import FAMILIES, tiny
+from helpers.models import DEPTH, early_exit, good_exit, logits_from_scratch
+from helpers.prompts import padded, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import DEPTH, MODELS, early_exit, logits_from_scratch, padded, prompt
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -22,19 +23,6 @@ from ee_tuning.decode.speculative import Pace, draft_cost
 from ee_tuning.loading import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 11, 40, 7]])
-
-
-def good_exit(family, arch="norm"):
-    """A model whose exits agree now and then: its last layers hardly change the hidden state."""
-    key = f"good/{family}/{arch}"
-    if key not in MODELS:
-        base = tiny(family)
-        model = EarlyExitModel.from_base(base, ExitConfig("2,3", arch=arch)).eval()
-        for layer in list(model.backbone.layers)[2:]:
-            for p in layer.parameters():
-                p.data.mul_(0.3 if p.dim() >= 2 else 1)
-        MODELS[key] = model
-    return MODELS[key]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from families import tiny
+from helpers.families import tiny
 from torch._dynamo.utils import counters
 from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""Decodes as several processes would: ``launch_decoding.py CASES.json`` starts the ranks once.
+"""Decodes as several processes would: ``-m helpers.launch_decoding CASES.json`` starts them once.
 
 A case is {"name", "tp", "pp", "port", "todo", …}: its ranks call the function `todo` below, and
 leave what it gives, or the error, in files named by case and rank.
@@ -17,7 +17,6 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import become, launch, run_ranks
 from rich.console import Console
 
 import ee_tuning.decode.engine as engine
@@ -32,6 +31,7 @@ from ee_tuning.decode.pipeline import Stage
 from ee_tuning.decode.show import generate_and_show
 from ee_tuning.devices import pick_device
 from ee_tuning.parallel.mesh import Mesh
+from helpers.ranks import become, launch, run_ranks
 
 IDS = torch.tensor([[0, 0, 5, 9, 11], [3, 4, 6, 8, 9], [0, 0, 0, 0, 7]])
 PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
@@ -39,7 +39,7 @@ PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
 
 def start(cases: list[dict], folder: Path, seconds: int = 300) -> str:
     """Run the cases on ports of their own; what the ranks leave is in `folder`."""
-    return launch(__file__, cases, folder, seconds=seconds)
+    return launch("helpers.launch_decoding", cases, folder, seconds=seconds)
 
 
 def generate(model, calls):

@@ -1,4 +1,5 @@
-"""Runs `tune` as several processes would: ``launch.py CASES.json`` forks the ranks once.
+"""Runs `tune` as several processes would: ``-m helpers.launch_tuning CASES.json`` forks the ranks
+once.
 
 A case is {"size", "port", "settings", "error"}: the first `size` ranks call `tune` with
 `settings`; what goes wrong on a rank is written to the file `error` + its number. A case
@@ -19,7 +20,6 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import datasets
 import torch
 import torch.distributed as dist
-from ranks import become, run_ranks
 from rich.console import Console
 
 from ee_tuning.config import TuneConfig
@@ -27,6 +27,7 @@ from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.slices import SplitParameter
 from ee_tuning.tune import loop as tuning
 from ee_tuning.tune import step
+from helpers.ranks import become, run_ranks
 
 # What python code can send through: DTensor's sums under --tp go another way.
 SENDING = (

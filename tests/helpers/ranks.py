@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 
 def free_ports(number):
@@ -23,8 +24,8 @@ def free_ports(number):
     return list(found)
 
 
-def launch(script, cases, folder, *more, seconds=300):
-    """Run `script` on the cases, each with a port of its own; gives what it prints.
+def launch(module, cases, folder, *more, seconds=300):
+    """Run a module on the cases, each with a port of its own; gives what it prints.
 
     Its arguments are the cases' file and `more`.
     """
@@ -32,8 +33,9 @@ def launch(script, cases, folder, *more, seconds=300):
         case["port"] = port
     path = folder / "cases.json"
     path.write_text(json.dumps(cases))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, path, *more]
+    found_in = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
+    command = [sys.executable, "-m", module, path, *more]
     done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
     return done.stdout + done.stderr
 

@@ -1,0 +1,59 @@
+"""Compiled passes of decoding give the same tokens as others, and are compiled once."""
+
+import pytest
+import torch
+from helpers.families import tiny
+from helpers.prompts import padded, prompt
+from torch._dynamo.utils import counters
+
+from ee_tuning import EarlyExitModel, ExitConfig
+
+pytestmark = pytest.mark.slow
+
+ROWS = {"slots": 3, "capacity": 96}
+COMMON = {"max_new_tokens": 20, "eos_token_id": None, "max_pending": 3}
+WAYS = [
+    {"mode": "threshold", "threshold": 0.02},
+    {"mode": "speculative", "threshold": 0.02},
+    {"mode": "speculative", "threshold": 0.0},
+]
+
+
+def shallow_model():
+    """Two segments of one layer each, and an exit with K/V of its own: the fewest graphs."""
+    base = tiny("llama", num_hidden_layers=2, max_position_embeddings=256)
+    return EarlyExitModel.from_base(base, ExitConfig("1", arch="layer")).eval()
+
+
+def assert_same_outputs(model, inputs, way):
+    plain, compiled = (
+        model.generate(**inputs, compile=compile, **way, **COMMON) for compile in (False, True)
+    )
+    assert torch.equal(compiled.sequences, plain.sequences)
+    assert torch.equal(compiled.exit_layers, plain.exit_layers)
+
+
+def test_compiled_passes_give_the_same_tokens_and_compile_once():
+    """Three rows, of which a pass may have two and be filled with the third, which is idle; then
+    prompts of one chunk and of more."""
+    model = shallow_model()
+    assert model.warm_up(**ROWS, compile=True, threshold=0.5, max_pending=3) > 1
+    graphs = counters["stats"]["unique_graphs"]
+    ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(4, 3)])
+    inputs = [{"input_ids": ids, "attention_mask": mask}]
+    inputs += [{"input_ids": torch.tensor([prompt(length)])} for length in (64, 70)]
+    for one in inputs:
+        for way in WAYS:
+            assert_same_outputs(model, one, way)
+    # Two rows go deep while the first one leaves: it is the idle one.
+    ways = [{"threshold": 0.0}, {"mode": "full"}, {"mode": "full"}]
+    rows = [{"input_ids": prompt(5, i), **way} for i, way in enumerate(ways)]
+    plain, compiled = (
+        {number: out.sequences.tolist() for number, out in outputs}
+        for outputs in (
+            model.generate_batch(rows, **ROWS, compile=compile, **COMMON)
+            for compile in (False, True)
+        )
+    )
+    assert compiled == plain
+    assert counters["stats"]["unique_graphs"] == graphs
