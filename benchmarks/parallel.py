@@ -177,7 +177,7 @@ def measure(config: TuneConfig, mesh: Mesh, device: torch.device, args: argparse
         "seconds": [round(s, 4) for s in seconds],
         "peak_gib": memory,
         "warm_up_seconds": round(warm, 1),
-        "compiled": layout.model.compiled,
+        "compiled": layout.model.chain.compiled,
         "idle": layout.idle(),
         "losses": [row[: len(row) // 2] for row in first + values],
         "norms": [row[len(row) // 2 :] for row in first + values],

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.quantise.fp8 import freeze_in_fp8
-from ee_tuning.quantise.packages import compiles, quantise_layer
+from ee_tuning.quantise.packages import quantise_layer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -77,7 +77,6 @@ def build(
         fill(backbone.get_input_embeddings(), device, 2000)
     fill(model.backbone.norm, device, 2001)
     fill(model.backbone.head, device, 2002)
-    model.compiles_layers = compiles(precision)
     if fp8:
         model.freeze_shared_head()
     rotary = model.backbone.trunk.rotary_emb

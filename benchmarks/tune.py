@@ -20,11 +20,11 @@ from shapes import SHAPES, build
 from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.backbone import State
 from ee_tuning.config import FrozenPrecision, TuneConfig
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
+from ee_tuning.model import Descent
 from ee_tuning.plan import GIB, flop_per_token
 from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
 from ee_tuning.tune.prepare import prepare
@@ -130,17 +130,23 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
     seconds = timed(step, device, args.steps, 0)
     memory = peak(device)
 
-    def states() -> Iterator[tuple[int, State]]:
+    def descents() -> Iterator[Descent]:
         for batch in batches:
             given = place_batch(model, batch)
-            found = model.states(given["input_ids"], given["position_ids"], given.get("boundaries"))
-            yield from found
+            places = given["position_ids"], given.get("boundaries")
+            yield model.chain.descend(given["input_ids"], *places)
+
+    def layers() -> None:
+        for descent in descents():
+            descent.ahead(model.chain.stop)
 
     def features() -> None:
-        for layer, state in states():
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                found = exit_features(model, layer, state)
-            found.backward(torch.ones_like(found))
+        for descent in descents():
+            for layer in model.exit_layers:
+                state = descent.to(layer)
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    found = exit_features(model, layer, state)
+                found.backward(torch.ones_like(found))
         model.zero_grad()
 
     def optimizer() -> None:
@@ -153,7 +159,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
 
     flop = flop_per_token(model, config.seq_length, config.exit_vocab)
     rate = speed(seconds, ids.numel())
-    backbone = median(timed(lambda: [None for _ in states()], device, 3))
+    backbone = median(timed(layers, device, 3))
     step_parts = {
         "backbone": backbone,
         "exits below their heads": median(timed(features, device, 3)) - backbone,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,13 +38,11 @@ from ee_tuning.loading import (
     tensor_hashes,
 )
 from ee_tuning.losses import cross_entropy
-from ee_tuning.parallel.frozen import FrozenShard, gather_while_running
+from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.sequence import SequencePart, run_on_part
 from ee_tuning.quantise.fp8 import freeze_in_fp8
 from ee_tuning.quantise.packages import (
     check_installed,
-    compiles,
     nothing_to_quantise,
     quantise_layer,
 )
@@ -105,15 +104,9 @@ class EarlyExitModel(nn.Module):
             for exit in self.exits.values():
                 exit.reset_random(config.seed)  # type: ignore[operator]
         self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
-        # How `states` runs, see `ee_tuning.tune.prepare`.
-        self.compiled = False
-        self.compiles_layers = True  # where the rest is compiled, too
-        self.takes_boundaries = False
-        self.sequence: SequencePart | None = None  # this process's, of hidden states
-        self._chains: dict[bool, list[Segment]] = {}
+        self.chain = Chain(self)
         self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
         self.mesh = Mesh()  # of the processes that decode together
-        self._shards: dict[int, FrozenShard] = {}  # by layer from 0, see `place`
 
     @classmethod
     def from_base(
@@ -216,7 +209,7 @@ class EarlyExitModel(nn.Module):
         if fp8:
             check_fp8("--backbone-precision", torch.device(device))
         check_installed(backbone_precision)
-        quantised = 0
+        quantised, shards = 0, FrozenShards()
         layers: list[nn.Module] = self.backbone.layers
         for number, layer in enumerate(layers):
             layer.to(device)
@@ -225,11 +218,12 @@ class EarlyExitModel(nn.Module):
             elif quantises and in_memory(layer):
                 quantised += quantise_layer(layer, backbone_precision, self.backbone.dtype)
             if shard and in_memory(layer):
-                self._shards[number] = FrozenShard(layer, shard)
+                shards[number] = FrozenShard(layer, shard)
         self.to(device)
+        if shards:
+            self.chain.gather(shards)
         if fp8:
             self.freeze_shared_head()
-        self.compiles_layers = compiles(backbone_precision)
         if quantises and not quantised:
             raise nothing_to_quantise(self.model, backbone_precision)
 
@@ -242,11 +236,6 @@ class EarlyExitModel(nn.Module):
     def tensor_hashes(self) -> dict[str, str]:
         """The backbone's fingerprint; see `ee_tuning.loading.tensor_hashes`."""
         return tensor_hashes(self.backbone, self.all_exit_layers[-1])
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether other processes hold parts of the layers: all have to run them equally often."""
-        return bool(self._shards)
 
     @property
     def exit_layers(self) -> list[int]:
@@ -289,47 +278,6 @@ class EarlyExitModel(nn.Module):
         starts = [self.stage.start, *stops[:-1]]
         return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
 
-    def states(
-        self,
-        inputs: Tensor,
-        position_ids: Tensor | None = None,
-        boundaries: Tensor | None = None,
-        *,
-        to_end: bool = False,
-    ) -> Iterator[tuple[int, State]]:
-        """Run the frozen backbone segment by segment, giving (layer, state) at each stop.
-
-        inputs: token ids (B, T) int64, or for a later stage hidden states (B, T, H), of which
-        there is a part only, as of those that are given, where the model's `sequence` is split.
-        position_ids: (B, T) int64; positions that start again mark packed documents.
-        boundaries: the same for `ee_tuning.varlen`, where the model `takes_boundaries`.
-        Stops at the end of this stage, which by default is the deepest exit, or with `to_end`
-        after the last layer. Lazy: a segment runs when the next item is asked for, so one exit
-        can be finished before going deeper.
-        """
-        if position_ids is None:
-            position_ids = torch.arange(inputs.shape[1], device=inputs.device)
-            position_ids = position_ids.expand(inputs.shape[:2])
-        for segment in self._chain(to_end):
-            with torch.no_grad():
-                state = segment(inputs, position_ids, boundaries=boundaries)
-            inputs = state.hidden
-            yield segment.stop, state
-
-    def _chain(self, to_end: bool) -> list[Segment]:
-        """The segments that `states` runs: the same every time, so that they compile once."""
-        if to_end not in self._chains:
-            self._chains[to_end] = self.segments(last=None if to_end else self.stage.stop)
-            for segment in self._chains[to_end] if self.compiled and self.compiles_layers else ():
-                segment.compile()
-            for segment in self._chains[to_end] if self._shards else ():
-                shards = [self._shards[k] for k in range(segment.start, segment.stop)]
-                gather_while_running(segment.layers, shards)
-            if self.sequence:
-                for segment in self._chains[to_end]:
-                    run_on_part(segment, self.sequence)
-        return self._chains[to_end]
-
     def forward(
         self,
         input_ids: Tensor,
@@ -348,16 +296,16 @@ class EarlyExitModel(nn.Module):
         exit_logits: dict[int, Tensor] = {}
         final = None
         labels = None if labels is None else self.known_labels(labels)
-        for layer, state in self.states(input_ids, position_ids, to_end=output_logits):
-            if str(layer) in self.exits:
-                logits = self.exit(layer)(state)
-                if output_exit_logits:
-                    exit_logits[layer] = logits
-                if labels is not None:
-                    losses[layer] = cross_entropy(logits, labels).mean()
-            if output_logits and layer == self.backbone.num_layers:
-                with torch.no_grad():
-                    final = self.backbone.final_logits(state.hidden)
+        descent = self.chain.descend(input_ids, position_ids)
+        for layer in self.exit_layers:
+            logits = self.exit(layer)(descent.to(layer))
+            if output_exit_logits:
+                exit_logits[layer] = logits
+            if labels is not None:
+                losses[layer] = cross_entropy(logits, labels).mean()
+        if output_logits:
+            with torch.no_grad():
+                final = self.backbone.final_logits(descent.ahead(self.backbone.num_layers))
         return EarlyExitOutput(
             loss=torch.stack(list(losses.values())).sum() if losses else None,
             logits=final,
@@ -610,3 +558,163 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
 def _lacking(found: Any, names: set[str]) -> list[str]:
     """Those of `names` that are no keys of what a JSON file held."""
     return sorted(names - (found.keys() if isinstance(found, dict) else set()))
+
+
+# -- going down the layers -------------------------------------------------------------------------
+
+Around = Callable[[str], AbstractContextManager[None]]  # entered with what is done inside
+
+
+def unrecorded(what: str) -> AbstractContextManager[None]:
+    """An `Around` that does nothing."""
+    return nullcontext()
+
+
+class Preparation(Protocol):
+    """What changes how segments run, see `ee_tuning.parallel.frozen` and `sequence`."""
+
+    def prepare(self, segment: Segment) -> None:
+        """Change a segment that has not run yet."""
+
+
+class Chain:
+    """The segments that this process runs, one after another, cut after each of its exits.
+
+    They are made when they are first needed: what is applied from outside comes before, see
+    `ee_tuning.tune.setup`.
+
+    compiled: so is all that the tuning step runs. takes_boundaries: attention is told where
+    documents begin, see `ee_tuning.varlen`. shards: of layers of which other processes have parts,
+    so that all have to run them equally often. part: this process's, of the positions.
+    """
+
+    def __init__(self, model: EarlyExitModel) -> None:
+        self._model = model
+        self._changes: list[Callable[[Segment], None]] = []
+        self._segments: dict[int, Segment] = {}  # by the layer, from 0, that they begin with
+        self.compiled = False
+        self.takes_boundaries = False
+        self.shards: Preparation | None = None
+        self.part: Any = None
+
+    def compile(self, layers: bool = True) -> None:
+        """Compile what runs; layers: the frozen ones, too."""
+        self.compiled = True
+        if layers:
+            self._changes.append(Segment.compile)
+
+    def gather(self, shards: Preparation) -> None:
+        """Let layers be whole only while they run."""
+        self.shards = shards
+        self._changes.append(shards.prepare)
+
+    def on_part(self, part: Any) -> None:
+        """Let hidden states be of this process's `part` of the positions alone."""
+        self.part = part
+        self._changes.append(part.prepare)
+
+    def descend(
+        self,
+        inputs: Tensor,
+        position_ids: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        *,
+        keeps: Collection[int] = (),
+        around: Around = unrecorded,
+    ) -> Descent:
+        """A micro-batch at the first of these layers; see `Descent`.
+
+        inputs: token ids (B, T) int64, or for a later stage hidden states (B, T, H), of which
+        there is a `part` only if the positions are split. position_ids: (B, T) int64; positions
+        that start again mark packed documents. boundaries: the same for a chain that
+        `takes_boundaries`.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(inputs.shape[1], device=inputs.device)
+            position_ids = position_ids.expand(inputs.shape[:2])
+        return Descent(self, inputs, (position_ids, boundaries), keeps, around)
+
+    @property
+    def start(self) -> int:
+        """The layer, from 0, that it begins with."""
+        return self._model.stage.start
+
+    @property
+    def stop(self) -> int:
+        """The last layer of this stage, which by default is the deepest exit's."""
+        return self._model.stage.stop
+
+    def segment(self, start: int) -> Segment:
+        """The segment that begins with layer `start`, from 0: the same every time.
+
+        Behind the stage there is one more, to the backbone's end.
+
+        Raises:
+            UserError: its layers were left out of memory.
+        """
+        if not self._segments:
+            self._add(self._model.segments(last=self.stop))
+        if start == self.stop and start not in self._segments:
+            self._add([self._model.backbone.segment(start, self._model.backbone.num_layers)])
+        return self._segments[start]
+
+    def _add(self, segments: list[Segment]) -> None:
+        for segment in segments:
+            for change in self._changes:
+                change(segment)
+            self._segments[segment.start] = segment
+
+
+class Descent:
+    """A micro-batch on its way down the frozen layers, which run when a state is asked for.
+
+    States are asked for by depth and given away, so that one exit can be finished before going
+    deeper: what else it needed of its layer is gone before the next layer runs.
+
+    hidden: (B, T, H) after layer `at`; at the beginning of a model, token ids (B, T). kept: those
+    after some layers, for an exit that needs more than one.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        inputs: Tensor,
+        where: tuple[Tensor, Tensor | None],
+        keeps: Collection[int],
+        around: Around,
+    ) -> None:
+        """where: positions and boundaries. around: entered with "forward" when layers run."""
+        self._chain, self._where, self._around = chain, where, around
+        self.hidden, self.at = inputs, chain.start
+        self.kept: dict[int, Tensor] = {}
+        self._keeps = keeps
+        self._passed: dict[int, State] = {}  # by what `ahead` ran, and nobody asked for yet
+
+    def to(self, layer: int) -> State:
+        """The state after `layer`, which is that of an exit or the last one.
+
+        Runs the layers that it still lacks, without gradients.
+        """
+        state = self._passed.pop(layer, None)
+        while self.at < layer:
+            state = None  # gone before the next one is made
+            state = self._run()
+        assert state is not None, f"the state after layer {layer} was given away"
+        return state
+
+    def ahead(self, layer: int) -> Tensor:
+        """Run on to `layer`; gives the hidden state there. `to` gives the states passed."""
+        while self.at < layer:
+            state = self._run()
+            self._passed[self.at] = state
+        return self.hidden
+
+    def _run(self) -> State:
+        """The state at the end of the segment that begins here."""
+        segment, (position_ids, boundaries) = self._chain.segment(self.at), self._where
+        with self._around("forward"), torch.no_grad():
+            state = segment(self.hidden, position_ids, boundaries=boundaries)
+        self.hidden, self.at = state.hidden, segment.stop
+        if self.at in self._keeps:
+            self.kept[self.at] = state.hidden
+        return state

@@ -21,7 +21,7 @@ def test_a_process_keeps_its_part_and_two_layers_at_most(group):
     base = tiny("llama")
     before = [[p.clone() for p in layer.parameters()] for layer in base.model.layers]
     model = EarlyExitModel.from_base(base, ExitConfig("2,4", "mlp,norm"), shard=group)
-    shards = list(model._shards.values())
+    shards = list(model.chain.shards.values())
     for layer, shard, old in zip(base.model.layers, shards, before, strict=True):
         flat = torch.cat([p.flatten() for p in old if p.dim() >= 2])
         assert torch.equal(shard.part, flat.chunk(4)[1])
@@ -35,10 +35,12 @@ def test_a_process_keeps_its_part_and_two_layers_at_most(group):
         coming = [shard._gathering is not None for shard in shards]
         held.append((whole.index(True), sum(whole), sum(coming)))
 
-    for segment in model._chain(False):
-        for layer in segment.layers:
+    for start in (0, 2):
+        for layer in model.chain.segment(start).layers:
             layer.register_forward_pre_hook(look)
-    for _ in model.states(torch.ones(2, 8, dtype=torch.int64)):
+    descent = model.chain.descend(torch.ones(2, 8, dtype=torch.int64))
+    for layer in (2, 4):
+        descent.to(layer)
         assert not any(shard.matrices[0].numel() for shard in shards)
     # Layer by layer, the next of its segment on its way.
     assert held == [(0, 1, 1), (1, 1, 0), (2, 1, 1), (3, 1, 0)]

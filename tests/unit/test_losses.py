@@ -189,10 +189,11 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
     model = EarlyExitModel.from_base(tiny("gemma2"), ExitConfig([2, 3], arch, head=head))
     batch, objective = batches()[0], Objective(loss, 2.0, 0.3, dynamic)
     whole = {}
-    states = list(model.states(batch["input_ids"], batch["position_ids"], to_end=True))
-    teacher = model.backbone.final_logits(states[-1][1].hidden)
-    for layer, state in states[:2]:
-        total = objective(model.exit(layer)(state), batch["labels"], teacher).total
+    descent = model.chain.descend(batch["input_ids"], batch["position_ids"])
+    teacher = model.backbone.final_logits(descent.ahead(model.backbone.num_layers))
+    for layer in (2, 3):
+        logits = model.exit(layer)(descent.to(layer))
+        total = objective(logits, batch["labels"], teacher).total
         (0.5 * total).backward()
         whole[layer] = total.detach()
     gradients = [p.grad for p in model.exits.parameters()]

@@ -55,7 +55,9 @@ def test_states_and_losses_are_near_and_exits_are_exact(precision, family, dtype
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(type(p) is torch.nn.Parameter for p in kept.exits.parameters())
     ids = batch()["input_ids"]
-    for (_, x), (_, y) in zip(plain.states(ids), kept.states(ids), strict=True):
+    descents = [model.chain.descend(ids) for model in (plain, kept)]
+    for layer in plain.exit_layers:
+        x, y = (descent.to(layer) for descent in descents)
         assert 0 < (x.hidden - y.hidden).norm() < NEAR[precision] * x.hidden.norm()
     losses = [mean_losses(model, [batch()]) for model in (plain, kept)]
     for layer, loss in losses[0].items():

@@ -58,7 +58,9 @@ def test_hidden_states_between_the_regions_are_parts(mesh):
             watch(name, module)
     watch("exit norm", model.exit(2).norm)
     watch("exit mlp", model.exit(2).mlp["mlp"])
-    for layer, state in model.states(torch.ones(2, 8, dtype=torch.int64)):
+    descent = model.chain.descend(torch.ones(2, 8, dtype=torch.int64))
+    for layer in (2, 3, 4):
+        state = descent.to(layer)
         assert state.hidden.shape == (2, 4, 32)
         assert exit_features(model, layer, state).shape == (2, 8, 32)
         if layer == 2:
@@ -92,8 +94,7 @@ def test_a_sum_becomes_a_gather_and_a_scatter(mesh, sequence):
     """As many bytes: a ring's all-reduce is a reduce-scatter and an all-gather of the same size."""
     model = split(mesh, sequence)
     with Sent() as sent:
-        for _ in model.states(torch.ones(2, 8, dtype=torch.int64)):
-            pass
+        model.chain.descend(torch.ones(2, 8, dtype=torch.int64)).to(4)
     summed = 2 * 4 * (2 * 8 * 32 * 4)  # two products of each of 4 layers give (B, T, H) in fp32
     if sequence:
         gathered = summed // 2  # of each process
@@ -106,9 +107,9 @@ def test_a_head_s_terms_are_summed_once_however_many_chunks(mesh, monkeypatch):
     model = split(mesh, sequence=True)
     monkeypatch.setattr(step, "LOGITS", 2 * 2 * 48)  # two positions at a time
     batch = batch_of(torch.ones(2, 8, dtype=torch.int64))
-    states = dict(model.states(batch["input_ids"]))
+    state = model.chain.descend(batch["input_ids"]).to(4)
     with Sent() as sent:
-        args = (model, 4, states[4], batch["labels"], Objective(), None, torch.ones(()))
+        args = (model, 4, state, batch["labels"], Objective(), None, torch.ones(()))
         step._exit_loss(*args)
     features = 2 * 8 * 32 * 4
     assert sent.nbytes == {

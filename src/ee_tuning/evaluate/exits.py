@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,20 +99,13 @@ def _predict(
     for batch in micro_batches(packed, range(rows), config.micro_batch_size):
         batch["known"] = model.known_labels(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
-        logits_by_depth = _all_logits(model, batch["input_ids"], batch["position_ids"])
-        for found in (*exits, final):
+        descent = model.chain.descend(batch["input_ids"], batch["position_ids"])
+        labels = batch["labels"], batch["known"], config.measure
+        for found in exits:
             # Never given a name here: one exit's logits are gone when the next one's are made.
-            found.add(next(logits_by_depth), batch["labels"], batch["known"], config.measure)
+            found.add(model.exit(found.layer)(descent.to(found.layer)), *labels)
+        final.add(model.backbone.final_logits(descent.ahead(final.layer)), *labels)
     return exits, final
-
-
-def _all_logits(model: EarlyExitModel, input_ids: Tensor, position_ids: Tensor) -> Iterator[Tensor]:
-    """Logits (B, T, V) of the exits, by depth, then of the final exit, each when asked for."""
-    for layer, state in model.states(input_ids, position_ids, to_end=True):
-        if layer in model.exit_layers:
-            yield model.exit(layer)(state)
-        if layer == model.backbone.num_layers:
-            yield model.backbone.final_logits(state.hidden)
 
 
 def _exit_row(found: Predictions, final: Tensor) -> dict[str, Any]:

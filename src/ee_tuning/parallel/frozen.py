@@ -8,7 +8,6 @@ gathered are matrices, which nothing but the layer itself reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ee_tuning.backbone import Segment
 from ee_tuning.parallel.mesh import all_gather
 
 
@@ -61,20 +61,26 @@ class FrozenShard:
             p.data = p.data.new_empty(0)
 
 
-def gather_while_running(layers: Sequence[nn.Module], shards: Sequence[FrozenShard]) -> None:
-    """Let `layers`, run one after another, be whole while they run; the next is gathered beside.
+class FrozenShards(dict[int, FrozenShard]):
+    """The shards of frozen layers, by the layers' numbers from 0.
 
-    Every process of the group has to run them equally often, in the same order.
+    Every process of the group has to run the layers equally often, in the same order.
     """
-    for layer, own, after in zip_longest(layers, shards, shards[1:]):
 
-        def before(*_: object, own: FrozenShard = own, after: FrozenShard | None = after) -> None:
-            own.gather()
-            if after is not None:
-                after.start()
+    def prepare(self, segment: Segment) -> None:
+        """Let the layers of `segment` be whole while they run; the next is gathered beside."""
+        shards = [self[number] for number in range(segment.start, segment.stop)]
+        for layer, own, after in zip_longest(segment.layers, shards, shards[1:]):
 
-        def afterwards(*_: object, own: FrozenShard = own) -> None:
-            own.free()
+            def before(
+                *_: object, own: FrozenShard = own, after: FrozenShard | None = after
+            ) -> None:
+                own.gather()
+                if after is not None:
+                    after.start()
 
-        layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(afterwards)
+            def afterwards(*_: object, own: FrozenShard = own) -> None:
+                own.free()
+
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(afterwards)

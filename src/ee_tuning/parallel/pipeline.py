@@ -7,7 +7,7 @@ back-propagates its own exits while the next stage runs its own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.backbone import State
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Descent, EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.trace import Timeline
 
@@ -33,18 +32,17 @@ class Pipeline:
         self.timeline = Timeline()
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def states(
-        self, model: EarlyExitModel, batch: Batch, to_end: bool = False
-    ) -> Iterable[tuple[int, State]]:
-        """`model.states` of a micro-batch; with several stages, at once and handed on."""
+    def enter(self, model: EarlyExitModel, batch: Batch) -> Descent:
+        """A micro-batch before this stage's layers; with several stages, behind them and handed
+        on, so that the next stage can begin."""
         ids, rest = batch["input_ids"], (batch["position_ids"], batch.get("boundaries"))
-        if self.mesh.pp == 1:
-            return self._recorded(model.states(ids, *rest, to_end=to_end))
         inputs = ids if self.mesh.pp_rank == 0 else self._receive(model, ids)
-        states = list(self._recorded(model.states(inputs, *rest, to_end=to_end)))
-        if self.mesh.pp_rank < self.mesh.pp - 1:
-            self._send(states[-1][1].hidden)
-        return states
+        descent = model.chain.descend(inputs, *rest, around=self.timeline.record)
+        if self.mesh.pp > 1:
+            hidden = descent.ahead(model.chain.stop)
+            if self.mesh.pp_rank < self.mesh.pp - 1:
+                self._send(hidden)
+        return descent
 
     def settle(self) -> None:
         """Wait until everything sent so far has left, and free it."""
@@ -52,22 +50,13 @@ class Pipeline:
             while self._sent:
                 self._sent.popleft()[0].wait()
 
-    def _recorded(self, states: Iterator[tuple[int, State]]) -> Iterator[tuple[int, State]]:
-        """`states`, each run of layers in the timeline."""
-        while True:
-            with self.timeline.record("forward"):
-                item = next(states, None)
-            if item is None:
-                return
-            yield item
-
     def _receive(self, model: EarlyExitModel, ids: Tensor) -> Tensor:
         """The hidden states (B, T, H) of token ids (B, T) after the stage before.
 
         Or this process's part of them, which the same one there has.
         """
         batch, length = ids.shape
-        parts = model.sequence.size if model.sequence else 1
+        parts = model.chain.part.size if model.chain.part else 1
         size = (batch, length // parts, model.backbone.config.hidden_size)
         hidden = torch.empty(size, dtype=model.backbone.dtype, device=ids.device)
         with self.timeline.record("waiting"):

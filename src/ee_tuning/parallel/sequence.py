@@ -35,6 +35,30 @@ class SequencePart:
         all_of_it = parts.redistribute(placements=[Replicate()])
         return all_of_it.to_local(grad_placements=[Partial() if terms else Replicate()])
 
+    def prepare(self, segment: Segment) -> None:
+        """Let the layers of `segment` see this process's positions; its mask and positions are
+        whole.
+
+        Its trunk makes these from what it is given: token ids, or a tensor of the shape alone.
+        """
+        given: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = kwargs.get("inputs_embeds")
+            if hidden is None:
+                return None
+            given.append(hidden)
+            size = (*kwargs["position_ids"].shape, hidden.shape[-1])
+            return args, kwargs | {"inputs_embeds": hidden.new_zeros(()).expand(size)}
+
+        def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = given.pop() if given else self.own(args[0])
+            return (hidden, *args[1:]), kwargs
+
+        segment.trunk.register_forward_pre_hook(keep, with_kwargs=True)
+        # Before those that record how a layer was called.
+        segment.layers[0].register_forward_pre_hook(take, with_kwargs=True, prepend=True)
+
 
 def regions(plan: dict[str, str]) -> set[str]:
     """The children of a layer in which its tensor-parallel plan splits something.
@@ -60,27 +84,3 @@ def gather_before(region: nn.Module, part: SequencePart) -> None:
         return args, kwargs | {"hidden_states": part.gather(kwargs["hidden_states"], terms=True)}
 
     region.register_forward_pre_hook(gather, with_kwargs=True)
-
-
-def run_on_part(segment: Segment, part: SequencePart) -> None:
-    """Let the layers of `segment` see this process's positions; its mask and positions are whole.
-
-    Its trunk makes these from what it is given: token ids, or a tensor of the shape alone.
-    """
-    given: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = kwargs.get("inputs_embeds")
-        if hidden is None:
-            return None
-        given.append(hidden)
-        size = (*kwargs["position_ids"].shape, hidden.shape[-1])
-        return args, kwargs | {"inputs_embeds": hidden.new_zeros(()).expand(size)}
-
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = given.pop() if given else part.own(args[0])
-        return (hidden, *args[1:]), kwargs
-
-    segment.trunk.register_forward_pre_hook(keep, with_kwargs=True)
-    # Before those that record how a layer was called.
-    segment.layers[0].register_forward_pre_hook(take, with_kwargs=True, prepend=True)

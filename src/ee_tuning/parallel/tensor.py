@@ -22,7 +22,7 @@ from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED, Softmax
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.sequence import SequencePart, gather_before, regions, run_on_part
+from ee_tuning.parallel.sequence import SequencePart, gather_before, regions
 from ee_tuning.slices import (
     COLUMNS,
     STYLES,
@@ -175,7 +175,7 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -
 
 def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequencePart) -> None:
     """Let layers and exits of `model`, which are split, work on parts of the sequence."""
-    model.sequence = part
+    model.chain.on_part(part)
     for number in model.stage:
         _gather_in(model.backbone.layers[number], plan, part)
     for exit in (model.exit(layer) for layer in model.exit_layers):
@@ -188,7 +188,7 @@ def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequenceP
             _gather_in(exit.mlp, plan, part)
         if exit.segment is not None:
             _gather_in(exit.block, plan, part)
-            run_on_part(exit.segment, part)
+            part.prepare(exit.segment)
         if exit.spec.arch != "embedding":
             _sum_gradients(exit.norm)
 

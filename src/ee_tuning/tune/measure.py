@@ -75,8 +75,9 @@ def seconds(
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     placed = place_batch(model, batch)
     given = placed["input_ids"], placed["position_ids"], placed.get("boundaries")
+    last = model.chain.stop
     autocast = None if dtype == torch.float32 else dtype
-    forward = timed(lambda: list(model.states(*given)), device)
+    forward = timed(lambda: model.chain.descend(*given).to(last), device)
     step = ([batch], Objective("ce", dynamic_weights=config.dynamic_weights), {1: 1.0}, autocast)
     return forward, max(0.0, timed(lambda: list(exit_gradients(model, *step)), device) - forward)
 

@@ -14,6 +14,7 @@ from ee_tuning.parallel.data import shard_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import split_model
 from ee_tuning.quantise.fp8 import Fp8Linear, tune_in_fp8
+from ee_tuning.quantise.packages import compiles
 
 ONE_PROCESS = Mesh()
 
@@ -56,13 +57,11 @@ def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS)
         tune_in_fp8(model.exits)
     if varlen.can_use(model.model):
         varlen.use_varlen(model)
-        model.takes_boundaries = True
+        model.chain.takes_boundaries = True
     on_gpu = model.backbone.device.type == "cuda"
-    model.compiled = config.compile == "on" or (
-        config.compile == "auto" and on_gpu and config.tp == 1
-    )
-    if model.compiled:  # else its steps would each take as much memory as the logits
-        use_plain_head(model)
+    if config.compile == "on" or (config.compile == "auto" and on_gpu and config.tp == 1):
+        model.chain.compile(layers=compiles(config.backbone_precision))
+        use_plain_head(model)  # else its steps would each take as much memory as the logits
     if config.shard:
         shard_exits(model, mesh)
     return model.train()

@@ -22,7 +22,7 @@ from ee_tuning.losses import (
     distillation,
     next_tokens,
 )
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Descent, EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
@@ -84,27 +84,25 @@ def exit_losses(
     next exit is computed when asked for, and its logits exist for `LOGITS` values at a time. A
     stage of a pipeline runs its layers at once, so that the next stage can begin.
     """
-    states = pipeline.states(model, batch, to_end=objective.needs_teacher)
-    return _losses(model, states, batch["labels"], objective, scales)
+    descent = pipeline.enter(model, batch)
+    return _losses(model, descent, batch["labels"], objective, scales)
 
 
 def _losses(
     model: EarlyExitModel,
-    states: Iterable[tuple[int, State]],
+    descent: Descent,
     labels: Tensor,
     objective: Objective,
     scales: dict[int, Tensor] | None,
 ) -> Iterator[tuple[int, LossSum]]:
-    """`exit_losses` of a micro-batch's states."""
+    """`exit_losses` of a micro-batch that is on its way down."""
     teacher = None
     if objective.needs_teacher:
-        states = list(states)
-        final = states[-1][1].hidden
-        teacher = _teacher(model, model.sequence.gather(final) if model.sequence else final)
-    for layer, state in states:
-        if layer in model.exit_layers:
-            scale = scales[layer] if scales else None
-            yield layer, _exit_loss(model, layer, state, labels, objective, teacher, scale)
+        final = descent.ahead(model.backbone.num_layers)
+        teacher = _teacher(model, model.chain.part.gather(final) if model.chain.part else final)
+    for layer in model.exit_layers:
+        scale = scales[layer] if scales else None
+        yield layer, _exit_loss(model, layer, descent.to(layer), labels, objective, teacher, scale)
 
 
 def _exit_loss(
@@ -122,7 +120,7 @@ def _exit_loss(
     the end. teacher: see `_teacher`.
     """
     exit = model.exit(layer)
-    loss_of = _compiled(_loss) if model.compiled else _loss
+    loss_of = _compiled(_loss) if model.chain.compiled else _loss
     features = exit_features(model, layer, state)
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
@@ -144,7 +142,7 @@ def _exit_loss(
 
 def exit_features(model: EarlyExitModel, layer: int, state: State) -> Tensor:
     """What goes into the head of the exit after `layer`: (B, T, H), with its graph."""
-    features = _compiled(_features) if model.compiled else _features
+    features = _compiled(_features) if model.chain.compiled else _features
     return features(model.exit(layer), state)
 
 
@@ -236,7 +234,7 @@ def exit_gradients(
                 for run in runs:
                     with pipeline.timeline.record("exit work"):
                         means[layer] += next(run)[1].total / count
-                        gradients.add_pairs(fused=model.compiled)
+                        gradients.add_pairs(fused=model.chain.compiled)
             if wave is runs_together[-1]:
                 yield layer, means[layer]
 
@@ -252,12 +250,12 @@ def waves(
     layers at a time.
     """
     sharded = any(isinstance(p, ShardedParameter) for p in model.exits.parameters())
-    if sharded or model.is_sharded:
+    if sharded or model.chain.shards:
         return [micro_batches]
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
     kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
-    tokens //= model.sequence.size if model.sequence else 1
+    tokens //= model.chain.part.size if model.chain.part else 1
     states = tokens * kept * model.backbone.config.hidden_size * model.backbone.dtype.itemsize
     if states <= sum(sizes) - max(sizes):
         return [micro_batches]
@@ -273,7 +271,7 @@ def _for_exits(model: EarlyExitModel, batch: Batch) -> Batch:
 
 def place_batch(model: EarlyExitModel, batch: Batch) -> Batch:
     """A micro-batch from the host on the model's device, with what its attention wants."""
-    if model.takes_boundaries:
+    if model.chain.takes_boundaries:
         batch = batch | {"boundaries": boundaries(batch["position_ids"])}
     return {name: to_device(values, model.backbone.device) for name, values in batch.items()}
 
