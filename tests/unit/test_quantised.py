@@ -47,7 +47,8 @@ def test_states_and_losses_are_near_and_exits_are_exact(precision, family, dtype
         EarlyExitModel.from_base(model, EXITS, backbone_precision=name)
         for name, model in base.items()
     )
-    kinds = {type(m) for m in kept.backbone.layers.modules() if isinstance(m, torch.nn.Linear)}
+    modules = [m for layer in kept.backbone.layers for m in layer.modules()]
+    kinds = {type(m) for m in modules if isinstance(m, torch.nn.Linear)}
     names = {type(m.weight).__name__ for m in kept.backbone.layers[0].modules() if type(m) in kinds}
     assert names <= {"Int8Tensor", "AffineQuantizedTensor", "Int8Params", "Params4bit"}
     assert kept.tensor_hashes == plain.tensor_hashes
