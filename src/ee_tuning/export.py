@@ -38,22 +38,15 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
             f"exit {layer} knows {len(model.vocabulary.tokens)} tokens of the vocabulary only, "
             "which an ordinary checkpoint cannot say; tune without --exit-vocab to export"
         )
-    if exit.spec.arch == "embedding":
-        raise UserError(
-            f"exit {layer} is an embedding exit: it has no final norm, which every model of "
-            f"{type(backbone.model).__name__} has; export a norm, mlp or layer exit"
-        )
-    layers, kept = backbone.layers[:layer], list(range(layer))
-    if exit.spec.arch == "mlp":
-        layers[-1] = twin(layers[-1], dict(exit.mlp.items()))
-    if exit.spec.arch == "layer":
-        layers.append(_as_layer(exit.block, layer))
-        kept.append(backbone.num_layers - 1)  # the block stands where the last layer stood
-    anatomy, own = backbone.anatomy, exit.spec.head == "own"
+    layers, kept = exit.as_layers(backbone.layers[:layer]), list(range(layer))
+    # What stands behind them stands where the last layer stood.
+    kept += [backbone.num_layers - 1] * (len(layers) - layer)
+    assert exit.norm is not None
+    anatomy, own = backbone.anatomy, not exit.output.shared
     parts: dict[str, nn.Module] = {
         f"{anatomy.trunk}.{anatomy.layers}": nn.ModuleList(layers),
         f"{anatomy.trunk}.{anatomy.norm}": exit.norm,
-        anatomy.head: exit.head if own else backbone.head,
+        anatomy.head: exit.output.linear,
     }
     exported: Any = twin(backbone.model, parts)
     exported.config = slice_config(backbone.config, kept)
@@ -63,17 +56,6 @@ def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
         exported.all_tied_weights_keys = {}
     _check_family(exported, exit.spec.arch)
     return exported
-
-
-def _as_layer(block: nn.Module, number: int) -> nn.Module:
-    """A twin of `block` that has its K/V in the place of layer `number`, counted from 0."""
-    named = block.named_modules()
-    parts = {name: twin(one, {}) for name, one in named if name and hasattr(one, "layer_idx")}
-    found = twin(block, parts)
-    for module in found.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = number  # type: ignore[assignment]
-    return found
 
 
 def _check_family(exported: PreTrainedModel, arch: str) -> None:

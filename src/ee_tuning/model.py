@@ -26,7 +26,7 @@ from ee_tuning.card import model_card
 from ee_tuning.config import ExitConfig, FrozenPrecision
 from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError, first_line
-from ee_tuning.exits import Exit
+from ee_tuning.exits import ARCHS, Exit
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.loading import (
     Parts,
@@ -99,7 +99,9 @@ class EarlyExitModel(nn.Module):
         self.all_exit_layers = [spec.layer for spec in specs]  # of every stage
         self.stage = range(specs[-1].layer) if stage is None else stage
         own = [spec for spec in specs if spec.layer - 1 in self.stage]
-        self.exits = nn.ModuleDict({str(spec.layer): Exit(self.backbone, spec) for spec in own})
+        self.exits = nn.ModuleDict(
+            {str(spec.layer): ARCHS[spec.arch](self.backbone, spec) for spec in own}
+        )
         if config.init == "random":
             for exit in self.exits.values():
                 exit.reset_random(config.seed)  # type: ignore[operator]
@@ -229,7 +231,7 @@ class EarlyExitModel(nn.Module):
 
     def freeze_shared_head(self) -> None:
         """Keep the backbone's head in fp8 if an exit shares it."""
-        if any(exit.spec.head == "shared" for exit in self.exits.values()):  # type: ignore[union-attr]
+        if any(self.exit(layer).output.shared for layer in self.exit_layers):
             freeze_in_fp8(self.backbone.head, backward=True)
 
     @cached_property
@@ -274,7 +276,7 @@ class EarlyExitModel(nn.Module):
         layers = self.exit_layers if exit_layers is None else exit_layers
         last = self.backbone.num_layers if last is None else last
         stops = sorted({*layers, last})
-        records = [k in layers and self.exit(k).spec.arch == "mlp" for k in stops]
+        records = [k in layers and self.exit(k).records_call for k in stops]
         starts = [self.stage.start, *stops[:-1]]
         return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
 
@@ -396,11 +398,7 @@ class EarlyExitModel(nn.Module):
 
     def exit_state(self) -> dict[str, Tensor]:
         """Every parameter of the exits by name: ``8.norm.weight``, ``8.head.weight``, …"""
-        found = {
-            name: p.detach().contiguous()
-            for name, p in self.exits.named_parameters()
-            if ".reduced." not in name
-        }
+        found = {name: p.detach().contiguous() for name, p in self.exits.named_parameters()}
         return found | ({"vocabulary": self.vocabulary.tokens} if self.vocabulary else {})
 
     def save_pretrained(
@@ -457,8 +455,6 @@ class EarlyExitModel(nn.Module):
                 tensors = {name: _read_part(file, name, own.get(name)) for name in names}
             if "vocabulary" in tensors:
                 self.reduce_vocabulary(tensors.pop("vocabulary"))
-            derived = self.exits.state_dict()
-            tensors |= {name: value for name, value in derived.items() if ".reduced." in name}
             self.exits.load_state_dict(tensors)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist") from None

@@ -186,11 +186,14 @@ def split_linear(
     dim = style[0]
     if linear.weight.shape[dim] % tp.size():
         raise UserError(f"tp is {tp.size()}: it must divide {name}, {linear.weight.shape[dim]}")
-    for key, p in list(linear.named_parameters()):
+    for key in ("weight", "bias"):
+        values = getattr(linear, key)
         split_dim = dim if key == "weight" or dim == ROWS else None
+        if values is None:
+            continue
         if read is not None:
             linear.register_parameter(key, read(key, split_dim))
         elif split_dim is not None:
-            linear.register_parameter(key, split_parameter(p, split_dim, tp))
+            setattr(linear, key, split_parameter(values, split_dim, tp))
     linear.__class__ = ParallelLinear
     linear.parallel = Parallel(tp, style)  # type: ignore[assignment]

@@ -6,11 +6,10 @@ some tokens predict among these; a token they do not know is left to the final e
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED
@@ -57,34 +56,3 @@ def most_frequent(batches: Iterable[dict[str, Tensor]], number: int, size: int) 
         counts += torch.bincount(batch["labels"][batch["labels"] != IGNORED], minlength=size)
     order = counts.sort(descending=True, stable=True).indices
     return order[:number].sort().values
-
-
-def select_rows(head: nn.Module, tokens: Tensor) -> nn.Linear:
-    """A head with the rows `tokens` (N,) of `head`, in whatever its weight is kept in.
-
-    Raises:
-        UserError: the head is not a linear layer.
-    """
-    if not isinstance(head, nn.Linear):
-        raise UserError(f"exits on a {type(head).__name__} head cannot have a reduced vocabulary")
-    selected = copy.copy(head)
-    selected.out_features = len(tokens)
-    selected._parameters = {
-        name: None if p is None else nn.Parameter(_rows(p, tokens), p.requires_grad)
-        for name, p in head._parameters.items()
-    }
-    selected._buffers = dict(head._buffers)
-    for name, values in head._buffers.items():  # those of a head that is kept in fp8
-        if values is not None:
-            transposed = name == "transposed"
-            rows = _rows(values.t() if transposed else values, tokens)
-            selected._buffers[name] = rows.t().contiguous() if transposed else rows
-    return selected
-
-
-def _rows(values: Tensor, tokens: Tensor) -> Tensor:
-    """Rows of a tensor; of one in fp8, which cannot be indexed, by way of its bytes."""
-    values, tokens = values.detach(), tokens.to(values.device)
-    if values.dtype.itemsize == 1:
-        return values.contiguous().view(torch.uint8)[tokens].view(values.dtype)
-    return values[tokens]

@@ -263,7 +263,7 @@ def test_exits_with_a_reduced_vocabulary_from_tuning_to_decoding(base, data, tmp
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a["vocabulary"].shape == (40,)
     assert a["1.head.weight"].shape == (40, 32)
-    assert not any(name.startswith("3.reduced") for name in a)
+    assert not any(name.startswith("3.output") for name in a)
     model = EarlyExitModel.from_pretrained(str(tmp_path / "whole"))
     out = model.generate(torch.tensor([[5, 9]]), threshold=0.0, max_new_tokens=8, eos_token_id=None)
     assert set(out.exit_layers[0].tolist()) <= {1, 4}

@@ -175,9 +175,9 @@ def test_loss_and_gradient_of_a_shared_fp8_head_in_one_go_are_those_of_its_logit
             device="cuda", backbone_precision="fp8",
         )  # fmt: skip
         prepare(model, TuneConfig(compile="on"))
-        assert model.exit(1).plain_head is not None
+        assert model.exit(1).output.fused is not None
         for layer in () if fuses else model.exit_layers:
-            model.exit(layer)._frozen["plain_head"] = None
+            model.exit(layer).output._parts["fused"] = None
         given = [batch()], Objective(), {1: 1.0, 3: 2.0}, torch.bfloat16
         losses = dict(exit_gradients(model, *given))
         found.append((losses, {k: p.grad for k, p in model.exits.named_parameters()}))

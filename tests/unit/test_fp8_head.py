@@ -6,7 +6,6 @@ from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, head_loss, loss_and_gradient
-from ee_tuning.tune.prepare import use_plain_head
 from ee_tuning.tune.step import Objective, exit_gradients
 
 # e4m3 rounds a value by 2⁻⁴ at most, and what is below 2⁻⁶ of its range by 2⁻¹⁰ of its scale.
@@ -64,8 +63,9 @@ def test_steps_take_it_and_their_losses_and_gradients_are_near(is_compiled):
                 tiny("llama"), ExitConfig("1,3", "mlp", head="shared"), backbone_precision="fp8"
             )
         if fuses:
-            use_plain_head(model, native_only=False)
-        assert (model.exit(1).plain_head is not None) == fuses
+            for layer in model.exit_layers:
+                model.exit(layer).output.fuse(model.backbone, native_only=False)
+        assert (model.exit(1).output.fused is not None) == fuses
         if is_compiled:
             model.chain.compile()
         losses = dict(exit_gradients(model, [batch], Objective(), {1: 1.0, 3: 2.0}))
@@ -82,5 +82,6 @@ def test_heads_that_scale_or_cap_their_logits_do_not_take_it(family):
         model = EarlyExitModel.from_base(
             tiny(family), ExitConfig("1", "mlp", head="shared"), backbone_precision="fp8"
         )
-    use_plain_head(model, native_only=False)
-    assert model.exit(1).plain_head is None
+    head = model.exit(1).output
+    head.fuse(model.backbone, native_only=False)
+    assert head.fused is None

@@ -203,15 +203,18 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
     monkeypatch.setattr(step, "LOGITS", 2 * rows * vocabulary)
     seen = []
     for layer in (2, 3):
-        original = model.exit(layer).known_logits
+        original = model.exit(layer).output.known_logits
         monkeypatch.setattr(
-            model.exit(layer), "known_logits", lambda x, f=original: seen.append(x.shape[1]) or f(x)
+            model.exit(layer).output,
+            "known_logits",
+            lambda x, f=original: seen.append(x.shape[1]) or f(x),
         )
     scales = {layer: torch.tensor(0.5) for layer in (2, 3)}
     chunked = {k: v.total for k, v in step.exit_losses(model, batch, objective, scales)}
     assert len(seen) == 2 * -(-(length - 1) // 2)
     assert max(seen) == 3 < length
-    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+    # A divergence is a small difference of logarithms of a few nats, each rounded to 5e-7.
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
     for p, expected in zip(model.exits.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-6)
 

@@ -150,27 +150,23 @@ def split_model(
     plan = layer_plan(backbone.config, backbone.anatomy.layers)
     head = head_style(gather)
     exits = [model.exit(layer) for layer in model.exit_layers]
-    if teacher or any(exit.spec.head == "shared" for exit in exits):
+    if teacher or any(exit.output.shared for exit in exits):
         split_linear(backbone.head, "the head", head, tp)
     for number in model.stage:
         layer = backbone.layers[number]
         _split_by_plan(layer, plan, tp)
     for exit in exits:
         _split_exit(exit, plan, tp, head)
-        vocabulary = backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
-        exit.softmax = SplitSoftmax(tp, vocabulary)
+        exit.output.softmax = SplitSoftmax(tp, exit.output.size)
     if sequence:
         _split_sequence(model, plan, SequencePart(tp))
 
 
 def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -> None:
-    if exit.spec.arch == "mlp":
-        _split_by_plan(exit.mlp, plan, tp)
-    if exit.spec.arch == "layer":
-        _split_by_plan(exit.block, plan, tp)
-    for name in ("head", "reduced"):
-        if hasattr(exit, name):
-            split_linear(getattr(exit, name), "an exit's head", head, tp)
+    for module in exit.layer_parts():
+        _split_by_plan(module, plan, tp)
+    if not exit.output.shared or exit.output.picked is not None:
+        split_linear(exit.output.linear, "an exit's head", head, tp)
 
 
 def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequencePart) -> None:
@@ -182,14 +178,12 @@ def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequenceP
         exit.sequence = part
         # Its terms of the features' gradient are summed once, where these are gathered.
         _let_gather(exit)
-        if exit.spec.head == "shared":
-            _let_gather(model.backbone.head)
-        if exit.spec.arch == "mlp":
-            _gather_in(exit.mlp, plan, part)
+        _let_gather(exit.output.linear)
+        for module in exit.layer_parts():
+            _gather_in(module, plan, part)
         if exit.segment is not None:
-            _gather_in(exit.block, plan, part)
             part.prepare(exit.segment)
-        if exit.spec.arch != "embedding":
+        if exit.norm is not None:
             _sum_gradients(exit.norm)
 
 

@@ -137,8 +137,6 @@ def exit_tensors(
     """An exit's weights and its optimizer's state by name, whole, on the host."""
     weights, states = {}, {}
     for name, p in model.exit(layer).named_parameters():
-        if name.startswith("reduced."):
-            continue
         weights[name] = whole(p, p.detach())
         for key, state in optimizers[layer].state[p].items():
             for inner, value in _plain_tensors(state):
@@ -167,8 +165,7 @@ def _plain_tensors(state: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Ten
 @torch.no_grad()
 def _restore_exit(model: EarlyExitModel, layer: int, weights: dict[str, torch.Tensor]) -> None:
     for name, p in model.exit(layer).named_parameters():
-        if not name.startswith("reduced."):
-            p.copy_(part(p, weights[name]))
+        p.copy_(part(p, weights[name]))
 
 
 def _restore_optimizer(

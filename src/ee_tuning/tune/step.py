@@ -20,13 +20,11 @@ from ee_tuning.losses import (
     count_labels,
     cross_entropy,
     distillation,
-    next_tokens,
 )
 from ee_tuning.model import Descent, EarlyExitModel
 from ee_tuning.parallel.data import GradientSum, ShardedParameter
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
-from ee_tuning.quantise.fp8 import head_loss
 from ee_tuning.tune.copies import working_copies
 from ee_tuning.tune.optimizer import Optimizers, clip_gradients
 from ee_tuning.varlen import boundaries
@@ -124,8 +122,7 @@ def _exit_loss(
     features = exit_features(model, layer, state)
     gradient = torch.zeros_like(features) if scale is not None and features.requires_grad else None
     total = torch.zeros((), device=labels.device)
-    known = model.backbone.config.vocab_size if exit.tokens is None else len(exit.tokens)
-    for tokens in _chunks(labels, exit.softmax.share(known)):
+    for tokens in _chunks(labels, exit.output.softmax.share(exit.output.size)):
         chunk = features.detach()[:, tokens].requires_grad_(gradient is not None)
         target = teacher(tokens.start, tokens.stop) if teacher else None
         loss = loss_of(exit, chunk, labels[:, tokens], target, objective)
@@ -153,10 +150,7 @@ def _features(exit: Exit, state: State) -> Tensor:
 def _loss(
     exit: Exit, features: Tensor, labels: Tensor, teacher: Tensor | None, objective: Objective
 ) -> Tensor:
-    if exit.plain_head is not None and objective.is_plain and features.requires_grad:
-        targets = next_tokens(labels).flatten()
-        return head_loss(exit.plain_head, features.flatten(0, 1), targets)
-    return objective(exit.known_logits(features), labels, teacher, exit.softmax).total
+    return exit.output.loss(features, labels, teacher, objective)
 
 
 @cache
@@ -172,7 +166,7 @@ def _teacher(model: EarlyExitModel, final: Tensor) -> Callable[[int, int], Tenso
     where all tokens are one chunk, every exit asks for the same.
     """
 
-    known = model.exit(model.exit_layers[0]).tokens
+    known = model.exit(model.exit_layers[0]).output.tokens
 
     @lru_cache(maxsize=1)
     @torch.no_grad()
