@@ -1,0 +1,288 @@
+"""What the parts of a model weigh and what they compute, from their shapes alone.
+
+The one place that counts: stages are balanced, drafts priced and runs planned by it. The model may
+be on the meta device. `tests/unit/test_costs.py` holds it against torch's FlopCounterMode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+from torch import nn
+from transformers import DynamicCache
+
+from ee_tuning.backbone import Backbone
+from ee_tuning.exits import WRITES_BACK, Exit
+from ee_tuning.model import EarlyExitModel
+
+STATES = 3  # hidden states that an exit needs of a token: an `mlp` exit's input is of three tensors
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part of a model keeps, and what it does with one token.
+
+    values: its parameters, those of all experts. weights: elements of the matrices that a token is
+    multiplied with, of experts the active ones. products: number of these matrices. gradients: how
+    many products their backward takes. width: values of the widest product of a token. forward,
+    backward: FLOP.
+    """
+
+    values: int = 0
+    weights: float = 0.0
+    products: int = 0
+    gradients: int = 0
+    width: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.values + other.values,
+            self.weights + other.weights,
+            self.products + other.products,
+            self.gradients + other.gradients,
+            max(self.width, other.width),
+            self.forward + other.forward,
+            self.backward + other.backward,
+        )
+
+    @property
+    def flop(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class ExitWork:
+    """An exit below its head, and the head, of which it keeps nothing if it is shared."""
+
+    below: Work
+    head: Work
+    shared: bool
+
+    @property
+    def whole(self) -> Work:
+        """Both."""
+        return self.below + self.head
+
+
+@dataclass(frozen=True)
+class Account:
+    """The parts of a model.
+
+    layers: of the backbone, all of them. exits: by layer (from 1). head: the final exit's.
+    embedding: parameters of the token embedding, which are the head's too if they are `tied`.
+    hidden: the width of a hidden state. known: share of the vocabulary that the exits know.
+    """
+
+    layers: list[Work]
+    exits: dict[int, ExitWork]
+    head: Work
+    embedding: int
+    tied: bool
+    hidden: int
+    known: float
+
+    @property
+    def deepest(self) -> int:
+        """The layer of the deepest exit."""
+        return max(self.exits)
+
+    def in_stage(self, stage: range) -> list[ExitWork]:
+        """The exits after the layers of `stage`, counted from 0."""
+        return [self.exits[layer] for layer in sorted(self.exits) if layer - 1 in stage]
+
+    def tuning(self) -> list[float]:
+        """FLOP per token of each layer with the exit after it, up to the deepest exit."""
+        costs = [layer.forward for layer in self.layers[: self.deepest]]
+        for layer, exit in self.exits.items():
+            costs[layer - 1] += exit.whole.flop
+        return costs
+
+    def decoding(self) -> list[float]:
+        """Weights that a token is multiplied with in each layer and in what predicts after it."""
+        costs = [layer.weights for layer in self.layers]
+        costs[-1] += self.head.weights
+        for layer, exit in self.exits.items():
+            costs[layer - 1] += exit.whole.weights
+        return costs
+
+
+def work(model: EarlyExitModel, length: int = 0, exit_vocab: int = 0) -> Account:
+    """What the parts of `model` weigh and do to a token of a text of `length` tokens.
+
+    exit_vocab: how many tokens the exits know; 0: those of their own vocabulary, or all.
+
+    A product with P weights is 2·P FLOP forward, 2·P for the gradient of the weights and 2·P for
+    that of its input. Frozen layers have only the first; heads that are shared lack the second, and
+    what reads hidden states from which no gradient goes on lacks the third. Weights that a
+    process has not in memory weigh nothing.
+    """
+    backbone = model.backbone
+    size = backbone.config.vocab_size
+    number = len(model.vocabulary.tokens) if model.vocabulary else exit_vocab
+    known = (number or size) / size
+    attentions = _attentions(backbone, length)
+    layers = [
+        _part(layer, backbone, attention)
+        for layer, attention in zip(backbone.layers, attentions, strict=True)  # type: ignore[arg-type]
+    ]
+    exits = {
+        layer: _exit(model.exit(layer), backbone, attentions[-1], known)
+        for layer in model.exit_layers
+    }
+    return Account(
+        layers,
+        exits,
+        _part(backbone.head, backbone),
+        _values(backbone.model.get_input_embeddings()),
+        backbone.config.tie_word_embeddings,
+        backbone.config.hidden_size,
+        known,
+    )
+
+
+def draft_cost(model: EarlyExitModel, layer: int) -> float:
+    """Of the weights that a token is multiplied with at full depth, the share of a draft."""
+    account = work(model)
+    weights = [one.weights for one in account.layers]
+    draft = sum(weights[:layer]) + account.exits[layer].whole.weights
+    return draft / (sum(weights) + account.head.weights)
+
+
+def state_bytes(tokens: float, state: float, exits: int, needs_teacher: bool) -> float:
+    """Bytes that so many `exits` need at a time of the hidden states of `tokens`.
+
+    state: bytes of a token's hidden state. One exit has them at a time, but with a loss that needs
+    the final exit's logits they wait for the last layer.
+    """
+    return STATES * (exits if needs_teacher else 1) * tokens * state
+
+
+def runs_side_by_side(states: float, exits: Sequence[float]) -> bool:
+    """Whether all micro-batches of a step go down the layers together, or one after another.
+
+    Together, so that only one exit's gradients exist at a time, where their hidden states (bytes)
+    take less memory than the gradients of the other `exits` (bytes of their weights) would.
+    """
+    return states <= sum(exits) - max(exits, default=0)
+
+
+def _exit(exit: Exit, backbone: Backbone, attention: float, known: float) -> ExitWork:
+    """An exit that knows a share of the vocabulary; attention: FLOP of the last layer's."""
+    below = sum(p.numel() for name, p in exit.named_parameters() if _is_below_head(name))
+    matrices = [
+        matrix for child, part in exit.named_children() if _is_below_head(f"{child}.")
+        for matrix in _matrices(part, backbone)
+    ]  # fmt: skip
+    # The layer that an `mlp` exit runs again is frozen, so no gradient goes beyond its MLP.
+    frozen = [exit.spec.arch == "mlp" and matrix.reads_residual for matrix in matrices]
+    attentions = (len(exit.segment.layers) if exit.segment else 0) * attention
+    tuned = [
+        matrix.work(gradients=1 if reads else 2)
+        for matrix, reads in zip(matrices, frozen, strict=True)
+    ]
+    own = Work(values=below, forward=attentions, backward=2 * attentions)
+    shared = exit.spec.head == "shared"
+    head = _part(backbone.head, backbone)
+    gradients = (not shared) + (below > 0)
+    weights = head.weights * known
+    return ExitWork(
+        reduce(add, tuned, own),
+        Work(
+            values=0 if shared else round(head.values * known),
+            weights=weights,
+            products=1,
+            gradients=gradients,
+            width=head.width * known,
+            forward=2 * weights,
+            backward=2 * weights * gradients,
+        ),
+        shared,
+    )
+
+
+def _is_below_head(name: str) -> bool:
+    return not name.startswith(("head.", "reduced.", "output."))
+
+
+def _part(module: nn.Module, backbone: Backbone, attention: float = 0.0) -> Work:
+    """A frozen part; attention: FLOP that it takes besides its products."""
+    products = [matrix.work() for matrix in _matrices(module, backbone)]
+    return reduce(add, products, Work(values=_values(module), forward=attention))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A product's weights, of experts those of the active ones.
+
+    width: values that it gives. reads_residual: its input is a hidden state, or a norm of one.
+    """
+
+    weights: float
+    width: float
+    reads_residual: bool
+
+    def work(self, gradients: int = 0) -> Work:
+        """gradients: products of its backward."""
+        flop = 2.0 * self.weights
+        return Work(0, self.weights, 1, gradients, self.width, flop, gradients * flop)
+
+
+def _matrices(module: nn.Module, backbone: Backbone) -> Iterator[_Matrix]:
+    """What a token is multiplied with in a module, whatever the weights are kept in.
+
+    Linear layers tell their sizes; a router and experts have parameters instead: (experts, H), and
+    (experts, …) for all experts at once, of which a token takes the router's `top_k`.
+    """
+    hidden = backbone.config.hidden_size
+    active = next((m.top_k for m in module.modules() if hasattr(m, "top_k")), 0)
+    for path, part in module.named_modules():
+        sizes = _linear_sizes(part)
+        if sizes:
+            reads = sizes[0] == hidden and not WRITES_BACK & {*path.split(".")}
+            yield _Matrix(sizes[0] * sizes[1], sizes[1], reads)
+            continue
+        for name, p in part.named_parameters(recurse=False):
+            if "bias" in name or p.dim() < 2 or isinstance(part, nn.Embedding):
+                continue
+            share = active / len(p) if p.dim() == 3 else 1.0
+            width = active * max(p.shape[1:]) if p.dim() == 3 else len(p)
+            yield _Matrix(share * p.numel(), width, False)
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """How many values go in and come out of a linear layer; None for other modules."""
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        if all(hasattr(module, name) for name in names):
+            return tuple(getattr(module, name) for name in names)  # type: ignore[return-value]
+    return None
+
+
+def _values(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _attentions(backbone: Backbone, length: int) -> list[float]:
+    """FLOP per token of each layer's attention: products of queries with keys, and with values.
+
+    Half of `length` tokens are before a token, or less where a window slides.
+    """
+    config = backbone.config
+    heads = config.num_attention_heads
+    one = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0) or one
+    values = getattr(config, "v_head_dim", 0) or one
+    windows = [getattr(x, "sliding_window", None) for x in DynamicCache(config=config).layers]
+    seen = [_seen(length, window or length) for window in windows]
+    return [2.0 * heads * (keys + values) * tokens for tokens in seen]
+
+
+def _seen(length: int, window: int) -> float:
+    """Tokens that a token sees on average."""
+    window = min(window, length)
+    return window * (1 - window / (2 * length)) if length else 0.0
