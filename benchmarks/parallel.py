@@ -35,15 +35,17 @@ from tune import peak
 from ee_tuning import EarlyExitModel
 from ee_tuning.check import check
 from ee_tuning.config import TuneConfig
+from ee_tuning.costs import work
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.errors import ProcessFailed, UserError
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
 from ee_tuning.parallel.data import deal
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.pipeline import Pipeline, cut_stages
+from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import Event, idle_share, span
+from ee_tuning.stages import cut_stages
 from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizer import build_optimizers
@@ -152,10 +154,11 @@ def build_stage(
     stage = None
     if config.pp > 1:
         shapes = build(shape, exits, torch.device("meta"), dtype, False)
-        costs = None
         if config.balance == "measured":
             costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
-        stages = cut_stages(shapes, config, costs)
+        else:
+            costs = work(shapes, config.seq_length).tuning()
+        stages = cut_stages(costs, config.pp)
         stage = stages[mesh.pp_rank]
         if mesh.is_main:
             print("layers of the stages:", *map(len, stages))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 from torch import nn
 from transformers import DynamicCache
@@ -129,7 +130,7 @@ def work(model: EarlyExitModel, length: int = 0, exit_vocab: int = 0) -> Account
     attentions = _attentions(backbone, length)
     layers = [
         _part(layer, backbone, attention)
-        for layer, attention in zip(backbone.layers, attentions, strict=True)  # type: ignore[arg-type]
+        for layer, attention in zip(backbone.layers, attentions, strict=True)
     ]
     exits = {
         layer: _exit(model.exit(layer), backbone, attentions[-1], known)
@@ -240,7 +241,7 @@ def _matrices(module: nn.Module, backbone: Backbone) -> Iterator[_Matrix]:
     (experts, …) for all experts at once, of which a token takes the router's `top_k`.
     """
     hidden = backbone.config.hidden_size
-    active = next((m.top_k for m in module.modules() if hasattr(m, "top_k")), 0)
+    active: Any = next((m.top_k for m in module.modules() if hasattr(m, "top_k")), 0)
     for path, part in module.named_modules():
         sizes = _linear_sizes(part)
         if sizes:
@@ -259,7 +260,7 @@ def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """How many values go in and come out of a linear layer; None for other modules."""
     for names in (("in_features", "out_features"), ("nx", "nf")):
         if all(hasattr(module, name) for name in names):
-            return tuple(getattr(module, name) for name in names)  # type: ignore[return-value]
+            return tuple(getattr(module, name) for name in names)
     return None
 
 

@@ -14,9 +14,9 @@ from ee_tuning.check import check_model, check_parallel
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
-from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.plan import GIB, itemsize, memory, runs_side_by_side, tuned_values
+from ee_tuning.stages import cut_stages
 
 NODE = 8  # GPUs
 INSIDE, OUTSIDE = 300e9, 40e9  # bytes per second of a GPU within a node and between nodes: assumed
@@ -86,7 +86,7 @@ def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
     layer = parts.layer / tp + 2 * sum_over_tp
     exit = parts.exit / tp + 4 * sum_over_tp
     costs = [layer + exit * (k + 1 in model.exit_layers) for k in range(model.exit_layers[-1])]
-    stages = cut_stages(model, config, costs)
+    stages = cut_stages(costs, config.pp, config.stage_layers)
     numbers = [sum(layer - 1 in stage for layer in model.exit_layers) for stage in stages]
     work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
     send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0

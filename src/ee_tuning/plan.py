@@ -18,15 +18,16 @@ from torch import nn
 
 from ee_tuning.check import check_counts, check_dtype, check_model, check_settings
 from ee_tuning.config import ExitConfig, PlanConfig, TuneConfig
+from ee_tuning.costs import work
 from ee_tuning.devices import pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.loading import empty_backbone
 from ee_tuning.losses import LOGITS
 from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
-from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.quantise.fp8 import has_fp8
 from ee_tuning.quantise.packages import BYTES, PACKAGES
+from ee_tuning.stages import cut_stages
 from ee_tuning.vocabulary import Vocabulary
 
 GIB = 2**30
@@ -207,7 +208,8 @@ def shapes_of(config: TuneConfig) -> EarlyExitModel:
 
 def largest_stage(model: EarlyExitModel, config: TuneConfig) -> dict[str, float]:
     """`memory` of the pipeline stage that takes most; one stage without --pp."""
-    stages = cut_stages(model, config) if config.pp > 1 else [range(model.exit_layers[-1])]
+    costs = work(model, config.seq_length, config.exit_vocab).tuning()
+    stages = cut_stages(costs, config.pp, config.stage_layers)
     return max((memory(model, config, stage) for stage in stages), key=lambda p: sum(p.values()))
 
 

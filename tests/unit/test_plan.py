@@ -15,6 +15,7 @@ from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.check import check
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
+from ee_tuning.costs import work
 from ee_tuning.errors import UserError
 from ee_tuning.plan import (
     GIB,
@@ -195,7 +196,7 @@ def test_fp32_takes_more_memory_and_time(large):
         assert whole[part] == half[part]
     assert memory(model, replace(config, precision="bf16"), range(32)) == half
     eight = replace(wide, backbone_precision="torchao-int8")
-    layers = sum(p.numel() for p in model.backbone.layers.parameters())
+    layers = sum(layer.values for layer in work(model).layers)
     fewer = whole["backbone"] - memory(model, eight, range(32))["backbone"]
     assert fewer == pytest.approx(3 * layers)
     fast, slow = (step_seconds(model, c, GPUS["h100"]) for c in (config, wide))
@@ -267,7 +268,7 @@ def test_quantised_backbones_take_what_they_keep(large):
         precision: memory(model, replace(config, backbone_precision=precision), range(32))
         for precision in ("same", "fp8", "torchao-int8", "bnb-8bit", "bnb-4bit")
     }
-    layers = sum(p.numel() for p in model.backbone.layers.parameters())
+    layers = sum(layer.values for layer in work(model).layers)
     per_weight = {"same": 2, "fp8": 1, "torchao-int8": 1, "bnb-8bit": 1, "bnb-4bit": 0.5625}
     for precision, parts in taken.items():
         saved = taken["same"]["backbone"] - parts["backbone"]
@@ -280,7 +281,7 @@ def test_distillation_takes_the_whole_backbone(loss, large):
     config = TuneConfig(model=large, layers="8", seq_length=512)
     model = shapes_of(config)
     shallow, whole = (largest_stage(model, replace(config, loss=x)) for x in ("ce", loss))
-    quarter = sum(p.numel() for p in model.backbone.layers[:8].parameters())
+    quarter = sum(layer.values for layer in work(model).layers[:8])
     assert whole["backbone"] - shallow["backbone"] == pytest.approx(3 * 2 * quarter)
     seconds = [step_seconds(model, replace(config, loss=x), GPUS["h200"]) for x in ("ce", loss)]
     assert seconds[1]["backbone"] == pytest.approx(4 * seconds[0]["backbone"])

@@ -8,8 +8,9 @@ from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
-from ee_tuning.parallel.pipeline import balance, cut_stages, layer_costs
+from ee_tuning.costs import work
 from ee_tuning.parallel.simulate import simulate
+from ee_tuning.stages import balance, cut_stages
 from ee_tuning.tune import measure
 
 COSTS = [3.0, 1.0, 1.0, 9.0, 1.0, 2.0, 2.0, 5.0]
@@ -37,7 +38,11 @@ def test_an_exit_weighs_in_the_balance():
 
 
 def test_costs_are_counted_from_the_shapes():
-    """FLOP per token: 2 per weight that is only multiplied with, 6 where it is tuned."""
+    """FLOP per token: 2 per weight that is only multiplied with, 6 where it is tuned.
+
+    Two thirds of an MLP read hidden states that no gradient goes back to; an embedding exit with a
+    shared head has nothing to tune.
+    """
     exits = ExitConfig("1,2,3", "mlp,layer,embedding", head="own,shared,shared")
     model = EarlyExitModel(tiny("llama", num_hidden_layers=4, vocab_size=96), exits)
     hidden, length = 32, 10
@@ -48,19 +53,19 @@ def test_costs_are_counted_from_the_shapes():
     )
     attention = 2 * length * hidden
     frozen = 2 * layer + attention
-    assert layer_costs(model, length) == [
-        frozen + 6 * (mlp + head),
+    assert work(model, length).tuning() == [
+        frozen + 4 * mlp * 2 / 3 + 6 * mlp / 3 + 6 * head,
         frozen + 6 * layer + 4 * head + 3 * attention,
-        frozen + 4 * head,
+        frozen + 2 * head,
     ]
 
 
 def test_an_exit_with_a_large_head_outweighs_ten_layers():
     backbone = tiny("llama", num_hidden_layers=13, vocab_size=6000)
     model = EarlyExitModel(backbone, ExitConfig("1,13", "norm"))
-    costs = layer_costs(model, 10)
+    costs = work(model, 10).tuning()
     assert costs[0] > sum(costs[1:11])
-    assert cut_stages(model, TuneConfig(seq_length=10, pp=2)) == [range(0, 6), range(6, 13)]
+    assert cut_stages(costs, 2) == [range(0, 6), range(6, 13)]
 
 
 def test_the_schedule_of_one_stage_is_its_work():
@@ -128,7 +133,7 @@ def test_one_of_each_kind_is_measured(monkeypatch):
         ([slides, sees_all], "layer", "shared"),
         ([sees_all, sees_all], "mlp", "own"),
     ]
-    assert cut_stages(model, config, costs) == [range(0, 2), range(2, 3)]
+    assert cut_stages(costs, config.pp) == [range(0, 2), range(2, 3)]
 
 
 @pytest.mark.parametrize("exit_vocab", [0, 50])

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Chooser, Engine, Policy, Request
-from ee_tuning.decode.speculative import Pace, draft_cost
+from ee_tuning.decode.speculative import Pace
 from ee_tuning.loading import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 11, 40, 7]])

@@ -17,9 +17,10 @@ from functools import cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from ee_tuning.costs import draft_cost
 from ee_tuning.decode.passes import Passes, Predictions, Wanted, Window
 from ee_tuning.decode.policy import Policy
-from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token, draft_cost
+from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token
 from ee_tuning.errors import UserError
 
 if TYPE_CHECKING:

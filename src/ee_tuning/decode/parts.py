@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
+from ee_tuning.costs import work
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, empty_backbone
 from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.pipeline import count_weights, cut_layers, exit_weights
 from ee_tuning.parallel.tensor import check_splits, split_model
+from ee_tuning.stages import cut_layers
 
 
 def load_part(
@@ -56,14 +55,5 @@ def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]
     check_splits(shapes.backbone, mesh.tp)
     if mesh.pp > depth:
         raise UserError(f"pp is {mesh.pp}: the backbone has only {depth} layers")
-    return cut_layers(_costs(shapes), mesh.pp, numbers, "the backbone's layers")[mesh.pp_rank]
-
-
-def _costs(model: EarlyExitModel) -> list[float]:
-    """Weights that a token is multiplied with in each layer and in what predicts after it."""
-    layers: list[nn.Module] = model.backbone.layers
-    costs = [float(count_weights(layer)) for layer in layers]
-    costs[-1] += count_weights(model.backbone.head)
-    for layer in model.exit_layers:
-        costs[layer - 1] += exit_weights(model, layer)
-    return costs
+    costs = work(shapes).decoding()
+    return cut_layers(costs, mesh.pp, numbers, "the backbone's layers")[mesh.pp_rank]

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ee_tuning.decode.passes import Prediction
 from ee_tuning.errors import UserError
-from ee_tuning.parallel.pipeline import count_weights, exit_weights
 
 if TYPE_CHECKING:
-    from ee_tuning.model import EarlyExitModel
+    pass
 
 
 @dataclass
@@ -208,10 +207,3 @@ class Pace:
             if rate > best:
                 best, found = rate, number
         return found
-
-
-def draft_cost(model: EarlyExitModel, layer: int) -> float:
-    """Of the weights that a token is multiplied with at full depth, the share of a draft."""
-    layers = [count_weights(one) for one in model.backbone.layers]
-    draft = sum(layers[:layer]) + exit_weights(model, layer)
-    return draft / (sum(layers) + count_weights(model.backbone.head))

@@ -24,7 +24,7 @@ def measured_costs(
     """Seconds of each layer with the exit after it, on a micro-batch, up to the deepest exit.
 
     One layer and one exit of every kind are measured, with random weights, and whole: what ranks
-    send each other is left out, and optimizers, as by `ee_tuning.parallel.pipeline.layer_costs`.
+    send each other is left out, and optimizers, as by `ee_tuning.costs`.
 
     shapes: of the model that `config` tunes; may be on the meta device.
     """

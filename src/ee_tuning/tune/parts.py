@@ -11,14 +11,15 @@ import torch
 from rich.console import Console
 
 from ee_tuning.config import TuneConfig
+from ee_tuning.costs import work
 from ee_tuning.data import collate, load_packed, micro_batches, split_validation
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.parallel.pipeline import cut_stages
 from ee_tuning.plan import shapes_of
+from ee_tuning.stages import cut_stages
 from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.step import Batch
 from ee_tuning.vocabulary import most_frequent
@@ -86,10 +87,12 @@ def own_stage(
     """
     if config.pp == 1:
         return None
-    shapes, costs = shapes_of(config), None
+    shapes = shapes_of(config)
     if config.balance == "measured":
         costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
-    stages = cut_stages(shapes, config, costs)
+    else:
+        costs = work(shapes, config.seq_length, config.exit_vocab).tuning()
+    stages = cut_stages(costs, config.pp, config.stage_layers)
     text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
     console.print(f"layers of the stages: {text}", highlight=False)
     return stages[mesh.pp_rank]

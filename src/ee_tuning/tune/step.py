@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.backbone import State
+from ee_tuning.costs import runs_side_by_side, state_bytes
 from ee_tuning.exits import Exit
 from ee_tuning.losses import (
     LOGITS,
@@ -238,20 +239,18 @@ def waves(
 ) -> list[list[Batch]]:
     """The micro-batches that go down the layers side by side.
 
-    All of them, so that only one exit's gradients exist at a time, where their hidden states take
-    less memory than the other exits' gradients would; else one after another. Sharded exits are
-    gathered, and their gradients summed, only once; of a sharded backbone all ranks run the same
-    layers at a time.
+    As `ee_tuning.costs.runs_side_by_side` has it. Sharded exits are gathered, and their gradients
+    summed, only once; of a sharded backbone all ranks run the same layers at a time.
     """
     sharded = any(isinstance(p, ShardedParameter) for p in model.exits.parameters())
     if sharded or model.chain.shards:
         return [micro_batches]
-    sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers] or [0]
+    sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers]
     tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
-    kept = 3 * (len(sizes) if objective.needs_teacher else 1)  # an `mlp` exit's state: 3 tensors
     tokens //= model.chain.part.size if model.chain.part else 1
-    states = tokens * kept * model.backbone.config.hidden_size * model.backbone.dtype.itemsize
-    if states <= sum(sizes) - max(sizes):
+    state = model.backbone.config.hidden_size * model.backbone.dtype.itemsize
+    states = state_bytes(tokens, state, len(sizes), objective.needs_teacher)
+    if runs_side_by_side(states, sizes):
         return [micro_batches]
     return [[batch] for batch in micro_batches]
 
