@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, MOE, tiny
+from helpers.families import FAMILIES, MOE, tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ from ee_tuning.quantise.fp8 import freeze_in_fp8
 LENGTH = 16
 IDS = torch.arange(2 * LENGTH).reshape(2, LENGTH) % 90 + 3
 LABELS = IDS % 50
+POSITIONS = torch.arange(LENGTH).expand_as(IDS)
 # There attention reads hidden states through no norm that is tuned: no gradient goes to its input.
 NO_NORM_BEFORE = {"olmo", "olmo2"}
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -32,9 +33,10 @@ def counted(model):
     Of the whole square of attention, of which half is masked: as of a text of twice the length.
     """
     with FlopCounterMode(display=False) as counter:
-        for layer, state in model.states(IDS):
+        descent = model.chain.descend(IDS, POSITIONS)
+        for layer in model.exit_layers:
             exit = model.exit(layer)
-            logits = exit.known_logits(exit.features(state))
+            logits = exit.known_logits(exit.features(descent.to(layer)))
             if logits.requires_grad:
                 cross_entropy(logits, LABELS).total.backward()
     return counter.get_total_flops() / IDS.numel()
