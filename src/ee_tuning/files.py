@@ -116,7 +116,7 @@ def claim_folder(out: str, overwrite: bool, resume: bool | None = None) -> Path:
         None: what fills it cannot go on.
 
     Raises:
-        UserError: no folder given, one that cannot be written, or one that is not empty while
+        UserError: no folder given, one that cannot be written to, or one that is not empty while
             neither `overwrite` nor `resume` is given.
     """
     if not out:
@@ -130,11 +130,13 @@ def claim_folder(out: str, overwrite: bool, resume: bool | None = None) -> Path:
                 f"the folder {out} is not empty: {go_on}replace it with --overwrite or choose "
                 "another --out"
             )
+        tempfile.TemporaryFile(dir=folder).close()  # what fails now would fail after long work
         if overwrite and not resume:
             for name in OURS:
                 _remove(folder / name)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {out}: {reason}; choose another --out") from error
     return folder
 
 

@@ -60,7 +60,7 @@ def load_config(path: str) -> Any:
     if path.startswith(("/", "./", "../")) and not Path(path).is_dir():
         raise UserError(f"cannot read the backbone {path}: there is no such folder")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} is not a transformers checkpoint: it has no config.json")
+        raise UserError(_not_a_checkpoint(Path(path)))
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -74,6 +74,37 @@ def load_config(path: str) -> Any:
     ):
         raise UserError(f"{path} is not a causal LM but {', '.join(architectures)}")
     return config
+
+
+def _not_a_checkpoint(folder: Path) -> str:
+    """What a folder without a config.json is instead, and what to do."""
+    if (folder / "exit_config.json").is_file():
+        return f"{folder} holds exits, no backbone: name it with --exits"
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return (
+            f"{folder} is an adapter of PEFT for {base}: name that with --model, or a folder with "
+            "both in one (merge_and_unload, then save_pretrained)"
+        )
+    return f"{folder} is not a transformers checkpoint: it has no config.json"
+
+
+def _check_weights(path: str) -> None:
+    """Refuse a local folder whose weights are not in safetensors.
+
+    Raises:
+        UserError: says how to write them so.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
+    if not pickled:
+        raise UserError(f"{path} has no weights: there is no model.safetensors beside config.json")
+    raise UserError(
+        f"{path} has its weights in {pickled[0]}, but only safetensors are read: write them once "
+        f"more with AutoModelForCausalLM.from_pretrained({path!r}).save_pretrained(FOLDER)"
+    )
 
 
 def empty_backbone(path: str) -> PreTrainedModel:
@@ -121,6 +152,7 @@ def load_backbone(
             model that cannot be split.
     """
     config = load_config(path)
+    _check_weights(path)
     left: Left = {}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if parts is not None or slices is not None:

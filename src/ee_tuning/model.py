@@ -110,6 +110,10 @@ class EarlyExitModel(nn.Module):
         self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
         self.mesh = Mesh()  # of the processes that decode together
 
+    def __getstate__(self) -> dict[str, Any]:
+        """To pickle or copy, for another process say: engines stay here."""
+        return self.__dict__ | {"engines": {}}
+
     @classmethod
     def from_base(
         cls,
@@ -592,6 +596,10 @@ class Chain:
         self.takes_boundaries = False
         self.shards: Preparation | None = None
         self.part: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To pickle or copy: segments are made anew there, since they hold functions."""
+        return self.__dict__ | {"_segments": {}}
 
     def compile(self, layers: bool = True) -> None:
         """Compile what runs; layers: the frozen ones, too."""

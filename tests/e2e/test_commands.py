@@ -14,7 +14,8 @@ import yaml
 from helpers.commands import fails, tune
 
 from ee_tuning.cli import COMMANDS, main, parse
-from ee_tuning.config import parse_layers
+from ee_tuning.commands.evaluate import evaluate
+from ee_tuning.config import EvaluateConfig, parse_layers
 from ee_tuning.decode.show import encode_prompt
 from ee_tuning.errors import UserError
 
@@ -118,9 +119,37 @@ def test_evaluated_losses_are_those_of_the_forward_pass(exits, base, data):
         assert row["loss"] == pytest.approx(expected[row["layer"]].item(), rel=1e-5)
 
 
+SMALL = [
+    "--seq-length", "32", "--max-tokens", "64", "--prompts", "1", "--prompt-length", "8",
+    "--max-new-tokens", "2", "--rounds", "1", "--thresholds", "1,0.5",
+]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(exits, data, monkeypatch):
+    """A folder is there, but nothing can be made in it."""
+    monkeypatch.setattr("ee_tuning.commands.evaluate.load_for_decoding", None)
+    config = EvaluateConfig(exits=str(exits), data=[data], out="/proc/self")
+    with pytest.raises(UserError, match=r"cannot write to /proc/self: .*; choose another --out"):
+        evaluate(config)
+
+
+def test_what_was_measured_is_shown_even_if_it_cannot_be_written(exits, data, capsys, monkeypatch):
+    def full(path, value):
+        raise UserError("could not write: no space left")
+
+    monkeypatch.setattr("ee_tuning.commands.evaluate.write_json", full)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--exits", str(exits), "--data", data, *SMALL])
+    captured = capsys.readouterr()
+    assert "agrees with final exit" in captured.out
+    assert "agreement with full depth" in captured.out
+    assert captured.err.endswith("ee-tuning: could not write: no space left\n")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["evaluate", "--exits", "nowhere", "--data", "DATA"], "'nowhere' does not exist"),
         (["generate", "--prompt", "x"], "no exits given"),
         (["generate", "--exits", "EXITS"], "prompt is empty"),
         (["generate", "--exits", "EXITS", "--prompt", "x", "--threshold", "2"], "outside [0, 1]"),

@@ -19,6 +19,7 @@ from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
 from ee_tuning.files import claim_folder, write_json
+from ee_tuning.model import find_exits
 
 COUNTS = (
     "micro_batch_size", "max_tokens", "prompts", "prompt_length", "rounds", "max_new_tokens",
@@ -34,8 +35,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     console, progress = console or Console(), Console(stderr=True)
     check_settings(config)
     thresholds = parse_thresholds(config.thresholds)
-    model, tokenizer = load_for_decoding(config)
+    find_exits(config.exits)
     folder = results_folder(config)
+    model, tokenizer = load_for_decoding(config)
     packed = load_packed(
         config.data, tokenizer, config.seq_length, config.seed, config.skip_bad_records
     )
@@ -56,10 +58,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "settings": dataclasses.asdict(config),
         **measured,
     }
+    for table in tables(result):  # first: whatever becomes of the files, it took minutes
+        console.print(table)
     write_json(folder / "evaluation.json", result)
     write_report(folder / "report.html", result, tokenizer)
-    for table in tables(result):
-        console.print(table)
     console.print(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}")
     return result
 

@@ -1,0 +1,64 @@
+"""Folders that are named as a backbone and are none: what they are instead, and what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    """A copy of a backbone, to spoil."""
+    return shutil.copytree(base, tmp_path / "model")
+
+
+def pickled(folder):
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def adapter_of_peft(folder):
+    (folder / "config.json").unlink()
+    settings = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def saved_exits(folder):
+    EarlyExitModel.from_base(str(folder), ExitConfig("2")).save_pretrained(folder)
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (pickled, r"weights in pytorch_model.bin, but only .*from_pretrained\('.*'\).save_pret"),
+        (without_weights, "no weights: there is no model.safetensors"),
+        (adapter_of_peft, "an adapter of PEFT for some/base: name that with --model, or .*merge"),
+        (saved_exits, "holds exits, no backbone: name it with --exits"),
+    ],
+)
+def test_what_is_no_backbone(folder, spoil, message, whole):
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as refusal:
+        EarlyExitModel.from_base(str(folder), ExitConfig("2"), whole=whole)
+    assert "\n" not in str(refusal.value)
+
+
+def test_pickled_weights_written_once_more_as_the_line_says(folder, tmp_path):
+    pickled(folder)
+    with pytest.raises(UserError) as refusal:
+        EarlyExitModel.from_base(str(folder), ExitConfig("2"))
+    advice = str(refusal.value).split("with ")[-1].replace("FOLDER", repr(str(tmp_path / "new")))
+    exec(f"from transformers import AutoModelForCausalLM\n{advice}")
+    new = EarlyExitModel.from_base(str(tmp_path / "new"), ExitConfig("2"))
+    assert new.backbone.num_layers == 4
