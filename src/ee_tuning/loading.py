@@ -100,7 +100,7 @@ def _check_weights(path: str) -> None:
         return
     pickled = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
     if not pickled:
-        raise UserError(f"{path} has no weights: there is no model.safetensors beside config.json")
+        raise UserError(f"cannot load the backbone {path}: it has no weights, no model.safetensors")
     raise UserError(
         f"{path} has its weights in {pickled[0]}, but only safetensors are read: write them once "
         f"more with AutoModelForCausalLM.from_pretrained({path!r}).save_pretrained(FOLDER)"

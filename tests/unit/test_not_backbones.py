@@ -42,7 +42,7 @@ def saved_exits(folder):
     ("spoil", "message"),
     [
         (pickled, r"weights in pytorch_model.bin, but only .*from_pretrained\('.*'\).save_pret"),
-        (without_weights, "no weights: there is no model.safetensors"),
+        (without_weights, "it has no weights, no model.safetensors"),
         (adapter_of_peft, "an adapter of PEFT for some/base: name that with --model, or .*merge"),
         (saved_exits, "holds exits, no backbone: name it with --exits"),
     ],
