@@ -5,16 +5,18 @@ A command is a function of its name in `ee_tuning.commands`, which is imported w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
 import sys
 import traceback
 import typing
 import warnings
+from collections.abc import Iterator
 
 from ee_tuning import config as settings
-from ee_tuning.errors import Interrupted, ProcessFailed, UserError
-from ee_tuning.parsing import nearest, parse
+from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError
 
 COMMANDS: dict[str, type] = {
     "init": settings.InitConfig,
@@ -33,9 +35,15 @@ def main(args: list[str] | None = None) -> None:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.formatwarning = lambda message, *_, **__: f"ee-tuning: warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks becomes a ?
+            stream.reconfigure(errors="replace")
     try:
-        _run(args)
+        with contextlib.nullcontext() if debug else _own_lines_alone():
+            try:
+                _run(args)
+            finally:
+                sys.stdout.flush()
     except UserError as error:
         _fail(str(error), debug, 2)
     except ProcessFailed as error:
@@ -44,6 +52,25 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(error), debug, 130)
     except KeyboardInterrupt:
         _fail("stopped", debug, 130)
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def _own_lines_alone() -> Iterator[None]:
+    """Inside, of warnings and logs only this project's own are shown."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.formatwarning = lambda text, *_, **__: f"ee-tuning: warning: {text}\n"
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", Notice)
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _fail(message: str, debug: bool, status: int) -> typing.NoReturn:
@@ -58,6 +85,8 @@ def _fail(message: str, debug: bool, status: int) -> typing.NoReturn:
 
 
 def _run(args: list[str]) -> None:
+    from ee_tuning.parsing import nearest, parse  # here, so that Ctrl-C meanwhile is one, too
+
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return

@@ -12,7 +12,7 @@ import transformers
 
 import ee_tuning
 from ee_tuning.config import TuneConfig
-from ee_tuning.errors import UserError, first_line
+from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.quantise.fp8 import has_fp8
 
 
@@ -78,6 +78,7 @@ def check_fp8(setting: str, device: torch.device) -> None:
     warnings.warn(
         f"{setting} fp8: {device} has no fp8 matrix units, so weights are rounded to fp8 but "
         "products are no faster",
+        Notice,
         stacklevel=2,
     )
 

@@ -8,6 +8,13 @@ class UserError(ValueError):
     """
 
 
+class Notice(UserWarning):
+    """What a user should know of something that goes on: one line, as for a mistake.
+
+    The command line shows these warnings alone.
+    """
+
+
 class Interrupted(Exception):
     """A run was asked to stop and has saved its state. Exit status 130."""
 

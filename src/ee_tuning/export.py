@@ -19,6 +19,7 @@ from ee_tuning.backbone import slice_config
 from ee_tuning.card import model_card
 from ee_tuning.errors import UserError
 from ee_tuning.files import filling, read_json, write_json, write_text
+from ee_tuning.loading import without_bars
 from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
 from ee_tuning.twin import twin
 
@@ -131,7 +132,7 @@ def _staged(folder: Path) -> Iterator[Path]:
 
     So an export that was cut off is never taken for a checkpoint.
     """
-    with filling(folder, last="config.json") as staging:
+    with filling(folder, last="config.json") as staging, without_bars():
         yield staging
         for old in folder.glob("model*.safetensors*"):  # shards of an export that was larger
             old.unlink()

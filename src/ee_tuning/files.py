@@ -43,7 +43,7 @@ def filling(folder: Path, last: str) -> Iterator[Path]:
     with _holder(folder / last) as holder:
         yield holder
         for path in sorted(holder.iterdir(), key=lambda path: path.name == last):
-            os.replace(path, folder / path.name)
+            put_at(path, folder / path.name)
 
 
 @contextmanager
@@ -74,7 +74,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def put_at(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`. A folder in the way steps aside: rename needs it gone."""
+    """Rename `temporary` to `path`. A folder in the way steps aside: rename needs it gone.
+
+    Files get the mode that the umask gives new ones: safetensors' are their owner's alone.
+    """
+    _give_usual_mode(temporary)
     if not path.is_dir():
         os.replace(temporary, path)
         return
@@ -82,6 +86,17 @@ def put_at(temporary: Path, path: Path) -> None:
     os.rename(path, aside / "old")
     os.replace(temporary, path)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _give_usual_mode(path: Path) -> None:
+    """Let `path`, a file or a folder of files, be readable by whom a new file there would be."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / "new"
+        new.touch()
+        mode = new.stat().st_mode
+    for file in [path, *path.rglob("*")]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -135,6 +137,18 @@ class Slices:
     gather: bool = False
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress of reading and writing weights."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
 def load_backbone(
     path: str,
     parts: Parts | None = None,
@@ -158,12 +172,11 @@ def load_backbone(
     if parts is not None or slices is not None:
         parts = parts or Parts(frozenset(range(1, config.num_hidden_layers + 1)))
         model_class = _with_parts(model_class, parts, config, slices, left)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model, info = model_class.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
-        )
+        with without_bars():
+            model, info = model_class.from_pretrained(
+                path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+            )
         files = tensor_files(path) if left else {}
         if slices is not None and files.keys() >= {f"{name}.weight" for name in left}:
             read_slices(model, left, files, slices.mesh)
@@ -176,9 +189,6 @@ def load_backbone(
             f"cannot load the backbone {path}: {first_line(error)}; a file may be missing, cut "
             "short or damaged, fetch it again"
         ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(

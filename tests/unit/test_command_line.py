@@ -1,14 +1,18 @@
 """How the command line reads what it is given, and what it says."""
 
 import dataclasses
+import io
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from ee_tuning.cli import COMMANDS, parse
+from ee_tuning.cli import COMMANDS, main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.parsing import parse
 
 
 def read(command, *args):
@@ -151,3 +155,46 @@ def test_what_is_not_understood_in_yaml(text, message, yaml_file):
 def test_an_empty_value_in_yaml_is_the_default(yaml_file):
     assert read("tune", "--config", yaml_file("data:\nlr:\nsteps: 3\n")) == TuneConfig(steps=3)
     assert read("tune", "--config", yaml_file("# nothing\n")) == TuneConfig()
+
+
+def run(*args, **changes):
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "ee_tuning", *args]
+    environment = os.environ | changes
+    return subprocess.run(command, capture_output=True, env=environment, timeout=60)
+
+
+def test_an_encoding_that_lacks_a_character(monkeypatch, tmp_path):
+    """Help has ×, messages have –, texts have anything: what cannot be shown becomes a ?."""
+    done = run("tune", "--help", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"dp ? tp ? pp" in done.stdout
+    done = run("tune", "--config=h\u00e9.yaml", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"ee-tuning: cannot read the settings in h?.yaml: No such")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr("ee_tuning.cli._overview", lambda: "\u4e16 \xe9")
+    main([])
+    assert stream.buffer.getvalue() == b"? \xe9\n"
+
+
+@pytest.mark.parametrize(("args", "status"), [(["--help"], 1), (["tune", "--help"], 0)])
+def test_a_reader_that_has_seen_enough(args, status):
+    command = [sys.executable, "-m", "ee_tuning", *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == status
+
+
+def test_ctrl_c_while_libraries_are_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "ee_tuning", "inspect", "x"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": path})
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"ee-tuning: stopped\n"
+    assert process.returncode == 130

@@ -20,7 +20,7 @@ from ee_tuning.data.megatron import megatron_documents
 from ee_tuning.data.packing import pack
 from ee_tuning.data.readers import file_records, hub_records, load_hub
 from ee_tuning.data.sources import Source, parse_source
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.losses import IGNORED
 
 FORMAT = 1  # part of every cache key: raise it when documents or rows come out differently
@@ -193,7 +193,7 @@ def _warn_of_problems(documents: list[datasets.Dataset]) -> None:
     problems = [problem for data in documents for problem in _problems(data)]
     if problems:
         warnings.warn(
-            f"{len(problems)} bad records skipped, the first: {problems[0]}", stacklevel=3
+            f"{len(problems)} bad records skipped, the first: {problems[0]}", Notice, stacklevel=3
         )
 
 

@@ -22,7 +22,7 @@ from ee_tuning.config import Layers
 from ee_tuning.decode.engine import Request
 from ee_tuning.decode.policy import Policy, make_policy
 from ee_tuning.decode.speculative import Chooser
-from ee_tuning.errors import UserError, first_line
+from ee_tuning.errors import Notice, UserError, first_line
 
 if TYPE_CHECKING:
     from ee_tuning.model import EarlyExitModel
@@ -252,7 +252,9 @@ def _padding(config: GenerationConfig) -> int:
 def warn_ignored(kwargs: dict[str, Any]) -> None:
     for name in IGNORED:
         if said(kwargs, name):
-            warnings.warn(f"{name} is ignored: tokens come with exit_layers alone", stacklevel=4)
+            warnings.warn(
+                f"{name} is ignored: tokens come with exit_layers alone", Notice, stacklevel=4
+            )
 
 
 def _stops(criteria: StoppingCriteriaList, device: torch.device) -> Callable[[Sequence[int]], bool]:

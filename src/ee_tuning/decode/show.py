@@ -23,7 +23,7 @@ from ee_tuning.decode.parts import load_part
 from ee_tuning.decode.pipeline import NO_DRAFTS
 from ee_tuning.decode.speculative import Token
 from ee_tuning.devices import pick_device, pick_dtype
-from ee_tuning.errors import UserError, first_line
+from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
@@ -111,7 +111,9 @@ def _generate_and_show(config: GenerateConfig, mesh: Mesh, console: Console) -> 
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     usual = {name: getattr(GenerateConfig(), name) for name in sampling}
     if sampling != usual and not config.do_sample and mesh.is_main:
-        warnings.warn("temperature, top_k and top_p are ignored without do_sample", stacklevel=1)
+        warnings.warn(
+            "temperature, top_k and top_p are ignored without do_sample", Notice, stacklevel=1
+        )
     way: dict[str, Any] = {
         "mode": config.mode,
         "threshold": config.threshold,
