@@ -50,7 +50,7 @@ TUNED = [FP8, f"held-out loss at step 0: {LOSSES}", STEP.format(2), STEP.format(
          f"held-out loss at step 4: {LOSSES}"]  # fmt: skip
 
 
-@pytest.mark.parametrize("without", ["", "torchao"])
+@pytest.mark.parametrize("without", ["", pytest.param("torchao", marks=pytest.mark.slow)])
 def test_only_own_lines_are_on_stderr(without, base, data, tmp_path):
     command = [sys.executable, "-c", SCRIPT, without, base, data, str(tmp_path)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
