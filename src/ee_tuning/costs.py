@@ -16,7 +16,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from ee_tuning.backbone import Backbone
-from ee_tuning.exits import WRITES_BACK, Exit
+from ee_tuning.exits import Exit
+from ee_tuning.exits.archs import WRITES_BACK
 from ee_tuning.model import EarlyExitModel
 
 STATES = 3  # hidden states that an exit needs of a token: an `mlp` exit's input is of three tensors
