@@ -61,14 +61,33 @@ def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Ite
 def _encode_chunk(chunk: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     problems = [record.problem or _problem(record) for record in chunk]
     good = [record for record, problem in zip(chunk, problems, strict=True) if not problem]
-    texts = _encode_texts([r.fields["text"] for r in good if _form(r) == ("text",)], tokenizer)
+    texts = _encode_texts([r for r in good if _form(r) == ("text",)], tokenizer)
     for record, problem in zip(chunk, problems, strict=True):
         if problem:
             yield document([], [], problem)
+        elif record.tokens is not None:
+            yield _stored(record, tokenizer)
         elif _form(record) == ("text",):
             yield next(texts)
         else:
             yield _encode_one(record, tokenizer)
+
+
+def _stored(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
+    """A document that is stored as tokens.
+
+    Raises:
+        UserError: the tokenizer does not have one of them.
+    """
+    ids = record.tokens
+    assert ids is not None
+    if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
+        wrong = ids.max() if ids.max() >= len(tokenizer) else ids.min()
+        raise UserError(
+            f"{record.where}: token id {wrong} is outside the tokenizer's {len(tokenizer)} "
+            "tokens: name the tokenizer it was made with"
+        )
+    return document(ids, ids)
 
 
 def _form(record: Record) -> tuple[str, ...] | None:
@@ -79,6 +98,8 @@ def _form(record: Record) -> tuple[str, ...] | None:
 def _problem(record: Record) -> str:
     """Why the fields of `record` cannot be used, or nothing."""
     form = _form(record)
+    if record.tokens is not None:
+        return ""
     if form is None:
         found = ", ".join(record.fields) or "none"
         return (
@@ -110,8 +131,9 @@ def _is_chat(value: Any) -> bool:
     )
 
 
-def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
+def _encode_texts(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     # A tokenizer refuses an empty batch. Special tokens are its own choice, hence a bos or not.
+    texts = [record.fields["text"] for record in records]
     encoded = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     for ids in encoded:
         yield document(*_with_eos(ids, list(ids), tokenizer))

@@ -15,10 +15,8 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.data.encode import Document, document, encode
-from ee_tuning.data.megatron import megatron_documents
+from ee_tuning.data.encode import Document, encode
 from ee_tuning.data.packing import pack
-from ee_tuning.data.readers import file_records, hub_records, load_hub
 from ee_tuning.data.sources import Source, parse_source
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.losses import IGNORED
@@ -106,7 +104,7 @@ def _tokenised(
     source: Source, tokenizer: PreTrainedTokenizerBase, skip_bad_records: bool
 ) -> datasets.Dataset:
     """The documents of a source as Arrow on disk, problems of bad records among them."""
-    identity, documents = _opened(source, tokenizer)
+    documents = encode(source.records(), tokenizer)
 
     def generate() -> Iterator[Document]:
         empty = True
@@ -118,20 +116,8 @@ def _tokenised(
         if empty:
             raise UserError(f"data {source.name} has no records or readable text in it")
 
-    key = _key("documents", source.kind, identity, _tokenizer_identity(tokenizer), skip_bad_records)
+    key = _key("documents", source.identity(), _tokenizer_identity(tokenizer), skip_bad_records)
     return _on_disk(generate, DOCUMENT, key)
-
-
-def _opened(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Iterator[Document]]:
-    """What tells the content of `source`, and its documents, not read yet."""
-    if source.kind == "hub":
-        data = load_hub(source.name)
-        return data._fingerprint, encode(hub_records(source.name, data), tokenizer)
-    if source.kind == "megatron":
-        tokens, index = source.files
-        arrays = megatron_documents(tokens, index, len(tokenizer))
-        return source.identity(), (document(ids, ids) for ids in arrays)
-    return source.identity(), encode(file_records(source), tokenizer)
 
 
 def _packed(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ee_tuning.data.readers import Record
 from ee_tuning.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -31,11 +32,11 @@ class Index:
     bounds: np.ndarray
 
 
-def megatron_documents(tokens: Path, index: Path, vocab_size: int) -> Iterator[np.ndarray]:
-    """The token ids of each document, (n,) int32; end-of-text tokens are already among them.
+def read_megatron(tokens: Path, index: Path) -> Iterator[Record]:
+    """The token ids of each document; end-of-text tokens are already among them.
 
     Raises:
-        UserError: a corrupt index, or a token id that the tokenizer does not have.
+        UserError: a corrupt index.
     """
     found = read_index(index)
     if (found.pointers + found.lengths.astype(np.int64) * found.dtype.itemsize).max(
@@ -45,13 +46,7 @@ def megatron_documents(tokens: Path, index: Path, vocab_size: int) -> Iterator[n
     stored = np.memmap(tokens, dtype=np.uint8, mode="r")
     for number, (first, last) in enumerate(zip(found.bounds, found.bounds[1:], strict=False)):
         ids = _document(stored, found, int(first), int(last))
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            wrong = ids.max() if ids.max() >= vocab_size else ids.min()
-            raise UserError(
-                f"{tokens} document {number + 1}: token id {wrong} is outside the tokenizer's "
-                f"{vocab_size} tokens: name the tokenizer it was made with"
-            )
-        yield ids.astype(np.int32)
+        yield Record(f"{tokens} document {number + 1}", tokens=ids)
 
 
 def _document(stored: np.ndarray, index: Index, first: int, last: int) -> np.ndarray:

@@ -1,34 +1,45 @@
-"""What the user named as data: ``PATH_OR_HUB_ID[=WEIGHT]``, parsed and found.
+"""What the user named as data: ``SOURCE[[:LIMIT]][=WEIGHT]``, parsed and found.
 
-A local path is a text file (``.txt``, ``.md``: one document), records (``.jsonl``, ``.json``,
-``.parquet``), a folder, or a Megatron pair (its prefix, ``.bin`` or ``.idx``). Anything that is
-not a path is a data set of the hub: ``id``, ``id#split``, ``id:config`` or ``id:config#split``;
-the split is ``train`` unless given.
+A source is a file of a format in `READERS`, packed or not, a pattern of such files, a folder, a
+Megatron pair (its prefix, ``.bin`` or ``.idx``), or, if there is no such path, a data set of the
+hub: ``id``, ``id#split``, ``id:config`` or ``id:config#split``; the split is ``train`` unless
+given. To add a format is to add a function to `READERS`, to add a kind of source to give
+`parse_source` another `Content`.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Protocol
 
-from ee_tuning.errors import UserError
+import datasets
 
-Kind = Literal["text", "records", "folder", "megatron", "hub"]
-KINDS: dict[str, Kind] = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "records",
-    ".json": "records",
-    ".parquet": "records",
-    ".bin": "megatron",
-    ".idx": "megatron",
-}
+from ee_tuning.data.folders import folder_files, saved_folder, walk
+from ee_tuning.data.megatron import read_megatron
+from ee_tuning.data.readers import READERS, Reader, Record
+from ee_tuning.data.streams import PACKED, kind
+from ee_tuning.errors import UserError, first_line
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(#.+)?")
+LIMIT = re.compile(r"\[:(\d+)\]$")
+MEGATRON = (".bin", ".idx")
+SAMPLES, SAMPLE = 16, 2**16  # parts of a file, and bytes of each, that tell its contents
+
+
+class Content(Protocol):
+    """Where records are, and what tells them from others; nothing is read before `records`."""
+
+    def identity(self) -> Any:
+        """Differs where the contents do, as a text."""
+
+    def records(self) -> Iterator[Record]:
+        """All records, in order."""
 
 
 @dataclass(frozen=True)
@@ -37,46 +48,149 @@ class Source:
 
     name: as the user gave it, without the weight.
     weight: its share in the mix, or None if none was given.
-    files: what to read, in order; for a Megatron pair its ``.bin`` and ``.idx``; none for the hub.
+    limit: records to read at most, or None.
     """
 
     name: str
     weight: float | None
-    kind: Kind
-    files: tuple[Path, ...] = ()
+    limit: int | None
+    content: Content
 
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Path, size and time of change of each file: a changed file is different data."""
-        stats = ((path.resolve(), path.stat()) for path in self.files)
-        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    def identity(self) -> Any:
+        """Differs where the records do, as a text."""
+        return self.limit, self.content.identity()
+
+    def records(self) -> Iterator[Record]:
+        """The records, in order; pieces of a long text count as one.
+
+        Raises:
+            UserError: a file that cannot be read at all. A single record that is malformed has its
+                `problem` set instead.
+        """
+        number = 0
+        for record in self.content.records():
+            yield record
+            number += record.ends
+            if number == self.limit:
+                return
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files, each with the function that reads it."""
+
+    parts: tuple[tuple[Path, Reader], ...]
+
+    def identity(self) -> Any:
+        """See `Content`."""
+        return [file_identity(path) for path, _ in self.parts]
+
+    def records(self) -> Iterator[Record]:
+        """See `Content`."""
+        for path, read in self.parts:
+            yield from read(path)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A Megatron pair."""
+
+    tokens: Path
+    index: Path
+
+    def identity(self) -> Any:
+        """See `Content`."""
+        return [file_identity(path) for path in (self.tokens, self.index)]
+
+    def records(self) -> Iterator[Record]:
+        """See `Content`."""
+        return read_megatron(self.tokens, self.index)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A split of what ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
+
+    folder: Path
+
+    def identity(self) -> Any:
+        """See `Content`."""
+        return [file_identity(path) for path in walk(self.folder)]
+
+    def records(self) -> Iterator[Record]:
+        """See `Content`."""
+        try:
+            data = datasets.load_from_disk(str(self.folder))
+        except Exception as error:  # of many kinds, as with the hub
+            raise UserError(
+                f"data {self.folder}: saved by datasets, but not readable ({first_line(error)})"
+            ) from error
+        return table_records(str(self.folder), data)
+
+
+class Hub:
+    """A data set of the hub."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data: datasets.Dataset | None = None
+
+    def identity(self) -> Any:
+        """See `Content`."""
+        return self._loaded()._fingerprint
+
+    def records(self) -> Iterator[Record]:
+        """See `Content`."""
+        return table_records(self.name, self._loaded())
+
+    def _loaded(self) -> datasets.Dataset:
+        """The split ``id``, ``id#split``, ``id:config#split`` names.
+
+        Raises:
+            UserError: no such data set, configuration or split, or no connection.
+        """
+        if self.data is None:
+            path, _, split = self.name.partition("#")
+            path, _, config = path.partition(":")
+            try:
+                self.data = datasets.load_dataset(path, config or None, split=split or "train")
+            except Exception as error:  # the hub's client and each format raise errors of their own
+                raise UserError(
+                    f"data {self.name}: no such file or folder here, and not loadable from the hub "
+                    f"({first_line(error)})"
+                ) from error
+        return self.data
+
+
+def table_records(name: str, data: datasets.Dataset) -> Iterator[Record]:
+    """The rows of a data set as records."""
+    for number, fields in enumerate(data, start=1):
+        yield Record(f"{name} record {number}", fields)
+
+
+def file_identity(path: Path) -> Any:
+    """Path, size, time of change and a hash of parts of a file: a changed file is other data."""
+    stat, digest = path.stat(), hashlib.sha256()
+    step = max(SAMPLE, stat.st_size // SAMPLES)
+    with path.open("rb") as file:
+        for start in range(0, stat.st_size, step):
+            file.seek(start)
+            digest.update(file.read(SAMPLE))
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()
 
 
 def parse_source(text: str) -> Source:
     """The source behind one argument of ``--data``.
 
     Raises:
-        UserError: a weight that is not positive; a file that does not exist, is empty or is of
-            an unknown kind; a folder without readable files; half a Megatron pair.
+        UserError: a weight or limit that is not positive; a file that does not exist, is empty or
+            is of an unknown kind; a folder without readable files; half a Megatron pair.
     """
     name, weight = _split_weight(text)
+    name, limit = _split_limit(name)
     if not name:
         raise UserError(f"data {text!r} names nothing: give a file, a folder or a hub id")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _folder(name, weight, path)
-    if path.is_file() and path.suffix.lower() not in KINDS:
-        raise UserError(
-            f"data file {name} is of a kind that is not read: use {', '.join(KINDS)} or a folder"
-        )
-    kind = KINDS.get(path.suffix.lower())
-    if kind == "megatron" or (kind is None and _is_prefix(path)):
-        return Source(name, weight, "megatron", _megatron_pair(name, path))
-    if kind is not None:
-        _check_file(name, path)
-        return Source(name, weight, kind, (path,))
-    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
-        _check_file(name, path)
-    return Source(name, weight, "hub")
+    return Source(name, weight, limit, _find(name))
 
 
 def _split_weight(text: str) -> tuple[str, float | None]:
@@ -92,6 +206,64 @@ def _split_weight(text: str) -> tuple[str, float | None]:
     return name, weight
 
 
+def _split_limit(name: str) -> tuple[str, int | None]:
+    found = LIMIT.search(name)
+    if not found or "#" in name:  # a split's own slice
+        return name, None
+    if int(found[1]) < 1:
+        raise UserError(f"data {name}: the limit {found[1]} must be at least 1")
+    return name[: found.start()], int(found[1])
+
+
+def _find(name: str) -> Content:
+    path = Path(name).expanduser()
+    if path.is_dir() or ("#" in name and Path(name.partition("#")[0]).expanduser().is_dir()):
+        return _folder(name)
+    if not path.exists() and glob.has_magic(name.partition("#")[0]):
+        return Files(tuple(_matches(name)))
+    if kind(path) not in READERS and _is_prefix(path):
+        return _megatron_pair(name, path)
+    if path.is_file():
+        _check_file(name, path)
+        return Files(((path, _reader(name, path)),))
+    looks_local = kind(path) in READERS or name.startswith((".", "/", "~"))
+    if looks_local or path.suffix in MEGATRON or not HUB_ID.fullmatch(name):
+        _check_file(name, path)
+    return Hub(name)
+
+
+def _folder(name: str) -> Content:
+    path, split = Path(name).expanduser(), ""
+    if not path.is_dir():
+        path, split = path.with_name(path.name.partition("#")[0]), path.name.partition("#")[2]
+    saved = saved_folder(path, split)
+    if saved:
+        return Saved(saved)
+    if split:
+        raise UserError(f"data {name}: {path} was not saved by datasets, so it has no splits")
+    return Files(tuple(folder_files(name, path)))
+
+
+def _matches(pattern: str) -> Iterator[tuple[Path, Reader]]:
+    """The files that `pattern` matches, ``**`` for folders within folders, in order of name."""
+    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    paths = [path for path in map(Path, found) if path.is_file() and path.stat().st_size]
+    if not paths:
+        raise UserError(f"data {pattern}: no file matches, or only empty ones: check the pattern")
+    for path in paths:
+        yield path, _reader(str(path), path)
+
+
+def _reader(name: str, path: Path) -> Reader:
+    reader = READERS.get(kind(path))
+    if reader is None:
+        raise UserError(
+            f"data file {name} is of a kind that is not read: use {', '.join(READERS)}, packed as "
+            f"{', '.join(PACKED)} or not, or a folder"
+        )
+    return reader
+
+
 def _check_file(name: str, path: Path) -> None:
     if not path.exists():
         raise UserError(f"data file {name} does not exist: check the path")
@@ -101,37 +273,20 @@ def _check_file(name: str, path: Path) -> None:
 
 def _with_suffix(path: Path, suffix: str) -> Path:
     """`path` with `suffix` for its .bin or .idx, or appended: a prefix may have dots in it."""
-    base = path.with_suffix("") if path.suffix.lower() in (".bin", ".idx") else path
+    base = path.with_suffix("") if path.suffix.lower() in MEGATRON else path
     return base.with_name(base.name + suffix)
 
 
 def _is_prefix(path: Path) -> bool:
-    return any(_with_suffix(path, suffix).exists() for suffix in (".bin", ".idx"))
+    return any(_with_suffix(path, suffix).exists() for suffix in MEGATRON)
 
 
-def _megatron_pair(name: str, path: Path) -> tuple[Path, Path]:
-    tokens, index = _with_suffix(path, ".bin"), _with_suffix(path, ".idx")
+def _megatron_pair(name: str, path: Path) -> Pair:
+    tokens, index = (_with_suffix(path, suffix) for suffix in MEGATRON)
     for part in (tokens, index):
         if not part.exists():
             raise UserError(
                 f"data file {part} does not exist: Megatron data {name} needs both .bin and .idx"
             )
         _check_file(str(part), part)
-    return tokens, index
-
-
-def _folder(name: str, weight: float | None, folder: Path) -> Source:
-    files = [path for path in _walk(folder) if path.is_file() and path.stat().st_size > 0]
-    records = tuple(path for path in files if path.suffix.lower() in (".jsonl", ".parquet"))
-    if records:
-        return Source(name, weight, "records", records)
-    if not files:
-        raise UserError(f"data folder {name} has no files to read: name one with text in it")
-    return Source(name, weight, "folder", tuple(files))
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files below `folder` in a fixed order, without hidden ones."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+    return Pair(tokens, index)
