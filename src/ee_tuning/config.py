@@ -190,7 +190,19 @@ class InitConfig(NewExitsConfig):
 
 
 @dataclass
-class TuneConfig(NewExitsConfig):
+class ReadingConfig:
+    """How records become documents: what `tune` and `evaluate` share."""
+
+    text_field: str = option("text", "name of the field with the text of a record")
+    chat_template: str = option("", "file with a chat template; default: the tokenizer's")
+    control_as_text: bool = option(
+        False, "control tokens that a text or prompt spells out, such as <|im_end|>, are text"
+    )
+    skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
+
+
+@dataclass
+class TuneConfig(NewExitsConfig, ReadingConfig):
     """Tune the exits of a backbone on text; the backbone stays as it is."""
 
     out: str = option("", "folder for the exits, checkpoints and metrics", path=True)
@@ -210,7 +222,6 @@ class TuneConfig(NewExitsConfig):
         0.01, "share of the packed sequences held out of --data for validation"
     )
     tokenizer: str = option("", "tokenizer folder or hub id; default: the backbone's", path=True)
-    skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
 
     steps: int = option(1000, "optimizer steps")
     seq_length: int = option(2048, "tokens per packed sequence")
@@ -369,7 +380,7 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig):
+class EvaluateConfig(SamplingConfig, ReadingConfig):
     """Measure the exits: losses, agreement, speed; a table, JSON and an HTML report."""
 
     data: list[str] = option([], "held-out data, as for tune", path=True)
@@ -382,7 +393,6 @@ class EvaluateConfig(SamplingConfig):
     prompts: int = option(8, "prompts taken from the data to generate from")
     prompt_length: int = option(64, "tokens per prompt")
     rounds: int = option(3, "timed rounds; the median and the spread are reported")
-    skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
     out: str = option(
         "", "folder for evaluation.json and report.html; default: the exits' folder", path=True
     )

@@ -38,9 +38,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     find_exits(config.exits)
     folder = results_folder(config)
     model, tokenizer = load_for_decoding(config)
-    packed = load_packed(
-        config.data, tokenizer, config.seq_length, config.seed, config.skip_bad_records
-    )
+    packed = load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
     with progress.status("losses and agreement on the data"):
         measured = measure_exits(model, packed, config, thresholds)

@@ -1,241 +1,214 @@
-"""From records to documents: token ids, and labels that say which tokens count in the loss.
-
-The first of these that a record has decides:
-
-* ``messages``: a chat; the tokens of the assistant count.
-* ``prompt`` and ``completion``: the completion counts, end of text included.
-* ``text``: everything counts, end of text included.
-"""
+"""From records to documents: token ids, and which of them count in the loss."""
 
 from __future__ import annotations
 
-import re
+import io
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import Any, TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.data.readers import Record
+from ee_tuning.config import ReadingConfig
+from ee_tuning.data.chats import Spans, marked, rendered, with_template
+from ee_tuning.data.forms import BadRecord, Chat, Completion, Form, Instruction, Text, find_form
+from ee_tuning.data.readers import PIECE, Record, pieces
 from ee_tuning.errors import UserError
-from ee_tuning.losses import IGNORED
 
 CHUNK = 256  # texts tokenised at once: a fast tokenizer spreads them over the cores
-FORMS = (("messages",), ("prompt", "completion"), ("text",))
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+CHUNK_CHARACTERS = 4 * PIECE
 
 
-class Document(TypedDict):
-    """input_ids and labels, each (n,) int32; or a bad record's problem and no tokens."""
+class Document(NamedTuple):
+    """ids (n,) int32; counts (n,) bool: which of them are learned, never the first."""
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    problem: str
-
-
-class BadRecord(Exception):
-    """One record cannot be used; the message does not name the place."""
+    ids: np.ndarray
+    counts: np.ndarray
 
 
-def document(ids: Any, labels: Any, problem: str = "") -> Document:
+@dataclass(frozen=True)
+class Encoded:
+    """A record as documents: one, or several of a chat; or its problem and none."""
+
+    record: Record
+    documents: list[Document] = field(default_factory=list)
+    problem: str = ""
+
+
+def document(ids: Any, counts: Any) -> Document:
     """A `Document`; its first token never counts, since nothing before it predicts it."""
-    labels = np.array(labels, dtype=np.int32)
-    labels[:1] = IGNORED
-    return {"input_ids": np.asarray(ids, dtype=np.int32), "labels": labels, "problem": problem}
+    counts = np.array(counts, dtype=bool)
+    counts[:1] = False
+    return Document(np.asarray(ids, dtype=np.int32), counts)
 
 
-def encode(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    """One document per record, in order.
+class Encoder:
+    """Makes documents with `tokenizer`, as `reading` says."""
 
-    Raises:
-        UserError: a chat for a tokenizer without a usable chat template, or a tokenizer that
-            cannot say which characters a token stands for.
-    """
-    stream = iter(records)
-    while chunk := list(islice(stream, CHUNK)):
-        yield from _encode_chunk(chunk, tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: ReadingConfig) -> None:
+        self.tokenizer = with_template(tokenizer, reading.chat_template)
+        self.text_field = reading.text_field
+        # Slow tokenizers and old ones do not know the argument.
+        self.plain = {"split_special_tokens": True} if reading.control_as_text else {}
+        self._edges: tuple[list[int], list[int]] | None = None
 
-
-def _encode_chunk(chunk: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    problems = [record.problem or _problem(record) for record in chunk]
-    good = [record for record, problem in zip(chunk, problems, strict=True) if not problem]
-    texts = _encode_texts([r for r in good if _form(r) == ("text",)], tokenizer)
-    for record, problem in zip(chunk, problems, strict=True):
-        if problem:
-            yield document([], [], problem)
-        elif record.tokens is not None:
-            yield _stored(record, tokenizer)
-        elif _form(record) == ("text",):
-            yield next(texts)
+    def identity(self) -> Any:
+        """Differs where a record may become other documents, as a text."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            model = tokenizer.backend_tokenizer.to_str()
         else:
-            yield _encode_one(record, tokenizer)
+            vocabulary = sorted(tokenizer.get_vocab().items())
+            model = repr((type(tokenizer), vocabulary, tokenizer.init_kwargs))
+        template = tokenizer.chat_template
+        return model, tokenizer.special_tokens_map, template, self.text_field, self.plain
 
+    def encode(self, records: Iterable[Record]) -> Iterator[Encoded]:
+        """The documents of every record, in order.
 
-def _stored(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A document that is stored as tokens.
+        Raises:
+            UserError: a chat for a tokenizer without a chat template, a tokenizer that cannot say
+                which characters a token stands for, or stored tokens that it does not have.
+        """
+        chunk: list[tuple[Record, Form | None]] = []
+        characters = 0
+        for record in records:
+            for item in self._understood(record):
+                chunk.append(item)
+                characters += len(item[1].text) if isinstance(item[1], Text) else 0
+                if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
+                    yield from self._encode_chunk(chunk)
+                    chunk, characters = [], 0
+        yield from self._encode_chunk(chunk)
 
-    Raises:
-        UserError: the tokenizer does not have one of them.
-    """
-    ids = record.tokens
-    assert ids is not None
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokenizer):
-        wrong = ids.max() if ids.max() >= len(tokenizer) else ids.min()
-        raise UserError(
-            f"{record.where}: token id {wrong} is outside the tokenizer's {len(tokenizer)} "
-            "tokens: name the tokenizer it was made with"
-        )
-    return document(ids, ids)
+    def _understood(self, record: Record) -> Iterator[tuple[Record, Form | None]]:
+        """The record and what it means, piece by piece if it is a long text; or its problem."""
+        if record.problem or record.tokens is not None:
+            yield record, None
+            return
+        try:
+            form = find_form(record.fields, self.text_field)
+        except BadRecord as error:
+            yield replace(record, problem=f"{record.where}: {error}"), None
+            return
+        if not isinstance(form, Text) or len(form.text) <= 2 * PIECE:
+            yield record, form
+            return
+        for piece in pieces(record.where, io.StringIO(form.text, newline="")):
+            yield piece, Text(piece.fields["text"])
 
+    def _encode_chunk(self, chunk: list[tuple[Record, Form | None]]) -> Iterator[Encoded]:
+        texts = [(record, form) for record, form in chunk if isinstance(form, Text)]
+        whole = self._ids([form.text for record, form in texts if record.begins and record.ends])
+        parts = [form.text for record, form in texts if not (record.begins and record.ends)]
+        bare = self._ids(parts, add_special_tokens=False)
+        for record, form in chunk:
+            if not isinstance(form, Text):
+                yield self._encode_one(record, form)
+            elif record.begins and record.ends:
+                yield Encoded(record, [self._learned(next(whole))])
+            else:
+                yield Encoded(record, [self._piece(record, next(bare))])
 
-def _form(record: Record) -> tuple[str, ...] | None:
-    has = {name for name, value in record.fields.items() if value is not None}
-    return next((form for form in FORMS if has.issuperset(form)), None)
+    def _ids(self, texts: list[str], **more: Any) -> Iterator[list[int]]:
+        # A tokenizer refuses an empty batch. Special tokens are its own choice, hence a bos or not.
+        if texts:
+            more |= self.plain
+            yield from self.tokenizer(texts, verbose=False, **more)["input_ids"]
 
+    def _learned(self, ids: list[int]) -> Document:
+        return document(*self._with_eos(ids, [True] * len(ids)))
 
-def _problem(record: Record) -> str:
-    """Why the fields of `record` cannot be used, or nothing."""
-    form = _form(record)
-    if record.tokens is not None:
-        return ""
-    if form is None:
-        found = ", ".join(record.fields) or "none"
-        return (
-            f"{record.where}: fields found: {found}; wanted: messages, prompt and completion, "
-            "or text"
-        )
-    if form == ("messages",):
-        usable, wanted = _is_chat(record.fields["messages"]), "a list of {role, content}"
-    else:
-        usable, wanted = all(_is_text(record.fields[name]) for name in form), "valid text"
-    return "" if usable else f"{record.where}: {' and '.join(form)} must be {wanted}"
+    def _piece(self, record: Record, ids: list[int]) -> Document:
+        """A piece of a long text: only the first and the last have what the tokenizer adds."""
+        if self._edges is None:
+            self._edges = self._around()
+        front, back = self._edges
+        ids = (front if record.begins else []) + ids
+        return self._learned(ids + back) if record.ends else document(ids, [True] * len(ids))
 
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        bare, full = next(self._ids(["a"], add_special_tokens=False)), next(self._ids(["a"]))
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
 
-def _is_text(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell but UTF-8 cannot
-        return False
+    def _with_eos(self, ids: list[int], counts: list[bool]) -> tuple[list[int], list[bool]]:
+        """End a document with the tokenizer's end of text, if it has one, and let that count."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return ids, counts
+        if ids and ids[-1] == eos:  # some tokenizers add it by themselves
+            return ids, [*counts[:-1], True]
+        return [*ids, eos], [*counts, True]
 
+    def _encode_one(self, record: Record, form: Form | None) -> Encoded:
+        if record.problem:
+            return Encoded(record, problem=record.problem)
+        if record.tokens is not None:
+            return Encoded(record, [self._stored(record)])
+        if isinstance(form, Instruction):
+            form = form.as_chat() if self.tokenizer.chat_template else form.as_completion()
+        try:
+            if isinstance(form, Chat):
+                return Encoded(record, list(self._chat(record, form)))
+            assert isinstance(form, Completion)
+            return Encoded(record, [self._completion(form)])
+        except BadRecord as error:
+            return Encoded(record, problem=f"{record.where}: {error}")
 
-def _is_chat(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    turns = [turn for turn in value if isinstance(turn, dict) and {"role", "content"} <= {*turn}]
-    return len(turns) == len(value) and all(
-        _is_text(turn["role"])
-        and (not isinstance(turn["content"], str) or _is_text(turn["content"]))
-        for turn in turns
-    )
+    def _stored(self, record: Record) -> Document:
+        """A document that is stored as tokens.
 
-
-def _encode_texts(records: list[Record], tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
-    # A tokenizer refuses an empty batch. Special tokens are its own choice, hence a bos or not.
-    texts = [record.fields["text"] for record in records]
-    encoded = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    for ids in encoded:
-        yield document(*_with_eos(ids, list(ids), tokenizer))
-
-
-def _with_eos(
-    ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """End a document with the tokenizer's end of text, if it has one, and let that count."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        return ids, labels
-    if ids and ids[-1] == eos:  # some tokenizers add it by themselves
-        return ids, [*labels[:-1], eos]
-    return [*ids, eos], [*labels, eos]
-
-
-def _encode_one(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
-    try:
-        if _form(record) == ("messages",):
-            return _encode_chat(record, tokenizer)
-        return _encode_completion(record.fields["prompt"], record.fields["completion"], tokenizer)
-    except BadRecord as error:
-        return document([], [], f"{record.where}: {error}")
-
-
-def _encode_completion(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase
-) -> Document:
-    text = prompt + completion
-    ids, labels = _encode_spans(text, [(len(prompt), len(text))], tokenizer, special=True)
-    return document(*_with_eos(ids, labels, tokenizer))
-
-
-def _encode_spans(
-    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, special: bool
-) -> tuple[list[int], list[int]]:
-    """Tokens of `text`; those whose last character lies in a span of characters are labelled.
-
-    The last and not the first: a token may begin with the space that ends a prompt.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer {tokenizer.name_or_path} gives no character offsets, which chats and "
-            "completions need: use its fast version, or records with text"
-        )
-    encoded = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
-    )
-    ids = np.array(encoded["input_ids"], dtype=np.int64)
-    ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
-    counts = np.zeros(len(ids), dtype=bool)
-    for start, stop in spans:
-        counts |= (ends > start) & (ends <= stop)
-    return ids.tolist(), np.where(counts, ids, IGNORED).tolist()
-
-
-def _encode_chat(record: Record, tokenizer: PreTrainedTokenizerBase) -> Document:
-    messages = record.fields["messages"]
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{record.where}: messages need a chat template and the tokenizer "
-            f"{tokenizer.name_or_path} has none: use an instruction-tuned model's tokenizer"
-        )
-    try:
-        if GENERATION.search(tokenizer.get_chat_template()):
-            return _encode_marked_chat(messages, tokenizer)
-        text, spans = _assistant_spans(record.where, messages, tokenizer)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise BadRecord(f"the chat template refuses these messages ({error})") from None
-    return document(*_encode_spans(text, spans, tokenizer, special=False))
-
-
-def _encode_marked_chat(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """The template itself marks the assistant's tokens, with {% generation %}."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = np.array(encoded["input_ids"])
-    return document(ids, np.where(np.array(encoded["assistant_masks"]) == 1, ids, IGNORED))
-
-
-def _assistant_spans(
-    where: str, messages: list[dict], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]]]:
-    """The chat as text, and the spans of characters a model would have to generate."""
-
-    def render(count: int, prompt: bool) -> str:
-        text: Any = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
-        )
-        return text
-
-    text, spans = render(len(messages), False), []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(i, True), render(i + 1, False)
-        if not (text.startswith(after) and after.startswith(before)):
+        Raises:
+            UserError: the tokenizer does not have one of them.
+        """
+        ids, size = record.tokens, len(self.tokenizer)
+        assert ids is not None
+        if len(ids) and not 0 <= ids.min() <= ids.max() < size:
+            wrong = ids.max() if ids.max() >= size else ids.min()
             raise UserError(
-                f"{where}: the chat template writes turns differently once others follow, so the "
-                "assistant's text cannot be told apart: use a template with {% generation %}"
+                f"{record.where}: token id {wrong} is outside the tokenizer's {size} tokens: name "
+                "the tokenizer it was made with"
             )
-        spans.append((len(before), len(after)))
-    return text, spans
+        return document(ids, np.ones(len(ids)))
+
+    def _completion(self, form: Completion) -> Document:
+        text = form.prompt + form.completion
+        spans = [(len(form.prompt), len(text))]
+        ids, counts = self._spans(text, spans, add_special_tokens=True, **self.plain)
+        return document(*self._with_eos(ids, counts.tolist()))
+
+    def _chat(self, record: Record, chat: Chat) -> Iterator[Document]:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{record.where}: messages need a chat template and the tokenizer "
+                f"{self.tokenizer.name_or_path} has none: use an instruction-tuned model's "
+                "tokenizer, or give one with --chat-template"
+            )
+        found = marked(chat, self.tokenizer)
+        if found:
+            yield document(*found)
+            return
+        for text, spans in rendered(chat, self.tokenizer):
+            yield document(*self._spans(text, spans, add_special_tokens=False))
+
+    def _spans(self, text: str, spans: Spans, **more: Any) -> tuple[list[int], np.ndarray]:
+        """Tokens of `text`; those whose last character lies in one of `spans` count.
+
+        The last and not the first: a token may begin with the space that ends a prompt.
+        """
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path} gives no character offsets, which "
+                "chats and completions need: use its fast version, or records with text"
+            )
+        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **more)
+        ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
+        counts = np.zeros(len(ends), dtype=bool)
+        for start, stop in spans:
+            counts |= (ends > start) & (ends <= stop)
+        return encoded["input_ids"], counts

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.data.encode import Document, encode
+from ee_tuning.config import ReadingConfig
+from ee_tuning.data.encode import Encoder
 from ee_tuning.data.packing import pack
 from ee_tuning.data.sources import Source, parse_source
 from ee_tuning.errors import Notice, UserError
@@ -39,7 +40,7 @@ def load_packed(
     tokenizer: PreTrainedTokenizerBase,
     seq_length: int,
     seed: int,
-    skip_bad_records: bool = False,
+    reading: ReadingConfig | None = None,
 ) -> datasets.Dataset:
     """Packed rows of all sources, each ``PATH_OR_HUB_ID[=WEIGHT]``.
 
@@ -62,7 +63,7 @@ def load_packed(
         raise UserError(f"seed {seed} is negative: give 0 or more")
     parsed = [parse_source(text) for text in sources]
     with _without_progress_bars():
-        documents = [_tokenised(source, tokenizer, skip_bad_records) for source in parsed]
+        documents = [_tokenised(source, tokenizer, reading or ReadingConfig()) for source in parsed]
         _warn_of_problems(documents)
         packed = [
             _packed(source.name, number, data, seq_length, seed, _pad_id(tokenizer))
@@ -101,22 +102,25 @@ def split_validation(
 
 
 def _tokenised(
-    source: Source, tokenizer: PreTrainedTokenizerBase, skip_bad_records: bool
+    source: Source, tokenizer: PreTrainedTokenizerBase, reading: ReadingConfig
 ) -> datasets.Dataset:
     """The documents of a source as Arrow on disk, problems of bad records among them."""
-    documents = encode(source.records(), tokenizer)
+    encoder = Encoder(tokenizer, reading)
 
-    def generate() -> Iterator[Document]:
+    def generate() -> Iterator[dict[str, Any]]:
         empty = True
-        for found in documents:
-            if found["problem"] and not skip_bad_records:
-                raise UserError(found["problem"])
+        for found in encoder.encode(source.records()):
+            if found.problem and not reading.skip_bad_records:
+                raise UserError(found.problem)
             empty = False
-            yield found
+            if found.problem:
+                yield {"input_ids": [], "labels": [], "problem": found.problem}
+            for ids, counts in found.documents:
+                yield {"input_ids": ids, "labels": np.where(counts, ids, IGNORED), "problem": ""}
         if empty:
             raise UserError(f"data {source.name} has no records or readable text in it")
 
-    key = _key("documents", source.identity(), _tokenizer_identity(tokenizer), skip_bad_records)
+    key = _key("documents", source.identity(), encoder.identity(), reading.skip_bad_records)
     return _on_disk(generate, DOCUMENT, key)
 
 
@@ -200,17 +204,6 @@ def _nothing_to_learn(name: str, documents: datasets.Dataset) -> UserError:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
-
-
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides which tokens a text becomes."""
-    if tokenizer.is_fast:
-        model = tokenizer.backend_tokenizer.to_str()
-    else:
-        model = repr(
-            (type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs)
-        )
-    return _key(model, tokenizer.special_tokens_map, tokenizer.chat_template)
 
 
 def _key(*parts: Any) -> str:

@@ -31,6 +31,7 @@ from ee_tuning.tune.optimizer import Optimizers, set_learning_rate
 FIXED = (
     "model", "layers", "arch", "head", "exits", "data", "seq_length", "global_batch_size", "seed",
     "valid_data", "valid_fraction", "steps", "exit_vocab", "optimizer", "master_weights",
+    "text_field", "chat_template", "control_as_text",
 )  # fmt: skip
 
 

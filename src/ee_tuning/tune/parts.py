@@ -114,7 +114,7 @@ def load_data(
 def _pack(config: TuneConfig, backbone: str) -> tuple[datasets.Dataset, datasets.Dataset]:
     """See `load_data`."""
     tokenizer = load_tokenizer(config.tokenizer or backbone)
-    load = (tokenizer, config.seq_length, config.seed, config.skip_bad_records)
+    load = (tokenizer, config.seq_length, config.seed, config)
     packed = load_packed(config.data, *load)
     if config.valid_data:
         return packed, load_packed(config.valid_data, *load)
