@@ -29,6 +29,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
         "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,
     },
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "160m": {
         "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
         "num_attention_heads": 12, "vocab_size": 32000,
@@ -76,7 +81,12 @@ def build(
     else:
         fill(backbone.get_input_embeddings(), device, 2000)
     fill(model.backbone.norm, device, 2001)
-    fill(model.backbone.head, device, 2002)
+    if not config.tie_word_embeddings:
+        fill(model.backbone.head, device, 2002)
+    elif model.stage.start:
+        fill(model.backbone.head, device, 2000)
+    else:
+        model.backbone.head.weight = backbone.get_input_embeddings().weight
     if fp8:
         model.freeze_shared_head()
     rotary = model.backbone.trunk.rotary_emb

@@ -14,8 +14,8 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 PLAIN = {
-    "head": "own", "backbone_precision": "same", "exit_precision": "same", "exit_vocab": "0",
-    "optimizer": "adamw", "master_weights": "fp32",
+    "arch": "mlp", "micro_batch_size": "4", "head": "own", "backbone_precision": "same",
+    "exit_precision": "same", "exit_vocab": "0", "optimizer": "adamw", "master_weights": "fp32",
 }  # fmt: skip
 
 

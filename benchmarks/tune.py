@@ -1,6 +1,7 @@
 """Speed and memory of the tuning step that `ee-tuning tune` runs, on a model of a named shape.
 
 python benchmarks/tune.py --shape llama2-7b --baseline --out benchmarks/results/name.json
+python benchmarks/tune.py --shape smollm2-135m --layers 10,15,20 --arch layer --micro-batch-size 1
 python benchmarks/tune.py --shape tiny --seq-length 64 --device cpu
 """
 
@@ -244,6 +245,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--name", default="", help="what the table calls this run")
     parser.add_argument("--layers", help="default: at every 1/8 of the depth, or after each layer")
+    parser.add_argument("--arch", default="mlp")
     parser.add_argument("--head", default="own")
     parser.add_argument("--backbone-precision", default="same", choices=get_args(FrozenPrecision))
     parser.add_argument("--exit-precision", default="same")
@@ -268,7 +270,7 @@ def main() -> None:
     dtype = pick_dtype("auto", device)
     same = {f.name for f in dataclasses.fields(TuneConfig)} & vars(args).keys()
     config = TuneConfig(**{name: getattr(args, name) for name in same} | {"out": ""})
-    exits = ExitConfig(args.layers, "mlp", head=args.head)
+    exits = ExitConfig(args.layers, args.arch, head=args.head)
     fp8 = args.backbone_precision == "fp8"
     model = build(args.shape, exits, device, dtype, fp8, precision=args.backbone_precision)
     if args.exit_vocab:

@@ -181,15 +181,15 @@ def _exit(exit: Exit, backbone: Backbone, attention: float, known: float) -> Exi
         matrix for child, part in exit.named_children() if _is_below_head(f"{child}.")
         for matrix in _matrices(part, backbone)
     ]  # fmt: skip
-    # The layer that an `mlp` exit runs again is frozen, so no gradient goes beyond its MLP.
-    frozen = [exit.spec.arch == "mlp" and matrix.reads_residual for matrix in matrices]
+    # A layer that is run again is frozen: no gradient goes beyond the parts that replace its own.
+    frozen = [exit.records_call and matrix.reads_residual for matrix in matrices]
     attentions = (len(exit.segment.layers) if exit.segment else 0) * attention
     tuned = [
         matrix.work(gradients=1 if reads else 2)
         for matrix, reads in zip(matrices, frozen, strict=True)
     ]
     own = Work(values=below, forward=attentions, backward=2 * attentions)
-    shared = exit.spec.head == "shared"
+    shared = exit.output.shared
     head = _part(backbone.head, backbone)
     gradients = (not shared) + (below > 0)
     weights = head.weights * known
@@ -209,7 +209,7 @@ def _exit(exit: Exit, backbone: Backbone, attention: float, known: float) -> Exi
 
 
 def _is_below_head(name: str) -> bool:
-    return not name.startswith(("head.", "reduced.", "output."))
+    return not name.startswith(("head.", "output."))
 
 
 def _part(module: nn.Module, backbone: Backbone, attention: float = 0.0) -> Work:

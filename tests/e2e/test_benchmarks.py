@@ -41,6 +41,8 @@ def test_tuning_steps_and_their_baseline(tmp_path, monkeypatch):
     assert found["tokens_per_second"]["median"] > 0
     found = run(tune, monkeypatch, tmp_path / "half.json", f"{flags} --layers 1/2 --baseline")
     assert found["baseline"]["tokens_per_second"]["median"] > 0
+    found = run(tune, monkeypatch, tmp_path / "layer.json", f"{flags} --layers 1,3 --arch layer")
+    assert found["settings"]["arch"] == "layer"
 
 
 def test_decoding_in_every_way(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def counted(model):
         descent = model.chain.descend(IDS, POSITIONS)
         for layer in model.exit_layers:
             exit = model.exit(layer)
-            logits = exit.known_logits(exit.features(descent.to(layer)))
+            logits = exit.output.known_logits(exit.features(descent.to(layer)))
             if logits.requires_grad:
                 cross_entropy(logits, LABELS).total.backward()
     return counter.get_total_flops() / IDS.numel()
