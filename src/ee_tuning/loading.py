@@ -292,18 +292,29 @@ def _read_slice(
         return part
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or a hub id.
 
+    vocab_size: rows of the embedding that its tokens have to be in, if given.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has a token that the embedding lacks.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no tokenizer in {path}: {first_line(error)}; save the model's own there"
         ) from error
+    if vocab_size is not None:
+        token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if number >= vocab_size:
+            raise UserError(
+                f"the tokenizer in {path} has the token {token!r}, number {number}, and the "
+                f"backbone's embedding only {vocab_size} rows: resize the backbone with "
+                "resize_token_embeddings, or name the tokenizer that it was made with"
+            )
+    return tokenizer
 
 
 def config_values(config: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 
 import datasets
 import pytest
@@ -16,6 +18,7 @@ from helpers.data import (
     texts,
 )
 
+from ee_tuning.cli import main
 from ee_tuning.data import SampleOrder, collate, split_validation
 from ee_tuning.errors import UserError
 
@@ -105,6 +108,30 @@ def test_the_seed_shuffles_the_documents(tmp_path):
     rows = [load(path, seed=seed)[:]["input_ids"] for seed in (0, 0, 1)]
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0][:5], rows[2][:5])
+
+
+# Tokenizers
+
+
+def test_a_token_that_the_embedding_lacks_is_refused_at_start(
+    base, data, tokenizer, tmp_path, capsys
+):
+    folder, exits = str(tmp_path / "base"), str(tmp_path / "exits")
+    shutil.copytree(base, folder)
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([f"<new{i}>" for i in range(301 - len(longer))])
+    longer.save_pretrained(folder)
+    main(["init", "--model", folder, "--layers", "2", "--out", exits])
+    for command in (
+        ["tune", "--exits", exits, "--data", data, "--out", str(tmp_path / "tuned")],
+        ["generate", "--exits", exits, "--prompt", "a"],
+        ["evaluate", "--exits", exits, "--data", data],
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line.startswith(f"ee-tuning: the tokenizer in {folder} has the token '<new")
+        assert "number 300, and the backbone's embedding only 300 rows" in line
 
 
 # Batches

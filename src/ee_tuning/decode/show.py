@@ -164,7 +164,9 @@ def load_for_decoding(
         dtype=pick_dtype(config.precision, device),
         device=str(device),
     ).eval()
-    return model, load_tokenizer(model.backbone.model.name_or_path)
+    return model, load_tokenizer(
+        model.backbone.model.name_or_path, model.backbone.config.vocab_size
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:

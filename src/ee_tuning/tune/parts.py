@@ -10,6 +10,7 @@ import datasets
 import torch
 from rich.console import Console
 
+from ee_tuning.backbone import Backbone
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import work
 from ee_tuning.data import collate, load_packed, micro_batches, split_validation
@@ -106,14 +107,15 @@ def load_data(
     Raises:
         UserError: no data, or other data than another process has.
     """
-    both = mesh.on_all(lambda: _pack(config, model.backbone.model.name_or_path))
+    both = mesh.on_all(lambda: _pack(config, model.backbone))
     mesh.check_same("data", digest(*map(_sample, both)))
     return both
 
 
-def _pack(config: TuneConfig, backbone: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _pack(config: TuneConfig, backbone: Backbone) -> tuple[datasets.Dataset, datasets.Dataset]:
     """See `load_data`."""
-    tokenizer = load_tokenizer(config.tokenizer or backbone)
+    path = config.tokenizer or backbone.model.name_or_path
+    tokenizer = load_tokenizer(path, backbone.config.vocab_size)
     load = (tokenizer, config.seq_length, config.seed, config)
     packed = load_packed(config.data, *load)
     if config.valid_data:
