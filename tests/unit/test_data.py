@@ -123,7 +123,7 @@ def test_a_token_that_the_embedding_lacks_is_refused_at_start(
     longer.save_pretrained(folder)
     main(["init", "--model", folder, "--layers", "2", "--out", exits])
     for command in (
-        ["tune", "--exits", exits, "--data", data, "--out", str(tmp_path / "tuned")],
+        ["tune", "--exits", exits, "--data", data, "--seq-length", "64", "--out", exits + "2"],
         ["generate", "--exits", exits, "--prompt", "a"],
         ["evaluate", "--exits", exits, "--data", data],
     ):
