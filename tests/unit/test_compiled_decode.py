@@ -1,5 +1,7 @@
 """Compiled passes of decoding give the same tokens as others, and are compiled once."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.families import tiny
@@ -10,7 +12,6 @@ from ee_tuning import EarlyExitModel, ExitConfig
 
 pytestmark = pytest.mark.slow
 
-ROWS = {"slots": 3, "capacity": 96}
 COMMON = {"max_new_tokens": 20, "eos_token_id": None, "max_pending": 3}
 WAYS = [
     {"mode": "threshold", "threshold": 0.02},
@@ -19,39 +20,50 @@ WAYS = [
 ]
 
 
-def shallow_model():
+@pytest.fixture(scope="module")
+def model():
     """Two segments of one layer each, and an exit with K/V of its own: the fewest graphs."""
     base = tiny("llama", num_hidden_layers=2, max_position_embeddings=256)
     return EarlyExitModel.from_base(base, ExitConfig("1", arch="layer")).eval()
 
 
-def assert_same_outputs(model, inputs, way):
+def assert_same(model, inputs, **settings):
     plain, compiled = (
-        model.generate(**inputs, compile=compile, **way, **COMMON) for compile in (False, True)
+        model.generate(**inputs, compile=compile, **settings) for compile in (False, True)
     )
     assert torch.equal(compiled.sequences, plain.sequences)
     assert torch.equal(compiled.exit_layers, plain.exit_layers)
 
 
-def test_compiled_passes_give_the_same_tokens_and_compile_once():
-    """Three rows, of which a pass may have two and be filled with the third, which is idle; then
-    prompts of one chunk and of more."""
-    model = shallow_model()
-    assert model.warm_up(**ROWS, compile=True, threshold=0.5, max_pending=3) > 1
+def test_compiled_passes_give_the_same_tokens_and_compile_once(model):
+    """Of one row, for prompts shorter than a chunk, of one and of more."""
+    assert model.warm_up(slots=1, capacity=96, compile=True, threshold=0.5, max_pending=3) > 1
+    graphs = counters["stats"]["unique_graphs"]
+    for length in (5, 64, 70):
+        for way in WAYS:
+            assert_same(model, {"input_ids": torch.tensor([prompt(length)])}, **way, **COMMON)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_passes_of_several_rows_are_traced_once(model, monkeypatch):
+    """Three rows, of which a pass may have two and be filled with the third, which is idle.
+
+    Traced as for the compiler, but not translated, which takes ten times as long.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    rows = {"slots": 3, "capacity": 96}
+    model.warm_up(**rows, compile=True, threshold=0.5, max_pending=3)
     graphs = counters["stats"]["unique_graphs"]
     ids, mask = padded([prompt(5, 1), prompt(3, 2), prompt(4, 3)])
-    inputs = [{"input_ids": ids, "attention_mask": mask}]
-    inputs += [{"input_ids": torch.tensor([prompt(length)])} for length in (64, 70)]
-    for one in inputs:
-        for way in WAYS:
-            assert_same_outputs(model, one, way)
+    for way in WAYS:
+        assert_same(model, {"input_ids": ids, "attention_mask": mask}, **way, **COMMON)
     # Two rows go deep while the first one leaves: it is the idle one.
     ways = [{"threshold": 0.0}, {"mode": "full"}, {"mode": "full"}]
-    rows = [{"input_ids": prompt(5, i), **way} for i, way in enumerate(ways)]
+    prompts = [{"input_ids": prompt(5, i), **way} for i, way in enumerate(ways)]
     plain, compiled = (
         {number: out.sequences.tolist() for number, out in outputs}
         for outputs in (
-            model.generate_batch(rows, **ROWS, compile=compile, **COMMON)
+            model.generate_batch(prompts, **rows, compile=compile, **COMMON)
             for compile in (False, True)
         )
     )
