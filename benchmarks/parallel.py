@@ -46,11 +46,11 @@ from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import Event, idle_share, span
 from ee_tuning.stages import cut_stages
-from ee_tuning.tune.measure import measured_costs
 from ee_tuning.tune.metrics import OnTheWay
-from ee_tuning.tune.optimizer import build_optimizers
-from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Batch, Objective, tuning_step, waves
+from ee_tuning.tune.optimizers import build_optimizers
+from ee_tuning.tune.setup import prepare
+from ee_tuning.tune.step import Batch, Tuner
+from ee_tuning.tune.timing import measured_costs
 
 
 def settings(layout: str, args: argparse.Namespace) -> TuneConfig:
@@ -82,9 +82,11 @@ class Layout:
         self.config, self.mesh, self.device = config, mesh, device
         self.pipeline = Pipeline(mesh)
         dtype = pick_dtype(config.precision, device)
-        self.autocast = None if dtype == torch.float32 else dtype
+        autocast = None if dtype == torch.float32 else dtype
         self.model = prepare(build_stage(shape, config, mesh, device, dtype), config, mesh)
-        self.optimizers = build_optimizers(self.model, config)
+        optimizers = build_optimizers(self.model, config)
+        common: dict[str, Any] = {"clip": config.clip, "autocast": autocast}
+        self.tuner = Tuner(self.model, optimizers, transport=self.pipeline, **common)
         self.batches = self._batches()
 
     def _batches(self) -> list[Batch]:
@@ -99,15 +101,11 @@ class Layout:
 
     def step(self) -> OnTheWay:
         """One step; gives this rank's terms of the exits' losses, then of their norms."""
-        model, given = self.model, (self.config.clip, self.autocast, self.pipeline)
-        weights = dict.fromkeys(model.exit_layers, 1.0)
-        losses, norms = tuning_step(
-            model, self.optimizers, self.batches, Objective(), weights, *given
-        )
+        made = self.tuner.step(self.batches, dict.fromkeys(self.model.exit_layers, 1.0))
         mesh, none = self.mesh, torch.zeros((), device=self.device)
-        losses = losses if mesh.tp_rank == 0 else {}
-        norms = norms if mesh.tp_rank == mesh.dp_rank == 0 else {}
-        layers = model.all_exit_layers
+        losses = made.losses if mesh.tp_rank == 0 else {}
+        norms = made.norms if mesh.tp_rank == mesh.dp_rank == 0 else {}
+        layers = self.model.all_exit_layers
         return OnTheWay(torch.stack([f.get(k, none) for f in (losses, norms) for k in layers]))
 
     def steps(self, number: int) -> tuple[list[float], list[list[float]]]:
@@ -130,9 +128,7 @@ class Layout:
         stages = events[:: self.mesh.dp * self.mesh.tp]
         each = len(self.batches)
         parts = [[total(own, what) / each for own in stages] for what in ("forward", "exit work")]
-        if self.mesh.pp == 1:  # the layers run inside the exit work, which asks for them
-            parts[1] = [work - run for run, work in zip(*parts, strict=True)]
-        side_by_side = len(waves(self.model, self.batches, Objective())) == 1
+        side_by_side = len(self.tuner.waves(self.batches)) == 1
         together = self.mesh.gather_on_host(side_by_side)[:: self.mesh.dp * self.mesh.tp]
         ideal = simulate(*parts, each, steps=1, together=together)
         first, last = span(events)

@@ -27,9 +27,9 @@ from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
 from ee_tuning.model import Descent
 from ee_tuning.plan import GIB, flop_per_token
-from ee_tuning.tune.optimizer import build_optimizers, clip_gradients
-from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Objective, exit_features, place_batch, tuning_step
+from ee_tuning.tune.optimizers import build_optimizers, clip_gradients
+from ee_tuning.tune.setup import prepare
+from ee_tuning.tune.step import Tuner
 
 
 def timed(
@@ -112,6 +112,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
     device, dtype = model.backbone.device, model.backbone.dtype
     autocast = None if dtype == torch.float32 else dtype
     optimizers = build_optimizers(model, config)
+    tuner = Tuner(model, optimizers, clip=config.clip, autocast=autocast)
     weights = dict.fromkeys(model.exit_layers, 1.0)
     shape = (config.global_batch_size, config.seq_length)
     ids = torch.randint(model.backbone.config.vocab_size, shape)
@@ -121,8 +122,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
     batches = [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
 
     def step() -> None:
-        args_ = (batches, Objective(), weights, config.clip, autocast)
-        tuning_step(model, optimizers, *args_)
+        tuner.step(batches, weights)
 
     started = time.perf_counter()
     timed(step, device, 1, args.warmup - 1)
@@ -133,7 +133,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
 
     def descents() -> Iterator[Descent]:
         for batch in batches:
-            given = place_batch(model, batch)
+            given = tuner.place(batch)
             places = given["position_ids"], given.get("boundaries")
             yield model.chain.descend(given["input_ids"], *places)
 
@@ -146,7 +146,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
             for layer in model.exit_layers:
                 state = descent.to(layer)
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    found = exit_features(model, layer, state)
+                    found = tuner.features(layer, state)
                 found.backward(torch.ones_like(found))
         model.zero_grad()
 

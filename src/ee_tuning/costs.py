@@ -165,13 +165,18 @@ def state_bytes(tokens: float, state: float, exits: int, needs_teacher: bool) ->
     return STATES * (exits if needs_teacher else 1) * tokens * state
 
 
-def runs_side_by_side(states: float, exits: Sequence[float]) -> bool:
-    """Whether all micro-batches of a step go down the layers together, or one after another.
+def room(exits: Sequence[float]) -> float:
+    """Bytes of hidden states up to which all micro-batches go down the layers side by side.
 
-    Together, so that only one exit's gradients exist at a time, where their hidden states (bytes)
-    take less memory than the gradients of the other `exits` (bytes of their weights) would.
+    So that only one exit's gradients exist at a time, where hidden states take less memory than the
+    gradients of the other `exits` (bytes of their weights) would; else one after another.
     """
-    return states <= sum(exits) - max(exits, default=0)
+    return sum(exits) - max(exits, default=0)
+
+
+def runs_side_by_side(states: float, exits: Sequence[float]) -> bool:
+    """Whether the micro-batches of a step go side by side; states: bytes of theirs. See `room`."""
+    return states <= room(exits)
 
 
 def _exit(exit: Exit, backbone: Backbone, attention: float, known: float) -> ExitWork:

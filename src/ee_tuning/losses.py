@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +102,80 @@ def distillation(
     if dynamic:
         losses = losses * softmax.confidence(logits[:, :-1].detach())
     return LossSum((losses * mask).sum(), mask.sum())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an exit is tuned on: see the settings of the same names in `TuneConfig`."""
+
+    loss: str = "ce"
+    kl_temperature: float = 1.0
+    kl_weight: float = 0.5
+    dynamic_weights: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is cross-entropy without weights."""
+        return self.loss == "ce" and not self.dynamic_weights
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the final exit's logits are needed, and so the whole backbone."""
+        return self.loss != "ce"
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor, teacher: Tensor | None, softmax: Softmax = SOFTMAX
+    ) -> LossSum:
+        """Summed loss of logits (B, T, V) on labels (B, T); teacher: the final exit's logits."""
+        terms = []
+        if self.loss != "kl":
+            weight = 1.0 if self.loss == "ce" else 1 - self.kl_weight
+            terms.append((weight, cross_entropy(logits, labels, self.dynamic_weights, softmax)))
+        if self.loss != "ce":
+            assert teacher is not None
+            weight = 1.0 if self.loss == "kl" else self.kl_weight
+            args = (logits, teacher, labels, self.kl_temperature, self.dynamic_weights, softmax)
+            terms.append((weight, distillation(*args)))
+        total = torch.stack([weight * term.total for weight, term in terms]).sum()
+        return LossSum(total, terms[0][1].count)
+
+
+class Teacher:
+    """The final exit's logits, without a graph, where and when an exit is compared with them."""
+
+    def __init__(
+        self, head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor | None
+    ) -> None:
+        """head: of the final exit; hidden: (B, T, H) after the last layer; tokens: (N,), those that
+        the exits know, if their vocabulary is reduced."""
+        self._head, self._hidden, self._tokens = head, hidden, tokens
+        self._last: tuple[slice, Tensor] | None = None
+
+    @torch.no_grad()
+    def logits(self, positions: slice) -> Tensor:
+        """At some positions: (B, t, V) or (B, t, N).
+
+        The last ones are kept: where all tokens are one chunk, every exit asks for the same.
+        """
+        if self._last is None or self._last[0] != positions:
+            self._last = None
+            logits = self._head(self._hidden[:, positions])
+            if self._tokens is not None:
+                logits = logits.index_select(-1, self._tokens)
+            self._last = positions, logits
+        return self._last[1]
+
+
+def chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
+    """The positions of labels (B, T) in runs whose logits here are at most about `LOGITS` values.
+
+    A run ends with the first position of the next: the losses of a run are those of all its
+    positions but the last, which has nothing after it there.
+    """
+    batch, length = labels.shape
+    size = max(1, LOGITS // (batch * vocabulary))
+    for start in range(0, max(1, length - 1), size):
+        yield slice(start, start + size + 1)
 
 
 def confidence(logits: Tensor, measure: str = "probability") -> Tensor:

@@ -266,7 +266,7 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
 
 
 def runs_side_by_side(model: EarlyExitModel, config: TuneConfig, stage: range) -> bool:
-    """Whether all micro-batches go down the layers of `stage` together: see `tune.step.waves`."""
+    """Whether all micro-batches go down the layers of `stage` together: see `tune.step.tokens_together`."""
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
     sizes = [sum(_tuned(model, config, exit)) / config.tp for exit in exits] or [0.0]
     states = _hidden_states(model, config, len(exits))
@@ -279,7 +279,7 @@ def tuned_values(model: EarlyExitModel, config: TuneConfig, layer: int) -> float
 
 
 def _kept(config: TuneConfig, exits: int) -> int:
-    """Hidden states of a token that `tune.step.waves` counts: of one exit, or of all."""
+    """Hidden states of a token that `tune.step.tokens_together` counts: of one exit, or of all."""
     return 3 * (exits if config.loss != "ce" else 1)
 
 

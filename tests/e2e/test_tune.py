@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
 from ee_tuning.quantise.packages import PACKAGES
-from ee_tuning.tune import loop
+from ee_tuning.tune.step import Tuner
 
 STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
@@ -165,17 +166,16 @@ def test_resume_refuses_other_exits_or_data(base, data, tmp_path, capsys):
 
 
 def test_loss_that_is_not_finite_stops_the_run(base, data, tmp_path, capsys, monkeypatch):
-    import ee_tuning.tune.loop as loop
-
-    original = loop.tuning_step
+    original = Tuner.step
     calls = []
 
     def spoiled(*args):
-        losses, norms = original(*args)
+        found = original(*args)
         calls.append(1)
-        return losses | ({3: torch.tensor(float("nan"))} if len(calls) == 5 else {}), norms
+        spoilt = {3: torch.tensor(float("nan"))} if len(calls) == 5 else {}
+        return replace(found, losses=found.losses | spoilt)
 
-    monkeypatch.setattr(loop, "tuning_step", spoiled)
+    monkeypatch.setattr(Tuner, "step", spoiled)
     line = fails(capsys, "tune", *arguments(base, data, tmp_path / "exits"))
     assert "exit 3 is nan" in line
     assert "at step 5" in line
@@ -307,12 +307,12 @@ def test_8_bit_optimizer_resumes_bit_for_bit_with_either_weights(
     assert all(valid[-1][layer] < valid[0][layer] for layer in ("1", "3"))
 
 
-@pytest.mark.parametrize(("function", "after"), [("mean_losses", 0), ("tuning_step", 2)])
+@pytest.mark.parametrize(("function", "after"), [("mean_losses", 0), ("step", 2)])
 def test_running_out_of_memory_names_the_largest_parts(
     function, after, base, data, tmp_path, capsys, monkeypatch
 ):
     """Wherever it happens; the last checkpoint is good, if there is one."""
-    calls, real = [], getattr(loop, function)
+    calls, real = [], getattr(Tuner, function)
 
     def fails_later(*args, **kwargs):
         calls.append(1)
@@ -320,7 +320,7 @@ def test_running_out_of_memory_names_the_largest_parts(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, function, fails_later)
+    monkeypatch.setattr(Tuner, function, fails_later)
     out = tmp_path / "exits"
     line = fails(capsys, "tune", *arguments(base, data, out, save_every=1))
     assert "the largest parts are" in line
@@ -330,7 +330,7 @@ def test_running_out_of_memory_names_the_largest_parts(
         return
     assert "out of memory at step 3" in line
     assert "step-000002 is good, go on with --resume" in line
-    monkeypatch.setattr(loop, function, real)
+    monkeypatch.setattr(Tuner, function, real)
     main(["tune", *arguments(base, data, out, save_every=1), "--resume"])
 
 

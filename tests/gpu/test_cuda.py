@@ -3,21 +3,17 @@
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.steps import exit_gradients
 from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
+from ee_tuning.losses import Objective
 from ee_tuning.quantise.fp8 import has_fp8, product, quantise
 from ee_tuning.quantise.packages import PACKAGES
-from ee_tuning.tune.optimizer import build_optimizers
-from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import (
-    Objective,
-    exit_gradients,
-    mean_losses,
-    place_batch,
-    tuning_step,
-)
+from ee_tuning.tune.optimizers import build_optimizers
+from ee_tuning.tune.setup import prepare
+from ee_tuning.tune.step import Tuner
 
 FP8 = "fp8" if torch.cuda.is_available() and has_fp8(torch.device("cuda")) else "same"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -37,11 +33,11 @@ def test_bf16_tuning_lowers_the_loss_and_leaves_the_backbone(family, arch):
     model.exits.float()
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     optimizers = build_optimizers(model, TuneConfig(lr=1e-2))
-    first = mean_losses(model, [batch()], torch.bfloat16)
+    tuner = Tuner(model, optimizers, Objective("mixed"), clip=1.0, autocast=torch.bfloat16)
+    first = tuner.mean_losses([batch()])
     for _ in range(10):
-        weights = dict.fromkeys(model.exit_layers, 1.0)
-        tuning_step(model, optimizers, [batch()], Objective("mixed"), weights, 1.0, torch.bfloat16)
-    last = mean_losses(model, [batch()], torch.bfloat16)
+        tuner.step([batch()], dict.fromkeys(model.exit_layers, 1.0))
+    last = tuner.mean_losses([batch()])
     assert all(last[layer] < first[layer] for layer in (1, 3))
     assert all(torch.equal(v, model.model.state_dict()[k]) for k, v in before.items())
 
@@ -77,7 +73,7 @@ def test_attention_within_boundaries_is_the_masked_one(family, rows):
     assert fast.chain.takes_boundaries
     given = {k: v.cuda() for k, v in rows().items()}
     expected = plain.chain.descend(given["input_ids"], given["position_ids"])
-    given = place_batch(fast, rows())
+    given = Tuner(fast, {}).place(rows())
     found = fast.chain.descend(given["input_ids"], given["position_ids"], given["boundaries"])
     for layer in (2, 4):
         a, b = expected.to(layer), found.to(layer)
@@ -99,8 +95,9 @@ def test_step_compiles_once_and_never_waits_for_the_device():
     weights = dict.fromkeys(model.exit_layers, 1.0)
 
     def step(objective):
-        given = ([packed_batch(), packed_batch()], objective, weights, 1.0, torch.bfloat16)
-        return tuning_step(model, optimizers, *given)
+        tuner = Tuner(model, optimizers, objective, clip=1.0, autocast=torch.bfloat16)
+        found = tuner.step([packed_batch(), packed_batch()], weights)
+        return found.losses, found.norms
 
     for objective in (Objective(), Objective("mixed", dynamic_weights=True)):
         first, _ = step(objective)
@@ -139,18 +136,18 @@ def test_steps_of_whole_rows_compile_once_never_wait_and_take_cudnn(settings):
     prepare(model, settings)
     optimizers = build_optimizers(model, settings)
     weights = dict.fromkeys(model.exit_layers, 1.0)
+    tuner = Tuner(model, optimizers, clip=1.0, autocast=torch.bfloat16)
 
     def step():
-        given = ([batch(), batch(), batch()], Objective(), weights, 1.0, torch.bfloat16)
-        return tuning_step(model, optimizers, *given)
+        return tuner.step([batch(), batch(), batch()], weights).losses
 
-    first, _ = step()
+    first = step()
     step()
     graphs = counters["stats"]["unique_graphs"]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
-            last, _ = step()
+            last = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert counters["stats"]["unique_graphs"] == graphs
@@ -179,7 +176,7 @@ def test_loss_and_gradient_of_a_shared_fp8_head_in_one_go_are_those_of_its_logit
         for layer in () if fuses else model.exit_layers:
             model.exit(layer).output._parts["fused"] = None
         given = [batch()], Objective(), {1: 1.0, 3: 2.0}, torch.bfloat16
-        losses = dict(exit_gradients(model, *given))
+        losses = exit_gradients(model, *given)
         found.append((losses, {k: p.grad for k, p in model.exits.named_parameters()}))
     for layer, loss in found[0][0].items():
         torch.testing.assert_close(found[1][0][layer], loss, rtol=1e-3, atol=1e-3)

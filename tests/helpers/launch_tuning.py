@@ -20,13 +20,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import datasets
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
+from ee_tuning import losses
 from ee_tuning.config import TuneConfig
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.slices import SplitParameter
-from ee_tuning.tune import loop as tuning
-from ee_tuning.tune import step
+from ee_tuning.tune import tune
+from ee_tuning.tune.step import Tuner
 from helpers.ranks import become, run_ranks
 
 # What python code can send through: DTensor's sums under --tp go another way.
@@ -36,15 +36,14 @@ SENDING = (
     "reduce_scatter_single", "alltoall", "alltoall_base", "all_to_all_single",
 )  # fmt: skip
 METHODS = {name: value for name, value in vars(dist.ProcessGroup).items() if name in SENDING}
-TUNING_STEP, RECEIVE, EXIT_LOSS = tuning.tuning_step, Pipeline._receive, step._exit_loss
+TUNING_STEP, RECORD = Tuner.step, Pipeline.record
 
 
 def restore() -> None:
     """Undo what `traffic` and `ahead` did."""
     for name, original in METHODS.items():
         setattr(dist.ProcessGroup, name, original)
-    tuning.tuning_step = TUNING_STEP
-    Pipeline._receive, step._exit_loss = RECEIVE, EXIT_LOSS
+    Tuner.step, Pipeline.record = TUNING_STEP, RECORD
 
 
 def traffic(path: str) -> None:
@@ -67,15 +66,15 @@ def traffic(path: str) -> None:
 
         return call
 
-    def counted_step(*args, **options):
+    def counted_step(self, *args):
         now[:] = [now[1] + 1] * 2
-        result = TUNING_STEP(*args, **options)
+        result = TUNING_STEP(self, *args)
         now[0] = 0
         return result
 
     for name in METHODS:
         setattr(dist.ProcessGroup, name, counting(name, getattr(dist.ProcessGroup, name)))
-    tuning.tuning_step = counted_step
+    Tuner.step = counted_step
 
 
 def is_part(p: torch.nn.Parameter) -> bool | None:
@@ -86,28 +85,22 @@ def is_part(p: torch.nn.Parameter) -> bool | None:
 def ahead(path: Path) -> None:
     """Let the first stage begin its first exit work once the second one has a hidden state."""
 
-    def receive(self, *args):
-        hidden = RECEIVE(self, *args)
-        if self.mesh.doing == "step 1":
+    def record(self, what):
+        if stepping and self.mesh.pp_rank == 1 and what == "forward":
             path.touch()
-        return hidden
+        if stepping and self.mesh.pp_rank == 0 and what == "exit work":
+            deadline = time.time() + 20
+            while not path.exists():
+                assert time.time() < deadline, "the next stage waits for this one's exit work"
+                time.sleep(0.01)
+        return RECORD(self, what)
 
-    def exit_loss(model, layer, *args):
-        deadline = time.time() + 20
-        while stepping and layer in first and not path.exists():
-            assert time.time() < deadline, "the next stage waits for this one's exit work"
-            time.sleep(0.01)
-        return EXIT_LOSS(model, layer, *args)
-
-    def watched_step(model, *args, **options):
+    def watched_step(self, *args):
         stepping.append(True)
-        first.update(model.exit_layers if model.stage.start == 0 else [])
-        return TUNING_STEP(model, *args, **options)
+        return TUNING_STEP(self, *args)
 
     stepping: list[bool] = []
-    first: set[int] = set()
-    Pipeline._receive, step._exit_loss = receive, exit_loss
-    tuning.tuning_step = watched_step
+    Pipeline.record, Tuner.step = record, watched_step
 
 
 def run(rank: int, cases: list[dict]) -> None:
@@ -124,11 +117,11 @@ def run(rank: int, cases: list[dict]) -> None:
             ahead(Path(case["ahead"]))
         settings = dict(case["settings"])
         settings |= case.get("only_rank", {}).get(str(rank), {})
-        step.LOGITS = case["logits"]
+        losses.LOGITS = case["logits"]
         if case["folders"]:
             os.chdir(case["folders"][rank])
         try:
-            model = tuning.tune(TuneConfig(**settings), Console(quiet=True))
+            model = tune(TuneConfig(**settings))
             if "count" in case:
                 named = {name: is_part(p) for name, p in model.model.named_parameters()}
                 Path(f"{case['count']}{rank}.read").write_text(json.dumps(named))

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.steps import exit_gradients
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.losses import Objective
 from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, head_loss, loss_and_gradient
-from ee_tuning.tune.step import Objective, exit_gradients
 
 # e4m3 rounds a value by 2⁻⁴ at most, and what is below 2⁻⁶ of its range by 2⁻¹⁰ of its scale.
 ROUNDING = 2**-4
@@ -68,7 +69,7 @@ def test_steps_take_it_and_their_losses_and_gradients_are_near(is_compiled):
         assert (model.exit(1).output.fused is not None) == fuses
         if is_compiled:
             model.chain.compile()
-        losses = dict(exit_gradients(model, [batch], Objective(), {1: 1.0, 3: 2.0}))
+        losses = exit_gradients(model, [batch], Objective(), {1: 1.0, 3: 2.0})
         found.append((losses, {k: p.grad for k, p in model.exits.named_parameters()}))
     for layer, loss in found[0][0].items():
         torch.testing.assert_close(found[1][0][layer], loss)

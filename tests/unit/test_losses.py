@@ -3,18 +3,19 @@
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.steps import exit_gradients
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import losses as losses_module
 from ee_tuning.config import TuneConfig
-from ee_tuning.losses import confidence, cross_entropy, distillation
-from ee_tuning.tune import step
-from ee_tuning.tune.optimizer import (
+from ee_tuning.losses import Objective, Teacher, confidence, cross_entropy, distillation
+from ee_tuning.tune.optimizers import (
     build_optimizers,
     clip_gradients,
     learning_rate,
     loss_weights,
 )
-from ee_tuning.tune.step import Objective, exit_gradients, mean_losses
+from ee_tuning.tune.step import Tuner
 
 
 def sample(seed=0):
@@ -115,7 +116,7 @@ def test_exit_by_exit_equals_one_graph_over_the_global_batch(objective):
     weights = {1: 1.0, 2: 0.5, 3: 2.0}
     config = ExitConfig("1,2,3", arch="norm,mlp,layer")
     model = EarlyExitModel.from_base(tiny("llama"), config)
-    means = dict(exit_gradients(model, batches(), objective, weights))
+    means = exit_gradients(model, batches(), objective, weights)
     ours = gradients(model)
 
     model.zero_grad()
@@ -139,8 +140,8 @@ def test_exits_tuned_together_are_the_exits_tuned_alone():
         model = EarlyExitModel.from_base(tiny("llama"), ExitConfig(layers, arch="mlp"))
         optimizer = torch.optim.AdamW(model.exits.parameters(), lr=1e-2)
         for _ in range(3):
-            weights = dict.fromkeys(model.exit_layers, 1.0)
-            for layer, _ in exit_gradients(model, batches(), Objective(), weights):
+            exit_gradients(model, batches())
+            for layer in model.exit_layers:
                 clip_gradients(model.exit(layer), 0.05)
             optimizer.step()
             optimizer.zero_grad()
@@ -155,7 +156,9 @@ def test_mean_losses_are_the_forward_pass_losses():
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="mlp"))
     batch = batches()[1]
     expected = model(batch["input_ids"], labels=batch["labels"]).exit_losses
-    assert mean_losses(model, [batch]) == pytest.approx({k: v.item() for k, v in expected.items()})
+    assert Tuner(model, {}).mean_losses([batch]) == pytest.approx(
+        {k: v.item() for k, v in expected.items()}
+    )
 
 
 def test_schedules():
@@ -200,7 +203,7 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
     model.exits.zero_grad(set_to_none=True)
 
     vocabulary, (rows, length) = model.backbone.config.vocab_size, batch["labels"].shape
-    monkeypatch.setattr(step, "LOGITS", 2 * rows * vocabulary)
+    monkeypatch.setattr(losses_module, "LOGITS", 2 * rows * vocabulary)
     seen = []
     for layer in (2, 3):
         original = model.exit(layer).output.known_logits
@@ -209,8 +212,11 @@ def test_chunks_of_tokens_give_the_loss_and_gradients_of_all_at_once(
             "known_logits",
             lambda x, f=original: seen.append(x.shape[1]) or f(x),
         )
-    scales = {layer: torch.tensor(0.5) for layer in (2, 3)}
-    chunked = {k: v.total for k, v in step.exit_losses(model, batch, objective, scales)}
+    tuner, descent = Tuner(model, {}, objective), model.chain.descend(batch["input_ids"])
+    final = descent.ahead(model.backbone.num_layers)
+    teacher = Teacher(model.backbone.final_logits, final, None)
+    given = batch["labels"], teacher, torch.tensor(0.5)
+    chunked = {layer: tuner.loss(layer, descent.to(layer), *given).total for layer in (2, 3)}
     assert len(seen) == 2 * -(-(length - 1) // 2)
     assert max(seen) == 3 < length
     # A divergence is a small difference of logarithms of a few nats, each rounded to 5e-7.
@@ -225,26 +231,30 @@ def test_exits_whose_tokens_are_one_chunk_share_the_teacher(monkeypatch):
     monkeypatch.setattr(
         model.backbone, "final_logits", lambda x: calls.append(x.shape[1]) or original(x)
     )
-    assert len(list(step.exit_losses(model, batches()[0], Objective("kl")))) == 3
+    assert len(exit_gradients(model, batches()[:1], Objective("kl"))) == 3
     assert calls == [9]
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective("mixed")])
-def test_micro_batches_side_by_side_or_one_after_another_give_the_same_bits(objective, monkeypatch):
+def test_micro_batches_side_by_side_or_one_after_another_give_the_same_bits(objective):
     """And side by side, the gradients of one exit exist at a time."""
 
-    def tuned(waves):
-        monkeypatch.setattr(step, "waves", waves)
+    def tuned(together):
         model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="mlp"))
         optimizers = build_optimizers(model, TuneConfig(lr=1e-2))
         alive = []
-        for layer, _ in exit_gradients(model, batches(), objective, {1: 1.0, 3: 0.5}):
+
+        def look(*_):
             alive.append({k for k in (1, 3) if model.exit(k).norm.weight.grad is not None})
-            optimizers[layer].step()
-            optimizers[layer].zero_grad()
+
+        for optimizer in optimizers.values():
+            optimizer.register_step_pre_hook(look)
+        tuner = Tuner(model, optimizers, objective)
+        tuner.together = together
+        tuner.step(batches(), {1: 1.0, 3: 0.5})
         return model.exit_state(), alive
 
-    together, alive = tuned(lambda model, batches, objective: [batches])
-    alone, _ = tuned(lambda model, batches, objective: [[batch] for batch in batches])
+    together, alive = tuned(1000)
+    alone, _ = tuned(0)
     assert alive == [{1}, {3}]
     assert all(torch.equal(together[name], p) for name, p in alone.items())

@@ -12,7 +12,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.quantise import packages as module
 from ee_tuning.quantise.packages import PACKAGES, quantisation_config
-from ee_tuning.tune.step import mean_losses
+from ee_tuning.tune.step import Tuner
 
 EXITS = ExitConfig("1,3", "mlp,layer")
 # Relative errors of hidden states after up to 3 layers. 8 bits with a scale per row round to 2⁻⁸ of
@@ -60,7 +60,7 @@ def test_states_and_losses_are_near_and_exits_are_exact(precision, family, dtype
     for layer in plain.exit_layers:
         x, y = (descent.to(layer) for descent in descents)
         assert 0 < (x.hidden - y.hidden).norm() < NEAR[precision] * x.hidden.norm()
-    losses = [mean_losses(model, [batch()]) for model in (plain, kept)]
+    losses = [Tuner(model, {}).mean_losses([batch()]) for model in (plain, kept)]
     for layer, loss in losses[0].items():
         assert losses[1][layer] == pytest.approx(loss, rel=0.02)
 

@@ -11,7 +11,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.costs import work
 from ee_tuning.parallel.simulate import simulate
 from ee_tuning.stages import balance, cut_stages
-from ee_tuning.tune import measure
+from ee_tuning.tune import timing
 
 COSTS = [3.0, 1.0, 1.0, 9.0, 1.0, 2.0, 2.0, 5.0]
 
@@ -124,9 +124,9 @@ def test_one_of_each_kind_is_measured(monkeypatch):
             spec.arch
         ]
 
-    monkeypatch.setattr(measure, "seconds", seconds)
+    monkeypatch.setattr(timing, "seconds", seconds)
     model, config = measurable(pp=2)
-    costs = measure.measured_costs(model, config, torch.device("cpu"), torch.float32)
+    costs = timing.measured_costs(model, config, torch.device("cpu"), torch.float32)
     assert costs == [1.0, 2.0 + 10.0, 1.0 + 20.0]
     slides, sees_all = "sliding_attention", "full_attention"
     assert asked == [
@@ -140,7 +140,7 @@ def test_one_of_each_kind_is_measured(monkeypatch):
 def test_costs_are_measured_without_touching_the_random_state(exit_vocab):
     model, config = measurable(pp=2, exit_vocab=exit_vocab, dynamic_weights=True)
     before = torch.get_rng_state()
-    costs = measure.measured_costs(model, config, torch.device("cpu"), torch.float32)
+    costs = timing.measured_costs(model, config, torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     assert len(costs) == 3
     assert all(0 < cost < 10 for cost in costs)
@@ -150,5 +150,5 @@ def test_costs_are_measured_without_touching_the_random_state(exit_vocab):
 def test_an_exit_without_parameters_has_a_cost():
     model = EarlyExitModel(tiny("llama"), ExitConfig("1,2", "embedding,norm", head="shared"))
     config = TuneConfig(seq_length=16, pp=2)
-    costs = measure.measured_costs(model, config, torch.device("cpu"), torch.float32)
+    costs = timing.measured_costs(model, config, torch.device("cpu"), torch.float32)
     assert all(cost > 0 for cost in costs)

@@ -6,17 +6,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.families import tiny
+from helpers.steps import exit_gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import EarlyExitModel, ExitConfig, losses
 from ee_tuning.errors import UserError
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, regions
 from ee_tuning.parallel.tensor import split_model
-from ee_tuning.tune import step
-from ee_tuning.tune.step import Objective, exit_features, exit_losses
+from ee_tuning.tune.step import Tuner
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_hidden_states_between_the_regions_are_parts(mesh):
             watch(name, module)
     watch("exit norm", model.exit(2).norm)
     watch("exit mlp", model.exit(2).mlp["mlp"])
-    descent = model.chain.descend(torch.ones(2, 8, dtype=torch.int64))
+    tuner, descent = Tuner(model, {}), model.chain.descend(torch.ones(2, 8, dtype=torch.int64))
     for layer in (2, 3, 4):
         state = descent.to(layer)
         assert state.hidden.shape == (2, 4, 32)
-        assert exit_features(model, layer, state).shape == (2, 8, 32)
+        assert tuner.features(layer, state).shape == (2, 8, 32)
         if layer == 2:
             assert state.call.args[0].shape == state.call.attention[0].shape == (2, 4, 32)
     parts = ("input_layernorm", "post_attention_layernorm", "exit norm")
@@ -105,12 +105,11 @@ def test_a_sum_becomes_a_gather_and_a_scatter(mesh, sequence):
 
 def test_a_head_s_terms_are_summed_once_however_many_chunks(mesh, monkeypatch):
     model = split(mesh, sequence=True)
-    monkeypatch.setattr(step, "LOGITS", 2 * 2 * 48)  # two positions at a time
+    monkeypatch.setattr(losses, "LOGITS", 2 * 2 * 48)  # two positions at a time
     batch = batch_of(torch.ones(2, 8, dtype=torch.int64))
     state = model.chain.descend(batch["input_ids"]).to(4)
     with Sent() as sent:
-        args = (model, 4, state, batch["labels"], Objective(), None, torch.ones(()))
-        step._exit_loss(*args)
+        Tuner(model, {}).loss(4, state, batch["labels"], scale=torch.ones(()))
     features = 2 * 8 * 32 * 4
     assert sent.nbytes == {
         "all_gather_into_tensor": features // 2,
@@ -124,8 +123,7 @@ def test_gradients_of_what_sees_a_part_are_summed(mesh):
     norms = ("2.norm", "3.norm", "4.norm", "3.block.input_layernorm")
     assert summed == {f"{name}.weight" for name in (*norms, "3.block.post_attention_layernorm")}
     batch = batch_of(torch.ones(2, 8, dtype=torch.int64))
-    scales = dict.fromkeys(model.exit_layers, torch.ones(()))
-    assert len(list(exit_losses(model, batch, Objective(), scales))) == 3
+    assert len(exit_gradients(model, [batch])) == 3
     assert all(p.grad is not None for p in model.exits.parameters())
 
 

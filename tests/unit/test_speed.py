@@ -6,16 +6,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.steps import exit_gradients
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig, varlen
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.losses import Objective
 from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
-from ee_tuning.tune import copies, step
-from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Objective, exit_gradients
+from ee_tuning.tune import optimizers, step
+from ee_tuning.tune.setup import prepare
 from ee_tuning.vocabulary import most_frequent
 
 NO_FP8 = "has no fp8 matrix units"
@@ -29,7 +30,7 @@ def batch(rows=2, length=16):
 
 def gradients(model, objective=None):
     weights = dict.fromkeys(model.exit_layers, 1.0)
-    losses = dict(exit_gradients(model, [batch()], objective or Objective(), weights))
+    losses = exit_gradients(model, [batch()], objective, weights)
     tuned = [(name, p) for name, p in model.exits.named_parameters() if p.requires_grad]
     found = {name: p.grad.clone() for name, p in tuned}
     model.zero_grad()
@@ -174,16 +175,13 @@ def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monke
         model = EarlyExitModel.from_base(tiny("llama").bfloat16(), ExitConfig("1,3", "mlp,layer"))
         model.exits.float()
         before = list(model.exits.parameters())
-        losses = dict(
-            exit_gradients(
-                model, list(map(batch, range(1, 6))), Objective(), weights, torch.bfloat16
-            )
-        )
+        batches = list(map(batch, range(1, 6)))
+        losses = exit_gradients(model, batches, Objective(), weights, torch.bfloat16)
         assert all(p is q for p, q in zip(before, model.exits.parameters(), strict=True))
         return losses, [p.grad for p in before]
 
     ours = found()
-    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext(copies.HandedOver()))
+    monkeypatch.setattr(step, "working_copies", lambda *_: nullcontext(optimizers.HandedOver()))
     plain = found()
     assert all(torch.equal(ours[0][k], v) for k, v in plain[0].items())
     assert all(torch.equal(a, b) for a, b in zip(ours[1], plain[1], strict=True))
@@ -193,11 +191,11 @@ def test_matrices_cast_once_give_the_gradients_of_matrices_cast_every_time(monke
 @pytest.mark.parametrize("waiting", [0, 2**20])
 def test_gradients_added_in_pairs_are_the_sum_one_after_the_other(waiting, fused, monkeypatch):
     """Bit for bit, of even and odd numbers, and where one micro-batch gives several."""
-    monkeypatch.setattr(copies, "WAITING", waiting)
+    monkeypatch.setattr(optimizers, "WAITING", waiting)
     generator = torch.Generator().manual_seed(0)
     for shape, counts in (((30, 7), (1,)), ((30, 7), (1, 1, 1, 1)), ((64, 16), (1, 3, 1, 1, 1))):
         p, copy = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
-        handed, expected = copies.HandedOver(), torch.zeros(shape)
+        handed, expected = optimizers.HandedOver(), torch.zeros(shape)
         for count in counts:
             for _ in range(count):
                 copy.grad = torch.randn(shape, generator=generator)

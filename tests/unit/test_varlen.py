@@ -6,7 +6,7 @@ from helpers.families import tiny
 from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig, varlen
-from ee_tuning.tune.step import place_batch
+from ee_tuning.tune.step import Tuner
 
 
 def positions(*lengths):
@@ -32,7 +32,7 @@ def test_attention_of_whole_rows_is_the_masked_one(family):
     plain, dense = (EarlyExitModel.from_base(tiny(family), config) for _ in range(2))
     varlen.use_varlen(dense)
     dense.chain.takes_boundaries = True
-    given = place_batch(dense, batch)
+    given = Tuner(dense, {}).place(batch)
     expected = plain.chain.descend(ids, given["position_ids"])
     found = dense.chain.descend(ids, given["position_ids"], given["boundaries"])
     for layer in (2, 3):

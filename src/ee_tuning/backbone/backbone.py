@@ -5,25 +5,14 @@ Nothing here knows a model family, except for the few lines of `families`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ee_tuning.backbone.anatomy import Body, in_memory
-from ee_tuning.backbone.segment import Segment
+from ee_tuning.backbone.segment import Passthrough, Segment
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.twin import twin
-
-
-class _TrunkOutput(BaseModelOutputWithPast):
-    """A trunk's output in which whatever a family adds (router logits, …) is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
 
 
 class _Counter(nn.Module):
@@ -34,13 +23,6 @@ class _Counter(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         self.calls += 1
         return hidden
-
-
-class _Passthrough(nn.Module):
-    """In place of the trunk: hands `inputs_embeds` on to the head."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return _TrunkOutput(last_hidden_state=inputs_embeds)
 
 
 class Backbone(Body):
@@ -101,7 +83,7 @@ class Backbone(Body):
 
         Call it with ``inputs_embeds=hidden``; scalings and soft-capping are the model's.
         """
-        return twin(self.model, {self.anatomy.trunk: _Passthrough(), self.anatomy.head: head})
+        return twin(self.model, {self.anatomy.trunk: Passthrough(), self.anatomy.head: head})
 
     def logits(self, features: Tensor) -> Tensor:
         """The final exit's head: normalised (B, T, H) → (B, T, V)."""

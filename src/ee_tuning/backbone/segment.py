@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ee_tuning.backbone.anatomy import Body, attention_name, slice_config
 from ee_tuning.backbone.positions import with_frequencies
@@ -215,3 +216,18 @@ class _Kept(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.output = self.attention(*args, **kwargs)
         return self.output
+
+
+class _TrunkOutput(BaseModelOutputWithPast):
+    """A trunk's output in which whatever a family adds (router logits, …) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class Passthrough(nn.Module):
+    """In place of the trunk: hands `inputs_embeds` on to the head."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return _TrunkOutput(last_hidden_state=inputs_embeds)

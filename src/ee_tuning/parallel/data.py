@@ -2,7 +2,7 @@
 
 With --shard, each rank keeps a part of the exits' parameters, gradients and optimizer state. The
 whole parameters of an exit exist while it is at work, as the copies that the step makes anyway
-(`ee_tuning.tune.copies.working_copies`), and its whole gradients until they are summed.
+(`ee_tuning.tune.optimizers.working_copies`), and its whole gradients until they are summed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import torch
 from ee_tuning.files import replacing, write_json
 from ee_tuning.parallel.mesh import Mesh
 
-# As they are drawn: in a single stage, layers run inside the exit work that asks for them.
 COLOURS = {"exit work": "tab:orange", "forward": "tab:blue", "waiting": "lightgrey"}
 Event = tuple[str, float, float]  # what, from, to: seconds of the host's clock
 
@@ -55,19 +54,8 @@ def idle_share(events: list[list[Event]]) -> float:
 
 
 def _busy(events: list[Event]) -> float:
-    """Seconds in which something other than waiting went on; events may lie in one another."""
-    total, until = 0.0, 0.0
-    for what, start, stop in sorted(events, key=lambda event: event[1]):
-        if what != "waiting":
-            total += max(0.0, stop - max(start, until))
-            until = max(until, stop)
-    waited = [e for e in events if e[0] == "waiting"]
-    inside = [w for w in waited if any(_within(w, e) for e in events if e[0] != "waiting")]
-    return total - sum(stop - start for _, start, stop in inside)
-
-
-def _within(inner: Event, outer: Event) -> bool:
-    return outer[1] <= inner[1] and inner[2] <= outer[2]
+    """Seconds in which something other than waiting went on; events follow one another."""
+    return sum(stop - start for what, start, stop in events if what != "waiting")
 
 
 def save_timeline(timeline: Timeline, mesh: Mesh, folder: Path) -> float:

@@ -1,6 +1,6 @@
 """Tuning: `loop` is the run, `step` one optimizer step, `checkpoint` how a run goes on.
 
-`check` says which settings cannot work, `parts` makes model and data from the others.
+`setup` makes model and data ready, `timing` measures what stages are balanced by.
 """
 
 from ee_tuning.tune.loop import tune

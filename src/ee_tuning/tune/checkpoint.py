@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ee_tuning.files import put_at, read_json, write_json, writing
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.slices import part, whole
-from ee_tuning.tune.optimizer import Optimizers, set_learning_rate
+from ee_tuning.tune.optimizers import Optimizers, set_learning_rate
 
 # What may not change between a run and its continuation: the exits and the order of the data.
 FIXED = (
@@ -42,10 +43,12 @@ def save_checkpoint(
     optimizers: Optimizers,
     config: TuneConfig,
     mesh: Mesh,
+    on_written: Callable[[int], None] = lambda step: None,
 ) -> Path:
     """Write the checkpoint of `step` under `folder` and remove all but the last `config.keep`.
 
     Each exit is written by a process that has it, whole: the files do not depend on the mesh.
+    on_written: called with `step` when this process has written its exits.
     """
     path = folder / f"step-{step:06d}"
     partial = folder / f".{path.name}"
@@ -53,6 +56,7 @@ def save_checkpoint(
         with writing(path):
             partial.mkdir(parents=True, exist_ok=True)
             _write_exits(partial, model, optimizers, mesh)
+            on_written(step)
             mesh.barrier()
             if mesh.is_main:
                 save_file(_common_tensors(model), partial / "common.safetensors")

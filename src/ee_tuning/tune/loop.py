@@ -14,8 +14,6 @@ from types import FrameType
 
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from ee_tuning.check import check, check_dtype, check_model
 from ee_tuning.config import TuneConfig
@@ -26,7 +24,6 @@ from ee_tuning.files import claim_folder, write_text
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
-from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.trace import save_timeline
 from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large, shapes_of
 from ee_tuning.tune.checkpoint import (
@@ -35,20 +32,29 @@ from ee_tuning.tune.checkpoint import (
     save_checkpoint,
     saved_exit_state,
 )
-from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay
-from ee_tuning.tune.optimizer import (
-    build_optimizers,
-    learning_rate,
-    loss_weights,
-    set_learning_rate,
-)
-from ee_tuning.tune.parts import build_model, digest, load_data, reduce_vocabulary
-from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Batch, Objective, mean_losses, tuning_step
+from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay, Speed
+from ee_tuning.tune.optimizers import learning_rate, loss_weights, set_learning_rate
+from ee_tuning.tune.setup import SetUp, digest, set_up
+from ee_tuning.tune.step import Batch, Step
+from ee_tuning.tune.timing import own_stage
 
 
-def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
+def _nothing(done: int) -> None:
+    """What `tune` calls by default."""
+
+
+def tune(
+    config: TuneConfig,
+    display: Display | None = None,
+    *,
+    on_step: Callable[[int], None] = _nothing,
+    on_checkpoint: Callable[[int], None] = _nothing,
+) -> EarlyExitModel:
     """Tune exits as `config` says and save them to ``config.out``.
+
+    display: what the main process shows. on_step: called on every process with the number of steps
+    done, after each. on_checkpoint: the same, when this process's part of a checkpoint is written
+    and the checkpoint not yet in its place.
 
     Raises:
         UserError: a setting that cannot work, or a loss that is not finite.
@@ -66,11 +72,23 @@ def tune(config: TuneConfig, console: Console | None = None) -> EarlyExitModel:
     with mesh.connected(device, config.timeout):
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
         out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
-        console = console or Console(stderr=True, quiet=not mesh.is_main)
+        shown = display if display and mesh.is_main else Display()
         with _largest_parts_named(config, mesh, out):
-            run = Run(config, out, console, mesh, device)
-            run.go()
-    return run.model
+            dtype = pick_dtype(config.precision, device)
+            _check_all(config, mesh, device, dtype)
+            stage = own_stage(config, mesh, device, dtype, shown.say)
+            made = set_up(config, mesh, device, dtype, stage, shown.say)
+            Run(config, out, mesh, made, shown, on_step, on_checkpoint).go()
+    return made.tuner.model
+
+
+def _check_all(config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what cannot work with this device or backbone, before weights are read."""
+    check_precisions(config, device)
+    check_dtype(config, dtype)
+    mesh.on_all(lambda: check_model(shapes_of(config), config))
+    if device.type == "cuda" and config.dp == config.tp == 1:
+        refuse_if_too_large(config, torch.cuda.mem_get_info(device)[0] / GIB)
 
 
 @contextmanager
@@ -88,32 +106,25 @@ def _largest_parts_named(config: TuneConfig, mesh: Mesh, out: Path) -> Iterator[
 
 
 class Run:
-    """The parts of one tuning run, wired together."""
+    """The steps of one tuning run, from its first or its last checkpoint's to its end."""
 
     def __init__(
-        self, config: TuneConfig, out: Path, console: Console, mesh: Mesh, device: torch.device
+        self,
+        config: TuneConfig,
+        out: Path,
+        mesh: Mesh,
+        made: SetUp,
+        display: Display,
+        on_step: Callable[[int], None] = _nothing,
+        on_checkpoint: Callable[[int], None] = _nothing,
     ) -> None:
-        self.config, self.out, self.console = config, out, console
-        self.mesh, self.device = mesh, device
-        self.pipeline = Pipeline(mesh)
-        self.dtype = pick_dtype(config.precision, self.device)
-        check_precisions(config, device)
-        self.autocast = None if self.dtype == torch.float32 else self.dtype
-        check_dtype(config, self.dtype)
-        mesh.on_all(lambda: check_model(shapes_of(config), config))
-        self.objective = Objective(
-            config.loss, config.kl_temperature, config.kl_weight, config.dynamic_weights
-        )
-        if device.type == "cuda" and config.dp == config.tp == 1:
-            refuse_if_too_large(config, torch.cuda.mem_get_info(device)[0] / GIB)
-        self.model = build_model(config, mesh, device, self.dtype, console)
+        """See `tune`."""
+        self.config, self.out, self.mesh, self.made = config, out, mesh, made
+        self.display, self.speed = display, Speed()
+        self.on_step, self.on_checkpoint = on_step, on_checkpoint
+        self.tuner, self.model = made.tuner, made.tuner.model
         self.layers = self.model.all_exit_layers
-        self.train_data, self.valid_data = load_data(config, self.model, mesh)
-        if config.exit_vocab:
-            reduce_vocabulary(self.model, self.train_data, self.valid_data, config, console)
-        prepare(self.model, config, mesh)
-        self.order = SampleOrder(len(self.train_data), config.global_batch_size, config.seed)
-        self.optimizers = build_optimizers(self.model, config)
+        self.order = SampleOrder(len(made.train), config.global_batch_size, config.seed)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.stopping = False  # every process knows that one of them was asked to stop
         self.checkpoints = out / "checkpoints"
@@ -123,28 +134,29 @@ class Run:
         config = self.config
         first = 0
         if config.resume:
-            given = self.checkpoints, self.model, self.optimizers, config
+            given = self.checkpoints, self.model, self.tuner.optimizers, config
             first = self.mesh.on_all(lambda: load_checkpoint(*given))
         if self.mesh.is_main:
             write_text(self.out / "run.yaml", describe_run(config))
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
         before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
-        display = Display(self.console, first, config.steps)
-        with display.progress, stop_requests(self.mesh.size) as stopped:
+        timeline, self.speed = self.made.pipeline.timeline, Speed()
+        with self.display.running(first, config.steps), stop_requests(self.mesh.size) as stopped:
             for step in range(first, config.steps):
                 self.mesh.doing = f"step {step + 1}"
                 traced = config.trace and step == first + 1
                 if traced:  # stages may be at different steps
                     self.mesh.barrier()
-                self.pipeline.timeline.on = traced
-                self.step(step, log, display, stopped())
-                self.pipeline.timeline.on = False
+                timeline.on = traced
+                self.step(step, log, stopped())
+                timeline.on = False
                 done = step + 1
+                self.on_step(done)
                 last = done == config.steps
                 evaluates = not last and config.eval_every and done % config.eval_every == 0
                 saves = last or (config.save_every and done % config.save_every == 0)
                 if evaluates or saves or self.stopping:
-                    self._report(log, display)
+                    self._report(log)
                 if evaluates:
                     self.validate(log, done)
                 if saves or self.stopping:
@@ -153,46 +165,35 @@ class Run:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
         after = self.validate(log, config.steps)
         if config.trace and config.steps > first + 1:
-            idle = save_timeline(self.pipeline.timeline, self.mesh, self.out)
-            self.console.print(f"second step: {idle:.0%} idle, drawn in {self.out / 'trace.png'}")
+            idle = save_timeline(timeline, self.mesh, self.out)
+            self.display.say(f"second step: {idle:.0%} idle, drawn in {self.out / 'trace.png'}")
         if self.mesh.is_main:
             state = saved_exit_state(checkpoints(self.checkpoints)[-1], self.model)
-            self.model.save_pretrained(self.out, self.dtype, state)
+            self.model.save_pretrained(self.out, self.model.backbone.dtype, state)
         log.close()
-        self.console.print(_table(before, after))
+        self.display.result(before, after)
 
-    def step(self, step: int, log: MetricsLog | NoLog, display: Display, stop: bool) -> None:
+    def step(self, step: int, log: MetricsLog | NoLog, stop: bool) -> None:
         """One optimizer step, counted from 0. stop: this process was asked to stop."""
         config = self.config
-        for optimizer in self.optimizers.values():
+        for optimizer in self.tuner.optimizers.values():
             set_learning_rate(optimizer, learning_rate(config, step))
         weights = loss_weights(config, self.layers, step)
-        batches = self._micro_batches(step)
-        losses, norms = tuning_step(
-            self.model,
-            self.optimizers,
-            batches,
-            self.objective,
-            weights,
-            config.clip,
-            self.autocast,
-            self.pipeline,
-        )
-        self._report(log, display)
-        self.unread = step, OnTheWay(self._numbers(losses, norms, stop))
-        display.update(step + 1, config.global_batch_size * config.seq_length)
+        found = self.tuner.step(self._micro_batches(step), weights)
+        self._report(log)
+        self.unread = step, OnTheWay(self._numbers(found, stop))
+        self.speed.add(config.global_batch_size * config.seq_length)
+        self.display.advance(step + 1, self.speed())
 
-    def _numbers(
-        self, losses: dict[int, torch.Tensor], norms: dict[int, torch.Tensor], stop: bool
-    ) -> torch.Tensor:
+    def _numbers(self, found: Step, stop: bool) -> torch.Tensor:
         """This process's terms of the run's: each exit's loss, its norm, and stop requests."""
-        mesh, none = self.mesh, torch.zeros((), device=self.device)
-        losses = losses if mesh.tp_rank == 0 else {}
-        norms = norms if mesh.tp_rank == mesh.dp_rank == 0 else {}
-        values = [found.get(layer, none) for found in (losses, norms) for layer in self.layers]
+        mesh, none = self.mesh, torch.zeros((), device=self.tuner.device)
+        losses = found.losses if mesh.tp_rank == 0 else {}
+        norms = found.norms if mesh.tp_rank == mesh.dp_rank == 0 else {}
+        values = [by.get(layer, none) for by in (losses, norms) for layer in self.layers]
         return torch.stack([*values, none + stop])
 
-    def _report(self, log: MetricsLog | NoLog, display: Display) -> None:
+    def _report(self, log: MetricsLog | NoLog) -> None:
         """Check, and now and then show and record, the losses that have not been read yet.
 
         They are read one step late, and before anything is saved, so that the host never waits
@@ -208,16 +209,16 @@ class Run:
         self._check_finite(step, losses, norms)
         config, done = self.config, step + 1
         if done % config.log_every == 0 or done == config.steps:
-            display.show(done, losses)
+            self.display.losses(done, self.speed(), losses)
             log.write(
                 done, lr=learning_rate(config, step), loss=losses, grad_norm=norms,
                 tokens=done * config.global_batch_size * config.seq_length,
-                tokens_per_second=round(display.tokens_per_second(), 1),
+                tokens_per_second=round(self.speed(), 1),
             )  # fmt: skip
 
     def _micro_batches(self, step: int) -> list[Batch]:
         config, indices = self.config, deal(self.order.indices(step), self.mesh)
-        batches = list(micro_batches(self.train_data, indices, config.micro_batch_size))
+        batches = list(micro_batches(self.made.train, indices, config.micro_batch_size))
         most = math.ceil(config.global_batch_size / self.mesh.dp / config.micro_batch_size)
         if config.shard_backbone and len(batches) < most:
             batches.append(without_labels(batches[0]))
@@ -235,17 +236,17 @@ class Run:
     def validate(self, log: MetricsLog | NoLog, step: int) -> dict[int, float]:
         """Held-out loss per exit, recorded at `step`."""
         size = self.config.micro_batch_size
-        rows = min(len(self.valid_data), self.config.eval_batches * size)
-        batches = deal_batches(list(micro_batches(self.valid_data, range(rows), size)), self.mesh)
-        losses = mean_losses(self.model, batches, self.autocast, self.pipeline)
+        rows = min(len(self.made.valid), self.config.eval_batches * size)
+        batches = deal_batches(list(micro_batches(self.made.valid, range(rows), size)), self.mesh)
+        losses = self.tuner.mean_losses(batches)
         log.write(step, valid_loss=losses)
         text = "  ".join(f"exit {layer} {loss:.3f}" for layer, loss in losses.items())
-        self.console.print(f"held-out loss at step {step}: {text}", highlight=False, soft_wrap=True)
+        self.display.say(f"held-out loss at step {step}: {text}")
         return losses
 
     def _save(self, step: int) -> None:
-        given = self.model, self.optimizers, self.config, self.mesh
-        save_checkpoint(self.checkpoints, step, *given)
+        given = self.model, self.tuner.optimizers, self.config, self.mesh
+        save_checkpoint(self.checkpoints, step, *given, on_written=self.on_checkpoint)
 
 
 @contextmanager
@@ -283,12 +284,3 @@ def describe_run(config: TuneConfig) -> str:
     ]
     values = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
     return "\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False)
-
-
-def _table(before: dict[int, float], after: dict[int, float]) -> Table:
-    table = Table(title="held-out loss (nats/token)")
-    for column in ("exit layer", "before", "after"):
-        table.add_column(column, justify="right")
-    for layer in after:
-        table.add_row(str(layer), f"{before[layer]:.3f}", f"{after[layer]:.3f}")
-    return table

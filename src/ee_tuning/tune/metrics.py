@@ -1,15 +1,15 @@
-"""What a run shows and records: the live display, metrics.jsonl, TensorBoard or W&B."""
+"""What a run tells and records: its speed, its display, metrics.jsonl, TensorBoard or W&B."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ee_tuning.errors import UserError
@@ -111,40 +111,40 @@ class OnTheWay:
         return self.values.tolist()
 
 
-class Display:
-    """The live line of a run: steps, tokens per second, time left, loss per exit."""
+class Speed:
+    """Tokens per second since a run, or its continuation, began."""
 
-    def __init__(self, console: Console, first: int, steps: int) -> None:
-        self.console = console
-        self.progress = Progress(
-            TextColumn("tuning"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("", total=steps, completed=first, speed="", losses="")
+    def __init__(self) -> None:
         self.started, self.tokens = time.perf_counter(), 0
 
-    def update(self, step: int, tokens: int) -> None:
-        """`tokens` more have been seen; step `step` is done."""
+    def add(self, tokens: int) -> None:
+        """So many more have been seen."""
         self.tokens += tokens
-        speed = f"{self.tokens_per_second():,.0f} tok/s"
-        self.progress.update(self.task, completed=step, speed=speed)
 
-    def show(self, step: int, losses: dict[int, float]) -> None:
-        """Show the latest losses; where there is no terminal, as a line of its own."""
-        text = " ".join(f"{layer}:{loss:.3f}" for layer, loss in losses.items())
-        self.progress.update(self.task, losses=f"loss {text}")
-        if not self.console.is_terminal:
-            self.console.print(
-                f"step {step}  {self.tokens_per_second():,.0f} tok/s  loss {text}",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
-
-    def tokens_per_second(self) -> float:
-        """Mean speed since the run, or its continuation, began."""
+    def __call__(self) -> float:
+        """The mean up to now."""
         return self.tokens / max(1e-9, time.perf_counter() - self.started)
+
+
+class Display:
+    """What a run shows. This one logs what is said, and shows nothing else.
+
+    `ee_tuning.commands.tune.Terminal` is for people.
+    """
+
+    def say(self, text: str) -> None:
+        """One line for the user."""
+        logging.getLogger("ee_tuning").info(text)
+
+    def running(self, first: int, steps: int) -> AbstractContextManager[None]:
+        """Inside, the steps from `first` (from 0) to `steps` are run."""
+        return nullcontext()
+
+    def advance(self, done: int, tokens_per_second: float) -> None:
+        """`done` steps are done."""
+
+    def losses(self, done: int, tokens_per_second: float, losses: dict[int, float]) -> None:
+        """The mean loss of each exit in step `done`, now and then."""
+
+    def result(self, before: dict[int, float], after: dict[int, float]) -> None:
+        """The held-out loss of each exit, in nats per token, before and after the run."""

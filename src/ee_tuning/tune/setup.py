@@ -1,45 +1,141 @@
-"""What a run works on, made from its settings: this process's part of the model, and the data."""
+"""What a run works on, made from its settings: a model made ready for tuning, and the data.
+
+`set_up` and `prepare` say what is done to a model, in order; `ee_tuning.parallel` has the parts
+that several processes need.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
-from rich.console import Console
 
+from ee_tuning import varlen
 from ee_tuning.backbone import Backbone
 from ee_tuning.config import TuneConfig
-from ee_tuning.costs import work
 from ee_tuning.data import collate, load_packed, micro_batches, split_validation
+from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, load_tokenizer
-from ee_tuning.losses import IGNORED
+from ee_tuning.losses import IGNORED, Objective
 from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.data import shard_exits
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.plan import shapes_of
-from ee_tuning.stages import cut_stages
-from ee_tuning.tune.measure import measured_costs
-from ee_tuning.tune.step import Batch
+from ee_tuning.parallel.pipeline import Pipeline
+from ee_tuning.parallel.tensor import split_model
+from ee_tuning.quantise.fp8 import tune_in_fp8
+from ee_tuning.quantise.packages import compiles
+from ee_tuning.tune.optimizers import build_optimizers
+from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.vocabulary import most_frequent
 
 COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
 COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
+ONE_PROCESS = Mesh()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_model(
-    config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, console: Console
+@dataclass
+class SetUp:
+    """What a run works with. pipeline: what goes between its processes, or is traced."""
+
+    tuner: Tuner
+    train: datasets.Dataset
+    valid: datasets.Dataset
+    pipeline: Pipeline
+
+
+def set_up(
+    config: TuneConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    stage: range | None,
+    say: Callable[[str], None],
+) -> SetUp:
+    """Everything that the steps of a run need, on this process of a connected `mesh`.
+
+    dtype: of the backbone, and of the products. stage: see `ee_tuning.tune.timing.own_stage`.
+
+    Raises:
+        UserError: see `load`, `load_data` and `prepare`.
+    """
+    model = load(config, mesh, device, dtype, stage)
+    train, valid = load_data(config, model, mesh)
+    if config.exit_vocab:
+        reduce_vocabulary(model, train, valid, config, say)
+    prepare(model, config, mesh)
+    pipeline = Pipeline(mesh)
+    transport: Transport = pipeline if mesh.size > 1 or config.trace else Alone()
+    autocast = None if dtype == torch.float32 else dtype
+    rest: dict[str, Any] = {"clip": config.clip, "autocast": autocast, "transport": transport}
+    tuner = Tuner(model, build_optimizers(model, config), objective(config), **rest)
+    return SetUp(tuner, train, valid, pipeline)
+
+
+def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> EarlyExitModel:
+    """`model`, on its device, as `config` wants it tuned on this process of a connected `mesh`.
+
+    The backbone is in its precision, and of a pipeline only this process's stage is there.
+
+    Raises:
+        UserError: see `split_model` and `check_fp8`.
+    """
+    split_model(model, mesh, teacher=config.loss != "ce", sequence=config.sequence_parallel)
+    cast_exits(model, DTYPES[config.master_weights])
+    if config.exit_precision == "fp8":
+        check_fp8("--exit-precision", model.backbone.device)
+        tune_in_fp8(model.exits)
+    if varlen.can_use(model.model):
+        varlen.use_varlen(model)
+        model.chain.takes_boundaries = True
+    if is_compiled(config, model.backbone.device):
+        model.chain.compile(layers=compiles(config.backbone_precision))
+        for layer in model.exit_layers:  # else its steps each take as much memory as the logits
+            model.exit(layer).output.fuse(model.backbone)
+    if config.shard:
+        shard_exits(model, mesh)
+    return model.train()
+
+
+def cast_exits(model: EarlyExitModel, dtype: torch.dtype) -> None:
+    """Let the optimizers keep the exits' weights in `dtype`, in place."""
+    for p in model.exits.parameters():
+        if p.requires_grad:
+            p.data = p.data.to(dtype)
+
+
+def is_compiled(config: TuneConfig, device: torch.device) -> bool:
+    """Whether layers and exits are compiled."""
+    on_gpu = device.type == "cuda"
+    return config.compile == "on" or (config.compile == "auto" and on_gpu and config.tp == 1)
+
+
+def objective(config: TuneConfig) -> Objective:
+    """What `config` tunes exits on."""
+    temperature, weight = config.kl_temperature, config.kl_weight
+    return Objective(config.loss, temperature, weight, config.dynamic_weights)
+
+
+def load(
+    config: TuneConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    stage: range | None,
 ) -> EarlyExitModel:
     """Exits to tune, of this process's stage, on what they need of the backbone in `dtype`.
 
     Raises:
-        UserError: see `own_stage`, `EarlyExitModel.from_base`; or processes have different
+        UserError: see `EarlyExitModel.from_base`; or processes have different
             backbones.
     """
     load: dict[str, Any] = {
-        "stage": own_stage(config, mesh, device, dtype, console),
+        "stage": stage,
         "whole": config.loss != "ce",
         "dtype": dtype,
         "device": device,
@@ -76,27 +172,6 @@ def _all_hashes(model: EarlyExitModel, mesh: Mesh) -> dict[str, str]:
                     "give every process the same"
                 )
     return found
-
-
-def own_stage(
-    config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype, console: Console
-) -> range | None:
-    """The layers of this process's stage, counted from 0; None for all that the exits need.
-
-    Raises:
-        UserError: the backbone cannot be cut into so many stages.
-    """
-    if config.pp == 1:
-        return None
-    shapes = shapes_of(config)
-    if config.balance == "measured":
-        costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
-    else:
-        costs = work(shapes, config.seq_length, config.exit_vocab).tuning()
-    stages = cut_stages(costs, config.pp, config.stage_layers)
-    text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
-    console.print(f"layers of the stages: {text}", highlight=False)
-    return stages[mesh.pp_rank]
 
 
 def load_data(
@@ -141,7 +216,7 @@ def reduce_vocabulary(
     train: datasets.Dataset,
     valid: datasets.Dataset,
     config: TuneConfig,
-    console: Console,
+    say: Callable[[str], None],
 ) -> None:
     """Let the exits know only the most frequent tokens of the data, and say what is lost."""
 
@@ -157,8 +232,7 @@ def reduce_vocabulary(
     labels = torch.cat([batch["labels"].flatten() for batch in batches(valid)])
     lost = (vocabulary.known(labels) == IGNORED).sum() - (labels == IGNORED).sum()
     share = lost / (labels != IGNORED).sum().clamp(min=1)
-    console.print(
+    say(
         f"exits know {len(tokens):,} of {size:,} tokens; {share:.2%} of the held-out targets "
-        "are others, which no exit is tuned on or measured with",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        "are others, which no exit is tuned on or measured with"
+    )

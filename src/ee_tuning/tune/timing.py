@@ -1,4 +1,4 @@
-"""What layers and exits cost on this device, for stages that take equally long."""
+"""The layers of a stage: as counted, or as long as layers and exits take on this device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,39 @@ from transformers import AutoModelForCausalLM
 
 from ee_tuning.backbone import slice_config
 from ee_tuning.config import ExitConfig, ExitSpec, TuneConfig
+from ee_tuning.costs import work
+from ee_tuning.losses import Objective
 from ee_tuning.model import EarlyExitModel
-from ee_tuning.tune.prepare import prepare
-from ee_tuning.tune.step import Objective, exit_gradients, place_batch
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.plan import shapes_of
+from ee_tuning.stages import cut_stages
+from ee_tuning.tune.setup import prepare
+from ee_tuning.tune.step import Tuner
+
+
+def own_stage(
+    config: TuneConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    say: Callable[[str], None],
+) -> range | None:
+    """The layers of this process's stage, counted from 0; None for all that the exits need.
+
+    Raises:
+        UserError: the backbone cannot be cut into so many stages.
+    """
+    if config.pp == 1:
+        return None
+    shapes = shapes_of(config)
+    if config.balance == "measured":
+        costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
+    else:
+        costs = work(shapes, config.seq_length, config.exit_vocab).tuning()
+    stages = cut_stages(costs, config.pp, config.stage_layers)
+    text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
+    say(f"layers of the stages: {text}")
+    return stages[mesh.pp_rank]
 
 
 def measured_costs(
@@ -73,13 +103,13 @@ def seconds(
     ids = torch.zeros(size, dtype=torch.int64)
     positions = torch.arange(config.seq_length).expand(size)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
-    placed = place_batch(model, batch)
-    given = placed["input_ids"], placed["position_ids"], placed.get("boundaries")
-    last = model.chain.stop
     autocast = None if dtype == torch.float32 else dtype
-    forward = timed(lambda: model.chain.descend(*given).to(last), device)
-    step = ([batch], Objective("ce", dynamic_weights=config.dynamic_weights), {1: 1.0}, autocast)
-    return forward, max(0.0, timed(lambda: list(exit_gradients(model, *step)), device) - forward)
+    objective = Objective(dynamic_weights=config.dynamic_weights)
+    tuner = Tuner(model, {}, objective, autocast=autocast)  # whose gradients nobody uses
+    placed = tuner.place(batch)
+    given = placed["input_ids"], placed["position_ids"], placed.get("boundaries")
+    forward = timed(lambda: model.chain.descend(*given).to(1), device)
+    return forward, max(0.0, timed(lambda: tuner.step([batch], {1: 1.0}), device) - forward)
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
