@@ -266,7 +266,7 @@ def memory(model: EarlyExitModel, config: TuneConfig, stage: range) -> dict[str,
 
 
 def runs_side_by_side(model: EarlyExitModel, config: TuneConfig, stage: range) -> bool:
-    """Whether all micro-batches go down the layers of `stage` together: see `tune.step.tokens_together`."""
+    """Whether all micro-batches go down the layers of `stage` together: see `costs.room`."""
     exits = [model.exit(layer) for layer in model.exit_layers if layer - 1 in stage]
     sizes = [sum(_tuned(model, config, exit)) / config.tp for exit in exits] or [0.0]
     states = _hidden_states(model, config, len(exits))

@@ -26,7 +26,7 @@ def simulate(
 
     forward, exits: seconds per micro-batch and stage, optimizer included. send: seconds until the
     next stage has a hidden state. together: of each stage, whether it begins its exits once all
-    micro-batches went through its layers, see `ee_tuning.tune.step.tokens_together`; default: none does. A
+    micro-batches went through its layers, see `ee_tuning.costs.room`; default: none does. A
     stage begins step n + 2 when all have ended step n: losses are read together, one step late.
     """
     parts = list(zip(forward, exits, together or [False] * len(forward), strict=True))
