@@ -14,7 +14,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +23,7 @@ from shapes import SHAPES, build
 from tune import timed
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Chooser, Engine, Policy, Request, Token
+from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Threshold, Token
 from ee_tuning.decode.passes import Prediction, Wanted, Window
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
@@ -40,19 +39,22 @@ def answers(share: float) -> Iterator[bool]:
         yield from order.sample([i < 10 * share for i in range(10)], 10)
 
 
-@dataclass(frozen=True)
-class Pattern(Policy):
+class Pattern(Threshold):
     """A `share` of the tokens that may leave does, whatever the confidence."""
 
-    share: InitVar[float] = 1.0
-    answers: Iterator[bool] = field(init=False)
+    def __init__(self, *args: Any, share: float = SHARE, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.answers = answers(share)
 
-    def __post_init__(self, share: float) -> None:
-        object.__setattr__(self, "answers", answers(share))
-
-    def leaves(self, layer: int, confidence: float) -> bool:
+    def leaves(self, layer: int, found: Prediction, ids: Sequence[int]) -> bool:
         """As the pattern goes on."""
         return next(self.answers)
+
+
+class Drafts(Pattern):
+    """Every token leaves that may, as a draft."""
+
+    verifies = True
 
 
 class Accepting(Chooser):
@@ -123,7 +125,7 @@ class Bench:
             "ms_per_step": round(1000 * batch / rate["median"], 3),
             "first_token_ms": round(1000 * median(waits[1:]), 2),
             "first_round_seconds": round(warm, 1),
-            "graphs": len(engine.passes._graphs),
+            "graphs": len(engine.passes.graphs),
         }
 
     def parts(self, exit_layers: list[int], lengths: list[int]) -> dict[str, float]:
@@ -207,21 +209,20 @@ def weight_bytes(model: EarlyExitModel, upto: int, exit: int | None) -> int:
 def measure(bench: Bench, result: dict[str, Any], write: Callable[[], None]) -> None:
     """Every way to decode, one after another, into `result`."""
     depth, (early, half) = bench.depth, bench.model.exit_layers
-    pattern = {"thresholds": {early: 0.0}, "share": SHARE}
-    drafts = {"thresholds": {early: 0.0}, "max_pending": 4, "verifies": True}
+    leaving = {early: 0.0}
     ways: dict[str, tuple[Any, ...]] = {
-        "full depth": (lambda: Policy(depth), 1),
-        f"every token leaves at {half}": (lambda: Policy(half, final=False), 1),
-        f"every token leaves at {early}": (lambda: Policy(early, final=False), 1),
-        f"{SHARE:.0%} leave at {early}": (lambda: Pattern(depth, **pattern), 1),
+        "full depth": (lambda: Full(depth), 1),
+        f"every token leaves at {half}": (lambda: Fixed(half), 1),
+        f"every token leaves at {early}": (lambda: Fixed(early), 1),
+        f"{SHARE:.0%} leave at {early}": (lambda: Pattern(depth, leaving), 1),
         f"speculative, drafts at {early}, {ACCEPTANCE:.0%} kept": (
-            lambda: Pattern(depth, **drafts),
+            lambda: Drafts(depth, leaving, max_pending=4, share=1.0),
             1,
             lambda: Accepting(ACCEPTANCE),
         ),
-        **{f"full depth, batch {n}": (lambda: Policy(depth), n) for n in bench.args.batches},
+        **{f"full depth, batch {n}": (lambda: Full(depth), n) for n in bench.args.batches},
         **{
-            f"{SHARE:.0%} leave at {early}, batch {n}": (lambda: Pattern(depth, **pattern), n)
+            f"{SHARE:.0%} leave at {early}, batch {n}": (lambda: Pattern(depth, leaving), n)
             for n in bench.args.batches
         },
     }

@@ -311,50 +311,42 @@ class PlanConfig(TuneConfig):
 
 
 @dataclass
-class SamplingConfig(Settings):
-    """What `generate` and `evaluate` share."""
+class ActiveExits:
+    """Which exits tokens may leave at, and by which measure they are sure.
 
-    exits: str = option("", "folder or hub id of the exits", path=True)
-    model: str = option("", "backbone; default: the one named in exit_config.json", path=True)
+    exit_layers: the active exits; default: all.
+    max_pending: tokens that may leave before one has to go all the way; the longest draft.
+    measure: of confidence: ``probability``, ``margin`` or ``entropy``, see
+        `ee_tuning.losses.confidence`.
+    min_depth: exits at shallower layers are not active.
+    """
+
     exit_layers: Layers = option("", "active exits, for example 8,16; default: all")
-    device: str = option("auto", "cpu, cuda or auto")
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU"
-    )
-    max_new_tokens: int = option(64, "tokens to generate")
     max_pending: int = option(
         8, "tokens that may leave before one has to go all the way; the longest draft"
     )
     measure: Measure = option("probability", "confidence: probability, margin or entropy")
     min_depth: int = option(0, "exits at shallower layers are not active")
-    compile: Literal["auto", "on", "off"] = option(
-        "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
-    )
-    seed: int = option(0, "seed of the sampling")
 
-    def leaving(self) -> dict[str, Any]:
-        """Where tokens may leave, as arguments of `ee_tuning.decode.generate`."""
-        return {
-            "exit_layers": self.exit_layers or None,
-            "max_pending": self.max_pending,
-            "measure": self.measure,
-            "min_depth": self.min_depth,
-        }
-
-    def compiled(self) -> bool | None:
-        """`compile` as `ee_tuning.decode.generate` takes it."""
-        return {"auto": None, "on": True, "off": False}[self.compile]
+    def leaving(self, **more: Any) -> Leaving:
+        """These exits, and what `more` says of mode and threshold."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(ActiveExits)}
+        return Leaving(**own, **more)
 
 
 @dataclass
-class GenerateConfig(SamplingConfig):
-    """Generate text; tokens are coloured by the depth at which they left."""
+class Leaving(ActiveExits):
+    """Where tokens leave.
 
-    compile: Literal["auto", "on", "off"] = option(
-        "off",
-        "compile decoding, with CUDA graphs on a GPU: a minute, before a long text; auto: on a GPU",
-    )
-    prompt: str = option("", "the prompt; - reads standard input")
+    mode: ``full`` is the backbone alone; ``fixed`` ends every token at the one exit in
+        `exit_layers`; ``threshold`` lets a token leave at the first active exit whose
+        confidence is at least `threshold`. Threshold 1 switches exits off. ``speculative``
+        takes such tokens for drafts that the remaining layers verify together: greedy tokens are
+        those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.drafts`.
+    threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``, or as the command
+        takes them, ``"8:0.9,16:0.7"``.
+    """
+
     mode: Mode = option(
         "threshold",
         "full depth, a fixed exit layer, the first confident exit, or speculative: exits draft, "
@@ -365,6 +357,38 @@ class GenerateConfig(SamplingConfig):
         "confidence from which a token leaves; 1 switches exits off; per exit: 8:0.9,16:0.7, or "
         "in YAML {8: 0.9, 16: 0.7}",
     )
+
+
+@dataclass
+class SamplingConfig(Settings):
+    """What `generate` and `evaluate` share."""
+
+    exits: str = option("", "folder or hub id of the exits", path=True)
+    model: str = option("", "backbone; default: the one named in exit_config.json", path=True)
+    device: str = option("auto", "cpu, cuda or auto")
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "precision of backbone and exits; auto: bf16 on a GPU, fp32 on CPU"
+    )
+    max_new_tokens: int = option(64, "tokens to generate")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
+    )
+    seed: int = option(0, "seed of the sampling")
+
+    def compiled(self) -> bool | None:
+        """`compile` as `ee_tuning.decode.generate` takes it."""
+        return {"auto": None, "on": True, "off": False}[self.compile]
+
+
+@dataclass
+class GenerateConfig(Leaving, SamplingConfig):
+    """Generate text; tokens are coloured by the depth at which they left."""
+
+    compile: Literal["auto", "on", "off"] = option(
+        "off",
+        "compile decoding, with CUDA graphs on a GPU: a minute, before a long text; auto: on a GPU",
+    )
+    prompt: str = option("", "the prompt; - reads standard input")
     do_sample: bool = option(False, "sample instead of taking the likeliest token")
     temperature: float = option(1.0, "sampling temperature")
     top_k: int = option(50, "sample among the k likeliest tokens; 0: all")
@@ -380,7 +404,7 @@ class GenerateConfig(SamplingConfig):
 
 
 @dataclass
-class EvaluateConfig(SamplingConfig, ReadingConfig):
+class EvaluateConfig(ActiveExits, SamplingConfig, ReadingConfig):
     """Measure the exits: losses, agreement, speed; a table, JSON and an HTML report."""
 
     data: list[str] = option([], "held-out data, as for tune", path=True)

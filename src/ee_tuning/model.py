@@ -39,7 +39,6 @@ from ee_tuning.loading import (
 )
 from ee_tuning.losses import cross_entropy
 from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
-from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.quantise.fp8 import freeze_in_fp8
 from ee_tuning.quantise.packages import (
     check_installed,
@@ -107,12 +106,6 @@ class EarlyExitModel(nn.Module):
                 exit.reset_random(config.seed)  # type: ignore[operator]
         self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
         self.chain = Chain(self)
-        self.engines: dict[Any, Any] = {}  # of `generate`, the last used ones last
-        self.mesh = Mesh()  # of the processes that decode together
-
-    def __getstate__(self) -> dict[str, Any]:
-        """To pickle or copy, for another process say: engines stay here."""
-        return self.__dict__ | {"engines": {}}
 
     @classmethod
     def from_base(

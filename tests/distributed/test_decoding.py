@@ -13,8 +13,8 @@ from rich.console import Console
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
+from ee_tuning.commands.generate import generate
 from ee_tuning.config import GenerateConfig
-from ee_tuning.decode.show import generate_and_show
 
 CALLS = [
     {"mode": "full"},
@@ -218,7 +218,7 @@ def test_the_first_rank_alone_prints(found, exits, tmp_path):
 
     settings = {"exits": str(exits / "llama"), "prompt": "def function", "device": "cpu"}
     with (tmp_path / "text").open("w") as file:
-        generate_and_show(GenerateConfig(**settings, max_new_tokens=9), Console(file=file))
+        generate(GenerateConfig(**settings, max_new_tokens=9), Console(file=file))
     expected = (tmp_path / "text").read_text()
     assert not (found / "show-0.error").exists()
     assert without_speed((found / "show-0.txt").read_text()) == without_speed(expected)

@@ -16,7 +16,7 @@ from helpers.commands import fails, tune
 from ee_tuning.cli import COMMANDS, main
 from ee_tuning.commands.evaluate import evaluate
 from ee_tuning.config import EvaluateConfig, parse_layers
-from ee_tuning.decode.show import encode_prompt
+from ee_tuning.decode.text import encode_prompt
 from ee_tuning.errors import UserError
 from ee_tuning.parsing import parse
 

@@ -21,14 +21,14 @@ from rich.console import Console
 
 import ee_tuning.decode.engine as engine
 from ee_tuning import UserError
+from ee_tuning.commands.generate import generate as generate_command
 from ee_tuning.config import GenerateConfig
 from ee_tuning.decode import load_part
-from ee_tuning.decode.arguments import prepare
-from ee_tuning.decode.generate import engine_for
+from ee_tuning.decode.arguments import to_requests
+from ee_tuning.decode.engines import engine_for, engines_of
 from ee_tuning.decode.mail import Mail
 from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.pipeline import Stage
-from ee_tuning.decode.show import generate_and_show
+from ee_tuning.decode.stage import Stage
 from ee_tuning.devices import pick_device
 from ee_tuning.parallel.mesh import Mesh
 from helpers.ranks import become, launch, run_ranks
@@ -73,24 +73,25 @@ def batch(model, calls):
 
 def cancel(model, calls):
     """The tokens of two requests, one of which is cancelled after its second token."""
-    requests = [r for ids in PROMPTS[:2] for r in prepare(model, ids, **calls[0])[0]]
+    requests = [r for ids in PROMPTS[:2] for r in to_requests(model, ids, **calls[0])[0]]
     tokens = [[], []]
-    for request, token in engine_for(model, requests, False).stream(requests):
-        row = tokens[requests.index(request)]
-        row.append(token.id)
-        requests[0].cancelled = len(tokens[0]) == 2
+    with engine_for(model, requests, False) as one:
+        for request, token in one.stream(requests):
+            tokens[requests.index(request)].append(token.id)
+            requests[0].cancelled = len(tokens[0]) == 2
     return tokens
 
 
 def overlap(model, calls):
     """The last stage begins with the first token only when the first stage has the third one."""
     begun, window, compute = Path(calls[0].pop("file")), [0], Stage._compute
+    mesh = engines_of(model).mesh
 
     def count(self, news):
         window[0] += bool(news)
-        if model.mesh.pp_rank == 0 and window[0] == 3:
+        if mesh.pp_rank == 0 and window[0] == 3:
             begun.touch()
-        while model.mesh.pp_rank == 1 and not begun.exists():
+        while mesh.pp_rank == 1 and not begun.exists():
             assert time.time() < deadline, "the first stage waits"
             time.sleep(0.01)
         compute(self, news)
@@ -122,16 +123,16 @@ def at_once(model, calls):
 
 def die(model, calls):
     """The last stage dies at its third token, with however many it computes at a time."""
-    computed, compute = [], Stage._compute
+    computed, compute, mesh = [], Stage._compute, engines_of(model).mesh
 
     def count(self, news):
         computed.extend(news)
-        if model.mesh.pp_rank == 1 and len(computed) >= 3:
+        if mesh.pp_rank == 1 and len(computed) >= 3:
             os._exit(1)
         compute(self, news)
 
     Stage._compute = count
-    model.mesh.doing = "decoding"
+    mesh.doing = "decoding"
     return generate(model, calls)
 
 
@@ -140,7 +141,7 @@ def work(case, path):
     if case["todo"] == "show":
         with path.with_suffix(".txt").open("w") as file:
             console = Console(file=file, quiet=os.environ["RANK"] != "0")
-            generate_and_show(GenerateConfig(**case["settings"]), console)
+            generate_command(GenerateConfig(**case["settings"]), console)
         return None
     mesh, device = Mesh(1, case["tp"], case["pp"]), pick_device(case.get("device", "cpu"))
     with mesh.connected(device, 60.0, advice="Start it again"):

@@ -13,24 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.decode import Chooser, Engine, Policy, Request
+from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Speculative, Threshold
 from ee_tuning.decode.cache import SlotLayer, check_room
-from ee_tuning.decode.passes import Passes, Wanted, Window
+from ee_tuning.decode.passes import Passes, Prediction, Wanted, Window
 from ee_tuning.losses import confidence
 
 # Tiny windows of 6 tokens: the rings of these families are written over several times.
 MIXED = ["llama", "mistral", "gemma2", "gemma3", "opt", "gpt2", "falcon", "granite", "phi"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forced(Policy):
     """The n-th token after the prompt's own may leave from the n-th layer of `pattern` on."""
 
     pattern: list[int] = field(default_factory=list)
-    settled: list[int] = field(default_factory=list)
+    prompt: int = 0
+    final: bool = True
 
-    def leaves(self, layer, confidence):
-        return layer >= self.pattern[len(self.settled) - 1]
+    def leaves(self, layer, found, ids):
+        return layer >= self.pattern[len(ids) - self.prompt - 1]
 
 
 class Told(Chooser):
@@ -72,7 +73,9 @@ def test_any_pattern_of_exits_gives_what_recomputing_everything_gives(family, ro
     for length, pattern, bound, end in rows:
         tokens = torch.randint(3, 96, (len(pattern) + 1,), generator=generator).tolist()
         inner = dict.fromkeys([1, 2, 3], 0.5) if end == DEPTH else {}
-        policy = Forced(end, end == DEPTH, inner, max_pending=bound, pattern=pattern)
+        policy = Forced(
+            end, inner, max_pending=bound, pattern=pattern, prompt=length, final=end == DEPTH
+        )
         total = length + len(tokens)
         requests.append(Request(prompt(length, seed), policy, total, Told(tokens)))
         given_tokens.append(tokens)
@@ -80,7 +83,6 @@ def test_any_pattern_of_exits_gives_what_recomputing_everything_gives(family, ro
     left = {id(request): [] for request in requests}
     for request, token in engine.stream(requests):
         left[id(request)].append(token.exit_layer)
-        request.policy.settled.append(token.id)
     for request, tokens in zip(requests, given_tokens, strict=True):
         expected = slow_layers(model, request, tokens)
         assert left[id(request)] == expected
@@ -145,12 +147,12 @@ def test_a_row_does_not_depend_on_its_neighbours(family, mode):
 def test_every_request_of_a_batch_may_decode_in_its_own_way():
     model = early_exit()
     policies = [
-        Policy(DEPTH),
-        Policy(2, final=False),
-        Policy(DEPTH, thresholds={1: 0.001, 3: 0.002}, measure="margin", max_pending=3),
-        Policy(DEPTH, thresholds={2: 0.0}, verifies=True, max_pending=4),
-        Policy(DEPTH, thresholds={1: 0.03}, measure="entropy"),
-        Policy(3, final=False),
+        Full(DEPTH),
+        Fixed(2),
+        Threshold(DEPTH, {1: 0.001, 3: 0.002}, "margin", max_pending=3),
+        Speculative(DEPTH, {2: 0.0}, max_pending=4),
+        Threshold(DEPTH, {1: 0.03}, "entropy"),
+        Fixed(3),
     ]
 
     def run(slots, chosen):
@@ -196,7 +198,7 @@ def test_giving_up_a_stream_frees_its_slots():
     engine = Engine(model, [1], slots=2, capacity=64)
 
     def requests():
-        return [Request(prompt(4, i), Policy(DEPTH), 40) for i in range(3)]
+        return [Request(prompt(4, i), Full(DEPTH), 40) for i in range(3)]
 
     stream = engine.stream(requests())
     for _ in range(5):
@@ -256,7 +258,7 @@ def test_prompts_that_are_read_together_go_on_at_the_next_stage(monkeypatch):
 
     def read(one, given, wanted):
         last = len(one.segments) - 1
-        return {r.slot: (r.found and r.found.of(r.window, 0), r.hidden)
+        return {r.slot: (r.found, r.hidden)
                 for r in one.prompts(given, last, wanted, lambda i: [0, 0])}  # fmt: skip
 
     expected = {slot: found.token for slot, (found, _) in
@@ -279,7 +281,7 @@ def test_padding_writes_over_nothing_that_is_known():
     given = {slot: prompt(length, slot) for slot, length in enumerate(lengths)}
     last = len(passes.segments) - 1
     assert len(list(passes.prompts(given, last, Wanted("last", True), lambda i: [0] * 3))) == 3
-    passes.compile = True  # for the sizes: nothing has been compiled
+    passes.compile = passes.sizes.compile = True  # for the sizes: nothing has been compiled
 
     def known():
         return [
@@ -314,7 +316,7 @@ def test_layer_exit_uses_positions_in_training_and_decoding_alike():
     """The block's logits depend on order, and are the same with caches and in one pass."""
     model = early_exit(arch="layer")
     tokens = [40, 7, 8, 3]
-    request = Request([5, 9, 11], Policy(2, final=False), 7, Told(tokens))
+    request = Request([5, 9, 11], Fixed(2), 7, Told(tokens))
     engine = Engine(model, [2], capacity=16)
     assert [token.exit_layer for _, token in engine.stream([request])] == [2] * 4
     ids = [*request.ids, *tokens]
@@ -344,7 +346,8 @@ def test_threshold_lets_confident_tokens_leave_at_the_first_exit_that_is_sure():
 
 def test_a_token_leaves_at_its_threshold_and_never_at_1():
     """A probability that rounding makes 1 does not leave either."""
-    assert Policy(DEPTH, thresholds={1: 0.5}).leaves(1, 0.5)
+    sure = Prediction(7, 0.5, None, 0, 0)
+    assert Threshold(DEPTH, {1: 0.5}).leaves(1, sure, [5, 9])
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1", arch="norm")).eval()
     model.exit(1).head.weight.data.mul_(1e4)
     common = {"max_new_tokens": 8, "eos_token_id": None}
@@ -481,15 +484,15 @@ def test_requests_that_do_not_fit_an_engine_are_refused():
     engine = Engine(early_exit(), [1], capacity=16, max_pending=2)
     for request, message in [
         (
-            Request([1], Policy(DEPTH), 17),
+            Request([1], Full(DEPTH), 17),
             "17 tokens .* there is room for 16: ask for fewer, or raise capacity",
         ),
         (
-            Request([1], Policy(2, final=False), 9),
+            Request([1], Fixed(2), 9),
             "exit at layer 2 is not among those of all prompts",
         ),
         (
-            Request([1], Policy(DEPTH, max_pending=3), 9),
+            Request([1], Full(DEPTH, max_pending=3), 9),
             "max_pending 3 is above that of all prompts, 2",
         ),
     ]:

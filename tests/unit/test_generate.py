@@ -24,7 +24,8 @@ from transformers import (
 from transformers.utils import logging
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.decode.show import DepthStreamer
+from ee_tuning.commands.generate import DepthStreamer
+from ee_tuning.decode.engines import engines_of
 from ee_tuning.loading import load_tokenizer
 
 
@@ -313,9 +314,9 @@ def test_engines_are_kept_and_given_up():
     ids = torch.tensor([[5, 9]])
     common = {"max_new_tokens": 2, "eos_token_id": None}
     model.generate(ids, mode="full", **common)
-    (engine,) = model.engines.values()
+    (engine,) = engines_of(model).kept.values()
     model.generate(ids, mode="full", **common)
-    assert list(model.engines.values()) == [engine]
+    assert list(engines_of(model).kept.values()) == [engine]
     before = model.generate(ids, mode="fixed", exit_layers=[1], **common).sequences
     with torch.no_grad():
         model.exit(1).head.weight.copy_(-model.exit(1).head.weight)
@@ -323,7 +324,7 @@ def test_engines_are_kept_and_given_up():
     assert not torch.equal(before, after)
     for bound in range(2, 9):
         model.generate(ids, max_pending=bound, **common)
-    assert len(model.engines) <= 4
+    assert len(engines_of(model).kept) <= 4
 
 
 def test_calls_of_two_sizes_in_turns_keep_their_engines():
@@ -333,16 +334,16 @@ def test_calls_of_two_sizes_in_turns_keep_their_engines():
     short, long = torch.full((4, 3), 5), torch.full((1, 300), 5)
 
     def sizes():
-        return [(one.passes.slots, one.passes.capacity) for one in model.engines.values()]
+        return [(one.passes.slots, one.passes.capacity) for one in engines_of(model).kept.values()]
 
     model.backbone.config.max_position_embeddings = 1024
     model.generate(short, **common)
     model.generate(long, **common)
     assert sizes() == [(4, 256), (1, 512)]
-    kept = set(map(id, model.engines.values()))
+    kept = set(map(id, engines_of(model).kept.values()))
     model.generate(short, **common)
     model.generate(long[:, :290], **common)
-    assert set(map(id, model.engines.values())) == kept
+    assert set(map(id, engines_of(model).kept.values())) == kept
     model.generate(long.repeat(4, 1), **common)
     assert sizes() == [(4, 512)]
     model.backbone.config.max_position_embeddings = 512
@@ -497,7 +498,7 @@ def test_texts_hold_no_distributions():
 def test_a_bound_beyond_the_text_takes_no_room():
     model = early_exit()
     model.generate(torch.tensor([[5, 9]]), max_pending=10**6, max_new_tokens=4)
-    assert list(model.engines.values())[-1].passes.places <= 128
+    assert list(engines_of(model).kept.values())[-1].passes.sizes.places <= 128
 
 
 def test_a_fixed_depth_takes_any_bound():

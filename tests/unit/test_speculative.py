@@ -19,8 +19,8 @@ from transformers import (
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.costs import draft_cost
-from ee_tuning.decode import Chooser, Engine, Policy, Request
-from ee_tuning.decode.speculative import Pace
+from ee_tuning.decode import Chooser, Engine, Request, Speculative
+from ee_tuning.decode.pace import Pace
 from ee_tuning.loading import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 11, 40, 7]])
@@ -170,7 +170,7 @@ def test_rejected_drafts_leave_nothing_behind(family, arch):
     Tolerance: a window of several tokens sums in another order.
     """
     model = early_exit(family, arch)
-    policy = Policy(DEPTH, thresholds={1: 0.0}, max_pending=4, verifies=True)
+    policy = Speculative(DEPTH, {1: 0.0}, max_pending=4)
     chooser = Rejecting([20, 31, 50, 7, 9])
     engine = Engine(model, [1], capacity=60, max_pending=4)
     request = Request(prompt(7), policy, 45, chooser)

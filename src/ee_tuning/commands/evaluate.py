@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
-from ee_tuning.decode.show import load_for_decoding
+from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import hardware, versions
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits, unknown_text

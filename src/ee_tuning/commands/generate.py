@@ -2,14 +2,159 @@
 
 from __future__ import annotations
 
+import sys
+import time
+import warnings
+from dataclasses import fields
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
 from ee_tuning.config import GenerateConfig
-from ee_tuning.decode.show import generate_and_show
+from ee_tuning.decode.arguments import to_requests
+from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.load import load_for_decoding
+from ee_tuning.decode.sampling import Token
+from ee_tuning.decode.settings import check_stages
+from ee_tuning.decode.text import TextStream, depth_colour, encode_prompt
+from ee_tuning.devices import pick_device
+from ee_tuning.errors import Notice, UserError
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.parallel.mesh import Mesh
 
 
-def generate(config: GenerateConfig) -> None:
-    """Print the text.
+class DepthStreamer:
+    """Prints tokens as they come, in the colour of their depth.
+
+    Follows transformers' streamer convention (`put`, `end`); `on_token` tells it the depth of
+    the token that `put` brings next. Characters of several tokens wait until they are whole.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, depth: int) -> None:
+        self.console, self.depth = console, depth
+        self.text = TextStream(tokenizer, skip_special_tokens=True)
+        self.layer = depth
+        self.layers: list[int] = []
+        self.prompt_seen = False
+
+    def on_token(self, row: int, token: Token) -> None:
+        """The next token left at ``token.exit_layer``."""
+        self.layer = token.exit_layer
+        self.layers.append(token.exit_layer)
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Print what `ids` add to the text; the first call brings the prompt."""
+        self._print(self.text.put(ids.flatten().tolist()))
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Print what still waits, and end the line."""
+        self._print(self.text.end())
+        self.console.print()
+
+    def _print(self, new: str) -> None:
+        style = f"bold {depth_colour(self.layer, self.depth)}" if self.prompt_seen else "dim"
+        # As it is: a Text would have spaces for tabs.
+        self.console.print(Segments([Segment(new, Style.parse(style))]), end="", soft_wrap=True)
+
+
+def generate(config: GenerateConfig, console: Console | None = None) -> None:
+    """Generate from ``config.prompt`` and print the coloured text, a legend and the mean depth.
+
+    Of several processes all do the same, and the first one prints.
 
     Raises:
-        UserError, ProcessFailed: see `ee_tuning.decode.show.generate_and_show`.
+        UserError: an empty prompt, settings that do not go together, or what
+            `ee_tuning.decode.generate` raises.
+        ProcessFailed: one of several processes failed.
     """
-    generate_and_show(config)
+    if config.stage_layers and config.pp == 1:
+        raise UserError("stage_layers needs --pp: a single stage has all layers")
+    check_stages(config.mode, config.pp)
+    mesh = Mesh(tp=config.tp, pp=config.pp)
+    with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):
+        mesh.check_same("settings", repr(config))
+        _generate(config, mesh, console or Console(quiet=not mesh.is_main))
+
+
+def _generate(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
+    standard_input = config.prompt == "-"
+    prompt = mesh.on_main(_read_input) if standard_input else config.prompt
+    if not prompt:
+        raise UserError("the prompt is empty: give one with --prompt, or - to read standard input")
+    model, tokenizer = load_for_decoding(config, mesh, config.stage_layers)
+    mesh.doing = "decoding"
+    input_ids = encode_prompt(tokenizer, prompt, config.chat)
+    arguments = _arguments(config, mesh) | {"tokenizer": tokenizer}
+    if engines_of(model).will_compile(model, config.compiled()):
+        _compile_ahead(model, input_ids, config, arguments, console)
+    streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
+    torch.manual_seed(config.seed)
+    start = time.perf_counter()
+    model.generate(
+        input_ids,
+        leaving=config,
+        compile=config.compiled(),
+        streamer=streamer,
+        on_token=streamer.on_token,
+        **arguments,
+    )
+    seconds = time.perf_counter() - start
+    _print_legend(console, streamer.layers, model.backbone.num_layers, seconds)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not in UTF-8: convert it") from error
+
+
+def _arguments(config: GenerateConfig, mesh: Mesh) -> dict[str, Any]:
+    """What transformers' ``generate`` is asked for."""
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    usual = {field.name: field.default for field in fields(GenerateConfig)}
+    changed = any(value != usual[name] for name, value in sampling.items())
+    if changed and not config.do_sample and mesh.is_main:
+        warnings.warn(
+            "temperature, top_k and top_p are ignored without do_sample", Notice, stacklevel=1
+        )
+    return {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": config.do_sample,
+        "stop_strings": config.stop_strings or None,
+        **(sampling if config.do_sample else {}),
+    }
+
+
+def _compile_ahead(
+    model: EarlyExitModel,
+    input_ids: torch.Tensor,
+    config: GenerateConfig,
+    arguments: dict[str, Any],
+    console: Console,
+) -> None:
+    """Compile before the clock starts, and say how long it took."""
+    to_requests(model, input_ids[0].tolist(), config, **arguments)  # refuses before that
+    capacity = input_ids.shape[1] + config.max_new_tokens
+    seconds = model.warm_up(leaving=config, capacity=capacity, compile=config.compiled())
+    console.print(f"compiled in {seconds:.0f} s", style="dim")
+
+
+def _print_legend(console: Console, layers: list[int], depth: int, seconds: float) -> None:
+    legend = Text("left at layer")
+    for layer in sorted(set(layers)):
+        share = layers.count(layer) / len(layers)
+        legend.append(f"  {layer} ({share:.0%})", style=f"bold {depth_colour(layer, depth)}")
+    console.print(legend)
+    mean = sum(layers) / len(layers)
+    console.print(
+        f"{len(layers)} tokens, mean depth {mean:.1f} of {depth} layers, "
+        f"{len(layers) / seconds:.1f} tokens/s with the prompt",
+        highlight=False,
+    )

@@ -1,25 +1,33 @@
 """Decoding with early exits.
 
-`engine` says which sequence goes through which segment next, `passes` runs the segments, `cache`
-keeps their K/V, `policy` says when a token leaves, `speculative` how drafts are verified,
-`arguments` what a call comes to, and `generate` is the way in. On several processes `parts` gives
-each its part of the model, `pipeline` is an engine cut into stages and `mail` what these tell each
-other.
+`settings` says where a token may leave; `engine` which sequence goes through which segment next,
+`drafts` what a round of it is, `sequences` keeps what each has computed, `sampling` chooses tokens.
+`passes` runs the segments, `cache` keeps their K/V, `graphs` captures them. `engines` keeps what a
+model decodes with, `arguments` reads a call, and `generate` is the way in. On several processes
+`load` gives each its part of the model, `stage` is an engine cut into stages and `mail` what these
+tell each other.
 """
 
-from ee_tuning.decode.engine import Engine, Request
+from ee_tuning.decode.engine import Engine
+from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.generate import GenerateOutput, generate, generate_batch, warm_up
-from ee_tuning.decode.parts import load_part
-from ee_tuning.decode.policy import Policy
-from ee_tuning.decode.speculative import Chooser, Token
+from ee_tuning.decode.load import load_part
+from ee_tuning.decode.sampling import Chooser, Token
+from ee_tuning.decode.sequences import Request
+from ee_tuning.decode.settings import Fixed, Full, Policy, Speculative, Threshold
 
 __all__ = [
     "Chooser",
     "Engine",
+    "Fixed",
+    "Full",
     "GenerateOutput",
     "Policy",
     "Request",
+    "Speculative",
+    "Threshold",
     "Token",
+    "engines_of",
     "generate",
     "generate_batch",
     "load_part",

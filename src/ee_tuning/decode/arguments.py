@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,12 @@ from transformers import (
     StopStringCriteria,
 )
 
-from ee_tuning.config import Layers
-from ee_tuning.decode.engine import Request
-from ee_tuning.decode.policy import Policy, make_policy
-from ee_tuning.decode.speculative import Chooser
+from ee_tuning.config import Leaving
+from ee_tuning.decode.sampling import Chooser
+from ee_tuning.decode.sequences import Request
+from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import Notice, UserError, first_line
-
-if TYPE_CHECKING:
-    from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import EarlyExitModel
 
 # Arguments of transformers' `generate` that have no effect here, and those that cannot be had.
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -41,34 +39,10 @@ REFUSED = {
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of token ids
 
 
-@dataclass
-class Settings:
-    """Where tokens leave.
-
-    mode: ``full`` is the backbone alone; ``fixed`` ends every token at the one exit in
-        `exit_layers`; ``threshold`` lets a token leave at the first active exit whose
-        confidence is at least `threshold`. Threshold 1 switches exits off. ``speculative``
-        takes such tokens for drafts that the remaining layers verify together: greedy tokens are
-        those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.speculative`.
-    threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``, or as the command
-        takes them, ``"8:0.9,16:0.7"``.
-    exit_layers: the active exits; default: all.
-    max_pending: tokens that may leave before one has to go all the way; the longest draft.
-    measure: of confidence: ``probability``, ``margin`` or ``entropy``, see
-        `ee_tuning.losses.confidence`.
-    min_depth: exits at shallower layers are not active.
-    """
-
-    mode: str = "threshold"
-    threshold: str | float | Mapping[int, float] = 0.8
-    exit_layers: Layers | None = None
-    max_pending: int = 8
-    measure: str = "probability"
-    min_depth: int = 0
-
-    def policy(self, model: EarlyExitModel) -> Policy:
-        """See `make_policy` for the errors."""
-        return make_policy(model, **{f.name: getattr(self, f.name) for f in fields(self)})
+def read_leaving(leaving: Leaving | None, kwargs: dict[str, Any]) -> Leaving:
+    """`leaving`, or else the defaults, with those of its fields that are in `kwargs`, taken out."""
+    names = {field.name for field in fields(Leaving)} & kwargs.keys()
+    return replace(leaving or Leaving(), **{name: kwargs.pop(name) for name in names})
 
 
 def as_row(values: Any) -> Tensor:
@@ -150,8 +124,12 @@ def _tokens(value: Any) -> list[int]:
     return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
-def prepare(
-    model: EarlyExitModel, ids: list[int], padded: int = 0, **kwargs: Any
+def to_requests(
+    model: EarlyExitModel,
+    ids: list[int],
+    leaving: Leaving | None = None,
+    padded: int = 0,
+    **kwargs: Any,
 ) -> tuple[list[Request], int]:
     """What transformers makes of `kwargs` for a prompt that was padded by so many tokens.
 
@@ -160,8 +138,7 @@ def prepare(
     Raises:
         UserError: what transformers says against them, or an argument that cannot be had here.
     """
-    names = {f.name for f in fields(Settings)} & kwargs.keys()
-    policy = Settings(**{name: kwargs.pop(name) for name in names}).policy(model)
+    policy = make_policy(model, read_leaving(leaving, kwargs))
     for name in ("max_length", "min_length") if padded else ():  # they count padding
         value = _holds(model, kwargs, name)
         if value:
@@ -249,7 +226,8 @@ def _padding(config: GenerationConfig) -> int:
     return [*_tokens(config.pad_token_id), *_tokens(config.eos_token_id), 0][0]
 
 
-def warn_ignored(kwargs: dict[str, Any]) -> None:
+def warn_ignored(kwargs: Mapping[str, Any]) -> None:
+    """Say which arguments of transformers' `generate` have no effect here."""
     for name in IGNORED:
         if said(kwargs, name):
             warnings.warn(

@@ -6,7 +6,7 @@ to pad a window or to hand a slot on to the next sequence is to write over it la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ee_tuning.backbone import Segment
 from ee_tuning.devices import free_memory
 from ee_tuning.errors import UserError
+from ee_tuning.exits import Exit
 
 GIB = 2**30
 
@@ -155,6 +157,50 @@ class SlotCache(Cache):
                 layer.put(place)
             else:
                 layer.place, layer.rows, layer.places = place, alike.rows, alike.places
+
+
+@torch.inference_mode()
+def make_caches(
+    segments: Sequence[Segment],
+    exits: Mapping[int, Exit],
+    token: Tensor,
+    sizes: tuple[int, int, int],
+    longest_text: int,
+) -> tuple[list[SlotCache], dict[int, SlotCache]]:
+    """Caches of segments, and of the exits with K/V behind them, by layer.
+
+    Large as the K/V of one token tell, which the model is asked for. token: it, (1, 1), or what a
+    stage before gave for it, (1, 1, H). sizes: slots, places in each, tokens written at a time.
+    longest_text: as for `SlotCache`.
+
+    Raises:
+        UserError: they do not fit into the memory that is free.
+    """
+    blocks = {k: exit.segment for k, exit in exits.items() if exit.segment is not None}
+    first = torch.zeros(1, 1, dtype=torch.int64, device=token.device)
+    place = Place(first[0], first, 1, in_order=True, empty=True)
+
+    def cache(segment: Segment, slots: int, capacity: int, longest: int) -> SlotCache:
+        layers = [SlotLayer(window, slots, capacity, longest) for window in segment.windows()]
+        return SlotCache(layers, segment.start, longest_text)
+
+    small = [cache(segment, 1, 1, 1) for segment in segments]
+    small_exits = {k: cache(block, 1, 1, 1) for k, block in blocks.items()}
+    for one in (*small, *small_exits.values()):
+        one.put(place)
+    for segment, own in zip(segments, small, strict=True):
+        state = segment(token, first, own)
+        token = state.hidden
+        if segment.stop in blocks:
+            exits[segment.stop].features(state, small_exits[segment.stop])
+    large = [cache(segment, *sizes) for segment in segments]
+    large_exits = {k: cache(block, *sizes) for k, block in blocks.items()}
+    both = zip([*small, *small_exits.values()], [*large, *large_exits.values()], strict=True)
+    pairs = [pair for a, b in both for pair in zip(a.slot_layers, b.slot_layers, strict=True)]
+    check_room(pairs, token.device)
+    for sample, layer in pairs:
+        layer.make_like(sample)
+    return large, large_exits
 
 
 def check_room(pairs: Sequence[tuple[Any, Any]], device: torch.device) -> None:

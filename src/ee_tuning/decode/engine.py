@@ -1,5 +1,20 @@
 """Which sequence goes through which segment next.
 
+=========  ===========================================================================
+slot       where an engine keeps one sequence: its K/V, what it is about to compute
+row        the sequence in a slot, as far as it has come
+segment    the layers from one exit to the next
+door       where rows stand that a segment has tokens of to compute
+window     the tokens of a row that a segment computes in one pass
+ring       where hidden states wait before a segment until it computes them
+place      where the K/V of a pass are written; reach: up to where its tokens look back
+pending    tokens that left at an exit since the last one that went to the end
+draft      a token that left, if the end is still to verify it
+settled    what nothing takes back any more
+pace       how many drafts a round has
+round      from one settling of tokens to the next
+=========  ===========================================================================
+
 A sequence stands at the *door* of a segment with the tokens that the segment has not computed yet.
 The engine always opens the shallowest door at which anyone stands, for all that stand there. So
 sequences whose tokens leave early go on drafting, at a few layers a token, until each of them needs
@@ -11,86 +26,31 @@ self-speculation what left is a draft until the next token that goes to the end 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import groupby
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
-from ee_tuning.decode.passes import Passes, Predictions, Wanted, Window
-from ee_tuning.decode.policy import Policy
-from ee_tuning.decode.speculative import Chooser, Generators, Pace, Token
+from ee_tuning.decode.drafts import draft_round, first_token
+from ee_tuning.decode.pace import Pace
+from ee_tuning.decode.passes import Passes
+from ee_tuning.decode.sampling import Generators, Token
+from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.errors import UserError
+from ee_tuning.model import EarlyExitModel
 
-if TYPE_CHECKING:
-    from ee_tuning.model import EarlyExitModel
-
-
-def _never(ids: Sequence[int]) -> bool:
-    return False
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt and how to go on from it.
-
-    max_length: tokens with the prompt's, at most. stops: whether what is written ends the text.
-    Set `cancelled` to give it up; `finished` says that the last token has come.
-    """
-
-    ids: list[int]
-    policy: Policy
-    max_length: int
-    chooser: Chooser = field(default_factory=Chooser)
-    stops: Callable[[Sequence[int]], bool] = _never
-    cancelled: bool = False
-    finished: bool = False
-
-
-class _Row:
-    """A sequence in progress, in its slot.
-
-    ids: prompt, settled tokens, drafts. done: per segment up to the `last`, how many of them it
-    has computed. door: the segment it stands before. pending: tokens that left since the last one
-    that went to the end; limit: how many may; pace: sets it, if they are drafts. asks: what follows
-    the newest token is not known yet.
-    """
-
-    def __init__(self, request: Request, slot: int, last: int) -> None:
-        self.request, self.slot, self.last = request, slot, last
-        self.policy = request.policy
-        self.ids = list(request.ids)
-        self.done = [len(self.ids)] * (last + 1)
-        self.door = 0
-        self.drafts: list[Token] = []
-        self.pace: Pace | None = None
-        self.limit = self.policy.max_pending
-        self.pending = 0
-        self.asks = True
-
-    def window(self, i: int) -> Window:
-        """What segment `i` has not computed yet."""
-        first = self.done[i]
-        if i:
-            return Window(self.slot, self.done[i - 1] - first)
-        return Window(self.slot, len(self.ids) - first, self.ids[first:])
-
-    def may_leave(self, layer: int) -> bool:
-        """Whether the newest token may leave at `layer`, if it is sure enough."""
-        return layer in self.policy.thresholds and self.pending < self.limit
-
-
-def _prompt_kind(row: _Row) -> tuple[int, str, bool]:
-    """Prompts of a kind are read together."""
-    return row.last, row.policy.measure, row.policy.final
-
-
-Event = tuple[Request, Token]
+# A settled token of a request; None where it failed, for the reason `request.error`.
+Event = tuple[Request, Token | None]
 
 
 class Engine:
-    """Decodes many sequences at a time; one engine, one stream of requests at a time."""
+    """Decodes many sequences at a time.
+
+    It is fed by `submit` and driven by `step`, from one thread; `stream` does both. `submit` and
+    `cancel` may be called from others meanwhile.
+    """
 
     def __init__(
         self,
@@ -99,44 +59,79 @@ class Engine:
         *,
         slots: int = 1,
         capacity: int,
-        max_pending: int = 8,
+        max_pending: int = Leaving.max_pending,
         compile: bool = False,
-        stage: range | None = None,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> None:
         """exit_layers: the exits that any request may use. slots: sequences at a time.
         capacity: tokens of a sequence at most. max_pending: the largest of any request.
-        compile, stage: see `ee_tuning.decode.passes.Passes`.
+        compile: see `ee_tuning.decode.passes.Passes`. turn: held in each step, where other
+        threads use the model, too.
 
         Raises:
             UserError: the K/V do not fit into the memory that is free.
         """
+        longest = min(max_pending + 1, capacity)
         self.passes = Passes(
-            model,
-            exit_layers,
-            slots=slots,
-            capacity=capacity,
-            longest=min(max_pending + 1, capacity),
-            compile=compile,
-            stage=stage,
+            model, exit_layers, slots=slots, capacity=capacity, longest=longest, compile=compile
         )
-        self.exit_layers, self.max_pending = list(exit_layers), max_pending
-        self._stops = [segment.stop for segment in self.passes.segments]
-        self._rows: list[_Row | None] = [None] * slots
+        self.sequences = Sequences(self.passes, exit_layers, max_pending)
+        self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress
-        self._mistake: UserError | None = None  # of a request: no further one is taken
-        self._draft_cost = cache(partial(draft_cost, model))
+        self._draft_costs = {layer: draft_cost(model, layer) for layer in exit_layers}
+        self._waiting: deque[Request] = deque()
+        self._generators: Generators | None = None  # while there is something to do
 
     @property
     def busy(self) -> int:
         """How many slots have a sequence in them."""
-        return sum(row is not None for row in self._rows)
+        return len(self.sequences.live)
 
-    def warm_up(self, measures: Sequence[str] = ("probability",)) -> float:
+    def warm_up(self, measures: Sequence[str] = (Leaving.measure,)) -> float:
         """Compile and capture everything now; gives the seconds it took."""
-        assert not self.streams
+        assert not self.busy
         return self.passes.warm_up(measures)
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def check(self, request: Request, capacity: int | None = None) -> None:
+        """See `Sequences.check`."""
+        self.sequences.check(request, capacity)
+
+    def submit(self, request: Request) -> None:
+        """Let a request have the next slot that is free.
+
+        Raises:
+            UserError: it does not fit this engine. The others go on.
+        """
+        self.check(request)
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Give a request up: there are no more tokens of it."""
+        request.cancelled = True
+
+    def step(self) -> list[Event]:
+        """The events of one round: prompts, if there are new ones for free slots, or tokens.
+
+        Never waits for a request; gives nothing if there is none.
+        """
+        with self.turn:
+            return self._round()
+
+    def _round(self) -> list[Event]:
+        for row in self.sequences.live:
+            if row.request.cancelled:
+                self.sequences.free(row)
+        if new := self._admit():
+            settled = [first_token(row, read.found) for row, read in self.sequences.read(new)]
+        else:
+            live = self.sequences.live
+            settled = draft_round(self.sequences, live) if live else []
+        events = [event for row, tokens in settled for event in self._settle(row, tokens)]
+        if not self.busy and not self._waiting and not self.streams:
+            self._end()
+        return events
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
         """Every token of every request, as soon as it is settled.
 
         The next request is taken when a slot is free for it. Ending the iteration early gives up
@@ -144,184 +139,84 @@ class Engine:
 
         Raises:
             UserError: a request does not fit this engine, or cannot be had: once what is in
-                progress has ended.
+                progress has ended; or what a request's processors raise, at once.
         """
         assert not self.streams, "an engine runs one stream at a time"
-        self._mistake, self._generators = None, Generators(self.passes.device)
-        self.streams = True
+        self.streams, self._generators = True, Generators(self.passes.device)
+        waiting, mistake = iter(requests), None
         try:
-            yield from self._events(iter(requests))
-            if self._mistake is not None:
-                raise self._mistake
+            while True:
+                if mistake is None:
+                    mistake = self._fill(waiting)
+                if not self.busy and not self._waiting:
+                    break
+                for request, token in self.step():
+                    if token is None:
+                        assert request.error is not None
+                        raise request.error
+                    if not request.cancelled:
+                        yield request, token
+            if mistake is not None:
+                raise mistake
         finally:
-            self._rows = [None] * len(self._rows)
-            self._generators.close()
+            self.sequences.clear()
+            self._waiting.clear()
             self.streams = False
+            self._end()
 
-    def _events(self, waiting: Iterator[Request]) -> Iterator[Event]:
-        while True:
-            yield from self._admit(waiting)
-            if not self.busy:
-                return
-            live = [row for row in self._rows if row is not None]
-            door = min(row.door for row in live)
-            yield from self._advance(door, [row for row in live if row.door == door])
+    def _fill(self, waiting: Iterator[Request]) -> UserError | None:
+        """Submit a request for each free slot; the mistake in one, after which there is no more."""
+        try:
+            for _ in self.sequences.free_slots[len(self._waiting) :]:
+                request = next(waiting, None)
+                if request is None:
+                    break
+                self.submit(request)
+        except UserError as mistake:
+            return mistake
+        return None
 
-    def _admit(self, waiting: Iterator[Request]) -> Iterator[Event]:
-        """Fill the free slots with the next requests, and read their prompts."""
-        for slot, row in enumerate(self._rows):
-            if row is not None and row.request.cancelled:
-                self._rows[slot] = None
-        while new := self._begin_rows(waiting):
-            for kind, group in groupby(sorted(new, key=_prompt_kind), key=_prompt_kind):
-                last, measure, final = kind
-                given = {row.slot: row.request.ids for row in group}
-                wanted = Wanted("last", final, measure)
-                for read in self.passes.prompts(given, last, wanted, self._starts):
-                    row = self._rows[read.slot]
-                    assert row is not None
-                    assert read.found is not None
-                    yield from self._settle(row, read.found, read.window, 1)
-
-    def _begin_rows(self, waiting: Iterator[Request]) -> list[_Row]:
+    def _admit(self) -> list[Row]:
         """A row for the next request in each free slot."""
         new = []
-        for slot, row in enumerate(self._rows):
-            request = self._next(waiting) if row is None else None
-            if request is None:
-                continue
+        for slot in self.sequences.free_slots if self._waiting else ():
+            while self._waiting and self._waiting[0].cancelled:
+                self._waiting.popleft()
+            if not self._waiting:
+                break
+            request = self._waiting.popleft()
+            self._generators = self._generators or Generators(self.passes.device)
             self._generators.give(request.chooser)
-            policy = request.policy
-            row = self._rows[slot] = _Row(request, slot, self._stops.index(policy.end))
-            if policy.verifies:
-                row.pace = Pace(policy.max_pending, self._draft_cost(min(policy.thresholds)))
+            row = self.sequences.enter(request, slot)
+            if row.policy.verifies:
+                cost = self._draft_costs[min(row.policy.thresholds)]
+                row.pace = Pace(row.policy.max_pending, cost)
             new.append(row)
         return new
 
-    def _next(self, waiting: Iterator[Request]) -> Request | None:
-        """The next request; none after a mistake in one, which waits for what is in progress."""
-        if self._mistake is not None:
-            return None
-        try:
-            request = next(waiting, None)
-            if request is not None:
-                self.check(request)
-        except UserError as mistake:
-            self._mistake = mistake
-            return None
-        return request
-
-    def _starts(self, i: int) -> list[int]:
-        """For every slot, how many tokens segment `i` has computed."""
-        return [row.done[i] if row and i <= row.last else 0 for row in self._rows]
-
-    def _advance(self, i: int, rows: list[_Row]) -> Iterator[Event]:
-        """Rows that stand before segment `i` go through it, those that want the same together."""
-
-        def kind(row: _Row) -> tuple[str, bool]:
-            return row.policy.measure, i == row.last and row.policy.final
-
-        for (measure, final), group in groupby(sorted(rows, key=kind), key=kind):
-            alike = list(group)
-            wanted = Wanted(self._after(i, alike), final, measure)
-            windows = [row.window(i) for row in alike]
-            found = self.passes.window(i, windows, self._starts(i), wanted)
-            for j, row in enumerate(alike):
-                row.done[i] += windows[j].count
-                yield from self._decide(i, row, found, j, windows[j].count)
-
-    def _after(self, i: int, rows: list[_Row]) -> str:
-        """What a pass of segment `i` has to predict for `rows`."""
-        if any(i == row.last and row.drafts for row in rows):
-            return "each"
-        return "last" if any(self._asks(i, row) for row in rows) else "nothing"
-
-    def _asks(self, i: int, row: _Row) -> bool:
-        """Whether what follows the newest token of `row` may be found after segment `i`."""
-        return row.asks and (i == row.last or row.may_leave(self._stops[i]))
-
-    def _decide(
-        self, i: int, row: _Row, found: Predictions | None, j: int, count: int
-    ) -> Iterator[Event]:
-        """What becomes of a row, window `j` of a pass of segment `i`."""
-        layer = self._stops[i]
-        if i == row.last:
-            assert found is not None
-            yield from self._settle(row, found, j, count)
-            return
-        row.door = i + 1
-        if found is None or not self._asks(i, row):
-            return
-        prediction = found.of(j, 0)
-        if row.policy.leaves(layer, prediction.confidence):
-            row.door = 0
-            chosen, q = row.request.chooser.choose(row.ids, prediction)
-            token = Token(chosen, layer, prediction.confidence, q)
-            row.ids.append(chosen)
-            row.pending += 1
-            if row.policy.verifies:
-                row.drafts.append(token)
-            else:
-                yield from self._emit(row, [token])
-
-    def _settle(self, row: _Row, found: Predictions, j: int, count: int) -> Iterator[Event]:
-        """A token went to the end: keep drafts while the end agrees, then take its own token.
-
-        count: tokens of window `j`. If there are drafts, there are predictions after each.
-        """
-        drafts = row.drafts
-        first, place = len(row.ids) - len(drafts), count - 1 - len(drafts)
-        after = [found.of(j, place + k) for k in range(len(drafts) + 1)]
-        kept, own = row.request.chooser.verify(row.ids, after, drafts)
-        row.ids[first + kept :] = [own]
-        row.done = [min(done, len(row.ids) - 1) for done in row.done]
-        row.door, row.pending, row.drafts = 0, 0, []
-        if row.pace is not None:
-            row.pace.learn(len(drafts), kept)
-            row.limit = row.pace.drafts(row.request.max_length - len(row.ids))
-        token = Token(own, self._stops[row.last], after[kept].confidence)
-        yield from self._emit(row, [*drafts[:kept], token])
-
-    def _emit(self, row: _Row, tokens: list[Token]) -> Iterator[Event]:
-        """Hand out settled tokens, the last ones of row.ids, until one of them ends the text.
-
-        Once a request is cancelled there are no more, and `_admit` frees its slot.
-        """
+    def _settle(self, row: Row, tokens: list[Token]) -> Iterator[Event]:
+        """Hand out the last tokens of row.ids, until one of them ends the text."""
         request = row.request
-        for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
-            if request.cancelled:
-                return
-            ends = length >= request.max_length or request.stops(row.ids[:length])
-            request.finished = ends
-            if ends:
-                self._rows[row.slot] = None
-            token.probabilities = None  # a text may be kept for long
-            yield request, token
-            if ends:
-                return
+        try:
+            for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
+                if request.cancelled:
+                    return
+                token.probabilities = None  # a text may be kept for long
+                token.ends = length >= request.max_length or request.stops(row.ids[:length])
+                if token.ends:
+                    self.sequences.free(row)
+                    request.finished = True
+                yield request, token
+                if token.ends:
+                    return
+        except Exception as error:  # of what the request brought with it: it ends alone
+            request.error = error
+        if request.error is not None:
+            self.sequences.free(row)
+            request.finished = True
+            yield request, None
 
-    def check(self, request: Request, capacity: int | None = None) -> None:
-        """Refuse what this engine was not made for.
-
-        capacity: tokens that a text may have, if fewer than there is room for.
-
-        Raises:
-            UserError: a longer text, or exits or a pending bound beyond those of all prompts.
-        """
-        policy, room = request.policy, capacity or self.passes.capacity
-        if request.max_length > room:
-            raise UserError(
-                f"{request.max_length} tokens with the prompt are asked for, there is room for "
-                f"{room}: ask for fewer, or raise capacity"
-            )
-        missing = sorted({*policy.exit_layers} - {*self.exit_layers})
-        if missing:
-            raise UserError(
-                f"the exit at layer {missing[0]} is not among those of all prompts, "
-                f"{self.exit_layers}: add it to their exit_layers"
-            )
-        if policy.max_pending > self.max_pending:
-            raise UserError(
-                f"max_pending {policy.max_pending} is above that of all prompts, "
-                f"{self.max_pending}: raise that"
-            )
+    def _end(self) -> None:
+        if self._generators is not None:
+            self._generators.close()
+            self._generators = None

@@ -11,25 +11,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ee_tuning.backbone import Segment, State
-from ee_tuning.decode.cache import Place, SlotCache, SlotLayer, check_room
+from ee_tuning.backbone import Backbone, Segment, State
+from ee_tuning.decode.cache import Place, SlotCache, make_caches
+from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes
 from ee_tuning.exits import Exit
 from ee_tuning.losses import confidence
+from ee_tuning.model import EarlyExitModel
 
-if TYPE_CHECKING:
-    from ee_tuning.model import EarlyExitModel
-
-VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
-# Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
-ROWS_FACTOR = LENGTH_FACTOR = 4
-REACH_FACTOR, LEAST_REACH = 2, 256
-CHUNK, CHUNKS = 64, 4  # prompts of so many chunks at most are read as windows, if compiled
-ALIGNED = 64  # places that there are is a multiple of this, as fast attention wants it
+CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
 
 
 @dataclass
@@ -74,7 +68,10 @@ class Predictions:
     def of(self, window: int, place: int) -> Prediction:
         """What follows one token of a window; its last one, if that is all there is."""
         row = self.rows[window]
-        place = min(place, len(self.tokens[row]) - 1)
+        return self.at(row, min(place, len(self.tokens[row]) - 1))
+
+    def at(self, row: int, place: int) -> Prediction:
+        """What follows a token, by row of `logits`, then token."""
         token, confidence = int(self.tokens[row][place]), self.confidences[row][place]
         return Prediction(token, confidence, self, row, place)
 
@@ -94,18 +91,21 @@ class Prediction:
         """(V,) fp32, good until the next pass."""
         return self._all.logits[self._row, self._place]
 
+    def earlier(self, back: int) -> Prediction:
+        """What follows the token that is `back` before, of the same window."""
+        return self._all.at(self._row, self._place - back)
+
 
 @dataclass
 class Read:
-    """A prompt that was read into `slot`: what follows, if that was wanted, as window `window` of
-    `found`; and where a stage follows, the hidden states (P, H) behind the last segment.
+    """A prompt that was read into `slot`: what follows, if that was wanted, and where a stage
+    follows, the hidden states (P, H) behind the last segment.
 
     `found` and `hidden` are good until the next pass.
     """
 
     slot: int
-    found: Predictions | None
-    window: int
+    found: Prediction | None
     hidden: Tensor | None
 
 
@@ -134,31 +134,26 @@ class Passes:
         Raises:
             UserError: the K/V do not fit into the memory that is free.
         """
-        self.model, self.slots, self.compile = model, slots, compile
-        self.device = model.backbone.device
-        self.capacity = capacity
-        self.window_sizes = _sizes(longest, LENGTH_FACTOR)
-        self.length_sizes = sorted({*self.window_sizes, CHUNK})
-        self.longest = longest = self.length_sizes[-1] if compile else longest
-        # Windows may be padded beyond the last token.
-        self.places = -(-(capacity + longest) // ALIGNED) * ALIGNED
-        self.row_sizes = _sizes(slots, ROWS_FACTOR)
-        self.reach_sizes = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
-        most = model.backbone.end or max(capacity, model.backbone.context or 0)
+        # Not the model itself: an engine is kept no longer than it.
+        self.backbone, self.device = model.backbone, model.backbone.device
+        self.slots, self.capacity, self.compile = slots, capacity, compile
+        self.sizes = Sizes(slots, capacity, longest, compile)
+        self.longest = longest = self.sizes.longest
+        most = self.backbone.end or max(capacity, self.backbone.context or 0)
         self.limit = most - 1  # for padding: no position more
-        stage = range(model.backbone.num_layers) if stage is None else stage
-        self.is_first, self.is_last = stage.start == 0, stage.stop == model.backbone.num_layers
+        stage = range(self.backbone.num_layers) if stage is None else stage
+        self.is_first, self.is_last = stage.start == 0, stage.stop == self.backbone.num_layers
         self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}
         self.segments = model.segments(list(self.exits), last=stage.stop)
-        self._make_caches()
-        like: dict[str, Any] = {"device": self.device, "dtype": model.backbone.dtype}
-        size = (slots, 2 * longest, model.backbone.config.hidden_size)
+        self.caches, self.exit_caches = self._make_caches()
+        like: dict[str, Any] = {"device": self.device, "dtype": self.backbone.dtype}
+        size = (slots, 2 * longest, self.backbone.config.hidden_size)
         # One before each segment, and behind the last one where a stage follows.
         rings = len(self.segments) + (0 if self.is_last else 1)
         self._rings = [torch.zeros(size, **like) for _ in range(rings)]
         self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self._steps, self._predict = self.segments, _predict
-        self._graphs: dict[Any, Any] = {}
+        self.graphs = Graphs(self.device)
         if compile:
             self._steps = model.segments(list(self.exits), last=stage.stop)
             for segment, cache in zip(self._steps, self.caches, strict=True):
@@ -198,9 +193,9 @@ class Passes:
             if exit is not None and exit.segment is not None and i < last:
                 exit.features(state, self.exit_caches[segment.stop])
         count = torch.tensor([len(inputs)], device=self.device)
-        found = _predict(self.model, exit, state, self._exit_cache(last), count, wanted)
-        predictions = None if found is None else _read(*found, [0])
-        return Read(slot, predictions, 0, None if self.is_last else hidden[0])
+        found = _predict(self.backbone, exit, state, self._exit_cache(last), count, wanted)
+        prediction = None if found is None else _read(*found, [0]).of(0, 0)
+        return Read(slot, prediction, None if self.is_last else hidden[0])
 
     def _prompts_in_chunks(
         self,
@@ -234,7 +229,8 @@ class Passes:
                     hidden[slot].append(states)
             for slot in ends:
                 states = None if self.is_last else torch.cat(hidden[slot])
-                yield Read(slot, found, left.index(slot), states)
+                follows = None if found is None else found.of(left.index(slot), 0)
+                yield Read(slot, follows, states)
             first += CHUNK
 
     @torch.inference_mode()
@@ -257,8 +253,8 @@ class Passes:
         """
         given = {window.slot: window for window in windows}
         slots = self._filled(list(given))
-        length = self._size(max(window.count for window in windows), self.length_sizes)
-        reach = self._size(max(starts[slot] for slot in slots) + length, self.reach_sizes)
+        length = self.sizes.length(max(window.count for window in windows))
+        reach = self.sizes.reach(max(starts[slot] for slot in slots) + length)
         table = [[slot, starts[slot], 0] for slot in slots]
         for row in table:
             window = given.get(row[0], Window(0, 0))
@@ -288,16 +284,15 @@ class Passes:
         start = time.perf_counter()
         self._control.zero_()
         self._control[:, 0] = torch.arange(self.slots, device=self.device)
-        sizes = product(range(len(self._steps)), self.row_sizes, self.reach_sizes, measures)
-        for i, rows, reach, measure in sizes:
+        for i in range(len(self._steps)):
             last = self.is_last and i == len(self._steps) - 1
-            in_order = self._in_order(list(range(rows)))
-            # Of prompts, and before the first segment there is one token otherwise.
-            many = [1] if i == 0 and self.is_first else self.window_sizes
-            for length in sorted({*many, CHUNK}):
-                for after in ("last", "nothing", "each") if last else ("last", "nothing"):
-                    wanted = Wanted(after, last and after != "nothing", measure)
-                    self._run((i, rows, length, reach, in_order, wanted))
+            afters = ("last", "nothing", "each") if last else ("last", "nothing")
+            # Before the first segment there is one token at a time.
+            sizes = self.sizes.all(single=i == 0 and self.is_first)
+            for (rows, length, reach), measure, after in product(sizes, measures, afters):
+                wanted = Wanted(after, last and after != "nothing", measure)
+                in_order = self._in_order(list(range(rows)))
+                self._run((i, rows, length, reach, in_order, wanted))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -308,40 +303,9 @@ class Passes:
         """`_forward` of these arguments, as a graph where there are graphs."""
         if not self.compile:
             return self._forward(*key)
-        if key not in self._graphs:
-            # So products of one token become reductions, which use more of the memory's bandwidth.
-            # For more tokens it takes long to compile and gains little.
-            single = key[1:3] == (1, 1)
-            with (
-                torch._dynamo.config.patch(recompile_limit=VERSIONS),
-                torch._inductor.config.patch(coordinate_descent_tuning=single),
-            ):
-                self._graphs[key] = self._captured(lambda: self._forward(*key))
-        return self._graphs[key]()
-
-    def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
-        """`function` as a CUDA graph that gives the same tensors each time; as it is elsewhere.
-
-        It is run before: compiled code compiles then. Running a pass twice changes nothing.
-        """
-        function()
-        if self.device.type != "cuda":
-            return function
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # What other threads do, as NCCL's, is no part of it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = function()
-
-        def replay() -> Any:
-            graph.replay()
-            return found
-
-        return replay
+        # So products of one token become reductions, which use more of the memory's bandwidth. For
+        # more tokens it takes long to compile and gains little.
+        return self.graphs.run(key, lambda: self._forward(*key), tune=key[1:3] == (1, 1))
 
     def _forward(
         self, i: int, rows: int, length: int, reach: int, in_order: bool, wanted: Wanted
@@ -365,12 +329,12 @@ class Passes:
             state = replace(state, boundaries=self._masks(exit.segment, cache))
         if wanted.after == "nothing" and cache is None:
             return None
-        return self._predict(self.model, exit, state, cache, counts, wanted)
+        return self._predict(self.backbone, exit, state, cache, counts, wanted)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
         if not any(layer.hides for layer in cache.slot_layers):
             return None
-        return segment.masks(lambda j: cache.slot_layers[j].mask(self.model.backbone.dtype))
+        return segment.masks(lambda j: cache.slot_layers[j].mask(self.backbone.dtype))
 
     def _exit_cache(self, i: int) -> SlotCache | None:
         return self.exit_caches.get(self.segments[i].stop)
@@ -379,11 +343,16 @@ class Passes:
         for cache in (*self.caches, *self.exit_caches.values()):
             cache.put(place)
 
-    # -- sizes ---------------------------------------------------------------------------------
+    def _make_caches(self) -> tuple[list[SlotCache], dict[int, SlotCache]]:
+        """Those of the segments, and of the exits that have K/V."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        if not self.is_first:
+            size = (1, 1, self.backbone.config.hidden_size)
+            token = torch.zeros(size, dtype=self.backbone.dtype, device=self.device)
+        sizes = (self.slots, self.sizes.places, self.longest)
+        return make_caches(self.segments, self.exits, token, sizes, self.capacity)
 
-    def _size(self, number: int, sizes: list[int]) -> int:
-        """`number`, or where passes are compiled the next one of `sizes`."""
-        return next(size for size in sizes if size >= number) if self.compile else number
+    # -- sizes ---------------------------------------------------------------------------------
 
     def _in_order(self, slots: list[int]) -> bool:
         """Whether the K/V of `slots` can be looked at where they are.
@@ -398,51 +367,9 @@ class Passes:
 
         What is written for idle slots lies beyond what is known of them.
         """
-        number = self._size(len(slots), self.row_sizes)
+        number = self.sizes.rows(len(slots))
         idle = [slot for slot in range(self.slots) if slot not in slots]
         return sorted([*slots, *idle[: number - len(slots)]])
-
-    @torch.inference_mode()
-    def _make_caches(self) -> None:
-        """Caches as large as K/V of one token, which the model is asked for, tell."""
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        blocks = {k: exit.segment for k, exit in self.exits.items() if exit.segment is not None}
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        place, hidden = Place(token[0], token, 1, in_order=True, empty=True), token
-        if not self.is_first:
-            size = (1, 1, self.model.backbone.config.hidden_size)
-            hidden = torch.zeros(size, dtype=self.model.backbone.dtype, device=self.device)
-        sample = [self._cache(s, 1, 1, 1, place) for s in self.segments]
-        samples = {k: self._cache(block, 1, 1, 1, place) for k, block in blocks.items()}
-        for segment, cache in zip(self.segments, sample, strict=True):
-            state = segment(hidden, place.positions, cache)
-            hidden = state.hidden
-            if segment.stop in blocks:
-                self.exits[segment.stop].features(state, samples[segment.stop])
-        sizes = (self.slots, self.places, self.longest)
-        self.caches = [self._cache(segment, *sizes) for segment in self.segments]
-        self.exit_caches = {k: self._cache(block, *sizes) for k, block in blocks.items()}
-        pairs = [
-            (small, large)
-            for a, b in zip(
-                [*sample, *samples.values()],
-                [*self.caches, *self.exit_caches.values()],
-                strict=True,
-            )
-            for small, large in zip(a.slot_layers, b.slot_layers, strict=True)
-        ]
-        check_room(pairs, self.device)
-        for small, large in pairs:
-            large.make_like(small)
-
-    def _cache(
-        self, segment: Segment, slots: int, capacity: int, longest: int, place: Place | None = None
-    ) -> SlotCache:
-        layers = [SlotLayer(window, slots, capacity, longest) for window in segment.windows()]
-        cache = SlotCache(layers, segment.start, self.capacity)
-        if place:
-            cache.put(place)
-        return cache
 
 
 def _places(
@@ -453,17 +380,8 @@ def _places(
     return each, [first + place for chunk in chunks for place in range(len(chunk))]
 
 
-def _sizes(most: int, factor: int, least: int = 1) -> list[int]:
-    """`least`, `factor` times that, … up to `most`, which comes last."""
-    sizes = []
-    while least < most:
-        sizes.append(least)
-        least *= factor
-    return [*sizes, most]
-
-
 def _predict(
-    model: EarlyExitModel,
+    backbone: Backbone,
     exit: Exit | None,
     state: State,
     cache: SlotCache | None,
@@ -481,11 +399,11 @@ def _predict(
         features = exit.features(state, cache)
     if wanted.after == "nothing":
         return None
-    features = model.backbone.norm(state.hidden) if wanted.final else features
+    features = backbone.norm(state.hidden) if wanted.final else features
     if wanted.after == "last":
         rows = torch.arange(len(counts), device=counts.device)
         features = features[rows, (counts - 1).clamp(min=0)][:, None]
-    head = model.backbone if wanted.final else exit
+    head = backbone if wanted.final else exit
     logits = head.logits(features).float()  # type: ignore[union-attr]
     return logits, torch.stack([logits.argmax(-1).float(), confidence(logits, wanted.measure)])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import micro_batches
-from ee_tuning.decode.policy import make_policy
+from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import EarlyExitModel
@@ -86,7 +86,8 @@ def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
     Raises:
         UserError: `exit_layers` names a layer without an exit, or `max_pending` is negative.
     """
-    return list(make_policy(model, "threshold", 0.0, **config.leaving()).thresholds)
+    leaving = config.leaving(mode="threshold", threshold=0.0)
+    return list(make_policy(model, leaving).thresholds)
 
 
 def _predict(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.decode.show import depth_colour
+from ee_tuning.decode.text import TextStream, depth_colour
 from ee_tuning.evaluate.exits import unknown_text
 from ee_tuning.files import write_text
 
@@ -111,10 +111,7 @@ def _pieces(prompt: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBas
     Decoded together, since a token alone may lose its leading space. A character of several
     tokens comes with its last one.
     """
-    pieces, done = [], len(str(tokenizer.decode(prompt)))
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(prompt + ids[:end]))
-        unfinished = text.endswith("\ufffd") and end < len(ids)
-        pieces.append("" if unfinished else text[done:])
-        done = done if unfinished else len(text)
-    return pieces
+    text = TextStream(tokenizer, skip_special_tokens=False)
+    text.put(prompt)
+    pieces = [text.put([token]) for token in ids]
+    return [*pieces[:-1], pieces[-1] + text.end()] if pieces else []

@@ -125,22 +125,21 @@ def _methods(
         "max_new_tokens": config.max_new_tokens, "min_new_tokens": config.max_new_tokens,
         "do_sample": False,
     }  # fmt: skip
-    common = config.leaving() | {"compile": config.compiled()} | length
-
-    def at(threshold: float) -> Method:
-        return lambda ids: model.generate(ids, mode="threshold", threshold=threshold, **common)
-
     drafting = active_exits(model, config)
 
-    def drafted(threshold: float) -> Method:
-        settings = common | {"mode": "speculative", "exit_layers": drafting}
-        return lambda ids: model.generate(ids, threshold=threshold, **settings)
+    def ours(mode: str, threshold: float = 1.0, **more: Any) -> Method:
+        way = {"mode": mode, "threshold": threshold, "compile": config.compiled()} | more
+        return lambda ids: model.generate(ids, leaving=config.leaving(), **way, **length)
 
     return {
-        **{("speculative", t): drafted(t) for t in thresholds if drafting and t < 1},
+        **{
+            ("speculative", t): ours("speculative", t, exit_layers=drafting)
+            for t in thresholds
+            if drafting and t < 1
+        },
         "transformers": lambda ids: model.backbone.model.generate(ids, **length),
-        "full": lambda ids: model.generate(ids, mode="full", **common),
-        **{threshold: at(threshold) for threshold in thresholds},
+        "full": ours("full"),
+        **{threshold: ours("threshold", threshold) for threshold in thresholds},
     }
 
 

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from ee_tuning.config import SamplingConfig
 from ee_tuning.costs import work
+from ee_tuning.decode.engines import engines_of
+from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.loading import Slices, empty_backbone
+from ee_tuning.loading import Slices, empty_backbone, load_tokenizer
 from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import check_splits, split_model
@@ -41,8 +46,25 @@ def load_part(
     found = mesh.on_all(lambda: EarlyExitModel.from_pretrained(exits, model, **load))
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
-    found.mesh = mesh
+    engines_of(found).mesh = mesh
     return found
+
+
+def load_for_decoding(
+    config: SamplingConfig, mesh: Mesh | None = None, stage_layers: Sequence[int] = ()
+) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:
+    """The model, or this process's part of it, and tokenizer that a `SamplingConfig` names."""
+    device = pick_device(config.device)
+    model = load_part(
+        config.exits,
+        config.model or None,
+        mesh=mesh or Mesh(),
+        stage_layers=stage_layers,
+        dtype=pick_dtype(config.precision, device),
+        device=str(device),
+    ).eval()
+    backbone = model.backbone
+    return model, load_tokenizer(backbone.model.name_or_path, backbone.config.vocab_size)
 
 
 def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]) -> range:

@@ -1,0 +1,210 @@
+"""Sequences in their slots, and one segment of layers for many of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from torch import Tensor
+
+from ee_tuning.decode.pace import Pace
+from ee_tuning.decode.passes import Passes, Prediction, Read, Wanted, Window
+from ee_tuning.decode.sampling import Chooser, Token
+from ee_tuning.decode.settings import Policy
+from ee_tuning.errors import UserError
+
+
+def _never(ids: Sequence[int]) -> bool:
+    return False
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it.
+
+    max_length: tokens with the prompt's, at most. stops: whether what is written ends the text.
+    cancelled: it is given up. finished: its last token has come, or it failed, for the reason
+    `error`.
+    """
+
+    ids: list[int]
+    policy: Policy
+    max_length: int
+    chooser: Chooser = field(default_factory=Chooser)
+    stops: Callable[[Sequence[int]], bool] = _never
+    cancelled: bool = False
+    finished: bool = False
+    error: Exception | None = None
+
+
+class Row:
+    """A sequence in progress, in its slot.
+
+    through: of the segments that are here, how many it goes through. ends: whether it ends behind
+    the last of these. ids: prompt, settled tokens, drafts. done: per segment, how many of them it
+    has computed. door: the segment it stands before. pending: tokens that left since the last one
+    that went to the end; limit: how many may; pace: sets it, if they are drafts. asks: what follows
+    the newest token is not known yet.
+    """
+
+    def __init__(self, request: Request, slot: int, through: int, ends: bool) -> None:
+        self.request, self.slot, self.through, self.ends = request, slot, through, ends
+        self.policy = request.policy.start()
+        self.ids = list(request.ids)
+        self.done = [len(self.ids)] * through
+        self.door = 0
+        self.drafts: list[Token] = []
+        self.pace: Pace | None = None
+        self.limit = self.policy.max_pending
+        self.pending = 0
+        self.asks = True
+
+    def is_last(self, i: int) -> bool:
+        """Whether the sequence ends behind segment `i`."""
+        return self.ends and i == self.through - 1
+
+    def window(self, i: int) -> Window:
+        """What segment `i` has not computed yet."""
+        first = self.done[i]
+        if i:
+            return Window(self.slot, self.done[i - 1] - first)
+        return Window(self.slot, len(self.ids) - first, self.ids[first:])
+
+    def wanted(self, i: int, layer: int) -> int:
+        """What follows how many of its newest tokens is asked for behind segment `i`, at `layer`:
+        at the end of every draft and of the token before them."""
+        if not self.asks:
+            return 0
+        if self.is_last(i):
+            return len(self.drafts) + 1
+        return int(layer in self.policy.thresholds and self.pending < self.limit)
+
+    def leave(self, token: Token) -> None:
+        """Go on with a token that has left at an exit."""
+        self.ids.append(token.id)
+        self.door, self.pending = 0, self.pending + 1
+        if self.policy.verifies:
+            self.drafts.append(token)
+
+    def keep(self, kept: int, own: int) -> None:
+        """Go on with the first `kept` drafts and the end's `own` token after them."""
+        first = len(self.ids) - len(self.drafts)
+        self.ids[first + kept :] = [own]
+        self.done = [min(done, len(self.ids) - 1) for done in self.done]
+        self.door, self.pending, self.drafts = 0, 0, []
+
+    @property
+    def left(self) -> int:
+        """How many tokens more it may have."""
+        return self.request.max_length - len(self.ids)
+
+
+class Sequences:
+    """The rows of an engine, or of a stage of one, and the passes that they go through.
+
+    stops: the layer at which each segment ends.
+    """
+
+    def __init__(self, passes: Passes, exit_layers: Sequence[int], max_pending: int) -> None:
+        """exit_layers: those that any request may use. max_pending: the largest of any request."""
+        self.passes, self.exit_layers, self.max_pending = passes, list(exit_layers), max_pending
+        self.stops = [segment.stop for segment in passes.segments]
+        self.rows: list[Row | None] = [None] * passes.slots
+
+    @property
+    def live(self) -> list[Row]:
+        """The rows in progress, by slot."""
+        return [row for row in self.rows if row is not None]
+
+    @property
+    def free_slots(self) -> list[int]:
+        """Slots without a row."""
+        return [slot for slot, row in enumerate(self.rows) if row is None]
+
+    def enter(self, request: Request, slot: int) -> Row:
+        """A row for a request, in a free slot."""
+        end = request.policy.end
+        through = 0
+        if end > self.passes.segments[0].start:
+            through = min(sum(stop < end for stop in self.stops) + 1, len(self.stops))
+        ends = through > 0 and end <= self.stops[-1]
+        row = self.rows[slot] = Row(request, slot, through, ends)
+        return row
+
+    def free(self, row: Row) -> None:
+        """Its slot may have the next one."""
+        self.rows[row.slot] = None
+
+    def clear(self) -> None:
+        """Give up every row."""
+        self.rows = [None] * len(self.rows)
+
+    def read(self, rows: Sequence[Row], hidden: Tensor | None = None) -> Iterator[tuple[Row, Read]]:
+        """Read the prompts of new rows, those that want the same together, as they end.
+
+        hidden: of the one row there is, what the stage before gave, (P, H).
+        """
+
+        def kind(row: Row) -> tuple[int, str, bool]:
+            return row.through, row.policy.measure, row.policy.final
+
+        for (through, measure, final), group in groupby(sorted(rows, key=kind), key=kind):
+            alike = {row.slot: row for row in group}
+            ends = through > 0 and next(iter(alike.values())).ends
+            inputs = {slot: row.ids if hidden is None else hidden for slot, row in alike.items()}
+            wanted = Wanted("last" if ends else "nothing", ends and final, measure)
+            for read in self.passes.prompts(inputs, through - 1, wanted, self._starts):
+                yield alike[read.slot], read
+
+    def advance(self, i: int, rows: Sequence[Row]) -> Iterator[tuple[Row, Prediction]]:
+        """Rows that stand before segment `i` go through it, those that want the same together.
+
+        Gives those that asked, with what follows their newest token, good until the next is given.
+        """
+
+        def kind(row: Row) -> tuple[str, bool]:
+            return row.policy.measure, row.is_last(i) and row.policy.final
+
+        for (measure, final), group in groupby(sorted(rows, key=kind), key=kind):
+            alike = list(group)
+            asked = [row.wanted(i, self.stops[i]) for row in alike]
+            after = ("nothing", "last", "each")[min(max(asked), 2)]
+            windows = [row.window(i) for row in alike]
+            found = self.passes.window(i, windows, self._starts(i), Wanted(after, final, measure))
+            for row, window in zip(alike, windows, strict=True):
+                row.done[i] += window.count
+                row.door = i + 1
+            for j, row in enumerate(alike):
+                if found is not None and asked[j]:
+                    yield row, found.of(j, windows[j].count - 1)
+
+    def _starts(self, i: int) -> list[int]:
+        """For every slot, how many tokens segment `i` has computed."""
+        return [row.done[i] if row and i < row.through else 0 for row in self.rows]
+
+    def check(self, request: Request, capacity: int | None = None) -> None:
+        """Refuse what this was not made for.
+
+        capacity: tokens that a text may have, if fewer than there is room for.
+
+        Raises:
+            UserError: a longer text, or exits or a pending bound beyond those of all prompts.
+        """
+        policy, room = request.policy, capacity or self.passes.capacity
+        if request.max_length > room:
+            raise UserError(
+                f"{request.max_length} tokens with the prompt are asked for, there is room for "
+                f"{room}: ask for fewer, or raise capacity"
+            )
+        missing = sorted({*policy.exit_layers} - {*self.exit_layers})
+        if missing:
+            raise UserError(
+                f"the exit at layer {missing[0]} is not among those of all prompts, "
+                f"{self.exit_layers}: add it to their exit_layers"
+            )
+        if policy.max_pending > self.max_pending:
+            raise UserError(
+                f"max_pending {policy.max_pending} is above that of all prompts, "
+                f"{self.max_pending}: raise that"
+            )

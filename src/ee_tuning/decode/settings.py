@@ -1,0 +1,204 @@
+"""Where a token may leave: what the settings `Leaving` come down to, a class for each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, ClassVar
+
+from ee_tuning.config import MEASURES, Layers, Leaving, parse_layers, parse_threshold
+from ee_tuning.decode.passes import Prediction
+from ee_tuning.errors import UserError
+from ee_tuning.model import EarlyExitModel
+
+
+@dataclass
+class Policy:
+    """Where the tokens of a sequence may leave; a subclass for each mode.
+
+    end: the layer at which every token stops. thresholds: of the active exits before it, by layer.
+    measure: of confidence. max_pending: tokens that may have left since the last one that went to
+    the end.
+    """
+
+    end: int
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    measure: str = Leaving.measure
+    max_pending: int = Leaving.max_pending
+
+    mode: ClassVar[str]
+    needs_exits: ClassVar[bool] = True
+    final: ClassVar[bool] = True  # the final exit predicts at the end, not an exit there
+    verifies: ClassVar[bool] = False  # what left is a draft; the next that gets to the end verifies
+
+    @classmethod
+    def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
+        """The policy of this mode, with `thresholds` of all active exits.
+
+        Raises:
+            UserError: the mode cannot do with these exits.
+        """
+        # At a threshold of 1 an exit is switched off: rounding may give a probability of 1.
+        inner = {k: t for k, t in thresholds.items() if k < depth and t < 1}
+        return cls(depth, inner, leaving.measure, leaving.max_pending)
+
+    def start(self) -> Policy:
+        """The policy of one sequence: one that keeps something about it gives a fresh one."""
+        return self
+
+    def leaves(self, layer: int, found: Prediction, ids: Sequence[int]) -> bool:
+        """Whether the token that follows `ids` leaves at an active exit that predicts `found`."""
+        return found.confidence >= self.thresholds[layer]
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """Every layer at which a token may stop at an exit, by depth."""
+        return [*self.thresholds, *([] if self.final else [self.end])]
+
+
+class Full(Policy):
+    """Every token goes through the whole backbone."""
+
+    mode = "full"
+    needs_exits = False
+
+    @classmethod
+    def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
+        """As of any mode, without exits."""
+        return super().read(leaving, {}, depth)
+
+
+class Fixed(Policy):
+    """Every token ends at the same exit."""
+
+    mode = "fixed"
+    final = False
+
+    @classmethod
+    def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
+        """The one active exit's."""
+        if len(thresholds) != 1:
+            raise UserError(
+                f"mode fixed needs one exit, active are {list(thresholds)}: name it with "
+                "exit_layers, and no min_depth above it"
+            )
+        return super().read(leaving, {}, *thresholds)
+
+
+class Threshold(Policy):
+    """A token leaves at the first exit that is sure enough."""
+
+    mode = "threshold"
+
+
+class Speculative(Policy):
+    """What leaves at an exit is a draft, which the end verifies."""
+
+    mode = "speculative"
+    verifies = True
+
+    @classmethod
+    def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
+        """Of exits before the last layer; of none, there are no drafts."""
+        if depth in thresholds:
+            raise UserError(
+                f"mode speculative cannot draft with the exit at the last layer, {depth}: leave "
+                "it out of exit_layers"
+            )
+        policy = super().read(leaving, thresholds, depth)
+        return policy if policy.thresholds else Full.read(leaving, {}, depth)
+
+
+POLICIES = {kind.mode: kind for kind in (Full, Fixed, Threshold, Speculative)}
+
+
+def make_policy(model: EarlyExitModel, leaving: Leaving) -> Policy:
+    """What these settings come to for a model.
+
+    Raises:
+        UserError: an unknown mode, measure or exit, or thresholds that are not those of the exits.
+    """
+    mode, measure, least = leaving.mode, leaving.measure, leaving.min_depth
+    if mode not in POLICIES:
+        raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(POLICIES)}")
+    if measure not in MEASURES:
+        raise UserError(f"measure {measure!r} is unknown: use one of {', '.join(MEASURES)}")
+    check_pending(leaving.max_pending)
+    if not isinstance(least, int) or least < 0:
+        raise UserError(f"min_depth {least!r} is not possible: give a layer's number")
+    named = active_layers(model, leaving.exit_layers)
+    active = [k for k in named if k >= least]
+    if not active and POLICIES[mode].needs_exits:
+        raise UserError(f"min_depth {least} leaves no exit active, of those at {named}")
+    thresholds = _thresholds(leaving.threshold, active)
+    return POLICIES[mode].read(leaving, thresholds, model.backbone.num_layers)
+
+
+def check_stages(mode: str, pp: int) -> None:
+    """Refuse a mode that several stages do not serve.
+
+    Raises:
+        UserError: it has drafts.
+    """
+    if pp > 1 and mode in POLICIES and POLICIES[mode].verifies:
+        raise UserError(
+            f"mode {mode} cannot be had with --pp: drafts would be taken back on every stage; use "
+            "--mode threshold, or --pp 1"
+        )
+
+
+def check_pending(max_pending: int) -> None:
+    """Refuse a bound that is none.
+
+    Raises:
+        UserError: it is no whole number, or negative.
+    """
+    if not isinstance(max_pending, int) or max_pending < 0:
+        raise UserError(f"max_pending {max_pending!r} is not possible: give a whole number from 0")
+
+
+def active_layers(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
+    """The layers of the exits that `exit_layers` names, by depth; all, if it names none.
+
+    Raises:
+        UserError: there is no exit at one of them.
+    """
+    if exit_layers is None or exit_layers == "":
+        return model.all_exit_layers
+    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
+    for layer in layers:
+        model.check_exit(layer)
+    return layers
+
+
+def _thresholds(
+    threshold: str | float | Mapping[int, float], active: list[int]
+) -> dict[int, float]:
+    """The threshold of every active exit.
+
+    Raises:
+        UserError: one is outside [0, 1], is for no active exit, or an exit has none.
+    """
+    if isinstance(threshold, str):
+        threshold = parse_threshold(threshold)
+    try:
+        given: dict[Any, Any] = (
+            {int(layer): value for layer, value in threshold.items()}
+            if isinstance(threshold, Mapping)
+            else dict.fromkeys(active, threshold)
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the thresholds' layers must be numbers: {error}") from error
+    for value in given.values() if active or isinstance(threshold, Mapping) else [threshold]:
+        if not (isinstance(value, Real) and 0 <= float(value) <= 1):
+            raise UserError(f"threshold {value!r} is outside [0, 1]")
+    unknown, missing = sorted(given.keys() - set(active)), sorted(set(active) - given.keys())
+    if unknown:
+        raise UserError(
+            f"threshold for layer {unknown[0]}, where no exit is active, but at {active}: leave it "
+            "out, or see exit_layers and min_depth"
+        )
+    if missing:
+        raise UserError(f"no threshold for the exit at layer {missing[0]}: give one for each")
+    return {layer: given[layer] for layer in active}

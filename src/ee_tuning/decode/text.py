@@ -1,0 +1,80 @@
+"""Text in and out: a prompt as tokens, tokens as the text that each of them adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ee_tuning.errors import UserError, first_line
+
+
+class TextStream:
+    """The text of one sequence, piece by piece: a character of several tokens comes when whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
+        # Tokenizers written in Python have none.
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def put(self, ids: Sequence[int]) -> str:
+        """What these tokens add to the text."""
+        self._ids += ids
+        if self._backend is None:
+            text = self._whole()
+            return "" if text.endswith("\ufffd") else self._new(text[self._given :])
+        pieces = [self._stream.step(self._backend, token) for token in ids]
+        return self._new("".join(piece for piece in pieces if piece))
+
+    def end(self) -> str:
+        """What still waits: an unfinished character, as the sign for one."""
+        return self._new(self._whole()[self._given :])
+
+    def _new(self, text: str) -> str:
+        self._given += len(text)
+        return text
+
+    def _whole(self) -> str:
+        if self._backend is None:
+            return str(self._tokenizer.decode(self._ids, skip_special_tokens=self._skips))
+        return self._backend.decode(self._ids, skip_special_tokens=self._skips)
+
+
+def depth_colour(layer: int, depth: int) -> str:
+    """From green (early) over yellow to red (full depth), as ``#rrggbb``."""
+    share = layer / depth
+    red, green = min(1.0, 2 * share), min(1.0, 2 * (1 - share))
+    return f"#{int(60 + 160 * red):02x}{int(60 + 130 * green):02x}46"
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
+    """Token ids (1, P) of a prompt, in the tokenizer's chat template if `chat`.
+
+    Raises:
+        UserError: it is no text in UTF-8, or the template is missing or fails.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes it could not read
+        raise UserError("the prompt is not in UTF-8: convert it") from error
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt").input_ids
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: leave --chat out")
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    except TemplateError as error:
+        raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
+    return encoded["input_ids"]
