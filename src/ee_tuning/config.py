@@ -208,7 +208,7 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
     out: str = option("", "folder for the exits, checkpoints and metrics", path=True)
     seed: int = option(0, "seed of the data order and of random initialisation")
     exits: str = option("", "exits to go on tuning, instead of --layers and --arch", path=True)
-    resume: bool = option(False, "go on from the last checkpoint in --out")
+    resume: bool = option(False, "go on from the last checkpoint in --out, if there is one")
 
     data: list[str] = option(
         [],

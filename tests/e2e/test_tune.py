@@ -115,7 +115,6 @@ BAD = [
     ({"device": "cuda:7"}, "cannot be used"),
     ({"lr": "fast"}, "lr is 'fast': it must be of type float"),
     ({"seq_lenght": 3}, "did you mean seq_length?"),
-    ({"resume": True}, "nothing to resume"),
     ({"arch": "embedding", "head": "shared"}, "nothing to tune"),
 ]
 

@@ -31,7 +31,7 @@ from ee_tuning.tune.optimizers import Optimizers, set_learning_rate
 # What may not change between a run and its continuation: the exits and the order of the data.
 FIXED = (
     "model", "layers", "arch", "head", "exits", "data", "seq_length", "global_batch_size", "seed",
-    "valid_data", "valid_fraction", "steps", "exit_vocab", "optimizer", "master_weights",
+    "valid_data", "valid_fraction", "exit_vocab", "optimizer", "master_weights",
     "text_field", "chat_template", "control_as_text",
 )  # fmt: skip
 
@@ -61,7 +61,8 @@ def save_checkpoint(
             if mesh.is_main:
                 save_file(_common_tensors(model), partial / "common.safetensors")
                 settings = {key: getattr(config, key) for key in FIXED}
-                write_json(partial / "state.json", {"step": step, "settings": settings})
+                state = {"step": step, "steps": config.steps, "settings": settings}
+                write_json(partial / "state.json", state)
                 put_at(partial, path)
                 for old in checkpoints(folder)[: -config.keep]:
                     shutil.rmtree(old)
@@ -86,35 +87,38 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, model: EarlyExitModel, optimizers: Optimizers, config: TuneConfig
-) -> int:
-    """Put the last checkpoint under `folder` into `model` and `optimizers`; gives its step.
+    path: Path, model: EarlyExitModel, optimizers: Optimizers, config: TuneConfig
+) -> tuple[int, int]:
+    """Put a checkpoint into `model` and `optimizers`; gives its step and those its run was to make.
 
     Raises:
-        UserError: there is none, it is damaged, or a setting differs that may not.
+        UserError: it is damaged, a setting differs that may not, or it has more steps than asked.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise UserError(f"nothing to resume: {folder} holds no checkpoint")
-    state = read_json(found[-1] / "state.json")
-    now = dataclasses.asdict(config)
-    for key, value in state["settings"].items():
+    state = read_json(path / "state.json")
+    now, before = dataclasses.asdict(config), dict(state["settings"])
+    steps = state.get("steps") or before.pop("steps")  # which stood there in earlier versions
+    for key, value in before.items():
         if now[key] != value:
             raise UserError(
-                f"cannot resume {found[-1]}: {key} was {value!r} and is now {now[key]!r}; "
+                f"cannot resume {path}: {key} was {value!r} and is now {now[key]!r}; "
                 "start anew with --overwrite or give the same"
             )
-    common = _read(found[-1] / "common.safetensors")
+    if config.steps < state["step"]:
+        raise UserError(
+            f"steps is {config.steps}, but {path.parents[1]} has made {state['step']} already: "
+            "give as many or more"
+        )
+    common = _read(path / "common.safetensors")
     if "vocabulary" in common:
         model.reduce_vocabulary(common["vocabulary"])
     for layer in model.exit_layers:
-        _restore_exit(model, layer, _read(found[-1] / f"exit-{layer}.safetensors"))
-        optimizer = _read(found[-1] / f"optimizer-{layer}.safetensors")
+        _restore_exit(model, layer, _read(path / f"exit-{layer}.safetensors"))
+        optimizer = _read(path / f"optimizer-{layer}.safetensors")
         _restore_optimizer(model, optimizers, layer, optimizer)
     torch.set_rng_state(common["random:cpu"])
     if "random:cuda" in common and model.backbone.device.type == "cuda":
         torch.cuda.set_rng_state(common["random:cuda"])
-    return state["step"]
+    return state["step"], steps
 
 
 def saved_exit_state(path: Path, model: EarlyExitModel) -> dict[str, torch.Tensor]:

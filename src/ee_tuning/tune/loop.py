@@ -7,6 +7,7 @@ import math
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import FrameType
 
 import torch
 import yaml
+from torch import nn
 
 from ee_tuning.check import check, check_dtype, check_model
 from ee_tuning.config import TuneConfig
@@ -65,8 +67,7 @@ def tune(
     """
     check(config)
     if restarts():
-        found = bool(checkpoints(Path(config.out) / "checkpoints"))
-        config = dataclasses.replace(config, resume=found, overwrite=not found)
+        config = dataclasses.replace(config, resume=True, overwrite=False)
     mesh = Mesh(config.dp, config.tp, config.pp)
     device = pick_device(config.device)
     with mesh.connected(device, config.timeout):
@@ -132,14 +133,12 @@ class Run:
     def go(self) -> None:
         """Every step from the first, or the last checkpoint's, to the end."""
         config = self.config
-        first = 0
-        if config.resume:
-            given = self.checkpoints, self.model, self.tuner.optimizers, config
-            first = self.mesh.on_all(lambda: load_checkpoint(*given))
+        first = self._resume() if config.resume else 0
         if self.mesh.is_main:
             write_text(self.out / "run.yaml", describe_run(config))
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
         before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
+        self._check_before(before)
         timeline, self.speed = self.made.pipeline.timeline, Speed()
         with self.display.running(first, config.steps), stop_requests(self.mesh.size) as stopped:
             for step in range(first, config.steps):
@@ -172,6 +171,23 @@ class Run:
             self.model.save_pretrained(self.out, self.model.backbone.dtype, state)
         log.close()
         self.display.result(before, after)
+
+    def _resume(self) -> int:
+        """Put the last checkpoint into place, if there is one; gives the steps that are done."""
+        saved = self.mesh.on_main(lambda: checkpoints(self.checkpoints))
+        if not saved:
+            self.display.say(
+                f"{self.out} holds no checkpoint yet: the run starts at its first step"
+            )
+            return 0
+        given = saved[-1], self.model, self.tuner.optimizers, self.config
+        first, steps = self.mesh.on_all(lambda: load_checkpoint(*given))
+        if steps != self.config.steps:
+            self.display.say(
+                f"{self.config.steps} steps in place of {steps}: from step {first + 1} on the "
+                f"learning rate is that of a run of {self.config.steps}"
+            )
+        return first
 
     def step(self, step: int, log: MetricsLog | NoLog, stop: bool) -> None:
         """One optimizer step, counted from 0. stop: this process was asked to stop."""
@@ -224,13 +240,23 @@ class Run:
             batches.append(without_labels(batches[0]))
         return batches
 
+    def _check_before(self, losses: dict[int, float]) -> None:
+        """Refuse weights that give no loss before they are changed."""
+        for layer, loss in losses.items():
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of exit {layer} is {loss} before the first step: "
+                    f"{_without_numbers(self.model) or 'the data or the precision are at fault'}"
+                )
+
     def _check_finite(self, step: int, losses: dict[int, float], norms: dict[int, float]) -> None:
         for layer in self.layers:
             if not math.isfinite(losses[layer] + norms[layer]):
+                advice = _without_numbers(self.model.model) or "try a lower --lr"
                 raise UserError(
                     f"the loss of exit {layer} is {losses[layer]} with gradient norm "
                     f"{norms[layer]} at step {step + 1}: stopped before it could be saved, "
-                    f"checkpoints in {self.checkpoints} are good; try a lower --lr"
+                    f"checkpoints in {self.checkpoints} are good; {advice}"
                 )
 
     def validate(self, log: MetricsLog | NoLog, step: int) -> dict[int, float]:
@@ -249,14 +275,26 @@ class Run:
         save_checkpoint(self.checkpoints, step, *given, on_written=self.on_checkpoint)
 
 
+def _without_numbers(module: nn.Module) -> str:
+    """What to say of the first parameter with infinite values or none; empty if all are good."""
+    for name, p in module.named_parameters():
+        if p.is_floating_point() and not p.detach().float().isfinite().all():
+            return f"{name} has values that are no numbers, fetch or make these weights again"
+    return ""
+
+
 @contextmanager
 def stop_requests(processes: int) -> Iterator[Callable[[], bool]]:
     """Turns a first Ctrl-C or SIGTERM into a request, read by calling what this gives.
 
-    A second one stops at once.
+    A second one stops at once. Outside of the main thread, which alone is told of signals, they are
+    left to it.
 
     processes: that run together, which torchrun ends with SIGTERM when one of them has failed.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,132 @@
+"""Runs that go on: from nothing, from before a first checkpoint, for longer; in other threads."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.commands import arguments, fails, records, tune
+from safetensors.torch import load_file, save_file
+
+from ee_tuning.cli import main
+from ee_tuning.config import TuneConfig
+from ee_tuning.tune import tune as tune_exits
+
+
+class Killed(BaseException):
+    """As nothing that a run handles."""
+
+
+def settings(base, data, out, **changes):
+    """A small run as a config."""
+    common = {
+        "model": base, "layers": "1,3", "arch": "mlp", "data": [data], "out": str(out), "steps": 6,
+        "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4, "lr": 1e-2,
+        "save_every": 4, "eval_every": 2, "log_every": 1, "valid_fraction": 0.1,
+    }  # fmt: skip
+    return TuneConfig(**common | changes)
+
+
+def killed_after(number):
+    def on_step(done):
+        if done == number:
+            raise Killed
+
+    return on_step
+
+
+def weights(out):
+    return load_file(Path(out) / "exits.safetensors")
+
+
+def assert_same_weights(one, other):
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.fixture(scope="module")
+def whole(base, data, tmp_path_factory):
+    """What an uninterrupted run leaves."""
+    out = tmp_path_factory.mktemp("whole") / "exits"
+    tune_exits(settings(base, data, out))
+    return out
+
+
+def test_resume_starts_where_there_is_nothing_yet(base, data, tmp_path, whole):
+    """As a job queue asks for: the same command starts a run and goes on with it."""
+    tune(base, data, tmp_path / "exits", save_every=4, resume=True)
+    assert_same_weights(tmp_path / "exits", whole)
+    tune(base, data, tmp_path / "exits", save_every=4, resume=True)
+    assert_same_weights(tmp_path / "exits", whole)
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on(base, data, tmp_path, whole):
+    """With the settings that it left, from its first step; what it recorded is recorded once."""
+    with pytest.raises(Killed):
+        tune_exits(settings(base, data, tmp_path / "cut"), on_step=killed_after(3))
+    main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
+    assert_same_weights(tmp_path / "cut", whole)
+    steps = [line["step"] for line in records(tmp_path / "cut") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_goes_on_for_more_steps(base, data, tmp_path, capsys):
+    """Without a schedule, as a run that had so many from the beginning, bit for bit."""
+    flat = {"min_lr": 1e-2, "warmup": 0}
+    tune(base, data, tmp_path / "long", steps=9, **flat)
+    tune(base, data, tmp_path / "exits", steps=6, **flat)
+    capsys.readouterr()
+    main(["tune", "--out", str(tmp_path / "exits"), "--resume", "--steps", "9"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "9 steps in place of 6: from step 7 on the learning rate is that of a run of 9" in said
+    assert_same_weights(tmp_path / "exits", tmp_path / "long")
+    assert [r["step"] for r in records(tmp_path / "exits") if "loss" in r] == list(range(1, 10))
+    main(["tune", "--out", str(tmp_path / "exits"), "--resume"])  # with 9, which it has kept
+    assert_same_weights(tmp_path / "exits", tmp_path / "long")
+
+
+def test_fewer_steps_than_a_run_has_made_are_refused(base, data, tmp_path, capsys, whole):
+    shutil.copytree(whole, tmp_path / "exits")
+    line = fails(capsys, "tune", "--out", tmp_path / "exits", "--resume", "--steps", 5)
+    assert f"steps is 5, but {tmp_path / 'exits'} has made 6 already: give as many or more" in line
+
+
+def test_a_run_outside_of_the_main_thread(base, data, tmp_path, whole):
+    """As from a notebook's server: Python takes signal handlers in the main thread alone."""
+    failed = []
+
+    def run():
+        try:
+            tune_exits(settings(base, data, tmp_path / "exits"))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failed == []
+    assert_same_weights(tmp_path / "exits", whole)
+
+
+def spoil(weights_file, name):
+    tensors = load_file(weights_file)
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, weights_file, metadata={"format": "pt"})
+
+
+def test_a_backbone_with_values_that_are_no_numbers(base, data, tmp_path, capsys):
+    bad = shutil.copytree(base, tmp_path / "model")
+    spoil(bad / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    line = fails(capsys, "tune", *arguments(bad, data, tmp_path / "exits"))
+    assert "before the first step: model.model.layers.1.mlp.up_proj.weight has values that" in line
+    assert "--lr" not in line
+
+
+def test_exits_with_values_that_are_no_numbers(data, tmp_path, capsys, whole):
+    bad = shutil.copytree(whole, tmp_path / "bad")
+    spoil(bad / "exits.safetensors", "1.head.weight")
+    flags = arguments(None, data, tmp_path / "exits", exits=bad, layers=None, arch=None)
+    line = fails(capsys, "tune", *flags)
+    assert "before the first step: exits.1.head.weight has values that are no numbers" in line
