@@ -33,7 +33,6 @@ from shapes import SHAPES, build
 from tune import peak
 
 from ee_tuning import EarlyExitModel
-from ee_tuning.check import check
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import work
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
@@ -43,8 +42,9 @@ from ee_tuning.files import write_json
 from ee_tuning.parallel.data import deal
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
-from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import Event, idle_share, span
+from ee_tuning.plan.check import check
+from ee_tuning.plan.simulate import simulate
 from ee_tuning.stages import cut_stages
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizers import build_optimizers

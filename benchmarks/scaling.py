@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
-from ee_tuning.layouts import Parts, rows, search
-from ee_tuning.parallel.simulate import simulate
 from ee_tuning.parallel.trace import idle_share, span
-from ee_tuning.plan import GPUS
+from ee_tuning.plan.gpus import GPUS
+from ee_tuning.plan.layouts import rows, search
+from ee_tuning.plan.simulate import simulate
+from ee_tuning.plan.time import Seconds
 
 # One exit after 20 of the layers, measured in steps of 4 micro-batches.
 MEASURED = json.loads((Path(__file__).parent / "results/70b-quarter.json").read_text())
 SECONDS = MEASURED["seconds_per_step"]
-PARTS = Parts(
+PARTS = Seconds(
     SECONDS["backbone"] / 20 / 4,
     (SECONDS["exits below their heads"] + SECONDS["heads and losses (the rest)"]) / 4,
     SECONDS["clip and optimizer (and a fill of the gradients)"],

@@ -22,11 +22,12 @@ from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import FrozenPrecision, TuneConfig
+from ee_tuning.costs import work
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
 from ee_tuning.model import Descent
-from ee_tuning.plan import GIB, flop_per_token
+from ee_tuning.plan.gpus import GIB
 from ee_tuning.tune.optimizers import build_optimizers, clip_gradients
 from ee_tuning.tune.setup import prepare
 from ee_tuning.tune.step import Tuner
@@ -158,7 +159,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
             one.step()
             one.zero_grad()
 
-    flop = flop_per_token(model, config.seq_length, config.exit_vocab)
+    flop = work(model, config.seq_length, config.exit_vocab).flop()
     rate = speed(seconds, ids.numel())
     backbone = median(timed(layers, device, 3))
     step_parts = {

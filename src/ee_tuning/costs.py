@@ -98,6 +98,20 @@ class Account:
         """The exits after the layers of `stage`, counted from 0."""
         return [self.exits[layer] for layer in sorted(self.exits) if layer - 1 in stage]
 
+    def flop(self, teacher: bool = False) -> dict[str, float]:
+        """FLOP per token of a tuning step, by part.
+
+        teacher: whether the final exit's logits are needed, once, and so all layers.
+        """
+        layers = self.layers if teacher else self.layers[: self.deepest]
+        exits = self.exits.values()
+        final = self.head.forward if teacher else 0.0
+        return {
+            "backbone": sum(layer.forward for layer in layers),
+            "exits": sum(exit.below.flop for exit in exits),
+            "head": final + sum(exit.head.flop for exit in exits),
+        }
+
     def tuning(self) -> list[float]:
         """FLOP per token of each layer with the exit after it, up to the deepest exit."""
         costs = [layer.forward for layer in self.layers[: self.deepest]]

@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
-from ee_tuning.layouts import Parts, expected, search
-from ee_tuning.plan import GIB, memory
+from ee_tuning.plan.gpus import GIB
+from ee_tuning.plan.layouts import expected, search
+from ee_tuning.plan.memory import memory
+from ee_tuning.plan.shapes import account_of
+from ee_tuning.plan.time import Seconds
 
 ROOT = Path(__file__).parents[2]
 
-PARTS = Parts(layer=0.001, exit=0.005, optimizer=0.002)
+PARTS = Seconds(layer=0.001, exit=0.005, optimizer=0.002)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,12 @@ def config():
 
 
 def test_one_gpu_takes_what_its_parts_take(model, config):
-    alone = expected(model, config, PARTS)
+    account = account_of(model, config)
+    alone = expected(account, config, PARTS)
     seconds = 64 * (32 * 0.001 + 4 * 0.005) + 4 * 0.002
     assert alone.tokens_per_second == pytest.approx(64 * 2048 / seconds)
     assert alone.idle == pytest.approx(0.0)
-    assert alone.gib == sum(memory(model, config, range(32)).values()) / GIB
+    assert alone.gib == sum(memory(account, config, range(32)).values()) / GIB
 
 
 def test_what_fits_is_sorted_by_speed(model, config):
@@ -63,12 +67,13 @@ def test_what_tune_would_refuse_is_not_found(model, config):
 
 
 def test_tensor_parallelism_and_the_sequence_divide_memory(model, config):
-    whole = memory(model, config, range(32))
+    account = account_of(model, config)
+    whole = memory(account, config, range(32))
     split = dataclasses.replace(config, tp=2)
-    half = memory(model, split, range(32))
+    half = memory(account, split, range(32))
     assert half["optimizer state"] == whole["optimizer state"] / 2
     assert half["activations"] < whole["activations"]
-    sequence = memory(model, dataclasses.replace(split, sequence_parallel=True), range(32))
+    sequence = memory(account, dataclasses.replace(split, sequence_parallel=True), range(32))
     assert sequence["hidden states"] == half["hidden states"] / 2
     assert sequence["activations"] == whole["activations"] / 2
 

@@ -6,10 +6,10 @@ from helpers.families import tiny
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.check import check
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.plan.check import check
 from ee_tuning.quantise import packages as module
 from ee_tuning.quantise.packages import PACKAGES, quantisation_config
 from ee_tuning.tune.step import Tuner

@@ -4,10 +4,10 @@ import pytest
 from helpers.families import tiny
 
 from ee_tuning.backbone import Backbone
-from ee_tuning.check import check
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.parallel.tensor import check_splits
+from ee_tuning.plan.check import check
 
 REFUSED = [
     ({"pp": 2, "loss": "kl"}, ["loss kl", "pp 2", "the last stage only"]),

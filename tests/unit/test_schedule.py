@@ -9,7 +9,7 @@ from helpers.families import tiny
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import work
-from ee_tuning.parallel.simulate import simulate
+from ee_tuning.plan.simulate import simulate
 from ee_tuning.stages import balance, cut_stages
 from ee_tuning.tune import timing
 

@@ -2,14 +2,91 @@
 
 from __future__ import annotations
 
-from ee_tuning import plan as planning
+from rich.console import Console
+from rich.table import Table
+
 from ee_tuning.config import PlanConfig
+from ee_tuning.costs import Account
+from ee_tuning.model import EarlyExitModel
+from ee_tuning.plan.advice import advice, check_on_gpu
+from ee_tuning.plan.check import check_plan
+from ee_tuning.plan.gpus import GIB, GPUS
+from ee_tuning.plan.layouts import rows, search
+from ee_tuning.plan.memory import largest_stage
+from ee_tuning.plan.shapes import account_of, shapes_of
+from ee_tuning.plan.time import seconds_of_parts, step_seconds
 
 
 def plan(config: PlanConfig) -> None:
-    """Print what the run will take.
+    """Print memory by part, time, whether it fits, and which flags would make it fit.
 
     Raises:
-        UserError: see `ee_tuning.plan.plan`.
+        UserError: see `ee_tuning.plan.check`; or no such backbone or exits.
     """
-    planning.plan(config)
+    config = check_plan(config)
+    model = shapes_of(config)
+    check_on_gpu(model, config)
+    gpu, console, account = GPUS[config.gpu], Console(), account_of(model, config)
+    parts = largest_stage(account, config)
+    _show_memory(parts, config, console)
+    if not gpu.fp8:
+        _show_missing_units(config, console)
+    _show_time(account, config, console)
+    missing = sum(parts.values()) / GIB - gpu.memory
+    if missing <= 0:
+        console.print("it fits")
+    else:
+        flags = advice(model, config, gpu.memory, fp8=gpu.fp8 > 0)
+        console.print(f"it does not fit by {missing:.1f} GiB; {flags}", soft_wrap=True)
+    if config.gpus > 1:
+        _show_layouts(model, account, config, console)
+
+
+def _show_memory(parts: dict[str, float], config: PlanConfig, console: Console) -> None:
+    table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / GIB:.1f}")
+    total, memory = sum(parts.values()) / GIB, GPUS[config.gpu].memory
+    table.add_row("sum", f"{total:.1f} of {memory:g}", style="bold")
+    console.print(table)
+
+
+def _show_missing_units(config: PlanConfig, console: Console) -> None:
+    refused = f"{config.gpu} has no fp8 units, so tune refuses"
+    if config.backbone_precision == "fp8":
+        console.print(
+            f"{refused} fp8 there: use --backbone-precision torchao-int8, which takes the same "
+            "memory",
+            soft_wrap=True,
+        )
+    if config.exit_precision == "fp8":
+        console.print(
+            f"{refused} --exit-precision fp8 there: use --exit-precision same", soft_wrap=True
+        )
+
+
+def _show_time(account: Account, config: PlanConfig, console: Console) -> None:
+    seconds = sum(step_seconds(account, config, GPUS[config.gpu]).values()) / config.gpus
+    rate = config.global_batch_size * config.seq_length / seconds
+    console.print(
+        f"about {rate:,.0f} tokens/s on {config.gpus} GPU(s), communication and idle time left "
+        f"out: {config.tokens:.3g} tokens take {config.tokens / rate / 3600:.1f} hours",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _show_layouts(
+    model: EarlyExitModel, account: Account, config: PlanConfig, console: Console
+) -> None:
+    """The fastest layouts that fit, by search."""
+    gpu = GPUS[config.gpu]
+    parts = seconds_of_parts(account, config, gpu)
+    best = search(model, config, parts, config.gpus, gpu.memory)[:5]
+    table = Table(title=f"best layouts of {config.gpus} GPUs, communication simulated")
+    for name in ("dp × tp × pp", "tokens/s", "idle", "GiB"):
+        table.add_column(name, justify="right")
+    for cells in rows(best):
+        table.add_row(*cells)
+    console.print(table if best else "no layout without sharding fits")

@@ -17,7 +17,6 @@ import torch
 import yaml
 from torch import nn
 
-from ee_tuning.check import check, check_dtype, check_model
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import check_precisions, pick_device, pick_dtype, versions
@@ -27,7 +26,11 @@ from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.trace import save_timeline
-from ee_tuning.plan import GIB, largest_parts, refuse_if_too_large, shapes_of
+from ee_tuning.plan.advice import refuse_if_too_large
+from ee_tuning.plan.check import check, check_dtype, check_model
+from ee_tuning.plan.gpus import GIB
+from ee_tuning.plan.memory import largest_parts
+from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.tune.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -74,26 +77,35 @@ def tune(
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
         out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
         shown = display if display and mesh.is_main else Display()
-        with _largest_parts_named(config, mesh, out):
+        shapes = mesh.on_all(lambda: shapes_of(config))
+        with _largest_parts_named(shapes, config, mesh, out):
             dtype = pick_dtype(config.precision, device)
-            _check_all(config, mesh, device, dtype)
-            stage = own_stage(config, mesh, device, dtype, shown.say)
+            _check_all(shapes, config, mesh, device, dtype)
+            stage = own_stage(shapes, config, mesh, device, dtype, shown.say)
             made = set_up(config, mesh, device, dtype, stage, shown.say)
             Run(config, out, mesh, made, shown, on_step, on_checkpoint).go()
     return made.tuner.model
 
 
-def _check_all(config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
+def _check_all(
+    shapes: EarlyExitModel,
+    config: TuneConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Refuse what cannot work with this device or backbone, before weights are read."""
     check_precisions(config, device)
     check_dtype(config, dtype)
-    mesh.on_all(lambda: check_model(shapes_of(config), config))
+    mesh.on_all(lambda: check_model(shapes, config))
     if device.type == "cuda" and config.dp == config.tp == 1:
-        refuse_if_too_large(config, torch.cuda.mem_get_info(device)[0] / GIB)
+        refuse_if_too_large(shapes, config, torch.cuda.mem_get_info(device)[0] / GIB)
 
 
 @contextmanager
-def _largest_parts_named(config: TuneConfig, mesh: Mesh, out: Path) -> Iterator[None]:
+def _largest_parts_named(
+    shapes: EarlyExitModel, config: TuneConfig, mesh: Mesh, out: Path
+) -> Iterator[None]:
     """Say what takes the memory when there is none left, and what is not lost."""
     try:
         yield
@@ -102,7 +114,7 @@ def _largest_parts_named(config: TuneConfig, mesh: Mesh, out: Path) -> Iterator[
         kept = f"{saved[-1]} is good, go on with --resume" if saved else "nothing was saved yet"
         raise UserError(
             f"out of memory at {mesh.doing}: {kept}; the largest parts are "
-            f"{largest_parts(config)}; see ee-tuning plan"
+            f"{largest_parts(account_of(shapes, config), config)}; see ee-tuning plan"
         ) from error
 
 

@@ -13,17 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from ee_tuning.backbone import slice_config
 from ee_tuning.config import ExitConfig, ExitSpec, TuneConfig
-from ee_tuning.costs import work
 from ee_tuning.losses import Objective
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.plan import shapes_of
+from ee_tuning.plan.shapes import account_of
 from ee_tuning.stages import cut_stages
 from ee_tuning.tune.setup import prepare
 from ee_tuning.tune.step import Tuner
 
 
 def own_stage(
+    shapes: EarlyExitModel,
     config: TuneConfig,
     mesh: Mesh,
     device: torch.device,
@@ -32,16 +32,17 @@ def own_stage(
 ) -> range | None:
     """The layers of this process's stage, counted from 0; None for all that the exits need.
 
+    shapes: of the model that `config` tunes; may be on the meta device.
+
     Raises:
         UserError: the backbone cannot be cut into so many stages.
     """
     if config.pp == 1:
         return None
-    shapes = shapes_of(config)
     if config.balance == "measured":
         costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
     else:
-        costs = work(shapes, config.seq_length, config.exit_vocab).tuning()
+        costs = account_of(shapes, config).tuning()
     stages = cut_stages(costs, config.pp, config.stage_layers)
     text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
     say(f"layers of the stages: {text}")

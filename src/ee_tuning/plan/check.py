@@ -7,10 +7,11 @@ import dataclasses
 import torch
 from torch import nn
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
 from ee_tuning.parallel.tensor import check_splits
+from ee_tuning.plan.gpus import GPUS
 from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
 from ee_tuning.vocabulary import check_number
 
@@ -27,6 +28,43 @@ def check(config: TuneConfig) -> None:
     check_installed(config.backbone_precision)
     if config.optimizer == "adamw-8bit":
         check_package("torchao", "--optimizer adamw-8bit")
+
+
+def check_plan(config: PlanConfig) -> PlanConfig:
+    """`config` with its data-parallel ranks, if it is a run that can be planned.
+
+    Raises:
+        UserError: a GPU that is not known, settings that `tune` refuses, or a layout whose memory
+            is not counted.
+    """
+    if config.gpu not in GPUS:
+        raise UserError(f"gpu {config.gpu!r} is unknown: use one of {', '.join(GPUS)}")
+    if config.shard or config.shard_backbone:
+        raise UserError("plan knows neither --shard nor --shard-backbone: leave them out")
+    check_counts(config, "gpus", "tp", "pp")
+    if not config.tokens > 0:
+        raise UserError(f"tokens is {config.tokens}: it must be above 0")
+    config = dataclasses.replace(config, dp=_data_parallel(config))
+    check_settings(config)
+    return config
+
+
+def _data_parallel(config: PlanConfig) -> int:
+    """Data-parallel ranks: those given, or as many as the GPUs make.
+
+    Raises:
+        UserError: --dp, --tp and --pp do not take all GPUs, or more.
+    """
+    ranks = config.tp * config.pp
+    if not config.dp and config.gpus % ranks:
+        parts_of = f"{config.pp} pipeline stages of {config.tp} tensor-parallel ranks"
+        raise UserError(f"{config.gpus} GPUs cannot be divided into {parts_of}")
+    if config.dp and config.dp * ranks != config.gpus:
+        raise UserError(
+            f"dp {config.dp} × tp {config.tp} × pp {config.pp} is {config.dp * ranks}, not gpus, "
+            f"{config.gpus}: leave --dp out, or let --gpus be the product"
+        )
+    return config.dp or config.gpus // ranks
 
 
 def check_settings(config: TuneConfig) -> None:

@@ -10,26 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ee_tuning.check import check_model, check_parallel
 from ee_tuning.config import TuneConfig
+from ee_tuning.costs import Account
 from ee_tuning.errors import UserError
 from ee_tuning.model import EarlyExitModel
-from ee_tuning.parallel.simulate import simulate
-from ee_tuning.plan import GIB, itemsize, memory, runs_side_by_side, tuned_values
+from ee_tuning.plan.check import check_model, check_parallel
+from ee_tuning.plan.gpus import GIB
+from ee_tuning.plan.memory import goes_side_by_side, itemsize, memory
+from ee_tuning.plan.shapes import account_of
+from ee_tuning.plan.simulate import simulate
+from ee_tuning.plan.time import Seconds
 from ee_tuning.stages import cut_stages
 
 NODE = 8  # GPUs
 INSIDE, OUTSIDE = 300e9, 40e9  # bytes per second of a GPU within a node and between nodes: assumed
 TP, PP = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Seconds on one GPU: of a micro-batch in a layer and in an exit, of an exit's optimizer."""
-
-    layer: float
-    exit: float
-    optimizer: float
 
 
 @dataclass(frozen=True)
@@ -45,13 +40,14 @@ class Layout:
 
 
 def search(
-    model: EarlyExitModel, config: TuneConfig, parts: Parts, gpus: int, available: float
+    model: EarlyExitModel, config: TuneConfig, parts: Seconds, gpus: int, available: float
 ) -> list[Layout]:
     """The layouts of `gpus` GPUs that fit into `available` GiB each, the fastest first.
 
     Without sharding, with --sequence-parallel where tp is above 1. model: may be on the meta
     device.
     """
+    account = account_of(model, config)
     found = []
     for tp in TP:
         for pp in PP:
@@ -59,7 +55,7 @@ def search(
             sizes = {"dp": dp, "tp": tp, "pp": pp, "sequence_parallel": tp > 1, "stage_layers": []}
             one = dataclasses.replace(config, **sizes)  # type: ignore[arg-type]
             if dp * tp * pp == gpus and _is_possible(model, one):
-                layout = expected(model, one, parts)
+                layout = expected(account, one, parts)
                 found += [layout] if layout.gib <= available else []
     return sorted(found, key=lambda layout: -layout.tokens_per_second)
 
@@ -75,34 +71,34 @@ def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
     return enough and (config.pp == 1 or config.loss == "ce")
 
 
-def expected(model: EarlyExitModel, config: TuneConfig, parts: Parts) -> Layout:
+def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
     """What the layout of `config` is expected to take, by the simulated schedule."""
     tp, dp, pp = config.tp, config.dp, config.pp
     tokens = config.micro_batch_size * config.seq_length
-    hidden = tokens * model.backbone.config.hidden_size * itemsize(config)
+    hidden = tokens * account.hidden * itemsize(config)
     each = math.ceil(config.global_batch_size / dp / config.micro_batch_size)
     # A ring sends everything twice, but for a process's own part.
     sum_over_tp = 2 * (tp - 1) / tp * hidden / INSIDE
-    layer = parts.layer / tp + 2 * sum_over_tp
-    exit = parts.exit / tp + 4 * sum_over_tp
-    costs = [layer + exit * (k + 1 in model.exit_layers) for k in range(model.exit_layers[-1])]
+    layer = max(parts.layer / tp, parts.least_layer) + 2 * sum_over_tp
+    exit = max(parts.exit / tp, parts.least_exit) + 4 * sum_over_tp
+    costs = [layer + exit * (k + 1 in account.exits) for k in range(account.deepest)]
     stages = cut_stages(costs, config.pp, config.stage_layers)
-    numbers = [sum(layer - 1 in stage for layer in model.exit_layers) for stage in stages]
+    numbers = [len(account.in_stage(stage)) for stage in stages]
     work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
     send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0
-    together = [runs_side_by_side(model, config, stage) for stage in stages]
+    together = [goes_side_by_side(account, config, stage) for stage in stages]
     forward = [len(stage) * layer for stage in stages]
     found = simulate(forward, work, each, send, together=together)
-    seconds = found.seconds + _last_sum(model, config)
-    gib = max(sum(memory(model, config, stage).values()) for stage in stages) / GIB
+    seconds = found.seconds + _last_sum(account, config)
+    gib = max(sum(memory(account, config, stage).values()) for stage in stages) / GIB
     idle = 1 - (1 - found.idle) * found.seconds / seconds
     rate = config.global_batch_size * config.seq_length / seconds
     return Layout(dp, tp, pp, rate, max(0.0, idle), gib)
 
 
-def _last_sum(model: EarlyExitModel, config: TuneConfig) -> float:
+def _last_sum(account: Account, config: TuneConfig) -> float:
     """Seconds of the data-parallel sum of the last exit, in fp32; those before are hidden."""
-    values = tuned_values(model, config, model.exit_layers[-1]) / config.tp
+    values = account.exits[account.deepest].whole.values / config.tp
     inside = config.tp * config.dp <= NODE  # ranks are numbered with tp, then dp, innermost
     return 4 * values * 2 * (config.dp - 1) / config.dp / (INSIDE if inside else OUTSIDE)
 
