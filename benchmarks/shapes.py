@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.quantise.fp8 import freeze_in_fp8
 from ee_tuning.quantise.packages import quantise_layer
+from ee_tuning.share import shares_head
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": {
@@ -67,9 +68,10 @@ def build(
     for layer in model.exit_layers:
         fill(model.exit(layer).float(), device, 1000 + layer)
     layers = model.backbone.layers
+    owner = model.backbone.trunk.get_submodule(model.backbone.anatomy.layers)
     for number, layer in enumerate(layers):
         if number not in model.stage:
-            layers[number] = nn.Module()
+            owner[number] = nn.Module()  # type: ignore[operator]
             continue
         fill(layer, device, number)
         if fp8:
@@ -87,8 +89,8 @@ def build(
         fill(model.backbone.head, device, 2000)
     else:
         model.backbone.head.weight = backbone.get_input_embeddings().weight
-    if fp8:
-        model.freeze_shared_head()
+    if fp8 and shares_head(model):
+        freeze_in_fp8(model.backbone.head, backward=True)
     rotary = model.backbone.trunk.rotary_emb
     for name, buffer in type(rotary)(config).to(device).named_buffers():
         rotary.register_buffer(name, buffer, persistent=False)

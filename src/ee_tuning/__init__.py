@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
     `__init__.pyi` tells type checkers and editors the same.
     """
     if name == "EarlyExitModel":
-        from ee_tuning.model import EarlyExitModel
+        from ee_tuning.api import EarlyExitModel
 
         return EarlyExitModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

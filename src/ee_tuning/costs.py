@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from ee_tuning.backbone import Backbone
 from ee_tuning.exits import Exit
 from ee_tuning.exits.archs import WRITES_BACK
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 STATES = 3  # hidden states that an exit needs of a token: an `mlp` exit's input is of three tensors
 
@@ -128,7 +128,7 @@ class Account:
         return costs
 
 
-def work(model: EarlyExitModel, length: int = 0, exit_vocab: int = 0) -> Account:
+def work(model: Network, length: int = 0, exit_vocab: int = 0) -> Account:
     """What the parts of `model` weigh and do to a token of a text of `length` tokens.
 
     exit_vocab: how many tokens the exits know; 0: those of their own vocabulary, or all.
@@ -162,7 +162,7 @@ def work(model: EarlyExitModel, length: int = 0, exit_vocab: int = 0) -> Account
     )
 
 
-def draft_cost(model: EarlyExitModel, layer: int) -> float:
+def draft_cost(model: Network, layer: int) -> float:
     """Of the weights that a token is multiplied with at full depth, the share of a draft."""
     account = work(model)
     weights = [one.weights for one in account.layers]

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
+from ee_tuning.adapter import CONFIG_NAME, HERE, model_card, save
 from ee_tuning.backbone import slice_config
-from ee_tuning.card import model_card
 from ee_tuning.errors import UserError
 from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.loading import without_bars
-from ee_tuning.model import CONFIG_NAME, HERE, EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.twin import twin
 
 
-def exit_checkpoint(model: EarlyExitModel, layer: int) -> PreTrainedModel:
+def exit_checkpoint(model: Network, layer: int) -> PreTrainedModel:
     """The exit after `layer` as a causal LM of the backbone's own class, ready to be saved.
 
     It has `layer` layers, or one more for a `layer` exit, and shares all tensors with `model`.
@@ -108,7 +108,7 @@ def save_exit(
 
 
 def save_merged(
-    model: EarlyExitModel,
+    model: Network,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     exits: dict[str, torch.Tensor],
@@ -120,7 +120,7 @@ def save_merged(
     with _staged(folder) as staging:
         model.backbone.model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        model.save_pretrained(staging, state=exits)
+        save(model, staging, state=exits)
         saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE}
         write_json(staging / CONFIG_NAME, saved)
         write_text(staging / "README.md", model_card(saved, here=True))

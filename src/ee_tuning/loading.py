@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,9 +25,10 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from ee_tuning.backbone import Anatomy, Backbone, check_unquantised, find_anatomy, in_memory
+from ee_tuning.backbone import Anatomy, check_unquantised, find_anatomy
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
+from ee_tuning.fingerprint import sample_places
 from ee_tuning.slices import (
     STYLES,
     SUMMED,
@@ -41,13 +41,6 @@ from ee_tuning.slices import (
     split_linear,
 )
 
-# Values of a config that change what a model computes, whatever its weights are.
-CONFIG_KEYS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps",
-    "layer_norm_eps", "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings",
-)  # fmt: skip
-SAMPLES_PER_TENSOR = 64
 Left = dict[str, tuple[Any, Style]]  # linear layers left to be read in slices, by path
 
 
@@ -286,7 +279,7 @@ def _read_slice(
         # A copy: a part of what is mapped would keep all pages that were looked at in memory.
         values = read_part(stored, dim, tp).to(p.dtype, copy=True).contiguous()
         part = made_part(SplitParameter(values, requires_grad=False), dim, tp)
-        places = np.unravel_index(_places(p.numel()).numpy(), tuple(p.shape))
+        places = np.unravel_index(sample_places(p.numel()).numpy(), tuple(p.shape))
         one_by_one = [tuple(slice(i, i + 1) for i in place) for place in zip(*places, strict=True)]
         part.sample = torch.cat([stored[place].flatten() for place in one_by_one])
         return part
@@ -315,54 +308,3 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
                 "resize_token_embeddings, or name the tokenizer that it was made with"
             )
     return tokenizer
-
-
-def config_values(config: Any) -> dict[str, Any]:
-    """The values of a backbone's config that its exits depend on: half of its fingerprint."""
-    return {key: getattr(config, key, None) for key in CONFIG_KEYS}
-
-
-def tensor_hashes(backbone: Backbone, deepest: int) -> dict[str, str]:
-    """A hash per part of a backbone up to layer `deepest`: the other half of its fingerprint.
-
-    Over the tensors' names, shapes and `SAMPLES_PER_TENSOR` values of each, rounded to bf16 so
-    that the dtype a checkpoint is loaded in makes no difference. Deeper layers are not covered:
-    they need not be in memory. Nor are parts that another stage of a pipeline holds.
-    """
-    parts = {"embedding": backbone.model.get_input_embeddings(), "final norm": backbone.norm}
-    layers = backbone.layers[:deepest]
-    parts |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
-    return {name: _hash_tensors(part) for name, part in parts.items() if in_memory(part)}
-
-
-def _hash_tensors(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, p in module.named_parameters():
-        if isinstance(p, SplitParameter):
-            assert p.sample is not None, "split after it was read: too late for a fingerprint"
-            shape, sample = p.whole_shape, p.sample
-        else:
-            shape, sample = p.shape, p.detach().flatten()[_places(p.numel()).to(p.device)]
-        values = sample.to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _places(size: int) -> Tensor:
-    """The places among `size` values that a fingerprint looks at."""
-    return torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
-
-
-def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Refuse a backbone that the exits in `where` were not made for.
-
-    Raises:
-        UserError: names the first value of a fingerprint that differs.
-    """
-    for key, value in expected.items():
-        other = found.get(key)
-        if value != other:
-            raise UserError(
-                f"the exits in {where} were made for another backbone: "
-                f"{key} is {other!r} here and {value!r} there"
-            )

@@ -1,60 +1,25 @@
-"""EarlyExitModel: a frozen backbone with exits beside it; forward, saving, loading."""
+"""The network: a frozen backbone with exits beside it, and micro-batches on their way down."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from transformers.utils import ModelOutput
 
-from ee_tuning.backbone import Backbone, Segment, State, in_memory
-from ee_tuning.card import model_card
-from ee_tuning.config import ExitConfig, FrozenPrecision
-from ee_tuning.devices import check_fp8
-from ee_tuning.errors import UserError, first_line
+from ee_tuning.backbone import Backbone, Segment, State
+from ee_tuning.config import ExitConfig
+from ee_tuning.errors import UserError
 from ee_tuning.exits import ARCHS, Exit
-from ee_tuning.files import read_json, replacing, write_json, write_text
-from ee_tuning.loading import (
-    Parts,
-    Slices,
-    check_same,
-    config_values,
-    load_backbone,
-    load_config,
-    tensor_hashes,
-)
+from ee_tuning.fingerprint import tensor_hashes
 from ee_tuning.losses import cross_entropy
-from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
-from ee_tuning.quantise.fp8 import freeze_in_fp8
-from ee_tuning.quantise.packages import (
-    check_installed,
-    nothing_to_quantise,
-    quantise_layer,
-)
-from ee_tuning.slices import SplitParameter, read_part
 from ee_tuning.vocabulary import Vocabulary
-
-FORMAT_VERSION = 1
-CONFIG_NAME = "exit_config.json"
-WEIGHTS_NAME = "exits.safetensors"
-# Pipelines take any model, but log an error if its class is not listed. This list is of models that
-# wrap another one.
-SUPPORTED_PEFT_TASKS["text-generation"].append("EarlyExitModel")
-HERE = "."  # the backbone of exits that lie in the same folder as it
 
 
 @dataclass
@@ -71,7 +36,7 @@ class EarlyExitOutput(ModelOutput):
     exit_logits: dict[int, Tensor] | None = None
 
 
-class EarlyExitModel(nn.Module):
+class Network(nn.Module):
     """A causal LM of transformers, frozen, and its exits.
 
     `exits` maps ``str(layer)`` to an `Exit`; `model` is the causal LM, `backbone` knows its parts.
@@ -80,7 +45,7 @@ class EarlyExitModel(nn.Module):
     def __init__(
         self, model: PreTrainedModel, config: ExitConfig, stage: range | None = None
     ) -> None:
-        """Add exits to a loaded model. Prefer `from_base` and `from_pretrained`.
+        """Add exits to a loaded model.
 
         stage: the layers (counted from 0) that a stage of a pipeline runs, with the exits after
         them; default: those up to the deepest exit.
@@ -107,133 +72,9 @@ class EarlyExitModel(nn.Module):
         self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
         self.chain = Chain(self)
 
-    @classmethod
-    def from_base(
-        cls,
-        model: str | PreTrainedModel,
-        config: ExitConfig,
-        *,
-        whole: bool = True,
-        dtype: torch.dtype | str = "auto",
-        device: str | torch.device | None = None,
-        backbone_precision: FrozenPrecision = "same",
-        stage: range | None = None,
-        slices: Slices | None = None,
-        shard: dist.ProcessGroup | None = None,
-    ) -> EarlyExitModel:
-        """New exits on a backbone: a local folder, a hub id or a loaded model.
-
-        whole: False leaves out of memory the layers deeper than the deepest exit, and what
-        another `stage` (layers counted from 0) of a pipeline has. device: default where the model
-        is, CPU if it was not loaded yet. backbone_precision, shard: see `place`. slices:
-        see `load_backbone`.
-        """
-        if isinstance(model, str):
-            parts = None if whole else _needed(model, config, stage)
-            model = load_backbone(model, parts, dtype, slices)
-        early_exit = cls(model, config, stage)
-        early_exit.place(device or model.device, backbone_precision, shard)
-        return early_exit
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        exits: str,
-        model: str | PreTrainedModel | None = None,
-        *,
-        whole: bool = True,
-        dtype: torch.dtype | str = "auto",
-        exit_dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        backbone_precision: FrozenPrecision = "same",
-        stage: range | None = None,
-        slices: Slices | None = None,
-        shard: dist.ProcessGroup | None = None,
-    ) -> EarlyExitModel:
-        """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
-
-        whole, device, backbone_precision, stage, slices, shard: as for `from_base`. exit_dtype:
-        default the backbone's.
-
-        Raises:
-            UserError: files missing or damaged, or exits made for another backbone.
-        """
-        folder = find_exits(exits)
-        saved = read_exit_config(folder)
-        config = saved_exits(saved)
-        if model is None or isinstance(model, str):
-            path = base_of(folder, saved, model)
-            if not path:
-                raise UserError(f"{exits} does not name its backbone: give it with --model")
-            if slices and saved.get("vocab_size"):
-                slices = replace(slices, head=False)  # its rows are picked first
-            try:
-                parts = None if whole else _needed(path, config, stage)
-                model = load_backbone(path, parts, dtype, slices)
-            except UserError as error:
-                if model is not None:
-                    raise
-                raise UserError(
-                    f"{error}; {exits} was made with that backbone: say where it is with --model"
-                ) from error
-        check_same(saved["backbone"]["config"], config_values(model.config), exits)
-        early_exit = cls(model, config, stage)
-        hashes, found = saved["backbone"]["tensors"], early_exit.tensor_hashes
-        if stage is not None:
-            hashes = {part: value for part, value in hashes.items() if part in found}
-        check_same(hashes, found, exits)
-        early_exit.exits.to(exit_dtype or early_exit.backbone.dtype)
-        early_exit.load_exits(folder / WEIGHTS_NAME)
-        early_exit.place(device or model.device, backbone_precision, shard)
-        return early_exit
-
-    def place(
-        self,
-        device: str | torch.device,
-        backbone_precision: FrozenPrecision,
-        shard: dist.ProcessGroup | None = None,
-    ) -> None:
-        """Move to `device`, layer by layer.
-
-        backbone_precision: unless ``same``, the frozen layers' matrices are quantised on the way;
-        in ``fp8`` the head's too if an exit shares it. shard: the processes that each keep a part
-        of the frozen layers' matrices, which are whole only while their layer runs.
-
-        Raises:
-            UserError: there is nothing that can be quantised, or a package is missing for it.
-        """
-        fp8, quantises = backbone_precision == "fp8", backbone_precision != "same"
-        if quantises or shard:
-            self.tensor_hashes  # noqa: B018 - of the weights as they are
-        if fp8:
-            check_fp8("--backbone-precision", torch.device(device))
-        check_installed(backbone_precision)
-        quantised, shards = 0, FrozenShards()
-        layers: list[nn.Module] = self.backbone.layers
-        for number, layer in enumerate(layers):
-            layer.to(device)
-            if fp8:
-                quantised += freeze_in_fp8(layer)
-            elif quantises and in_memory(layer):
-                quantised += quantise_layer(layer, backbone_precision, self.backbone.dtype)
-            if shard and in_memory(layer):
-                shards[number] = FrozenShard(layer, shard)
-        self.to(device)
-        if shards:
-            self.chain.gather(shards)
-        if fp8:
-            self.freeze_shared_head()
-        if quantises and not quantised:
-            raise nothing_to_quantise(self.model, backbone_precision)
-
-    def freeze_shared_head(self) -> None:
-        """Keep the backbone's head in fp8 if an exit shares it."""
-        if any(self.exit(layer).output.shared for layer in self.exit_layers):
-            freeze_in_fp8(self.backbone.head, backward=True)
-
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
-        """The backbone's fingerprint; see `ee_tuning.loading.tensor_hashes`."""
+        """The backbone's fingerprint; see `ee_tuning.fingerprint.tensor_hashes`."""
         return tensor_hashes(self.backbone, self.all_exit_layers[-1])
 
     @property
@@ -312,34 +153,6 @@ class EarlyExitModel(nn.Module):
             exit_logits=exit_logits or None,
         )
 
-    def generate(
-        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
-    ) -> Any:
-        """Generate from prompts (B, P), `inputs` or ``input_ids``; see `ee_tuning.decode.generate`.
-
-        Names and order of the arguments are those of transformers.
-        """
-        from ee_tuning.decode import generate
-
-        if inputs is not None and kwargs.get("input_ids") is not None:
-            raise UserError("both inputs and input_ids are given: leave one out")
-        input_ids = kwargs.pop("input_ids", inputs)
-        return generate(self, input_ids, generation_config=generation_config, **kwargs)
-
-    def generate_batch(self, prompts: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:
-        """Generate from any number of prompts; see `ee_tuning.decode.generate_batch`."""
-        from ee_tuning.decode import generate_batch
-
-        return generate_batch(self, prompts, **kwargs)
-
-    def warm_up(self, **kwargs: Any) -> float:
-        """Compile decoding ahead; see `ee_tuning.decode.warm_up`."""
-        from ee_tuning.decode import warm_up
-
-        return warm_up(self, **kwargs)
-
-    # What transformers' pipelines ask a model for.
-
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""
@@ -355,16 +168,7 @@ class EarlyExitModel(nn.Module):
         """The backbone's, as transformers asks any model for one; the exits' is `exit_config`."""
         return self.backbone.config
 
-    @property
-    def generation_config(self) -> Any:
-        """The backbone's."""
-        return self.model.generation_config
-
-    def can_generate(self) -> bool:
-        """Yes."""
-        return True
-
-    def train(self, mode: bool = True) -> EarlyExitModel:
+    def train(self, mode: bool = True) -> Network:
         """Exits and backbone stay in evaluation mode: dropout is off while tuning, too."""
         super().train(False)
         return self
@@ -391,166 +195,10 @@ class EarlyExitModel(nn.Module):
             return labels
         return self.vocabulary.known(labels.cpu()).to(labels.device)
 
-    # -- saving and loading --------------------------------------------------------------------
-
     def exit_state(self) -> dict[str, Tensor]:
         """Every parameter of the exits by name: ``8.norm.weight``, ``8.head.weight``, …"""
         found = {name: p.detach().contiguous() for name, p in self.exits.named_parameters()}
         return found | ({"vocabulary": self.vocabulary.tokens} if self.vocabulary else {})
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        dtype: torch.dtype | None = None,
-        state: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
-
-        dtype: what to store the weights in; default: as they are. state: in place of
-        `exit_state`, where other processes hold some of the exits.
-        """
-        folder = Path(folder)
-        with replacing(folder / WEIGHTS_NAME) as path:
-            tensors = {
-                k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
-                for k, v in (state or self.exit_state()).items()
-            }
-            save_file(tensors, path, metadata={"format": "pt"})
-        config = self.saved_config()
-        write_json(folder / CONFIG_NAME, config)
-        if not (folder / "README.md").exists():
-            write_text(folder / "README.md", model_card(config))
-
-    def saved_config(self) -> dict[str, Any]:
-        """What ``exit_config.json`` holds."""
-        specs = self.exit_config.specs(self.backbone.num_layers)
-        return {
-            "format_version": FORMAT_VERSION,
-            "base_model": self.backbone.model.name_or_path,
-            **asdict(self.exit_config),
-            "vocab_size": len(self.vocabulary.tokens) if self.vocabulary else None,
-            "layers": [spec.layer for spec in specs],
-            "arch": [spec.arch for spec in specs],
-            "head": [spec.head for spec in specs],
-            "backbone": {
-                "config": config_values(self.backbone.config),
-                "tensors": self.tensor_hashes,
-            },
-        }
-
-    def load_exits(self, path: Path) -> None:
-        """Read the exits' weights into place, of this stage alone.
-
-        Raises:
-            UserError: the file is missing or damaged, or holds other tensors than these exits.
-        """
-        elsewhere = {str(layer) for layer in self.all_exit_layers} - set(self.exits)
-        try:
-            with safe_open(path, "pt") as file:
-                names = [k for k in file.keys() if k.partition(".")[0] not in elsewhere]  # noqa: SIM118
-                own = dict(self.exits.named_parameters())
-                tensors = {name: _read_part(file, name, own.get(name)) for name in names}
-            if "vocabulary" in tensors:
-                self.reduce_vocabulary(tensors.pop("vocabulary"))
-            self.exits.load_state_dict(tensors)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist") from None
-        except (SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{path} is damaged or holds other exits: {reason}") from error
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None
-    ) -> str:
-        """Upload the exits to the hub; gives the address of the repository."""
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        folder = tempfile.mkdtemp()
-        try:
-            self.save_pretrained(folder)
-            api.upload_folder(repo_id=url.repo_id, folder_path=folder)
-        finally:
-            shutil.rmtree(folder)
-        return str(url)
-
-
-def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
-    """What parameter `p` needs of a tensor in a file."""
-    if not isinstance(p, SplitParameter):
-        return file.get_tensor(name)
-    return read_part(file.get_slice(name), p.split_dim, p.mesh)
-
-
-def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
-    """What these exits, or those of a stage (layers from 0), need: its layers, the last one if a
-    `layer` exit is made from it, and the embedding and head where they are used."""
-    num_layers = load_config(path).num_hidden_layers
-    specs = config.specs(num_layers)
-    layers = range(specs[-1].layer) if stage is None else stage
-    own = [spec for spec in specs if spec.layer - 1 in layers]
-    last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
-    head = bool(own) or layers.stop == num_layers
-    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)
-
-
-def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:
-    """Where the backbone of the exits in `folder` is: `model`, or what `saved` of them says."""
-    path = model or saved["base_model"]
-    return str(folder) if path == HERE else path
-
-
-def saved_exits(saved: dict[str, Any]) -> ExitConfig:
-    """The exits that an ``exit_config.json`` describes."""
-    return ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
-
-
-def find_exits(path: str) -> Path:
-    """The local folder of saved exits; a hub id is fetched.
-
-    Raises:
-        UserError: there are none.
-    """
-    if not path:
-        raise UserError("no exits given: name their folder or hub id with --exits")
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/"):
-        raise UserError(f"the exits' folder {path!r} does not exist")
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except Exception as error:  # huggingface_hub has a dozen kinds of its own
-        raise UserError(
-            f"{path} is neither a folder nor to be had from the hub: {first_line(error)}"
-        ) from error
-
-
-def read_exit_config(folder: Path) -> dict[str, Any]:
-    """``exit_config.json`` of a folder.
-
-    Raises:
-        UserError: it is missing, damaged, or of a format newer than this version knows.
-    """
-    path = folder / CONFIG_NAME
-    if not path.exists():
-        raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
-    saved = read_json(path)
-    needed = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"}
-    lacking = _lacking(saved, needed) or [
-        f"backbone.{name}" for name in _lacking(saved["backbone"], {"config", "tensors"})
-    ]
-    if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)}")
-    if saved["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"
-        )
-    return saved
-
-
-def _lacking(found: Any, names: set[str]) -> list[str]:
-    """Those of `names` that are no keys of what a JSON file held."""
-    return sorted(names - (found.keys() if isinstance(found, dict) else set()))
 
 
 # -- going down the layers -------------------------------------------------------------------------
@@ -581,7 +229,7 @@ class Chain:
     so that all have to run them equally often. part: this process's, of the positions.
     """
 
-    def __init__(self, model: EarlyExitModel) -> None:
+    def __init__(self, model: Network) -> None:
         self._model = model
         self._changes: list[Callable[[Segment], None]] = []
         self._segments: dict[int, Segment] = {}  # by the layer, from 0, that they begin with

@@ -20,10 +20,9 @@ import torch.distributed as dist
 from rich.console import Console
 
 import ee_tuning.decode.engine as engine
-from ee_tuning import UserError
+from ee_tuning import EarlyExitModel, UserError
 from ee_tuning.commands.generate import generate as generate_command
 from ee_tuning.config import GenerateConfig
-from ee_tuning.decode import load_part
 from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engine_for, engines_of
 from ee_tuning.decode.mail import Mail
@@ -146,7 +145,7 @@ def work(case, path):
     mesh, device = Mesh(1, case["tp"], case["pp"]), pick_device(case.get("device", "cpu"))
     with mesh.connected(device, 60.0, advice="Start it again"):
         load = {"stage_layers": case.get("stage_layers", []), "device": device}
-        model = load_part(case["exits"], mesh=mesh, **load).eval()
+        model = EarlyExitModel.from_pretrained(case["exits"], mesh=mesh, **load)
         done = globals()[case["todo"]](model, case["calls"])
         return {"stage": list(model.stage), "found": done, "size": size(model)}
 

@@ -185,7 +185,7 @@ def test_another_backbone_is_refused(saved):
 
 def test_hub_round_trip_against_a_local_folder(saved, monkeypatch):
     """push_to_hub and loading by id, with the hub's two calls served from a folder."""
-    import ee_tuning.model as module
+    from ee_tuning import adapter, api
 
     hub = saved / "hub"
 
@@ -204,8 +204,8 @@ def test_hub_round_trip_against_a_local_folder(saved, monkeypatch):
         def upload_folder(self, repo_id, folder_path):
             shutil.copytree(folder_path, hub / repo_id)
 
-    monkeypatch.setattr(module, "HfApi", Api)
-    monkeypatch.setattr(module, "snapshot_download", lambda repo_id, **_: str(hub / repo_id))
+    monkeypatch.setattr(api, "HfApi", Api)
+    monkeypatch.setattr(adapter, "snapshot_download", lambda repo_id, **_: str(hub / repo_id))
     model = EarlyExitModel.from_pretrained(str(saved / "exits"))
     assert model.push_to_hub("me/exits") == "https://hub/me/exits"
     again = EarlyExitModel.from_pretrained("me/exits")

@@ -108,7 +108,7 @@ def test_a_merged_folder_needs_nothing_else(saved):
     assert all(torch.equal(value, kept[name]) for name, value in stored.items())  # every digit
     assert "The backbone is in here, too" in (saved / "out/README.md").read_text()
     expected = EarlyExitModel.from_pretrained(str(saved / "exits"))(IDS, output_exit_logits=True)
-    base = tiny("llama").state_dict()
+    base = tiny("llama", vocab_size=4096).state_dict()
     shutil.rmtree(saved / "base")
     moved = (saved / "out").rename(saved / "moved")
     plain = AutoModelForCausalLM.from_pretrained(moved).state_dict()

@@ -6,7 +6,9 @@ import torch.distributed as dist
 from helpers.families import tiny
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import ExitConfig
+from ee_tuning.model import Network
+from ee_tuning.share import New, Share, load
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def group():
 def test_a_process_keeps_its_part_and_two_layers_at_most(group):
     base = tiny("llama")
     before = [[p.clone() for p in layer.parameters()] for layer in base.model.layers]
-    model = EarlyExitModel.from_base(base, ExitConfig("2,4", "mlp,norm"), shard=group)
+    model = load(New(base, ExitConfig("2,4", "mlp,norm")), Share(shard=group), Network)
     shards = list(model.chain.shards.values())
     for layer, shard, old in zip(base.model.layers, shards, before, strict=True):
         flat = torch.cat([p.flatten() for p in old if p.dim() >= 2])

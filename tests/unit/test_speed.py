@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig, varlen
+from ee_tuning.adapter import saved_config
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.losses import Objective
@@ -85,7 +86,7 @@ def test_fp8_backbone_takes_a_byte_per_weight_and_keeps_its_fingerprint():
     linears = [m for m in model.backbone.layers.modules() if isinstance(m, Fp8Linear)]
     assert len(linears) == 4 * 7
     assert all(linear.weight.itemsize == 1 for linear in linears)
-    assert model.saved_config() == plain.saved_config()
+    assert saved_config(model) == saved_config(plain)
 
 
 def test_fp8_backbone_without_linear_layers_is_refused():

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ee_tuning.adapter import find_exits
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
 from ee_tuning.decode.load import load_for_decoding
@@ -19,7 +20,6 @@ from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
 from ee_tuning.files import claim_folder, write_json
-from ee_tuning.model import find_exits
 
 COUNTS = (
     "micro_batch_size", "max_tokens", "prompts", "prompt_length", "rounds", "max_new_tokens",

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from ee_tuning.adapter import WEIGHTS_NAME, find_exits
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
 from ee_tuning.export import exit_checkpoint, save_exit, save_merged
 from ee_tuning.files import claim_folder
 from ee_tuning.loading import load_tokenizer
-from ee_tuning.model import WEIGHTS_NAME, EarlyExitModel, find_exits
+from ee_tuning.model import Network
+from ee_tuning.share import Saved, Share, load
 
 
 def export(config: ExportConfig) -> None:
@@ -26,7 +28,7 @@ def export(config: ExportConfig) -> None:
             "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
             "backbone and exits in one folder"
         )
-    model = EarlyExitModel.from_pretrained(config.exits, config.model or None, whole=config.merge)
+    model = load(Saved(config.exits, config.model or None), Share(whole=config.merge), Network)
     base = model.backbone.model.name_or_path
     if config.out and Path(config.out).resolve() in {
         Path(path).resolve() for path in (config.exits, base)

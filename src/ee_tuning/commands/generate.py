@@ -15,6 +15,7 @@ from rich.style import Style
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from ee_tuning import decode
 from ee_tuning.config import GenerateConfig
 from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engines_of
@@ -24,7 +25,7 @@ from ee_tuning.decode.settings import check_stages
 from ee_tuning.decode.text import TextStream, depth_colour, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
 
@@ -96,7 +97,8 @@ def _generate(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
     streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
     torch.manual_seed(config.seed)
     start = time.perf_counter()
-    model.generate(
+    decode.generate(
+        model,
         input_ids,
         leaving=config,
         compile=config.compiled(),
@@ -133,7 +135,7 @@ def _arguments(config: GenerateConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def _compile_ahead(
-    model: EarlyExitModel,
+    model: Network,
     input_ids: torch.Tensor,
     config: GenerateConfig,
     arguments: dict[str, Any],
@@ -142,7 +144,7 @@ def _compile_ahead(
     """Compile before the clock starts, and say how long it took."""
     to_requests(model, input_ids[0].tolist(), config, **arguments)  # refuses before that
     capacity = input_ids.shape[1] + config.max_new_tokens
-    seconds = model.warm_up(leaving=config, capacity=capacity, compile=config.compiled())
+    seconds = decode.warm_up(model, leaving=config, capacity=capacity, compile=config.compiled())
     console.print(f"compiled in {seconds:.0f} s", style="dim")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ee_tuning.api import EarlyExitModel
 from ee_tuning.config import InitConfig
 from ee_tuning.files import claim_folder
-from ee_tuning.model import EarlyExitModel
 
 
 def init(config: InitConfig) -> None:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 
+from ee_tuning.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    count_parameters,
+    find_exits,
+    read_exit_config,
+)
 from ee_tuning.config import InspectConfig
-from ee_tuning.errors import UserError
-from ee_tuning.loading import config_values, load_config
-from ee_tuning.model import CONFIG_NAME, WEIGHTS_NAME, find_exits, read_exit_config
+from ee_tuning.fingerprint import config_values
+from ee_tuning.loading import load_config
 
 
 def inspect(config: InspectConfig) -> None:
@@ -43,25 +48,7 @@ def _exits_table(path: str) -> Table:
     if saved["vocab_size"]:
         total = saved["backbone"]["config"]["vocab_size"]
         table.caption = f"the exits know {saved['vocab_size']:,} of {total:,} tokens"
-    sizes = _parameters(folder / WEIGHTS_NAME)
+    sizes = count_parameters(folder / WEIGHTS_NAME)
     for layer, arch, head in zip(*(saved[k] for k in ("layers", "arch", "head")), strict=True):
         table.add_row(str(layer), arch, head, f"{sizes.get(layer, 0):,}")
     return table
-
-
-def _parameters(path: Path) -> dict[int, int]:
-    """Number of parameters per exit layer, from the file's header alone."""
-    sizes: dict[int, int] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not iterable itself
-                if name == "vocabulary":  # what the exits know, no weights
-                    continue
-                size = 1
-                for n in file.get_slice(name).get_shape():
-                    size *= n
-                layer = int(name.partition(".")[0])
-                sizes[layer] = sizes.get(layer, 0) + size
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
-    return sizes

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ee_tuning.config import PlanConfig
 from ee_tuning.costs import Account
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.plan.advice import advice, check_on_gpu
 from ee_tuning.plan.check import check_plan
 from ee_tuning.plan.gpus import GIB, GPUS
@@ -77,9 +77,7 @@ def _show_time(account: Account, config: PlanConfig, console: Console) -> None:
     )  # fmt: skip
 
 
-def _show_layouts(
-    model: EarlyExitModel, account: Account, config: PlanConfig, console: Console
-) -> None:
+def _show_layouts(model: Network, account: Account, config: PlanConfig, console: Console) -> None:
     """The fastest layouts that fit, by search."""
     gpu = GPUS[config.gpu]
     parts = seconds_of_parts(account, config, gpu)

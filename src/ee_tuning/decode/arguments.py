@@ -23,7 +23,7 @@ from ee_tuning.decode.sampling import Chooser
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import Notice, UserError, first_line
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 # Arguments of transformers' `generate` that have no effect here, and those that cannot be had.
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -68,7 +68,7 @@ def as_row(values: Any) -> Tensor:
 
 
 def read_prompts(
-    model: EarlyExitModel,
+    model: Network,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     kwargs: Mapping[str, Any],
@@ -114,7 +114,7 @@ def read_prompts(
     return rows
 
 
-def _holds(model: EarlyExitModel, kwargs: Mapping[str, Any], name: str) -> Any:
+def _holds(model: Network, kwargs: Mapping[str, Any], name: str) -> Any:
     """What an argument, or else the model's own generation config, says."""
     return said(kwargs, name, getattr(model.backbone.model.generation_config, name))
 
@@ -125,7 +125,7 @@ def _tokens(value: Any) -> list[int]:
 
 
 def to_requests(
-    model: EarlyExitModel,
+    model: Network,
     ids: list[int],
     leaving: Leaving | None = None,
     padded: int = 0,

@@ -39,7 +39,7 @@ from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Generators, Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 # A settled token of a request; None where it failed, for the reason `request.error`.
 Event = tuple[Request, Token | None]
@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        model: EarlyExitModel,
+        model: Network,
         exit_layers: Sequence[int],
         *,
         slots: int = 1,

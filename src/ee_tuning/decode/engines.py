@@ -18,7 +18,7 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
 # Room of an engine is a multiple of this, so that texts of about the same length share one.
@@ -42,9 +42,7 @@ class Engines:
         self._lent: list[AnyEngine] = []
 
     @contextmanager
-    def lend(
-        self, model: EarlyExitModel, exit_layers: Sequence[int], **size: Any
-    ) -> Iterator[AnyEngine]:
+    def lend(self, model: Network, exit_layers: Sequence[int], **size: Any) -> Iterator[AnyEngine]:
         """An engine, see `fitting`, that nobody else is given meanwhile."""
         with self.turn:
             engine = self.fitting(model, exit_layers, **size)
@@ -62,7 +60,7 @@ class Engines:
 
     def fitting(
         self,
-        model: EarlyExitModel,
+        model: Network,
         exit_layers: Sequence[int],
         *,
         slots: int,
@@ -113,9 +111,7 @@ class Engines:
             del self.kept[oldest]
         return engine
 
-    def _make(
-        self, model: EarlyExitModel, exit_layers: Sequence[int], **settings: Any
-    ) -> AnyEngine:
+    def _make(self, model: Network, exit_layers: Sequence[int], **settings: Any) -> AnyEngine:
         """A new engine; where there is no room, in the place of all that are kept."""
 
         def make() -> AnyEngine:
@@ -129,7 +125,7 @@ class Engines:
             self.kept.clear()
             return self.mesh.on_all(make)
 
-    def will_compile(self, model: EarlyExitModel, compile: bool | None) -> bool:
+    def will_compile(self, model: Network, compile: bool | None) -> bool:
         """Whether decoding with this argument compiles.
 
         Raises:
@@ -144,11 +140,11 @@ class Engines:
         return compile
 
 
-_ENGINES: WeakKeyDictionary[EarlyExitModel, Engines] = WeakKeyDictionary()
+_ENGINES: WeakKeyDictionary[Network, Engines] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def engines_of(model: EarlyExitModel) -> Engines:
+def engines_of(model: Network) -> Engines:
     """The engines of a model, which hold nothing of it that would keep it alive."""
     with _LOCK:
         return _ENGINES.setdefault(model, Engines())
@@ -156,7 +152,7 @@ def engines_of(model: EarlyExitModel) -> Engines:
 
 @contextmanager
 def engine_for(
-    model: EarlyExitModel, requests: Sequence[Request], compile: bool | None
+    model: Network, requests: Sequence[Request], compile: bool | None
 ) -> Iterator[AnyEngine]:
     """An engine in which all of `requests` have a slot, and that nobody else is given meanwhile.
 
@@ -185,7 +181,7 @@ def engine_for(
         yield engine
 
 
-def _state_of(model: EarlyExitModel) -> tuple[Any, Any]:
+def _state_of(model: Network) -> tuple[Any, Any]:
     """What an engine depends on that may change under a model: its weights, and autocast."""
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)

@@ -24,7 +24,7 @@ from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.settings import active_layers, check_pending, make_policy
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 
 @dataclass
@@ -42,7 +42,7 @@ class GenerateOutput(ModelOutput):
 
 
 def generate(
-    model: EarlyExitModel,
+    model: Network,
     input_ids: Tensor,
     leaving: Leaving | None = None,
     *,
@@ -119,7 +119,7 @@ def _texts(
 
 
 def generate_batch(
-    model: EarlyExitModel,
+    model: Network,
     prompts: Iterable[Any],
     leaving: Leaving | None = None,
     *,
@@ -179,7 +179,7 @@ def generate_batch(
 
 
 def _prompt_requests(
-    model: EarlyExitModel, own: dict[str, Any], leaving: Leaving, kwargs: Mapping[str, Any]
+    model: Network, own: dict[str, Any], leaving: Leaving, kwargs: Mapping[str, Any]
 ) -> list[Request]:
     """The requests of one prompt of a batch, with what it says for itself."""
     row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
@@ -191,7 +191,7 @@ def _prompt_requests(
 
 
 def warm_up(
-    model: EarlyExitModel,
+    model: Network,
     leaving: Leaving | None = None,
     *,
     slots: int = 1,

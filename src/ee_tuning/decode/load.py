@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,37 +12,33 @@ from ee_tuning.costs import work
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.loading import Slices, empty_backbone, load_tokenizer
-from ee_tuning.model import EarlyExitModel, base_of, find_exits, read_exit_config, saved_exits
+from ee_tuning.loading import Slices, load_tokenizer
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import check_splits, split_model
+from ee_tuning.share import Kind, Saved, Share, load, shapes
 from ee_tuning.stages import cut_layers
 
 
 def load_part(
-    exits: str,
-    model: str | None = None,
-    *,
-    mesh: Mesh,
-    stage_layers: Sequence[int] = (),
-    **load: Any,
-) -> EarlyExitModel:
-    """`EarlyExitModel.from_pretrained` of what this process of a connected `mesh` needs.
+    source: Saved, share: Share, kind: type[Kind], mesh: Mesh, stage_layers: Sequence[int] = ()
+) -> Kind:
+    """`ee_tuning.share.load` of what this process of a connected `mesh` needs.
 
     The processes then decode together, with the same calls. stage_layers: layers per stage;
-    default: balanced by the sizes of layers and exits. load: dtype, device.
+    default: balanced by the sizes of layers and exits.
 
     Raises:
-        UserError: as `from_pretrained`, on every process; or the backbone cannot be cut into so
-            many stages, or split so often.
+        UserError: as `load`, on every process; or the backbone cannot be cut into so many stages,
+            or split so often.
     """
     assert mesh.dp == 1, "processes that decode together have no data of their own"
     if mesh.size > 1:
-        load["stage"] = mesh.on_all(lambda: _own_stage(exits, model, mesh, stage_layers))
-        load["whole"] = False
+        stage = mesh.on_all(lambda: _own_stage(source, mesh, stage_layers))
+        share = replace(share, stage=stage, whole=False)
     if mesh.tp > 1:
-        load["slices"] = Slices(mesh.axis("tp"), gather=True)
-    found = mesh.on_all(lambda: EarlyExitModel.from_pretrained(exits, model, **load))
+        share = replace(share, slices=Slices(mesh.axis("tp"), gather=True))
+    found = mesh.on_all(lambda: load(source, share, kind))
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
     engines_of(found).mesh = mesh
@@ -52,30 +47,22 @@ def load_part(
 
 def load_for_decoding(
     config: SamplingConfig, mesh: Mesh | None = None, stage_layers: Sequence[int] = ()
-) -> tuple[EarlyExitModel, PreTrainedTokenizerBase]:
+) -> tuple[Network, PreTrainedTokenizerBase]:
     """The model, or this process's part of it, and tokenizer that a `SamplingConfig` names."""
     device = pick_device(config.device)
-    model = load_part(
-        config.exits,
-        config.model or None,
-        mesh=mesh or Mesh(),
-        stage_layers=stage_layers,
-        dtype=pick_dtype(config.precision, device),
-        device=str(device),
-    ).eval()
+    share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
+    source = Saved(config.exits, config.model or None)
+    model = load_part(source, share, Network, mesh or Mesh(), stage_layers)
     backbone = model.backbone
     return model, load_tokenizer(backbone.model.name_or_path, backbone.config.vocab_size)
 
 
-def _own_stage(exits: str, model: str | None, mesh: Mesh, numbers: Sequence[int]) -> range:
+def _own_stage(source: Saved, mesh: Mesh, numbers: Sequence[int]) -> range:
     """The layers of this process's stage, counted from 0."""
-    folder = find_exits(exits)
-    saved = read_exit_config(folder)
-    backbone = empty_backbone(base_of(folder, saved, model))
-    shapes = EarlyExitModel(backbone, replace(saved_exits(saved), init="copy"))
-    depth = shapes.backbone.num_layers
-    check_splits(shapes.backbone, mesh.tp)
+    empty = shapes(source)
+    depth = empty.backbone.num_layers
+    check_splits(empty.backbone, mesh.tp)
     if mesh.pp > depth:
         raise UserError(f"pp is {mesh.pp}: the backbone has only {depth} layers")
-    costs = work(shapes).decoding()
+    costs = work(empty).decoding()
     return cut_layers(costs, mesh.pp, numbers, "the backbone's layers")[mesh.pp_rank]

@@ -21,7 +21,7 @@ from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes
 from ee_tuning.exits import Exit
 from ee_tuning.losses import confidence
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
 
@@ -117,7 +117,7 @@ class Passes:
 
     def __init__(
         self,
-        model: EarlyExitModel,
+        model: Network,
         exit_layers: Sequence[int],
         *,
         slots: int,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ee_tuning.config import MEASURES, Layers, Leaving, parse_layers, parse_threshold
 from ee_tuning.decode.passes import Prediction
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Speculative(Policy):
 POLICIES = {kind.mode: kind for kind in (Full, Fixed, Threshold, Speculative)}
 
 
-def make_policy(model: EarlyExitModel, leaving: Leaving) -> Policy:
+def make_policy(model: Network, leaving: Leaving) -> Policy:
     """What these settings come to for a model.
 
     Raises:
@@ -158,7 +158,7 @@ def check_pending(max_pending: int) -> None:
         raise UserError(f"max_pending {max_pending!r} is not possible: give a whole number from 0")
 
 
-def active_layers(model: EarlyExitModel, exit_layers: Layers | None) -> list[int]:
+def active_layers(model: Network, exit_layers: Layers | None) -> list[int]:
     """The layers of the exits that `exit_layers` names, by depth; all, if it names none.
 
     Raises:

@@ -23,7 +23,7 @@ from ee_tuning.decode.sampling import Generators, Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import check_stages
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
 
@@ -35,7 +35,7 @@ class Stage:
 
     def __init__(
         self,
-        model: EarlyExitModel,
+        model: Network,
         exit_layers: Sequence[int],
         *,
         mesh: Mesh,

@@ -13,7 +13,7 @@ from ee_tuning.data import micro_batches
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Predictions:
 
 @torch.inference_mode()
 def measure_exits(
-    model: EarlyExitModel, packed: Any, config: EvaluateConfig, thresholds: list[float]
+    model: Network, packed: Any, config: EvaluateConfig, thresholds: list[float]
 ) -> dict[str, Any]:
     """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
 
@@ -80,7 +80,7 @@ def unknown_text(result: dict[str, Any]) -> str | None:
     )
 
 
-def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
+def active_exits(model: Network, config: EvaluateConfig) -> list[int]:
     """The layers at which a token may leave before full depth, as the decoder reads the settings.
 
     Raises:
@@ -91,7 +91,7 @@ def active_exits(model: EarlyExitModel, config: EvaluateConfig) -> list[int]:
 
 
 def _predict(
-    model: EarlyExitModel, packed: Any, config: EvaluateConfig
+    model: Network, packed: Any, config: EvaluateConfig
 ) -> tuple[list[Predictions], Predictions]:
     """Predictions of every exit, by depth, and of the final exit, on the same tokens."""
     exits = [Predictions(layer) for layer in model.exit_layers]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.decode import GenerateOutput
+from ee_tuning.decode import GenerateOutput, generate
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import active_exits
 from ee_tuning.losses import IGNORED
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 
 Method = Callable[[Tensor], Any]
 
@@ -49,7 +49,7 @@ def _pieces(row: dict[str, Tensor]) -> list[tuple[int, int]]:
 
 
 def measure_thresholds(
-    model: EarlyExitModel, prompts: list[list[int]], thresholds: list[float], config: EvaluateConfig
+    model: Network, prompts: list[list[int]], thresholds: list[float], config: EvaluateConfig
 ) -> dict[str, Any]:
     """Generate from every prompt with every method, round by round.
 
@@ -117,19 +117,21 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def _methods(
-    model: EarlyExitModel, thresholds: list[float], config: EvaluateConfig
-) -> dict[Any, Method]:
+def _methods(model: Network, thresholds: list[float], config: EvaluateConfig) -> dict[Any, Method]:
     """What is timed, by name or threshold. No text ends early, so all do the same work."""
-    length = {
+    length: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens, "min_new_tokens": config.max_new_tokens,
         "do_sample": False,
     }  # fmt: skip
     drafting = active_exits(model, config)
 
     def ours(mode: str, threshold: float = 1.0, **more: Any) -> Method:
-        way = {"mode": mode, "threshold": threshold, "compile": config.compiled()} | more
-        return lambda ids: model.generate(ids, leaving=config.leaving(), **way, **length)
+        way: dict[str, Any] = {
+            "mode": mode,
+            "threshold": threshold,
+            "compile": config.compiled(),
+        } | more
+        return lambda ids: generate(model, ids, leaving=config.leaving(), **way, **length)
 
     return {
         **{
@@ -143,7 +145,7 @@ def _methods(
     }
 
 
-def _row(model: EarlyExitModel, outputs: dict[Any, list[Any]], threshold: float) -> dict[str, Any]:
+def _row(model: Network, outputs: dict[Any, list[Any]], threshold: float) -> dict[str, Any]:
     """Where tokens left, and how much of the text is that of full decoding."""
     out: list[GenerateOutput] = outputs[threshold]
     layers = torch.cat([o.exit_layers[0] for o in out])  # type: ignore[index]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh, reduce_scatter
 from ee_tuning.slices import SplitParameter, split_parameter
 
@@ -57,7 +57,7 @@ class ShardedParameter(SplitParameter):
     whole_grad: Tensor | None = None
 
 
-def shard_exits(model: EarlyExitModel, mesh: Mesh) -> None:
+def shard_exits(model: Network, mesh: Mesh) -> None:
     """Keep this rank's part of each trainable parameter, in place, where the ranks divide it."""
     if mesh.dp == 1:
         return

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.exits import Exit
-from ee_tuning.model import Descent, EarlyExitModel
+from ee_tuning.model import Descent, Network
 from ee_tuning.parallel.data import GradientSum
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import total_norm
@@ -41,7 +41,7 @@ class Pipeline:
         """See `Timeline.record`."""
         return self.timeline.record(what)
 
-    def enter(self, model: EarlyExitModel, batch: Batch) -> Descent:
+    def enter(self, model: Network, batch: Batch) -> Descent:
         """A micro-batch before this stage's layers; with several stages, behind them and handed
         on, so that the next stage can begin."""
         ids, rest = batch["input_ids"], (batch["position_ids"], batch.get("boundaries"))
@@ -80,7 +80,7 @@ class Pipeline:
         """The norm of the gradients of `parameters`, other processes' parts included."""
         return total_norm(parameters)
 
-    def _receive(self, model: EarlyExitModel, ids: Tensor) -> Tensor:
+    def _receive(self, model: Network, ids: Tensor) -> Tensor:
         """The hidden states (B, T, H) of token ids (B, T) after the stage before.
 
         Or this process's part of them, which the same one there has.

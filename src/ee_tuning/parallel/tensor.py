@@ -20,7 +20,7 @@ from ee_tuning.backbone import Backbone
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED, Softmax
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, gather_before, regions
 from ee_tuning.slices import (
@@ -129,7 +129,7 @@ def _normaliser(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
 
 
 def split_model(
-    model: EarlyExitModel,
+    model: Network,
     mesh: Mesh,
     teacher: bool,
     *,
@@ -169,7 +169,7 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -
         split_linear(exit.output.linear, "an exit's head", head, tp)
 
 
-def _split_sequence(model: EarlyExitModel, plan: dict[str, str], part: SequencePart) -> None:
+def _split_sequence(model: Network, plan: dict[str, str], part: SequencePart) -> None:
     """Let layers and exits of `model`, which are split, work on parts of the sequence."""
     model.chain.on_part(part)
     for number in model.stage:

@@ -9,7 +9,7 @@ import torch
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.plan.check import check_dtype, check_model, check_settings
 from ee_tuning.plan.gpus import GIB
 from ee_tuning.plan.memory import largest_stage
@@ -26,7 +26,7 @@ SAVINGS: tuple[dict[str, object], ...] = (
 )
 
 
-def refuse_if_too_large(model: EarlyExitModel, config: TuneConfig, available: float) -> None:
+def refuse_if_too_large(model: Network, config: TuneConfig, available: float) -> None:
     """Refuse, before anything is allocated, what needs more than `available` GiB.
 
     model: that `config` tunes; may be on the meta device.
@@ -43,7 +43,7 @@ def refuse_if_too_large(model: EarlyExitModel, config: TuneConfig, available: fl
         )
 
 
-def advice(model: EarlyExitModel, config: TuneConfig, available: float, fp8: bool) -> str:
+def advice(model: Network, config: TuneConfig, available: float, fp8: bool) -> str:
     """Which flags, that `tune` takes, would make `config` fit into `available` GiB.
 
     fp8: whether the GPU has it.
@@ -72,7 +72,7 @@ def advice(model: EarlyExitModel, config: TuneConfig, available: float, fp8: boo
     return f"{tried}use fewer or shallower exits{more}"
 
 
-def check_on_gpu(model: EarlyExitModel, config: TuneConfig) -> None:
+def check_on_gpu(model: Network, config: TuneConfig) -> None:
     """Refuse what `tune` does with this model on a GPU, whatever data and packages it finds.
 
     Raises:
@@ -82,7 +82,7 @@ def check_on_gpu(model: EarlyExitModel, config: TuneConfig) -> None:
     check_model(model, config)
 
 
-def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
+def _is_possible(model: Network, config: TuneConfig) -> bool:
     try:
         check_settings(config)
         check_on_gpu(model, config)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ee_tuning.config import PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
 from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
@@ -133,7 +133,7 @@ def check_dtype(config: TuneConfig, dtype: torch.dtype) -> None:
         raise UserError("master_weights bf16 needs --precision bf16, it is fp32 here")
 
 
-def check_model(model: EarlyExitModel, config: TuneConfig) -> None:
+def check_model(model: Network, config: TuneConfig) -> None:
     """Refuse settings that cannot work with this model, which may be on the meta device.
 
     Raises:
@@ -155,7 +155,7 @@ def check_model(model: EarlyExitModel, config: TuneConfig) -> None:
     _check_vocabulary(model, config)
 
 
-def _check_vocabulary(model: EarlyExitModel, config: TuneConfig) -> None:
+def _check_vocabulary(model: Network, config: TuneConfig) -> None:
     known = len(model.vocabulary.tokens) if model.vocabulary else config.exit_vocab
     if not known:
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import Account
 from ee_tuning.errors import UserError
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.plan.check import check_model, check_parallel
 from ee_tuning.plan.gpus import GIB
 from ee_tuning.plan.memory import goes_side_by_side, itemsize, memory
@@ -40,7 +40,7 @@ class Layout:
 
 
 def search(
-    model: EarlyExitModel, config: TuneConfig, parts: Seconds, gpus: int, available: float
+    model: Network, config: TuneConfig, parts: Seconds, gpus: int, available: float
 ) -> list[Layout]:
     """The layouts of `gpus` GPUs that fit into `available` GiB each, the fastest first.
 
@@ -60,7 +60,7 @@ def search(
     return sorted(found, key=lambda layout: -layout.tokens_per_second)
 
 
-def _is_possible(model: EarlyExitModel, config: TuneConfig) -> bool:
+def _is_possible(model: Network, config: TuneConfig) -> bool:
     """Whether tp divides what it splits, and stages and ranks have something to do."""
     try:
         check_parallel(config)

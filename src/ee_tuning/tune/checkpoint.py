@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.files import put_at, read_json, write_json, writing
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.slices import part, whole
 from ee_tuning.tune.optimizers import Optimizers, set_learning_rate
@@ -39,7 +39,7 @@ FIXED = (
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: EarlyExitModel,
+    model: Network,
     optimizers: Optimizers,
     config: TuneConfig,
     mesh: Mesh,
@@ -72,7 +72,7 @@ def save_checkpoint(
     return path
 
 
-def _write_exits(folder: Path, model: EarlyExitModel, optimizers: Optimizers, mesh: Mesh) -> None:
+def _write_exits(folder: Path, model: Network, optimizers: Optimizers, mesh: Mesh) -> None:
     """Write this stage's exits, which takes all its processes to make them whole."""
     for layer in model.exit_layers:
         weights, state = exit_tensors(model, optimizers, layer)
@@ -87,7 +87,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, model: EarlyExitModel, optimizers: Optimizers, config: TuneConfig
+    path: Path, model: Network, optimizers: Optimizers, config: TuneConfig
 ) -> tuple[int, int]:
     """Put a checkpoint into `model` and `optimizers`; gives its step and those its run was to make.
 
@@ -121,8 +121,8 @@ def load_checkpoint(
     return state["step"], steps
 
 
-def saved_exit_state(path: Path, model: EarlyExitModel) -> dict[str, torch.Tensor]:
-    """`EarlyExitModel.exit_state` of all exits, those of other stages too, from a checkpoint."""
+def saved_exit_state(path: Path, model: Network) -> dict[str, torch.Tensor]:
+    """`Network.exit_state` of all exits, those of other stages too, from a checkpoint."""
     state: dict[str, torch.Tensor] = {}
     for layer in model.all_exit_layers:
         weights = _read(path / f"exit-{layer}.safetensors")
@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def exit_tensors(
-    model: EarlyExitModel, optimizers: Optimizers, layer: int
+    model: Network, optimizers: Optimizers, layer: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """An exit's weights and its optimizer's state by name, whole, on the host."""
     weights, states = {}, {}
@@ -154,7 +154,7 @@ def exit_tensors(
     return weights, states
 
 
-def _common_tensors(model: EarlyExitModel) -> dict[str, torch.Tensor]:
+def _common_tensors(model: Network) -> dict[str, torch.Tensor]:
     """The reduced vocabulary, if there is one, and torch's random state."""
     tensors = {"random:cpu": torch.get_rng_state()}
     if model.vocabulary is not None:
@@ -172,13 +172,13 @@ def _plain_tensors(state: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Ten
 
 
 @torch.no_grad()
-def _restore_exit(model: EarlyExitModel, layer: int, weights: dict[str, torch.Tensor]) -> None:
+def _restore_exit(model: Network, layer: int, weights: dict[str, torch.Tensor]) -> None:
     for name, p in model.exit(layer).named_parameters():
         p.copy_(part(p, weights[name]))
 
 
 def _restore_optimizer(
-    model: EarlyExitModel, optimizers: Optimizers, layer: int, tensors: dict[str, torch.Tensor]
+    model: Network, optimizers: Optimizers, layer: int, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Put an optimizer's saved state, or this process's part of it, into place."""
     parameters, optimizer = dict(model.exit(layer).named_parameters()), optimizers[layer]

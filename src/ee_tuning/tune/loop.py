@@ -17,12 +17,13 @@ import torch
 import yaml
 from torch import nn
 
+from ee_tuning.adapter import save
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import claim_folder, write_text
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.trace import save_timeline
@@ -54,7 +55,7 @@ def tune(
     *,
     on_step: Callable[[int], None] = _nothing,
     on_checkpoint: Callable[[int], None] = _nothing,
-) -> EarlyExitModel:
+) -> Network:
     """Tune exits as `config` says and save them to ``config.out``.
 
     display: what the main process shows. on_step: called on every process with the number of steps
@@ -88,7 +89,7 @@ def tune(
 
 
 def _check_all(
-    shapes: EarlyExitModel,
+    shapes: Network,
     config: TuneConfig,
     mesh: Mesh,
     device: torch.device,
@@ -104,7 +105,7 @@ def _check_all(
 
 @contextmanager
 def _largest_parts_named(
-    shapes: EarlyExitModel, config: TuneConfig, mesh: Mesh, out: Path
+    shapes: Network, config: TuneConfig, mesh: Mesh, out: Path
 ) -> Iterator[None]:
     """Say what takes the memory when there is none left, and what is not lost."""
     try:
@@ -180,7 +181,7 @@ class Run:
             self.display.say(f"second step: {idle:.0%} idle, drawn in {self.out / 'trace.png'}")
         if self.mesh.is_main:
             state = saved_exit_state(checkpoints(self.checkpoints)[-1], self.model)
-            self.model.save_pretrained(self.out, self.model.backbone.dtype, state)
+            save(self.model, self.out, self.model.dtype, state)
         log.close()
         self.display.result(before, after)
 

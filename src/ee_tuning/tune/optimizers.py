@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.exits import Exit
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.data import ShardedParameter
 from ee_tuning.slices import whole
 
@@ -27,7 +27,7 @@ WAITING = 2**29  # bytes of a gradient that may wait for a second one
 Optimizers = dict[int, torch.optim.Optimizer]
 
 
-def build_optimizers(model: EarlyExitModel, config: TuneConfig) -> Optimizers:
+def build_optimizers(model: Network, config: TuneConfig) -> Optimizers:
     """AdamW over each exit; weight decay on matrices, not on norms and biases."""
     return {
         layer: _build_optimizer(model.exit(layer), layer, config) for layer in model.exit_layers

@@ -22,13 +22,14 @@ from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.losses import IGNORED, Objective
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.data import shard_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.tensor import split_model
 from ee_tuning.quantise.fp8 import tune_in_fp8
 from ee_tuning.quantise.packages import compiles
+from ee_tuning.share import Share, load, source_of
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.vocabulary import most_frequent
@@ -62,9 +63,9 @@ def set_up(
     dtype: of the backbone, and of the products. stage: see `ee_tuning.tune.timing.own_stage`.
 
     Raises:
-        UserError: see `load`, `load_data` and `prepare`.
+        UserError: see `load_share`, `load_data` and `prepare`.
     """
-    model = load(config, mesh, device, dtype, stage)
+    model = load_share(config, mesh, device, dtype, stage)
     train, valid = load_data(config, model, mesh)
     if config.exit_vocab:
         reduce_vocabulary(model, train, valid, config, say)
@@ -77,7 +78,7 @@ def set_up(
     return SetUp(tuner, train, valid, pipeline)
 
 
-def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> EarlyExitModel:
+def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Network:
     """`model`, on its device, as `config` wants it tuned on this process of a connected `mesh`.
 
     The backbone is in its precision, and of a pipeline only this process's stage is there.
@@ -102,7 +103,7 @@ def prepare(model: EarlyExitModel, config: TuneConfig, mesh: Mesh = ONE_PROCESS)
     return model.train()
 
 
-def cast_exits(model: EarlyExitModel, dtype: torch.dtype) -> None:
+def cast_exits(model: Network, dtype: torch.dtype) -> None:
     """Let the optimizers keep the exits' weights in `dtype`, in place."""
     for p in model.exits.parameters():
         if p.requires_grad:
@@ -121,43 +122,36 @@ def objective(config: TuneConfig) -> Objective:
     return Objective(config.loss, temperature, weight, config.dynamic_weights)
 
 
-def load(
+def load_share(
     config: TuneConfig,
     mesh: Mesh,
     device: torch.device,
     dtype: torch.dtype,
     stage: range | None,
-) -> EarlyExitModel:
+) -> Network:
     """Exits to tune, of this process's stage, on what they need of the backbone in `dtype`.
 
     Raises:
-        UserError: see `EarlyExitModel.from_base`; or processes have different
+        UserError: see `ee_tuning.share.load`; or processes have different
             backbones.
     """
-    load: dict[str, Any] = {
-        "stage": stage,
-        "whole": config.loss != "ce",
-        "dtype": dtype,
-        "device": device,
-        "backbone_precision": config.backbone_precision,
-    }
-    if config.shard_backbone:
-        load["shard"] = mesh.group("dp")
-    if config.tp > 1:  # rows of a head are picked from all of it
-        load["slices"] = Slices(mesh.axis("tp"), head=not config.exit_vocab)
-
-    def read() -> EarlyExitModel:
-        if not config.exits:
-            return EarlyExitModel.from_base(config.model, config.exit_config(), **load)
-        given = config.exits, config.model or None
-        return EarlyExitModel.from_pretrained(*given, exit_dtype=torch.float32, **load)
-
-    model = mesh.on_all(read)
+    share = Share(
+        whole=config.loss != "ce",
+        stage=stage,
+        # Rows of a head are picked from all of it.
+        slices=Slices(mesh.axis("tp"), head=not config.exit_vocab) if config.tp > 1 else None,
+        shard=mesh.group("dp") if config.shard_backbone else None,
+        precision=config.backbone_precision,
+        dtype=dtype,
+        exit_dtype=torch.float32,
+        device=device,
+    )
+    model = mesh.on_all(lambda: load(source_of(config), share, Network))
     model.tensor_hashes = _all_hashes(model, mesh)
     return model
 
 
-def _all_hashes(model: EarlyExitModel, mesh: Mesh) -> dict[str, str]:
+def _all_hashes(model: Network, mesh: Mesh) -> dict[str, str]:
     """The fingerprint of a backbone of which each process may have some parts.
 
     Raises:
@@ -175,7 +169,7 @@ def _all_hashes(model: EarlyExitModel, mesh: Mesh) -> dict[str, str]:
 
 
 def load_data(
-    config: TuneConfig, model: EarlyExitModel, mesh: Mesh
+    config: TuneConfig, model: Network, mesh: Mesh
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Packed sequences to tune on, and to validate with.
 
@@ -212,7 +206,7 @@ def _sample(data: datasets.Dataset) -> Any:
 
 
 def reduce_vocabulary(
-    model: EarlyExitModel,
+    model: Network,
     train: datasets.Dataset,
     valid: datasets.Dataset,
     config: TuneConfig,

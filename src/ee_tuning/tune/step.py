@@ -19,7 +19,7 @@ from ee_tuning.backbone import State
 from ee_tuning.costs import room, state_bytes
 from ee_tuning.exits import Exit, Head
 from ee_tuning.losses import LossSum, Objective, Teacher, chunks, count_labels
-from ee_tuning.model import Descent, EarlyExitModel
+from ee_tuning.model import Descent, Network
 from ee_tuning.parallel.data import ShardedParameter
 from ee_tuning.tune.optimizers import (
     Optimizers,
@@ -44,7 +44,7 @@ class Transport(Protocol):
     def record(self, what: str) -> AbstractContextManager[None]:
         """Inside, this process does "forward", "exit work" or "waiting"."""
 
-    def enter(self, model: EarlyExitModel, batch: Batch) -> Descent:
+    def enter(self, model: Network, batch: Batch) -> Descent:
         """A micro-batch on its way down this process's layers."""
 
     def settle(self) -> None:
@@ -72,7 +72,7 @@ class Alone:
         """Nothing is recorded."""
         return nullcontext()
 
-    def enter(self, model: EarlyExitModel, batch: Batch) -> Descent:
+    def enter(self, model: Network, batch: Batch) -> Descent:
         """A micro-batch before the first layer."""
         ids, positions = batch["input_ids"], batch["position_ids"]
         return model.chain.descend(ids, positions, batch.get("boundaries"))
@@ -123,7 +123,7 @@ class Tuner:
 
     def __init__(
         self,
-        model: EarlyExitModel,
+        model: Network,
         optimizers: Optimizers,
         objective: Objective | None = None,
         *,
@@ -297,7 +297,7 @@ class Tuner:
         return torch.autocast(kind, self.autocast, enabled=enabled)
 
 
-def tokens_together(model: EarlyExitModel, objective: Objective) -> float:
+def tokens_together(model: Network, objective: Objective) -> float:
     """How many tokens may go down the layers side by side, see `ee_tuning.costs.room`.
 
     Without end for sharded exits, which are gathered, and their gradients summed, only once; and

@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 from ee_tuning.backbone import slice_config
 from ee_tuning.config import ExitConfig, ExitSpec, TuneConfig
 from ee_tuning.losses import Objective
-from ee_tuning.model import EarlyExitModel
+from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.plan.shapes import account_of
+from ee_tuning.share import New, Share, load
 from ee_tuning.stages import cut_stages
 from ee_tuning.tune.setup import prepare
 from ee_tuning.tune.step import Tuner
 
 
 def own_stage(
-    shapes: EarlyExitModel,
+    shapes: Network,
     config: TuneConfig,
     mesh: Mesh,
     device: torch.device,
@@ -50,7 +51,7 @@ def own_stage(
 
 
 def measured_costs(
-    shapes: EarlyExitModel, config: TuneConfig, device: torch.device, dtype: torch.dtype
+    shapes: Network, config: TuneConfig, device: torch.device, dtype: torch.dtype
 ) -> list[float]:
     """Seconds of each layer with the exit after it, on a micro-batch, up to the deepest exit.
 
@@ -94,9 +95,8 @@ def seconds(
     with torch.random.fork_rng(gpus), torch.device(device):
         backbone = AutoModelForCausalLM.from_config(small, dtype=dtype)
         exits = ExitConfig([1], spec.arch, head=spec.head)
-        model = EarlyExitModel.from_base(
-            backbone, exits, backbone_precision=config.backbone_precision
-        )
+        share = Share(precision=config.backbone_precision)
+        model = load(New(backbone, exits), share, Network)
     if config.exit_vocab:
         model.reduce_vocabulary(torch.arange(config.exit_vocab))
     prepare(model, alone)

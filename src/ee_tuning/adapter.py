@@ -1,0 +1,225 @@
+"""The saved form of exits: a small folder beside an untouched backbone. See docs/format.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from jinja2 import Template
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ee_tuning.config import ExitConfig
+from ee_tuning.errors import UserError, first_line
+from ee_tuning.files import read_json, replacing, write_json, write_text
+from ee_tuning.fingerprint import config_values
+from ee_tuning.model import Network
+from ee_tuning.slices import SplitParameter, read_part
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "exit_config.json"
+WEIGHTS_NAME = "exits.safetensors"
+HERE = "."  # the backbone of exits that lie in the same folder as it
+
+CARD = Template(
+    """\
+---
+library_name: ee-tuning
+{%- if base %}
+base_model: {{ base }}
+{%- endif %}
+tags: [early-exit, ee-tuning]
+---
+
+# Early exits{% if base %} for `{{ base }}`{% endif %}
+
+Exits after {{ exits | length }} of the backbone's {{ depth }} layers, made with EE-Tuning
+(arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
+and is not changed by them.
+
+| exit layer | architecture | head |
+|---|---|---|
+{%- for layer, arch, head in exits %}
+| {{ layer }} | {{ arch }} | {{ head }} |
+{%- endfor %}
+
+```python
+from ee_tuning import EarlyExitModel
+
+model = EarlyExitModel.from_pretrained("path-or-hub-id-of-these-exits")
+out = model.generate(input_ids, mode="threshold", threshold=0.8, max_new_tokens=64)
+```
+
+A token leaves at the first exit whose largest softmax probability is at least the threshold;
+threshold 1 gives the backbone's own text.
+"""
+)
+
+
+def save(
+    network: Network,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
+
+    dtype: what to store the weights in; default: as they are. state: in place of
+    `Network.exit_state`, where other processes hold some of the exits.
+    """
+    folder = Path(folder)
+    with replacing(folder / WEIGHTS_NAME) as path:
+        tensors = {
+            k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
+            for k, v in (state or network.exit_state()).items()
+        }
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = saved_config(network)
+    write_json(folder / CONFIG_NAME, config)
+    if not (folder / "README.md").exists():
+        write_text(folder / "README.md", model_card(config))
+
+
+def saved_config(network: Network) -> dict[str, Any]:
+    """What ``exit_config.json`` holds."""
+    specs = network.exit_config.specs(network.backbone.num_layers)
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_model": network.model.name_or_path,
+        **asdict(network.exit_config),
+        "vocab_size": len(network.vocabulary.tokens) if network.vocabulary else None,
+        "layers": [spec.layer for spec in specs],
+        "arch": [spec.arch for spec in specs],
+        "head": [spec.head for spec in specs],
+        "backbone": {
+            "config": config_values(network.config),
+            "tensors": network.tensor_hashes,
+        },
+    }
+
+
+def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
+    """Markdown for the contents of an ``exit_config.json``. here: the backbone is beside it."""
+    return (
+        CARD.render(
+            base="" if here else saved_config["base_model"],
+            here=here,
+            depth=saved_config["backbone"]["config"]["num_hidden_layers"],
+            exits=list(zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)),
+        )
+        + "\n"
+    )
+
+
+def read_weights(network: Network, path: Path) -> None:
+    """Read the exits' weights into place, of this process's stage and slices alone.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds other tensors than these exits.
+    """
+    elsewhere = {str(layer) for layer in network.all_exit_layers} - set(network.exits)
+    try:
+        with safe_open(path, "pt") as file:
+            names = [k for k in file.keys() if k.partition(".")[0] not in elsewhere]  # noqa: SIM118
+            own = dict(network.exits.named_parameters())
+            tensors = {name: _read_part(file, name, own.get(name)) for name in names}
+        if "vocabulary" in tensors:
+            network.reduce_vocabulary(tensors.pop("vocabulary"))
+        network.exits.load_state_dict(tensors)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{path} is damaged or holds other exits: {reason}") from error
+
+
+def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
+    """What parameter `p` needs of a tensor in a file."""
+    if not isinstance(p, SplitParameter):
+        return file.get_tensor(name)
+    return read_part(file.get_slice(name), p.split_dim, p.mesh)
+
+
+def count_parameters(path: Path) -> dict[int, int]:
+    """Number of parameters per exit layer, from the header of ``exits.safetensors`` alone.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    sizes: dict[int, int] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not iterable itself
+                if name == "vocabulary":  # what the exits know, no weights
+                    continue
+                layer = int(name.partition(".")[0])
+                size = math.prod(file.get_slice(name).get_shape())
+                sizes[layer] = sizes.get(layer, 0) + size
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+    return sizes
+
+
+def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:
+    """Where the backbone of the exits in `folder` is: `model`, or what `saved` of them says."""
+    path = model or saved["base_model"]
+    return str(folder) if path == HERE else path
+
+
+def saved_exits(saved: dict[str, Any]) -> ExitConfig:
+    """The exits that an ``exit_config.json`` describes."""
+    return ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
+
+
+def find_exits(path: str) -> Path:
+    """The local folder of saved exits; a hub id is fetched.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not path:
+        raise UserError("no exits given: name their folder or hub id with --exits")
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/"):
+        raise UserError(f"the exits' folder {path!r} does not exist")
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except Exception as error:  # huggingface_hub has a dozen kinds of its own
+        raise UserError(
+            f"{path} is neither a folder nor to be had from the hub: {first_line(error)}"
+        ) from error
+
+
+def read_exit_config(folder: Path) -> dict[str, Any]:
+    """``exit_config.json`` of a folder.
+
+    Raises:
+        UserError: it is missing, damaged, or of a format newer than this version knows.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
+    saved = read_json(path)
+    needed = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"}
+    lacking = _lacking(saved, needed) or [
+        f"backbone.{name}" for name in _lacking(saved["backbone"], {"config", "tensors"})
+    ]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}")
+    if saved["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"
+        )
+    return saved
+
+
+def _lacking(found: Any, names: set[str]) -> list[str]:
+    """Those of `names` that are no keys of what a JSON file held."""
+    return sorted(names - (found.keys() if isinstance(found, dict) else set()))

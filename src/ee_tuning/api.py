@@ -1,0 +1,141 @@
+"""EarlyExitModel: the public class. A frozen backbone with exits that is saved, loaded, decoded."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
+
+from ee_tuning.adapter import save
+from ee_tuning.config import ExitConfig, FrozenPrecision
+from ee_tuning.decode import generate, generate_batch, load_part, warm_up
+from ee_tuning.errors import UserError
+from ee_tuning.model import Network
+from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.share import New, Saved, Share, load
+
+# Pipelines take any model, but log an error if its class is not listed. This list is of models that
+# wrap another one.
+SUPPORTED_PEFT_TASKS["text-generation"].append("EarlyExitModel")
+
+
+class EarlyExitModel(Network):
+    """A causal LM of transformers, frozen, and its exits.
+
+    `exits` maps ``str(layer)`` to an exit; `model` is the causal LM, `backbone` knows its parts.
+    """
+
+    @classmethod
+    def from_base(
+        cls,
+        model: str | PreTrainedModel,
+        config: ExitConfig,
+        *,
+        whole: bool = True,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device | None = None,
+        backbone_precision: FrozenPrecision = "same",
+    ) -> EarlyExitModel:
+        """New exits on a backbone: a local folder, a hub id or a loaded model.
+
+        whole, dtype, device, backbone_precision: see `ee_tuning.share.Share`.
+
+        Raises:
+            UserError: the backbone or the exits are not what this method can work with.
+        """
+        share = Share(whole=whole, dtype=dtype, device=device, precision=backbone_precision)
+        return load(New(model, config), share, cls)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        exits: str,
+        model: str | PreTrainedModel | None = None,
+        *,
+        whole: bool = True,
+        dtype: torch.dtype | str = "auto",
+        exit_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        backbone_precision: FrozenPrecision = "same",
+        mesh: Mesh | None = None,
+        stage_layers: Sequence[int] = (),
+    ) -> EarlyExitModel:
+        """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
+
+        whole, dtype, exit_dtype, device, backbone_precision: see `ee_tuning.share.Share`. mesh,
+        stage_layers: what this process of several needs to decode with the others; see
+        `ee_tuning.decode.load_part`.
+
+        Raises:
+            UserError: files missing or damaged, or exits made for another backbone.
+        """
+        share = Share(
+            whole=whole,
+            dtype=dtype,
+            exit_dtype=exit_dtype,
+            device=device,
+            precision=backbone_precision,
+        )
+        if mesh is not None:
+            return load_part(Saved(exits, model), share, cls, mesh, stage_layers)
+        return load(Saved(exits, model), share, cls)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
+
+        dtype: what to store the weights in; default: as they are.
+        """
+        save(self, folder, dtype)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the exits to the hub; gives the address of the repository."""
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        folder = tempfile.mkdtemp()
+        try:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=url.repo_id, folder_path=folder)
+        finally:
+            shutil.rmtree(folder)
+        return str(url)
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Generate from prompts (B, P), `inputs` or ``input_ids``; see `ee_tuning.decode.generate`.
+
+        Names and order of the arguments are those of transformers.
+        """
+        if inputs is not None and kwargs.get("input_ids") is not None:
+            raise UserError("both inputs and input_ids are given: leave one out")
+        input_ids = kwargs.pop("input_ids", inputs)
+        return generate(self, input_ids, generation_config=generation_config, **kwargs)
+
+    def generate_batch(self, prompts: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:
+        """Generate from any number of prompts; see `ee_tuning.decode.generate_batch`."""
+        return generate_batch(self, prompts, **kwargs)
+
+    def warm_up(self, **kwargs: Any) -> float:
+        """Compile decoding ahead; see `ee_tuning.decode.warm_up`."""
+        return warm_up(self, **kwargs)
+
+    # What transformers' pipelines ask a model for, besides `device`, `dtype` and `config`.
+
+    @property
+    def generation_config(self) -> Any:
+        """The backbone's."""
+        return self.model.generation_config
+
+    def can_generate(self) -> bool:
+        """Yes."""
+        return True

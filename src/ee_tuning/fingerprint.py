@@ -1,0 +1,76 @@
+"""Telling backbones apart: exits belong to the backbone that they were made for."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ee_tuning.backbone import Backbone, in_memory
+from ee_tuning.errors import UserError
+from ee_tuning.slices import SplitParameter
+
+# Values of a config that change what a model computes, whatever its weights are.
+CONFIG_KEYS = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "rms_norm_eps",
+    "layer_norm_eps", "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings",
+)  # fmt: skip
+SAMPLES_PER_TENSOR = 64
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """The values of a backbone's config that its exits depend on: half of its fingerprint."""
+    return {key: getattr(config, key, None) for key in CONFIG_KEYS}
+
+
+def tensor_hashes(backbone: Backbone, deepest: int) -> dict[str, str]:
+    """A hash per part of a backbone up to layer `deepest`: the other half of its fingerprint.
+
+    Over the tensors' names, shapes and `SAMPLES_PER_TENSOR` values of each, rounded to bf16 so
+    that the dtype a checkpoint is loaded in makes no difference. Deeper layers are not covered:
+    they need not be in memory. Nor are parts that another stage of a pipeline holds.
+    """
+    parts = {
+        "embedding": backbone.model.get_input_embeddings(),
+        "final norm": backbone.norm,
+        "head": backbone.head,
+    }
+    layers = backbone.layers[:deepest]
+    parts |= {f"layer {number}": layer for number, layer in enumerate(layers, start=1)}
+    return {name: _hash_tensors(part) for name, part in parts.items() if in_memory(part)}
+
+
+def _hash_tensors(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, p in module.named_parameters():
+        if isinstance(p, SplitParameter):
+            assert p.sample is not None, "split after it was read: too late for a fingerprint"
+            shape, sample = p.whole_shape, p.sample
+        else:
+            shape, sample = p.shape, p.detach().flatten()[sample_places(p.numel()).to(p.device)]
+        values = sample.to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name}{tuple(shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sample_places(size: int) -> Tensor:
+    """The places among `size` values that a fingerprint looks at."""
+    return torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+
+
+def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Refuse a backbone that the exits in `where` were not made for.
+
+    Raises:
+        UserError: names the first value of a fingerprint that differs.
+    """
+    for key, value in expected.items():
+        other = found.get(key)
+        if value != other:
+            raise UserError(
+                f"the exits in {where} were made for another backbone: "
+                f"{key} is {other!r} here and {value!r} there"
+            )

@@ -1,0 +1,214 @@
+"""Which share of a model a process has, and the one way in which it comes to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from ee_tuning.adapter import (
+    WEIGHTS_NAME,
+    base_of,
+    find_exits,
+    read_exit_config,
+    read_weights,
+    saved_exits,
+)
+from ee_tuning.backbone import in_memory
+from ee_tuning.config import ExitConfig, FrozenPrecision, TuneConfig
+from ee_tuning.devices import check_fp8
+from ee_tuning.errors import UserError
+from ee_tuning.fingerprint import check_same, config_values
+from ee_tuning.loading import Parts, Slices, empty_backbone, load_backbone, load_config
+from ee_tuning.model import Network
+from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
+from ee_tuning.quantise import check_installed, nothing_to_quantise, quantise
+from ee_tuning.quantise.fp8 import freeze_in_fp8
+from ee_tuning.vocabulary import Vocabulary
+
+Kind = TypeVar("Kind", bound=Network)
+
+
+@dataclass(frozen=True)
+class New:
+    """New exits on a backbone: a local folder, a hub id or a loaded model."""
+
+    model: str | PreTrainedModel
+    config: ExitConfig
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Saved exits, a folder or a hub id, on their backbone, which is looked up if not given."""
+
+    exits: str
+    model: str | PreTrainedModel | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of a model a process has, and how.
+
+    whole: False leaves out of memory the layers deeper than the deepest exit, and what another
+        stage has.
+    stage: the layers, counted from 0, of its stage in a pipeline; default: up to the deepest exit.
+    slices: of matrices that other processes have the rest of; see `load_backbone`.
+    shard: the processes that each keep a part of the frozen layers' matrices, which are whole only
+        while their layer runs.
+    precision: unless ``same``, the frozen layers' matrices are quantised once they are read; in
+        ``fp8`` the head's too if an exit shares it.
+    dtype: of the backbone; ``auto``: as it is stored. exit_dtype: of saved exits; default the
+        backbone's.
+    device: default where the model is, CPU if it was not loaded yet.
+    """
+
+    whole: bool = True
+    stage: range | None = None
+    slices: Slices | None = None
+    shard: dist.ProcessGroup | None = None
+    precision: FrozenPrecision = "same"
+    dtype: torch.dtype | str = "auto"
+    exit_dtype: torch.dtype | None = None
+    device: str | torch.device | None = None
+
+
+def load(source: New | Saved, share: Share, kind: type[Kind]) -> Kind:
+    """A process's share of a model, of class `kind`.
+
+    Raises:
+        UserError: files missing or damaged, exits made for another backbone, or what cannot be
+            quantised.
+    """
+    network = _new(source, share, kind) if isinstance(source, New) else _saved(source, share, kind)
+    to_device(network, share)
+    return network
+
+
+def shapes(source: New | Saved) -> Network:
+    """A model without its weights, on the meta device, to look at its shapes.
+
+    Its heads are whole; of a saved reduced vocabulary it knows only how many tokens it has.
+
+    Raises:
+        UserError: no such backbone or exits, or exits that the backbone cannot have.
+    """
+    assert not isinstance(source.model, PreTrainedModel)
+    known = None
+    if isinstance(source, New):
+        path, config = source.model, source.config
+    else:
+        folder = find_exits(source.exits)
+        saved = read_exit_config(folder)
+        path, config = base_of(folder, saved, source.model), saved_exits(saved)
+        known = saved.get("vocab_size")
+    network = Network(empty_backbone(path), replace(config, init="copy"))
+    if known:
+        network.vocabulary = Vocabulary(torch.arange(known), network.config.vocab_size)
+    return network
+
+
+def source_of(config: TuneConfig) -> New | Saved:
+    """The exits that a tuning run begins with."""
+    if config.exits:
+        return Saved(config.exits, config.model or None)
+    return New(config.model, config.exit_config())
+
+
+def _new(source: New, share: Share, kind: type[Kind]) -> Kind:
+    model = source.model
+    if isinstance(model, str):
+        model = _read_backbone(model, source.config, share)
+    return kind(model, source.config, share.stage)
+
+
+def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
+    folder = find_exits(source.exits)
+    saved = read_exit_config(folder)
+    config, model = saved_exits(saved), source.model
+    if not isinstance(model, PreTrainedModel):
+        model = _look_up(source, saved, config, share)
+    check_same(saved["backbone"]["config"], config_values(model.config), source.exits)
+    network = kind(model, config, share.stage)
+    hashes = saved["backbone"]["tensors"]
+    if share.stage is not None:
+        hashes = {part: value for part, value in hashes.items() if part in network.tensor_hashes}
+    check_same(hashes, network.tensor_hashes, source.exits)
+    network.exits.to(share.exit_dtype or network.dtype)
+    read_weights(network, folder / WEIGHTS_NAME)
+    return network
+
+
+def _look_up(
+    source: Saved, saved: dict[str, Any], config: ExitConfig, share: Share
+) -> PreTrainedModel:
+    """The backbone of saved exits, from where the caller or the exits say that it is."""
+    assert not isinstance(source.model, PreTrainedModel)
+    path = base_of(find_exits(source.exits), saved, source.model)
+    if not path:
+        raise UserError(f"{source.exits} does not name its backbone: give it with --model")
+    if share.slices and saved.get("vocab_size"):
+        share = replace(share, slices=replace(share.slices, head=False))  # its rows are picked
+    try:
+        return _read_backbone(path, config, share)
+    except UserError as error:
+        if source.model is not None:
+            raise
+        raise UserError(
+            f"{error}; {source.exits} was made with that backbone: say where it is with --model"
+        ) from error
+
+
+def _read_backbone(path: str, config: ExitConfig, share: Share) -> PreTrainedModel:
+    parts = None if share.whole else _needed(path, config, share.stage)
+    return load_backbone(path, parts, share.dtype, share.slices)
+
+
+def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
+    """What these exits, or those of a stage (layers from 0), need: its layers, the last one if a
+    `layer` exit is made from it, and the embedding and head where they are used."""
+    num_layers = load_config(path).num_hidden_layers
+    specs = config.specs(num_layers)
+    layers = range(specs[-1].layer) if stage is None else stage
+    own = [spec for spec in specs if spec.layer - 1 in layers]
+    last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
+    head = bool(own) or layers.stop == num_layers
+    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)
+
+
+def to_device(network: Network, share: Share) -> None:
+    """Move a model to the share's device, layer by layer; quantised and sharded on the way.
+
+    Raises:
+        UserError: there is nothing that can be quantised, or a package is missing for it.
+    """
+    precision, device = share.precision, torch.device(share.device or network.model.device)
+    quantises = precision != "same"
+    if quantises or share.shard:
+        network.tensor_hashes  # noqa: B018 - of the weights as they are
+    if precision == "fp8":
+        check_fp8("--backbone-precision", device)
+    check_installed(precision)
+    quantised, shards = 0, FrozenShards()
+    for number, layer in enumerate(network.backbone.layers):
+        layer.to(device)
+        if quantises and in_memory(layer):
+            quantised += quantise(layer, precision, network.dtype)
+        if share.shard and in_memory(layer):
+            shards[number] = FrozenShard(layer, share.shard)
+    network.to(device)
+    if shards:
+        network.chain.gather(shards)
+    if quantises and not quantised:
+        raise nothing_to_quantise(network.model, precision)
+    if precision == "fp8" and shares_head(network):
+        freeze_in_fp8(network.backbone.head, backward=True)
+
+
+def shares_head(network: Network) -> bool:
+    """Whether an exit of this process uses the backbone's head."""
+    exits: list[nn.Module] = list(network.exits.values())
+    return any(exit.output.shared for exit in exits)  # type: ignore[union-attr]
