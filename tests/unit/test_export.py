@@ -76,7 +76,7 @@ def test_layers_that_depend_on_their_number_are_refused(family, values, monkeypa
 def saved(tmp_path):
     """A backbone with a tokenizer and exits at 1 (embedding) and 2 (mlp), on disk."""
     base = tmp_path / "base"
-    tiny("llama").save_pretrained(base)
+    tiny("llama", vocab_size=4096).save_pretrained(base)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(base)
     model = EarlyExitModel.from_base(str(base), ExitConfig([1, 2], ["embedding", "mlp"]))
     model.save_pretrained(tmp_path / "exits")
