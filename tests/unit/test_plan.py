@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import tune
 from helpers.families import tiny
 from shapes import SHAPES
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.loading import empty_backbone
 from ee_tuning.plan.advice import refuse_if_too_large
 from ee_tuning.plan.check import check
 from ee_tuning.plan.gpus import GIB, GPUS, LAUNCH
@@ -66,8 +68,6 @@ def test_a_small_model_is_as_fast_as_its_products_are_started(arch, measured):
     account = account_of(shaped("smollm2-135m", config), config)
     found = tokens_per_second(account, config, GPUS["h100"])
     assert found == pytest.approx(measured, rel=0.3)
-    large = replace(config, micro_batch_size=16)
-    assert tokens_per_second(account, large, GPUS["h100"]) > 2 * found
     two = replace(config, layers="10,20")
     fewer = account_of(shaped("smollm2-135m", two), two)
     assert found < tokens_per_second(fewer, two, GPUS["h100"]) < 300_000
@@ -322,6 +322,40 @@ def test_distillation_takes_the_whole_backbone(loss, large):
     refuse_if_too_large(shapes_of(config), config, available)
     with pytest.raises(UserError, match="more than the GPU has"):
         refuse_if_too_large(model, replace(config, loss=loss), available)
+
+
+def test_a_mixture_of_experts_is_as_fast_as_its_active_experts(tmp_path, capsys):
+    """Of 8 experts all are in memory, and 2 take time."""
+    sizes = {"hidden_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4, "vocab_size": 9}
+    experts = MixtralConfig(**sizes, intermediate_size=2048, num_local_experts=8)
+    dense = LlamaConfig(**sizes, intermediate_size=4096)
+    found = []
+    for folder, backbone in (("experts", experts), ("dense", dense)):
+        backbone.save_pretrained(tmp_path / folder)
+        config = TuneConfig(model=str(tmp_path / folder), layers="4", arch="norm")
+        account = account_of(shapes_of(config), config)
+        found.append((account.layers[0].values, account.flop()["backbone"]))
+    (all_experts, flop), (active, dense_flop) = found
+    assert all_experts > 3 * active
+    assert flop == pytest.approx(dense_flop, rel=0.2)  # keys and values are of another number
+    main(["plan", "--model", str(tmp_path / "experts"), "--layers", "4", "--arch", "norm"])
+    assert "it fits" in capsys.readouterr().out
+
+
+def test_the_shapes_of_a_run_are_built_once(large, base, data, tmp_path, monkeypatch, capsys):
+    built = []
+
+    def counted(path):
+        built.append(path)
+        return empty_backbone(path)
+
+    monkeypatch.setattr("ee_tuning.plan.shapes.empty_backbone", counted)
+    main(["plan", "--model", large, "--layers", "every:8", "--gpus", "8"])
+    assert built == [large]
+    assert "best layouts of 8 GPUs" in capsys.readouterr().out
+    built.clear()
+    tune(base, data, tmp_path / "exits", steps=1)
+    assert built == [base]
 
 
 def test_what_does_not_fit_is_refused_with_the_figure(large):
