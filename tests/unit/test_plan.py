@@ -349,7 +349,7 @@ def test_the_shapes_of_a_run_are_built_once(large, base, data, tmp_path, monkeyp
         built.append(path)
         return empty_backbone(path)
 
-    monkeypatch.setattr("ee_tuning.plan.shapes.empty_backbone", counted)
+    monkeypatch.setattr("ee_tuning.share.empty_backbone", counted)
     main(["plan", "--model", large, "--layers", "every:8", "--gpus", "8"])
     assert built == [large]
     assert "best layouts of 8 GPUs" in capsys.readouterr().out
