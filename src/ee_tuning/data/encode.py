@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,8 +65,8 @@ class Encoder:
         template = tokenizer.chat_template
         return model, tokenizer.special_tokens_map, template, self.text_field, self.plain
 
-    def encode(self, records: Iterable[Record]) -> Iterator[Encoded]:
-        """The documents of every record, in order.
+    def encode(self, records: Iterable[Record], skip: int = 0) -> Iterator[Encoded]:
+        """The documents of every record, or piece of a long text, in order, but the first `skip`.
 
         Raises:
             UserError: a chat for a tokenizer without a chat template, a tokenizer that cannot say
@@ -73,13 +74,13 @@ class Encoder:
         """
         chunk: list[tuple[Record, Form | None]] = []
         characters = 0
-        for record in records:
-            for item in self._understood(record):
-                chunk.append(item)
-                characters += len(item[1].text) if isinstance(item[1], Text) else 0
-                if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
-                    yield from self._encode_chunk(chunk)
-                    chunk, characters = [], 0
+        items = (item for record in records for item in self._understood(record))
+        for record, form in islice(items, skip, None):
+            chunk.append((record, form))
+            characters += len(form.text) if isinstance(form, Text) else 0
+            if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
+                yield from self._encode_chunk(chunk)
+                chunk, characters = [], 0
         yield from self._encode_chunk(chunk)
 
     def _understood(self, record: Record) -> Iterator[tuple[Record, Form | None]]:

@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
-import datasets
 import numpy as np
 import torch
+
+from ee_tuning.data.rows import Rows
 
 
 class SampleOrder:
     """The endless stream of sequences, addressed by optimizer step.
 
-    Sample ``i`` of the stream belongs to epoch ``i // num_sequences``. Each epoch is a permutation
-    of its own, and a step may span epochs. A pure function of the arguments: there is no state to
-    save, and every process computes the same order.
+    The first epoch is shuffled within windows of ``rows.window`` sequences, so that a run starts
+    when the first window is ready; each later one is a permutation of its own. A step may span
+    epochs. A pure function of the arguments: there is no state to save, and every process computes
+    the same order.
     """
 
-    def __init__(self, num_sequences: int, global_batch_size: int, seed: int) -> None:
-        if num_sequences < 1 or global_batch_size < 1:
-            raise ValueError(f"{num_sequences=} and {global_batch_size=} must be at least 1")
-        self.num_sequences = num_sequences
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+    def __init__(
+        self, rows: Rows | range, global_batch_size: int, seed: int, steps: int = 0
+    ) -> None:
+        """rows: or their numbers. steps: for which rows are prepared ahead."""
+        self.rows, self.global_batch_size, self.seed = rows, global_batch_size, seed
+        self.window = rows.window if isinstance(rows, Rows) else len(rows)
+        if self._count(1) < 1 or global_batch_size < 1:
+            raise ValueError(f"{self._count(1)=} and {global_batch_size=} must be at least 1")
+        self.samples = steps * global_batch_size
+        self._permutation = lru_cache(maxsize=2)(_permutation)  # drawing one again is O(n)
 
     def indices(self, step: int) -> list[int]:
-        """The `global_batch_size` sequences of optimizer step `step`, counted from 0."""
+        """The `global_batch_size` sequences of optimizer step `step`, counted from 0.
+
+        Raises:
+            UserError: see `Blocks.prepare`.
+        """
         first = step * self.global_batch_size
-        return [self._sample(i) for i in range(first, first + self.global_batch_size)]
+        found = [self._sample(i) for i in range(first, first + self.global_batch_size)]
+        after = (first // self.window + 1) * self.window  # the window that comes next
+        if isinstance(self.rows, Rows) and after < self.samples:
+            self.rows.ahead(min(after + self.window, self.samples))
+        return found
+
+    def _count(self, most: int) -> int:
+        return self.rows.count(most) if isinstance(self.rows, Rows) else min(most, len(self.rows))
 
     def _sample(self, i: int) -> int:
-        epoch, position = divmod(i, self.num_sequences)
-        if epoch != self._epoch:  # kept, since drawing it again for each sample is O(n)
-            self._permutation = np.random.default_rng([self.seed, epoch]).permutation(
-                self.num_sequences
-            )
-            self._epoch = epoch
-        return int(self._permutation[position])
+        known = self._count(i + 1)
+        if known <= i:  # there are no more
+            epoch, position = divmod(i, known)
+            return int(self._permutation(known, self.seed, epoch)[position])
+        window, position = divmod(i, self.window)
+        start = window * self.window
+        size = self._count(start + self.window) - start
+        return start + int(self._permutation(size, self.seed, 0, window)[position])
 
 
-def collate(packed: datasets.Dataset, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+def _permutation(size: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(size)
+
+
+def collate(packed: Rows, indices: Sequence[int]) -> dict[str, torch.Tensor]:
     """The rows `indices` of a packed data set as one batch.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``labels``, each (B, T) int64.
     """
-    rows = packed[list(indices)]
-    names = ("input_ids", "position_ids", "labels")
-    return {name: torch.as_tensor(rows[name], dtype=torch.int64) for name in names}
+    return packed[list(indices)]
 
 
 def micro_batches(
-    packed: datasets.Dataset, indices: Sequence[int], size: int
+    packed: Rows, indices: Sequence[int], size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The rows `indices` in batches of `size`, the last one perhaps shorter; see `collate`."""
     for start in range(0, len(indices), size):

@@ -1,7 +1,7 @@
 """What the user named as data: ``SOURCE[[:LIMIT]][=WEIGHT]``, parsed and found.
 
-A source is a file of a format in `READERS`, packed or not, a pattern of such files, a folder, a
-Megatron pair (its prefix, ``.bin`` or ``.idx``), or, if there is no such path, a data set of the
+A source is a file of a format in `READERS`, packed or not, a pattern of such files, a folder,
+standard input, ``-``, a Megatron pair (its prefix, ``.bin`` or ``.idx``), or, if there is no such path, a data set of the
 hub: ``id``, ``id#split``, ``id:config`` or ``id:config#split``; the split is ``train`` unless
 given. To add a format is to add a function to `READERS`, to add a kind of source to give
 `parse_source` another `Content`.
@@ -16,10 +16,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import datasets
+import numpy as np
 
+from ee_tuning.data.cache import standard_input, writable
 from ee_tuning.data.folders import folder_files, saved_folder, walk
 from ee_tuning.data.megatron import read_megatron
 from ee_tuning.data.readers import READERS, Reader, Record
@@ -35,11 +37,20 @@ SAMPLES, SAMPLE = 16, 2**16  # parts of a file, and bytes of each, that tell its
 class Content(Protocol):
     """Where records are, and what tells them from others; nothing is read before `records`."""
 
-    def identity(self) -> Any:
-        """Differs where the contents do, as a text."""
+    def identity(self) -> list[Any]:
+        """Differs where the contents do, as a text; of files, a `FileIdentity` each."""
 
-    def records(self) -> Iterator[Record]:
-        """All records, in order."""
+    def records(self, seed: int | None) -> Iterator[Record]:
+        """All records, in order; files in one that `seed` gives, if it is given."""
+
+
+class FileIdentity(NamedTuple):
+    """What tells a file from others: the last two whatever it is called."""
+
+    path: str
+    changed: int
+    size: int
+    sample: str
 
 
 @dataclass(frozen=True)
@@ -60,15 +71,23 @@ class Source:
         """Differs where the records do, as a text."""
         return self.limit, self.content.identity()
 
-    def records(self) -> Iterator[Record]:
-        """The records, in order; pieces of a long text count as one.
+    def contents(self) -> Any:
+        """As `identity`, but the same for files that were copied or have another name."""
+        parts = self.content.identity()
+        return self.limit, [p[2:] if isinstance(p, FileIdentity) else p for p in parts]
+
+    def records(self, seed: int) -> Iterator[Record]:
+        """The records; pieces of a long text count as one.
+
+        Files come in an order that `seed` gives, so that those that are alike are not all read
+        at once; with a limit in their own, so that it is theirs.
 
         Raises:
             UserError: a file that cannot be read at all. A single record that is malformed has its
                 `problem` set instead.
         """
         number = 0
-        for record in self.content.records():
+        for record in self.content.records(seed if self.limit is None else None):
             yield record
             number += record.ends
             if number == self.limit:
@@ -81,13 +100,16 @@ class Files:
 
     parts: tuple[tuple[Path, Reader], ...]
 
-    def identity(self) -> Any:
+    def identity(self) -> list[Any]:
         """See `Content`."""
         return [file_identity(path) for path, _ in self.parts]
 
-    def records(self) -> Iterator[Record]:
+    def records(self, seed: int | None) -> Iterator[Record]:
         """See `Content`."""
-        for path, read in self.parts:
+        numbers = range(len(self.parts))
+        order = numbers if seed is None else np.random.default_rng(seed).permutation(numbers)
+        for number in order:
+            path, read = self.parts[number]
             yield from read(path)
 
 
@@ -98,11 +120,11 @@ class Pair:
     tokens: Path
     index: Path
 
-    def identity(self) -> Any:
+    def identity(self) -> list[Any]:
         """See `Content`."""
         return [file_identity(path) for path in (self.tokens, self.index)]
 
-    def records(self) -> Iterator[Record]:
+    def records(self, seed: int | None) -> Iterator[Record]:
         """See `Content`."""
         return read_megatron(self.tokens, self.index)
 
@@ -113,11 +135,11 @@ class Saved:
 
     folder: Path
 
-    def identity(self) -> Any:
+    def identity(self) -> list[Any]:
         """See `Content`."""
         return [file_identity(path) for path in walk(self.folder)]
 
-    def records(self) -> Iterator[Record]:
+    def records(self, seed: int | None) -> Iterator[Record]:
         """See `Content`."""
         try:
             data = datasets.load_from_disk(str(self.folder))
@@ -135,11 +157,11 @@ class Hub:
         self.name = name
         self.data: datasets.Dataset | None = None
 
-    def identity(self) -> Any:
+    def identity(self) -> list[Any]:
         """See `Content`."""
-        return self._loaded()._fingerprint
+        return [self._loaded()._fingerprint]
 
-    def records(self) -> Iterator[Record]:
+    def records(self, seed: int | None) -> Iterator[Record]:
         """See `Content`."""
         return table_records(self.name, self._loaded())
 
@@ -153,8 +175,11 @@ class Hub:
             path, _, split = self.name.partition("#")
             path, _, config = path.partition(":")
             try:
-                self.data = datasets.load_dataset(path, config or None, split=split or "train")
+                with writable():
+                    self.data = datasets.load_dataset(path, config or None, split=split or "train")
             except Exception as error:  # the hub's client and each format raise errors of their own
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(
                     f"data {self.name}: no such file or folder here, and not loadable from the hub "
                     f"({first_line(error)})"
@@ -168,15 +193,17 @@ def table_records(name: str, data: datasets.Dataset) -> Iterator[Record]:
         yield Record(f"{name} record {number}", fields)
 
 
-def file_identity(path: Path) -> Any:
-    """Path, size, time of change and a hash of parts of a file: a changed file is other data."""
+def file_identity(path: Path) -> FileIdentity:
+    """Told by its path, time of change, size and a hash of parts of it."""
     stat, digest = path.stat(), hashlib.sha256()
     step = max(SAMPLE, stat.st_size // SAMPLES)
     with path.open("rb") as file:
         for start in range(0, stat.st_size, step):
             file.seek(start)
             digest.update(file.read(SAMPLE))
-    return str(path.resolve()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()
+    return FileIdentity(
+        str(path.resolve()), stat.st_mtime_ns, stat.st_size, digest.hexdigest()
+    )
 
 
 def parse_source(text: str) -> Source:
@@ -216,6 +243,9 @@ def _split_limit(name: str) -> tuple[str, int | None]:
 
 
 def _find(name: str) -> Content:
+    if name == "-":
+        path = standard_input()
+        return Files(((path, _reader(name, path)),))
     path = Path(name).expanduser()
     if path.is_dir() or ("#" in name and Path(name.partition("#")[0]).expanduser().is_dir()):
         return _folder(name)
