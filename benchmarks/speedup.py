@@ -150,7 +150,7 @@ def main() -> None:
     }
     tokenizer = load_tokenizer(str(model))
     # One prompt per packed row: short rows, so that there are enough of them.
-    packed = load_packed([str(data / "validation.jsonl")], tokenizer, 96, 0, False)
+    packed = load_packed([str(data / "validation.jsonl")], tokenizer, 96, 0)
     prompts = take_prompts(packed, args.prompts, 64)
 
     def write() -> None:

@@ -126,7 +126,7 @@ def test_ranks_have_unequal_numbers_of_tokens(runs, tokenizer):
     """What the run of that name is about: in every step some rank has more labels than another."""
     packed = load_packed([str(runs.root / "completions.jsonl")], tokenizer, 32, 0)
     packed, _ = split_validation(packed, 0.1, 0)
-    order = SampleOrder(len(packed), 5, 0)
+    order = SampleOrder(packed, 5, 0)
     for step in range(3):
         counts = [0] * 4
         for place, batch in enumerate(micro_batches(packed, order.indices(step), 1)):

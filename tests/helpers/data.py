@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ee_tuning.config import ReadingConfig
-from ee_tuning.data import load_packed
+from ee_tuning.data import Rows, load_packed
 from ee_tuning.errors import UserError
 
 TEXT = "The quick brown fox jumps over the lazy dog. "
@@ -71,7 +70,7 @@ def jsonl(path: Path, *records) -> str:
     return str(path)
 
 
-def load(source, tokenizer=TOKENIZER, seq_length=16, seed=0, **more) -> datasets.Dataset:
+def load(source, tokenizer=TOKENIZER, seq_length=16, seed=0, **more) -> Rows:
     sources = source if isinstance(source, list) else [source]
     return load_packed(
         [str(s) for s in sources], tokenizer, seq_length, seed, ReadingConfig(**more)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
+import re
 import shutil
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from helpers.data import (
     TEXT,
     TOKENIZER,
+    fails,
     jsonl,
     load,
     make_tokenizer,
@@ -19,7 +24,8 @@ from helpers.data import (
 )
 
 from ee_tuning.cli import main
-from ee_tuning.data import SampleOrder, collate, split_validation
+from ee_tuning.data import SampleOrder, collate, contents, describe, split_validation
+from ee_tuning.data.blocks import opened
 from ee_tuning.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -51,10 +57,7 @@ def test_weights_shift_the_shares(two_sources, weights, share):
 def test_validation_split(two_sources):
     packed = load(two_sources[0])
     train, valid = split_validation(packed, 0.1, seed=1)
-    ids = [
-        set(part.with_format("numpy", columns=["row"])[:]["row"].tolist())
-        for part in (train, valid)
-    ]
+    ids = [set(np.concatenate(list(part.places())).tolist()) for part in (train, valid)]
     assert ids[0].isdisjoint(ids[1])
     assert (len(ids[0]), len(ids[1])) == (len(train), len(valid)) == (180, 20)
     again = split_validation(packed, 0.1, seed=1)[1]
@@ -85,9 +88,9 @@ def test_validation_split_of_few_rows(tmp_path):
 def test_the_cache_is_used_until_the_file_changes(tmp_path, cache):
     path = jsonl(tmp_path / "a.jsonl", {"text": "a b"})
     assert texts(path) == ["a b"]
-    files = sorted(cache.rglob("*.arrow"))
+    files = sorted(cache.rglob("*.npy"))
     assert texts(path) == ["a b"]
-    assert sorted(cache.rglob("*.arrow")) == files
+    assert sorted(cache.rglob("*.npy")) == files
     stat = os.stat(path)
     jsonl(tmp_path / "a.jsonl", {"text": "c d"})
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
@@ -108,6 +111,157 @@ def test_the_seed_shuffles_the_documents(tmp_path):
     rows = [load(path, seed=seed)[:]["input_ids"] for seed in (0, 0, 1)]
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0][:5], rows[2][:5])
+
+
+# Large sources
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 160 tokens, so 10 rows of 16, as if a few records were many."""
+    monkeypatch.setattr("ee_tuning.data.loading.BLOCK_TOKENS", 160)
+
+
+def numbered(path: Path, count: int, *more, first: int = 100) -> str:
+    """Records that fill a row each: 16 tokens, of which the first four are a number."""
+    return jsonl(
+        path, *[{"text": f"{i} " + "x " * 5 + "x"} for i in range(first, first + count)], *more
+    )
+
+
+def numbers(rows) -> list[int]:
+    """The numbers of `numbered` that are in a batch of rows."""
+    return [int(re.match(r"\d+", TOKENIZER.decode(ids))[0]) for ids in rows["input_ids"]]
+
+
+def test_records_of_the_next_tests_fill_a_row_each(tmp_path):
+    packed = load(numbered(tmp_path / "a.jsonl", 7))
+    assert sorted(numbers(packed[:])) == list(range(100, 107))
+
+
+def test_a_run_starts_before_a_large_source_is_read(tmp_path, small_blocks):
+    packed = load(numbered(tmp_path / "a.jsonl", 300, "{"))
+    (source,) = packed.sources
+    assert (source.total().records, packed.count(10)) == (10, 10)
+    order = SampleOrder(packed, 5, seed=0)
+    seen = [n for step in range(4) for n in numbers(collate(packed, order.indices(step)))]
+    assert sorted(seen) == list(range(100, 120))
+    assert source.total().records == 20
+    with pytest.raises(UserError, match="line 301: not valid JSON"):
+        order.indices(60)
+
+
+def test_the_next_window_is_prepared_ahead(tmp_path, small_blocks):
+    packed = load(numbered(tmp_path / "a.jsonl", 50))
+    SampleOrder(packed, 5, seed=0, steps=3).indices(0)
+    packed._thread.join()
+    assert packed.sources[0].total().records == 20  # 15 are wanted
+    SampleOrder(packed, 5, seed=0, steps=3).indices(2)
+    assert packed.sources[0].total().records == 20
+
+
+def test_a_large_source_is_read_once_per_epoch(tmp_path, small_blocks, cache):
+    path = numbered(tmp_path / "a.jsonl", 47)
+    packed = load(path)
+    order = SampleOrder(packed, 7, seed=3)
+    steps = [order.indices(step) for step in range(30)]
+    stream = [row for step in steps for row in step]
+    epochs = [stream[e * 47 : (e + 1) * 47] for e in range(4)]
+    assert all(sorted(epoch) == list(range(47)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    again = load(path)
+    assert SampleOrder(again, 7, seed=3).indices(21) == steps[21]
+    for file in cache.rglob("*.npy"):
+        file.unlink()
+    opened.cache_clear()
+    assert numbers(collate(load(path), steps[29])) == numbers(collate(packed, steps[29]))
+
+
+def test_held_out_rows_are_of_the_first_window(tmp_path, small_blocks):
+    train, valid = split_validation(load(numbered(tmp_path / "a.jsonl", 47)), 0.2, seed=1)
+    held_out = numbers(valid[:])
+    assert len(held_out) == 2
+    assert set(held_out) < set(range(100, 110))
+    assert train.sources[0].total().records == 10
+    assert sorted(numbers(train[:]) + held_out) == list(range(100, 147))
+
+
+def test_large_sources_take_turns(tmp_path, small_blocks):
+    paths = [numbered(tmp_path / f"{i}.jsonl", n, first=i) for i, n in ((100, 20), (500, 40))]
+    packed = load(paths)
+    first = numbers(packed[:10])
+    assert sum(number < 500 for number in first) == 5
+    assert sorted(numbers(packed[:])) == [*range(100, 120), *range(500, 540)]
+
+
+def test_files_of_a_large_folder_are_read_in_another_order(tmp_path, small_blocks):
+    for i in range(10, 90):
+        numbered(tmp_path / f"{i}.jsonl", 2, first=10 * i)
+    packed = load(tmp_path)
+    assert max(numbers(packed[:10])) > 300
+    assert sorted(n // 10 for n in numbers(packed[:])) == sorted([*range(10, 90)] * 2)
+    assert numbers(load(f"{tmp_path}[:1]")[:]) == [100]
+
+
+# What is kept, and what is told
+
+
+def test_the_cache_keeps_within_its_bound(tmp_path, small_blocks, cache, monkeypatch):
+    monkeypatch.setenv("EE_TUNING_CACHE_GIB", str(2500 / 2**30))  # two blocks
+    packed = load(numbered(tmp_path / "a.jsonl", 60))
+    for _ in range(2):
+        assert sorted(numbers(packed[:])) == list(range(100, 160))
+        opened.cache_clear()
+        assert 1 <= len(list(cache.rglob("*.npy"))) <= 3
+    monkeypatch.setenv("EE_TUNING_CACHE_GIB", "much")
+    fails(numbered(tmp_path / "b.jsonl", 9), "EE_TUNING_CACHE_GIB is 'much'")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize("what", ["numpy.save", "pathlib.Path.mkdir", "filelock.FileLock.acquire"])
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache, monkeypatch, number, what):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    path = jsonl(tmp_path / "a.jsonl", {"text": TEXT})
+    with monkeypatch.context() as patch:
+        patch.setattr(what, fail)
+        fails(path, str(cache), os.strerror(number), "HF_DATASETS_CACHE")
+    assert not list(cache.rglob("*.part"))
+    assert texts(path) == [TEXT]
+
+
+def test_what_is_where_the_cache_should_be(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    fails(jsonl(tmp_path / "a.jsonl", {"text": TEXT}), "HF_DATASETS_CACHE")
+
+
+def test_what_was_read_is_told(tmp_path, small_blocks):
+    small = jsonl(tmp_path / "a.jsonl", {"prompt": "a b", "completion": " fox"}, {"text": "c d"})
+    packed = load(small)
+    tokens = sum(len(TOKENIZER(text)["input_ids"]) + 1 for text in ("a b fox", "c d"))
+    learned = len(TOKENIZER(" fox")["input_ids"]) + len(TOKENIZER("c d")["input_ids"]) + 1
+    assert describe(packed, 10) == (
+        f"data: 2 records, {tokens} tokens, {learned / tokens:.1%} of them learned, in 1 "
+        "sequences, which the steps read 10 times"
+    )
+    packed = load(numbered(tmp_path / "b.jsonl", 1000))
+    assert describe(packed, 5000).endswith(
+        "in 10 sequences so far; the steps take 5,000, and more is read when they come to it"
+    )
+
+
+def test_contents_are_told_apart_by_what_is_in_them(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"text": TEXT})
+    found = contents(load(path))
+    shutil.copy(path, tmp_path / "b.jsonl")
+    assert contents(load(tmp_path / "b.jsonl")) == found
+    stat = os.stat(path)
+    jsonl(tmp_path / "a.jsonl", {"text": TEXT.replace("fox", "dog")})
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert contents(load(path)) != found
+    assert contents(load(f"{path}[:1]")) != contents(load(path))
 
 
 # Tokenizers
@@ -149,7 +303,7 @@ def test_collate(two_sources):
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (3, 8), (1, 2)])
 def test_each_epoch_is_a_permutation_of_its_own(n, batch):
-    order = SampleOrder(n, batch, seed=3)
+    order = SampleOrder(range(n), batch, seed=3)
     stream = [i for step in range(n * 4) for i in order.indices(step)]
     epochs = [stream[e * n : (e + 1) * n] for e in range(4)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
@@ -157,11 +311,11 @@ def test_each_epoch_is_a_permutation_of_its_own(n, batch):
 
 
 def test_the_order_needs_nothing_but_the_step():
-    order = SampleOrder(10, 4, seed=3)
+    order = SampleOrder(range(10), 4, seed=3)
     steps = [order.indices(step) for step in range(20)]
-    assert SampleOrder(10, 4, seed=3).indices(17) == steps[17]
+    assert SampleOrder(range(10), 4, seed=3).indices(17) == steps[17]
     assert order.indices(2) == steps[2]
     assert (
-        SampleOrder(10, 4, seed=4).indices(0) != steps[0]
-        or SampleOrder(10, 4, 4).indices(1) != steps[1]
+        SampleOrder(range(10), 4, seed=4).indices(0) != steps[0]
+        or SampleOrder(range(10), 4, 4).indices(1) != steps[1]
     )

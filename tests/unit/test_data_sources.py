@@ -192,6 +192,23 @@ def test_a_limit_counts_records(tmp_path):
     fails(f"{path}[:0]", "limit 0 must be at least 1")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (LINES, ["a b", "c d"]),
+        (json.dumps(RECORDS).encode(), ["a b", "c d"]),
+        (b"a b\nc", ["a b\nc"]),
+    ],
+)
+def test_standard_input(monkeypatch, given, expected):
+    for name in ("-", "-[:9]=0.5"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert texts(name) == expected
+    fails("-", "standard input is empty")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails("-", "standard input is read by a single process")
+
+
 def test_json_over_several_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("\n".join(json.dumps(record, indent=1) for record in RECORDS))

@@ -254,7 +254,7 @@ def test_data_without_labels_are_refused(exits, data):
     }
 
     class Unlabelled:
-        def __len__(self):
+        def count(self, most):
             return 1
 
         def __getitem__(self, _):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ee_tuning.adapter import find_exits
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.data import load_packed
+from ee_tuning.data import describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import hardware, versions
 from ee_tuning.errors import UserError
@@ -39,6 +39,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     folder = results_folder(config)
     model, tokenizer = load_for_decoding(config)
     packed = load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
+    progress.print(describe(packed), highlight=False, soft_wrap=True)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
     with progress.status("losses and agreement on the data"):
         measured = measure_exits(model, packed, config, thresholds)

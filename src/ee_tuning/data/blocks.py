@@ -129,12 +129,12 @@ class Blocks:
     def _add(self, tally: Tally) -> None:
         self.tallies.append(tally)
         self.ends = np.append(self.ends, self.ends[-1] + tally.rows)
-        if tally.last and not self.ends[-1]:
-            raise _nothing_to_learn(self.source.name, self.total())
         if tally.bad:
             warnings.warn(
                 f"{tally.bad} bad records skipped, the first: {tally.problem}", stacklevel=2
             )
+        if tally.last and not self.ends[-1]:
+            raise _nothing_to_learn(self.source.name, self.total())
 
     def _path(self, number: int) -> Path:
         return cache_folder() / f"{self.key}-{number}.npy"
@@ -171,9 +171,10 @@ class Blocks:
     def _write(self, number: int, path: Path, description: Path) -> Tally:
         documents, tally = self._collect(number)
         order = np.random.default_rng([self.layout.seed, number]).permutation(len(documents))
-        pairs = ((ids, np.where(counts, ids, IGNORED)) for ids, counts in
-                 (documents[i] for i in order))  # fmt: skip
-        rows = [self._packed(row) for row in pack(pairs, self.layout.seq_length, self.layout.pad_id)]
+        chosen = (documents[i] for i in order)
+        pairs = ((ids, np.where(counts, ids, IGNORED)) for ids, counts in chosen)
+        packed = pack(pairs, self.layout.seq_length, self.layout.pad_id)
+        rows = [self._packed(row) for row in packed]
         tally.rows = len(rows)
         with written(path) as file:
             np.save(file, np.array(rows, dtype=self.layout.row))

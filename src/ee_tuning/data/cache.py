@@ -21,7 +21,9 @@ from ee_tuning.errors import UserError
 BOUND = "EE_TUNING_CACHE_GIB"  # environment variable
 DEFAULT_GIB = 64.0
 DAY = 24 * 3600
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
+)  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -63,8 +63,8 @@ def contents(rows: Rows) -> str:
     return key_of([blocks.source.contents() for blocks in rows.sources])
 
 
-def describe(rows: Rows, samples: int) -> str:
-    """What was read for `rows`, and how far `samples` of them go, for people.
+def describe(rows: Rows, samples: int = 0) -> str:
+    """What was read for `rows`, and how far `samples` of them go, if a run takes some, for people.
 
     rows: of all sources, or what `split_validation` left of them.
     """
@@ -76,6 +76,8 @@ def describe(rows: Rows, samples: int) -> str:
         f"data: {sums[0]:,} records, {sums[1]:,} tokens, {learned:.1%} of them learned, in "
         f"{number:,} sequences"
     )
+    if not samples:
+        return text
     if all(total.last for total in totals):
         return f"{text}, which the steps read {samples / len(rows):.2g} times"
     return f"{text} so far; the steps take {samples:,}, and more is read when they come to it"

@@ -1,10 +1,10 @@
 """What the user named as data: ``SOURCE[[:LIMIT]][=WEIGHT]``, parsed and found.
 
 A source is a file of a format in `READERS`, packed or not, a pattern of such files, a folder,
-standard input, ``-``, a Megatron pair (its prefix, ``.bin`` or ``.idx``), or, if there is no such path, a data set of the
-hub: ``id``, ``id#split``, ``id:config`` or ``id:config#split``; the split is ``train`` unless
-given. To add a format is to add a function to `READERS`, to add a kind of source to give
-`parse_source` another `Content`.
+standard input, ``-``, a Megatron pair (its prefix, ``.bin`` or ``.idx``), or, if there is no such
+path, a data set of the hub: ``id``, ``id#split``, ``id:config`` or ``id:config#split``; the split
+is ``train`` unless given. To add a format is to add a function to `READERS`, to add a kind of
+source to give `parse_source` another `Content`.
 """
 
 from __future__ import annotations
@@ -201,9 +201,7 @@ def file_identity(path: Path) -> FileIdentity:
         for start in range(0, stat.st_size, step):
             file.seek(start)
             digest.update(file.read(SAMPLE))
-    return FileIdentity(
-        str(path.resolve()), stat.st_mtime_ns, stat.st_size, digest.hexdigest()
-    )
+    return FileIdentity(str(path.resolve()), stat.st_mtime_ns, stat.st_size, digest.hexdigest())
 
 
 def parse_source(text: str) -> Source:

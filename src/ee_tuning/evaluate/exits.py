@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.data import micro_batches
+from ee_tuning.data import Rows, micro_batches
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
@@ -42,7 +42,7 @@ class Predictions:
 
 @torch.inference_mode()
 def measure_exits(
-    model: Network, packed: Any, config: EvaluateConfig, thresholds: list[float]
+    model: Network, packed: Rows, config: EvaluateConfig, thresholds: list[float]
 ) -> dict[str, Any]:
     """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
 
@@ -91,12 +91,12 @@ def active_exits(model: Network, config: EvaluateConfig) -> list[int]:
 
 
 def _predict(
-    model: Network, packed: Any, config: EvaluateConfig
+    model: Network, packed: Rows, config: EvaluateConfig
 ) -> tuple[list[Predictions], Predictions]:
     """Predictions of every exit, by depth, and of the final exit, on the same tokens."""
     exits = [Predictions(layer) for layer in model.exit_layers]
     final = Predictions(model.backbone.num_layers)
-    rows = max(1, min(len(packed), config.max_tokens // config.seq_length))
+    rows = packed.count(max(1, config.max_tokens // config.seq_length))
     for batch in micro_batches(packed, range(rows), config.micro_batch_size):
         batch["known"] = model.known_labels(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}

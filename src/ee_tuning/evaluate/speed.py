@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,16 +20,16 @@ from ee_tuning.model import Network
 Method = Callable[[Tensor], Any]
 
 
-def take_prompts(packed: Any, number: int, length: int) -> list[list[int]]:
+def take_prompts(packed: Iterable[dict[str, Tensor]], number: int, length: int) -> list[list[int]]:
     """The first `length` tokens of up to `number` pieces of text, one per packed row.
 
     Raises:
         UserError: no piece is that long.
     """
     prompts: list[list[int]] = []
-    for row in range(len(packed)):
-        ids = packed[row]["input_ids"]
-        long = [start for start, stop in _pieces(packed[row]) if stop - start >= length]
+    for row in packed:
+        ids = row["input_ids"]
+        long = [start for start, stop in _pieces(row) if stop - start >= length]
         prompts += [ids[start : start + length].tolist() for start in long[:1]]
         if len(prompts) == number:
             break

@@ -138,7 +138,7 @@ class Run:
         self.on_step, self.on_checkpoint = on_step, on_checkpoint
         self.tuner, self.model = made.tuner, made.tuner.model
         self.layers = self.model.all_exit_layers
-        self.order = SampleOrder(len(made.train), config.global_batch_size, config.seed)
+        self.order = SampleOrder(made.train, config.global_batch_size, config.seed, config.steps)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.stopping = False  # every process knows that one of them was asked to stop
         self.checkpoints = out / "checkpoints"
@@ -275,7 +275,7 @@ class Run:
     def validate(self, log: MetricsLog | NoLog, step: int) -> dict[int, float]:
         """Held-out loss per exit, recorded at `step`."""
         size = self.config.micro_batch_size
-        rows = min(len(self.made.valid), self.config.eval_batches * size)
+        rows = self.made.valid.count(self.config.eval_batches * size)
         batches = deal_batches(list(micro_batches(self.made.valid, range(rows), size)), self.mesh)
         losses = self.tuner.mean_losses(batches)
         log.write(step, valid_loss=losses)

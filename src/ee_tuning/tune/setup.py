@@ -11,13 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import torch
 
 from ee_tuning import varlen
 from ee_tuning.backbone import Backbone
 from ee_tuning.config import TuneConfig
-from ee_tuning.data import collate, load_packed, micro_batches, split_validation
+from ee_tuning.data import (
+    Rows,
+    collate,
+    contents,
+    describe,
+    load_packed,
+    micro_batches,
+    split_validation,
+)
 from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, load_tokenizer
@@ -45,8 +52,8 @@ class SetUp:
     """What a run works with. pipeline: what goes between its processes, or is traced."""
 
     tuner: Tuner
-    train: datasets.Dataset
-    valid: datasets.Dataset
+    train: Rows
+    valid: Rows
     pipeline: Pipeline
 
 
@@ -67,6 +74,7 @@ def set_up(
     """
     model = load_share(config, mesh, device, dtype, stage)
     train, valid = load_data(config, model, mesh)
+    say(describe(train, config.steps * config.global_batch_size))
     if config.exit_vocab:
         reduce_vocabulary(model, train, valid, config, say)
     prepare(model, config, mesh)
@@ -168,9 +176,7 @@ def _all_hashes(model: Network, mesh: Mesh) -> dict[str, str]:
     return found
 
 
-def load_data(
-    config: TuneConfig, model: Network, mesh: Mesh
-) -> tuple[datasets.Dataset, datasets.Dataset]:
+def load_data(config: TuneConfig, model: Network, mesh: Mesh) -> tuple[Rows, Rows]:
     """Packed sequences to tune on, and to validate with.
 
     Raises:
@@ -181,7 +187,7 @@ def load_data(
     return both
 
 
-def _pack(config: TuneConfig, backbone: Backbone) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _pack(config: TuneConfig, backbone: Backbone) -> tuple[Rows, Rows]:
     """See `load_data`."""
     path = config.tokenizer or backbone.model.name_or_path
     tokenizer = load_tokenizer(path, backbone.config.vocab_size)
@@ -197,25 +203,25 @@ def digest(*values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _sample(data: datasets.Dataset) -> Any:
-    """The size of a packed data set and a hash of rows of it, spread evenly."""
-    rows = range(0, len(data), max(1, len(data) // COMPARED_ROWS))
-    found = collate(data, rows)
+def _sample(data: Rows) -> Any:
+    """What tells data, and how many rows are ready with a hash of some, spread evenly."""
+    ready = data.count(data.window)
+    found = collate(data, range(0, ready, max(1, ready // COMPARED_ROWS)))
     hashes = [hashlib.sha256(values.numpy().tobytes()).hexdigest() for values in found.values()]
-    return len(data), hashes
+    return contents(data), ready, hashes
 
 
 def reduce_vocabulary(
     model: Network,
-    train: datasets.Dataset,
-    valid: datasets.Dataset,
+    train: Rows,
+    valid: Rows,
     config: TuneConfig,
     say: Callable[[str], None],
 ) -> None:
     """Let the exits know only the most frequent tokens of the data, and say what is lost."""
 
-    def batches(data: datasets.Dataset) -> Iterator[Batch]:
-        rows = min(len(data), COUNTED_TOKENS // config.seq_length + 1)
+    def batches(data: Rows) -> Iterator[Batch]:
+        rows = data.count(COUNTED_TOKENS // config.seq_length + 1)
         return micro_batches(data, range(rows), 64)
 
     size = model.backbone.config.vocab_size
