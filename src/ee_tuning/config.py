@@ -190,11 +190,13 @@ class InitConfig(NewExitsConfig):
 
 
 @dataclass
-class ReadingConfig:
+class ReadingConfig(Settings):
     """How records become documents: what `tune` and `evaluate` share."""
 
     text_field: str = option("text", "name of the field with the text of a record")
-    chat_template: str = option("", "file with a chat template; default: the tokenizer's")
+    chat_template: str = option(
+        "", "file with a chat template; default: the tokenizer's", path=True
+    )
     control_as_text: bool = option(
         False, "control tokens that a text or prompt spells out, such as <|im_end|>, are text"
     )
