@@ -19,6 +19,7 @@ from torch.distributed.tensor import Partial, Replicate
 from ee_tuning.backbone import Backbone
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
+from ee_tuning.exits.head import as_buffers
 from ee_tuning.losses import IGNORED, Softmax
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
@@ -167,6 +168,8 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -
         _split_by_plan(module, plan, tp)
     if not exit.output.shared or exit.output.picked is not None:
         split_linear(exit.output.linear, "an exit's head", head, tp)
+    if exit.output.picked is not None:
+        as_buffers(exit.output.picked)
 
 
 def _split_sequence(model: Network, plan: dict[str, str], part: SequencePart) -> None:
