@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ee_tuning.config import ExitConfig
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import ExitConfig
+from ee_tuning.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["EarlyExitModel", "ExitConfig", "UserError", "__version__"]
 
 

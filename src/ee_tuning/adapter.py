@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ee_tuning.config import ExitConfig
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fingerprint import config_values
 from ee_tuning.model import Network

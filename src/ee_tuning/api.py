@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ee_tuning.adapter import save
-from ee_tuning.config import ExitConfig, FrozenPrecision
+from ee_tuning.config import FrozenPrecision
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import ExitConfig
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.share import New, Saved, Share, load

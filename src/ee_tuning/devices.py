@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import transformers
 
-import ee_tuning
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.quantise.fp8 import has_fp8
+from ee_tuning.version import __version__
 
 
 def pick_device(name: str) -> torch.device:
@@ -117,6 +117,6 @@ def _cpu_name() -> str:
 def versions() -> str:
     """What ran, for every figure and every run that is kept."""
     return (
-        f"ee-tuning {ee_tuning.__version__}, torch {torch.__version__}, "
+        f"ee-tuning {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}"
     )

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
-from ee_tuning.config import ExitConfig
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import ExitConfig
 from ee_tuning.exits import ARCHS, Exit
 from ee_tuning.fingerprint import tensor_hashes
 from ee_tuning.losses import cross_entropy

@@ -19,9 +19,10 @@ from ee_tuning.adapter import (
     saved_exits,
 )
 from ee_tuning.backbone import in_memory
-from ee_tuning.config import ExitConfig, FrozenPrecision, TuneConfig
+from ee_tuning.config import FrozenPrecision, TuneConfig
 from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import ExitConfig
 from ee_tuning.fingerprint import check_same, config_values
 from ee_tuning.loading import Parts, Slices, empty_backbone, load_backbone, load_config
 from ee_tuning.model import Network

@@ -15,9 +15,10 @@ from helpers.commands import fails, tune
 
 from ee_tuning.cli import COMMANDS, main
 from ee_tuning.commands.evaluate import evaluate
-from ee_tuning.config import EvaluateConfig, parse_layers
+from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode.text import encode_prompt
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import parse_layers
 from ee_tuning.parsing import parse
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.commands.evaluate import evaluate, parse_thresholds, results_folder
-from ee_tuning.config import EvaluateConfig, ExitConfig
+from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits
 from ee_tuning.evaluate.report import _pieces as text_pieces
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import _speedup, take_prompts
+from ee_tuning.exit_config import ExitConfig
 
 LENGTH, NEW = 32, 6
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.config import parse_layers
+from ee_tuning.exit_config import parse_layers
 from ee_tuning.loading import load_backbone
 
 

@@ -6,7 +6,7 @@ from helpers.families import FAMILIES, MOE, OTHERS, RECURRENT, REFUSED, UNDECODE
 from helpers.steps import exit_gradients
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.config import ARCHS
+from ee_tuning.exit_config import ARCHS
 
 ALL = [*FAMILIES, *MOE]
 DEPTH = 4

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar
 
-from ee_tuning.config import MEASURES, Layers, Leaving, parse_layers, parse_threshold
+from ee_tuning.config import MEASURES, Leaving
 from ee_tuning.decode.passes import Prediction
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import Layers, parse_layers, parse_threshold
 from ee_tuning.model import Network
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ee_tuning.backbone import Backbone, Segment, State, attention_name, in_memory, mlp_names
-from ee_tuning.config import ExitSpec
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import ExitSpec
 from ee_tuning.exits.head import Head
 from ee_tuning.slices import SplitParameter, part
 from ee_tuning.twin import twin

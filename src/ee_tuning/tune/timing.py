@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ee_tuning.backbone import slice_config
-from ee_tuning.config import ExitConfig, ExitSpec, TuneConfig
+from ee_tuning.config import TuneConfig
+from ee_tuning.exit_config import ExitConfig, ExitSpec
 from ee_tuning.losses import Objective
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
