@@ -23,11 +23,10 @@ from torch.nn import functional
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import FrozenPrecision, TuneConfig
 from ee_tuning.costs import work
-from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.devices import GIB, hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
 from ee_tuning.model import Descent
-from ee_tuning.plan.gpus import GIB
 from ee_tuning.tune.optimizers import build_optimizers, clip_gradients
 from ee_tuning.tune.setup import prepare
 from ee_tuning.tune.step import Tuner

@@ -15,6 +15,8 @@ from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.quantise.fp8 import has_fp8
 from ee_tuning.version import __version__
 
+GIB = 2**30  # bytes
+
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is a GPU if there is one.

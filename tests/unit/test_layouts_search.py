@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
-from ee_tuning.plan.gpus import GIB
+from ee_tuning.devices import GIB
 from ee_tuning.plan.layouts import expected, search
 from ee_tuning.plan.memory import memory
 from ee_tuning.plan.shapes import account_of

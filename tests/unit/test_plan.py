@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
+from ee_tuning.devices import GIB
 from ee_tuning.errors import UserError
 from ee_tuning.loading import empty_backbone
 from ee_tuning.plan.advice import refuse_if_too_large
 from ee_tuning.plan.check import check
-from ee_tuning.plan.gpus import GIB, GPUS, LAUNCH
+from ee_tuning.plan.gpus import GPUS, LAUNCH
 from ee_tuning.plan.memory import largest_stage, memory
 from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.plan.time import seconds_of_parts, step_seconds

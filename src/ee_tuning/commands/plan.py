@@ -7,10 +7,11 @@ from rich.table import Table
 
 from ee_tuning.config import PlanConfig
 from ee_tuning.costs import Account
+from ee_tuning.devices import GIB
 from ee_tuning.model import Network
 from ee_tuning.plan.advice import advice, check_on_gpu
 from ee_tuning.plan.check import check_plan
-from ee_tuning.plan.gpus import GIB, GPUS
+from ee_tuning.plan.gpus import GPUS
 from ee_tuning.plan.layouts import rows, search
 from ee_tuning.plan.memory import largest_stage
 from ee_tuning.plan.shapes import account_of, shapes_of

@@ -15,11 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ee_tuning.backbone import Segment
-from ee_tuning.devices import free_memory
+from ee_tuning.devices import GIB, free_memory
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
-
-GIB = 2**30
 
 
 @dataclass

@@ -7,11 +7,10 @@ import dataclasses
 import torch
 
 from ee_tuning.config import TuneConfig
-from ee_tuning.devices import pick_dtype
+from ee_tuning.devices import GIB, pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.plan.check import check_dtype, check_model, check_settings
-from ee_tuning.plan.gpus import GIB
 from ee_tuning.plan.memory import largest_stage
 from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.quantise.fp8 import has_fp8

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from ee_tuning.config import TuneConfig
 from ee_tuning.quantise.packages import PACKAGES
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Gpu:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import Account
+from ee_tuning.devices import GIB
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.plan.check import check_model, check_parallel
-from ee_tuning.plan.gpus import GIB
 from ee_tuning.plan.memory import goes_side_by_side, itemsize, memory
 from ee_tuning.plan.shapes import account_of
 from ee_tuning.plan.simulate import simulate

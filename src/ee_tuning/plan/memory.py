@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import Account, ExitWork, Work, runs_side_by_side, state_bytes
+from ee_tuning.devices import GIB
 from ee_tuning.losses import LOGITS
-from ee_tuning.plan.gpus import GIB
 from ee_tuning.quantise.packages import BYTES
 from ee_tuning.stages import cut_stages
 

@@ -20,7 +20,7 @@ from torch import nn
 from ee_tuning.adapter import save
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
-from ee_tuning.devices import check_precisions, pick_device, pick_dtype, versions
+from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.files import claim_folder, write_text
 from ee_tuning.model import Network
@@ -29,7 +29,6 @@ from ee_tuning.parallel.mesh import Mesh, restarts
 from ee_tuning.parallel.trace import save_timeline
 from ee_tuning.plan.advice import refuse_if_too_large
 from ee_tuning.plan.check import check, check_dtype, check_model
-from ee_tuning.plan.gpus import GIB
 from ee_tuning.plan.memory import largest_parts
 from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.tune.checkpoint import (
