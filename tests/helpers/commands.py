@@ -49,3 +49,9 @@ def fails(capsys: pytest.CaptureFixture, *args: Any, status: int = 2) -> str:
     ]
     assert len(lines) == 1
     return lines[0]
+
+
+def read_all(folder):
+    """The bytes of every file below `folder`, by path."""
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import families
+from helpers.commands import read_all
 from helpers.families import tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -162,16 +163,59 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(saved, capsys, monkeyp
     assert not list((saved / "out").iterdir())
 
 
-def test_overwriting_leaves_no_weights_of_an_earlier_export(saved):
+def test_overwriting_leaves_nothing_of_an_earlier_export(saved):
     export(saved, "--merge")
-    (saved / "out" / "model-00002-of-00002.safetensors").write_bytes(b"old")
+    names = {path.name for path in (saved / "out").iterdir()}
+    assert names >= {"exits.safetensors", "exit_config.json", "model.safetensors"}
     export(saved, "--layer", "2", "--overwrite")
-    assert len(list((saved / "out").glob("model*"))) == 1
+    left = {path.name for path in (saved / "out").iterdir()}
+    assert left == names - {"exits.safetensors", "exit_config.json"}
+    assert AutoModelForCausalLM.from_pretrained(saved / "out").config.num_hidden_layers == 2
 
 
-def test_a_folder_of_the_users_survives_an_overwriting_export(saved):
-    mine = saved / "out" / "export" / "mine.txt"
-    mine.parent.mkdir(parents=True)
+@pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "export/mine.txt"])
+def test_what_is_not_ours_survives_an_overwriting_export(saved, capsys, name):
+    export(saved, "--merge")
+    mine = saved / "out" / name
+    mine.parent.mkdir(exist_ok=True)
     mine.write_text("keep")
-    export(saved, "--layer", "2", "--overwrite")
-    assert mine.read_text() == "keep"
+    before = read_all(saved / "out")
+    with pytest.raises(SystemExit):
+        export(saved, "--layer", "2", "--overwrite")
+    assert f"did not write, or what was changed since: {name.split('/')[0]};" in (
+        capsys.readouterr().err
+    )
+    assert read_all(saved / "out") == before
+
+
+def test_weights_tuned_in_place_survive_an_overwriting_export(saved, capsys):
+    export(saved, "--layer", "2")
+    path = saved / "out/model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"] += 1
+    save_file(weights, path)
+    before = read_all(saved / "out")
+    with pytest.raises(SystemExit):
+        export(saved, "--layer", "2", "--overwrite")
+    assert "changed since: model.safetensors;" in capsys.readouterr().err
+    assert read_all(saved / "out") == before
+
+
+def test_what_fails_leaves_the_earlier_export(saved, capsys, monkeypatch):
+    """A mistake, and a disk that is full in the middle of writing."""
+    export(saved, "--layer", "2")
+    before = read_all(saved / "out")
+    for args in (["--layer", "3"], ["--layer", "2", "--model", "/nowhere"]):
+        with pytest.raises(SystemExit):
+            export(saved, *args, "--overwrite")
+        assert read_all(saved / "out") == before
+
+    def full(model, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(SystemExit):
+        export(saved, "--layer", "2", "--overwrite")
+    assert "No space left" in capsys.readouterr().err
+    assert read_all(saved / "out") == before

@@ -19,8 +19,10 @@ from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
-from ee_tuning.files import claim_folder, write_json
+from ee_tuning.files import write_json
+from ee_tuning.folders import claim, refuse_foreign
 
+RESULTS = "evaluation.json", "report.html"
 COUNTS = (
     "micro_batch_size", "max_tokens", "prompts", "prompt_length", "rounds", "max_new_tokens",
 )  # fmt: skip
@@ -87,11 +89,14 @@ def results_folder(config: EvaluateConfig) -> Path:
     """Where the two files go, made if need be: `out`, or the exits' folder.
 
     Raises:
-        UserError: the folder cannot be written, or the exits are from the hub and have none.
+        UserError: the folder cannot be written, holds others of these names, or the exits are
+            from the hub and have none.
     """
     if not config.out and not Path(config.exits).is_dir():
         raise UserError("exits from the hub have no folder for the results: name one with --out")
-    return claim_folder(config.out or config.exits, overwrite=False, resume=True)
+    folder = claim(config.out or config.exits, overwrite=False, resume=True).folder
+    refuse_foreign(folder, RESULTS)
+    return folder
 
 
 def parse_thresholds(given: str | float | list[float]) -> list[float]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ee_tuning.adapter import WEIGHTS_NAME, find_exits
+from ee_tuning.adapter import WEIGHTS_NAME, base_of, find_exits, read_exit_config
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
 from ee_tuning.export import exit_checkpoint, save_exit, save_merged
-from ee_tuning.files import claim_folder
+from ee_tuning.folders import claim
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.share import Saved, Share, load
@@ -28,18 +28,19 @@ def export(config: ExportConfig) -> None:
             "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
             "backbone and exits in one folder"
         )
-    model = load(Saved(config.exits, config.model or None), Share(whole=config.merge), Network)
-    base = model.backbone.model.name_or_path
-    if config.out and Path(config.out).resolve() in {
-        Path(path).resolve() for path in (config.exits, base)
-    }:
+    found = find_exits(config.exits)
+    base = base_of(found, read_exit_config(found), config.model or None)
+    if config.out and Path(config.out).resolve() in {Path(p).resolve() for p in (found, base)}:
         raise UserError(f"{config.out} is what is being exported: give another folder with --out")
+    output = claim(config.out, config.overwrite)
+    model = load(Saved(config.exits, config.model or None), Share(whole=config.merge), Network)
     tokenizer = load_tokenizer(base)
     exported = None if config.merge else exit_checkpoint(model, config.layer)
-    folder = claim_folder(config.out, config.overwrite)
-    if exported is None:
-        save_merged(model, tokenizer, folder, load_file(find_exits(config.exits) / WEIGHTS_NAME))
-    else:
-        save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
+    with output.filled() as folder:
+        if exported is None:
+            stored = load_file(found / WEIGHTS_NAME)
+            save_merged(model, tokenizer, folder, stored)
+        else:
+            save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
     what = "backbone and exits" if config.merge else f"exit {config.layer} as a checkpoint"
     print(f"{what} saved in {config.out}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ee_tuning.api import EarlyExitModel
 from ee_tuning.config import InitConfig
-from ee_tuning.files import claim_folder
+from ee_tuning.folders import claim
 
 
 def init(config: InitConfig) -> None:
@@ -13,7 +13,8 @@ def init(config: InitConfig) -> None:
     Raises:
         UserError: a backbone or exits that cannot be, or a folder that is taken.
     """
-    folder = claim_folder(config.out, config.overwrite)
+    output = claim(config.out, config.overwrite, reads=[config.model])
     model = EarlyExitModel.from_base(config.model, config.exit_config(), whole=False)
-    model.save_pretrained(folder)
-    print(f"exits after layers {model.exit_layers} saved in {folder}")
+    with output.filled() as folder:
+        model.save_pretrained(folder)
+    print(f"exits after layers {model.exit_layers} saved in {config.out}")

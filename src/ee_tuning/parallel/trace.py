@@ -87,5 +87,5 @@ def draw(names: list[str], events: list[list[Event]], path: Path) -> None:
     axes.set_xlabel("ms")
     axes.set_title(f"one step; {idle_share(events):.0%} idle")
     figure.legend(loc="outside lower center", ncols=len(COLOURS))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": "ee-tuning"})
     pyplot.close(figure)

@@ -22,7 +22,8 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
-from ee_tuning.files import claim_folder, write_text
+from ee_tuning.files import write_text
+from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
@@ -69,13 +70,13 @@ def tune(
     Restarted by torchrun, a run goes on from its last checkpoint.
     """
     check(config)
-    if restarts():
-        config = dataclasses.replace(config, resume=True, overwrite=False)
+    config = _going_on(config)
     mesh = Mesh(config.dp, config.tp, config.pp)
     device = pick_device(config.device)
     with mesh.connected(device, config.timeout):
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
-        out = mesh.on_main(lambda: claim_folder(config.out, config.overwrite, config.resume))
+        reads = config.exits, config.model
+        out = mesh.on_main(lambda: claim(config.out, config.overwrite, config.resume, reads))
         shown = display if display and mesh.is_main else Display()
         shapes = mesh.on_all(lambda: shapes_of(config))
         with _largest_parts_named(shapes, config, mesh, out):
@@ -83,8 +84,23 @@ def tune(
             _check_all(shapes, config, mesh, device, dtype)
             stage = own_stage(shapes, config, mesh, device, dtype, shown.say)
             made = set_up(config, mesh, device, dtype, stage, shown.say)
-            Run(config, out, mesh, made, shown, on_step, on_checkpoint).go()
+            run = Run(config, out, mesh, made, shown, on_step, on_checkpoint)
+            with out.left_alone_by_failure(keep=mesh.size > 1):  # torchrun may start it again
+                run.go()
     return made.tuner.model
+
+
+def _going_on(config: TuneConfig) -> TuneConfig:
+    """`config`, but going on with what this run saved if torchrun has started it again.
+
+    A run that was cut off before it could take the place of an earlier one begins again.
+    """
+    folder = Path(config.out)
+    cut_off = (folder / UNFINISHED / "run.yaml").is_file()
+    if not restarts() and not (config.resume and cut_off):
+        return config
+    own = not cut_off and (not config.overwrite or (folder / REPLACED).exists())
+    return dataclasses.replace(config, resume=own, overwrite=not own)
 
 
 def _check_all(
@@ -104,13 +120,13 @@ def _check_all(
 
 @contextmanager
 def _largest_parts_named(
-    shapes: Network, config: TuneConfig, mesh: Mesh, out: Path
+    shapes: Network, config: TuneConfig, mesh: Mesh, out: Output
 ) -> Iterator[None]:
     """Say what takes the memory when there is none left, and what is not lost."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        saved = checkpoints(out / "checkpoints")
+        saved = checkpoints(out.path / "checkpoints")
         kept = f"{saved[-1]} is good, go on with --resume" if saved else "nothing was saved yet"
         raise UserError(
             f"out of memory at {mesh.doing}: {kept}; the largest parts are "
@@ -124,7 +140,7 @@ class Run:
     def __init__(
         self,
         config: TuneConfig,
-        out: Path,
+        out: Output,
         mesh: Mesh,
         made: SetUp,
         display: Display,
@@ -140,14 +156,17 @@ class Run:
         self.order = SampleOrder(made.train, config.global_batch_size, config.seed, config.steps)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.stopping = False  # every process knows that one of them was asked to stop
-        self.checkpoints = out / "checkpoints"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run's are."""
+        return self.out.path / "checkpoints"
 
     def go(self) -> None:
         """Every step from the first, or the last checkpoint's, to the end."""
         config = self.config
         first = self._resume() if config.resume else 0
-        if self.mesh.is_main:
-            write_text(self.out / "run.yaml", describe_run(config))
+        self.mesh.on_main(self._begin)
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
         before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
         self._check_before(before)
@@ -171,16 +190,19 @@ class Run:
                 if evaluates:
                     self.validate(log, done)
                 if saves or self.stopping:
-                    self._save(done)
+                    self._save(done, log)
                 if self.stopping and not last:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
         after = self.validate(log, config.steps)
         if config.trace and config.steps > first + 1:
-            idle = save_timeline(timeline, self.mesh, self.out)
-            self.display.say(f"second step: {idle:.0%} idle, drawn in {self.out / 'trace.png'}")
+            idle = save_timeline(timeline, self.mesh, self.out.path)
+            self.display.say(
+                f"second step: {idle:.0%} idle, drawn in {self.out.path / 'trace.png'}"
+            )
         if self.mesh.is_main:
             state = saved_exit_state(checkpoints(self.checkpoints)[-1], self.model)
-            save(self.model, self.out, self.model.dtype, state)
+            save(self.model, self.out.path, self.model.dtype, state)
+            self.out.finish()
         log.close()
         self.display.result(before, after)
 
@@ -189,7 +211,7 @@ class Run:
         saved = self.mesh.on_main(lambda: checkpoints(self.checkpoints))
         if not saved:
             self.display.say(
-                f"{self.out} holds no checkpoint yet: the run starts at its first step"
+                f"{self.out.folder} holds no checkpoint yet: the run starts at its first step"
             )
             return 0
         given = saved[-1], self.model, self.tuner.optimizers, self.config
@@ -282,9 +304,19 @@ class Run:
         self.display.say(f"held-out loss at step {step}: {text}")
         return losses
 
-    def _save(self, step: int) -> None:
+    def _begin(self) -> None:
+        """Everything is there and was checked: the run's files begin."""
+        self.out.begin()
+        write_text(self.out.path / "run.yaml", describe_run(self.config))
+
+    def _save(self, step: int, log: MetricsLog | NoLog) -> None:
+        """Write a checkpoint; with the first one the run takes the place of an earlier one."""
         given = self.model, self.tuner.optimizers, self.config, self.mesh
         save_checkpoint(self.checkpoints, step, *given, on_written=self.on_checkpoint)
+        if self.out.replaces:
+            log.let_go()
+            self.mesh.on_main(self.out.take_place)
+            self.out.replaces = False  # in every process
 
 
 def _without_numbers(module: nn.Module) -> str:

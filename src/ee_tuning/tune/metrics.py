@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from ee_tuning.errors import UserError
 from ee_tuning.files import write_text
+from ee_tuning.folders import Output
 
 
 class MetricsLog:
     """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard or W&B."""
 
-    def __init__(self, folder: Path, log_to: str, first_step: int = 0) -> None:
+    def __init__(self, out: Output, log_to: str, first_step: int = 0) -> None:
         """Records after `first_step`, left by a run that was cut off, are dropped."""
-        self.path = folder / "metrics.jsonl"
+        self.path = out.path / "metrics.jsonl"
         kept = self.path.read_text().splitlines() if self.path.exists() and first_step else []
         records = [json.loads(line) for line in kept]
         records = [record for record in records if record["step"] <= first_step]
@@ -29,7 +29,7 @@ class MetricsLog:
         self.file = self.path.open("a", encoding="utf-8")
         losses = [record["valid_loss"] for record in records if "valid_loss" in record]
         self.first_validation = {int(k): v for k, v in losses[0].items()} if losses else None
-        self.sink = _SINKS[log_to](folder)
+        self.sink = _SINKS[log_to](out)
 
     def write(self, step: int, **values: Any) -> None:
         """Record `values` (numbers, or numbers by exit layer) at `step`."""
@@ -37,9 +37,14 @@ class MetricsLog:
         self.file.flush()
         self.sink(step, dict(_flat(values)))
 
+    def let_go(self) -> None:
+        """Keep nothing open by its path: the folder is about to be renamed."""
+        self.sink.let_go()
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+        self.let_go()
 
 
 class NoLog:
@@ -48,6 +53,9 @@ class NoLog:
     first_validation = None
 
     def write(self, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def let_go(self) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -63,35 +71,57 @@ def _flat(values: dict[str, Any]) -> list[tuple[str, float]]:
     return pairs
 
 
-def _no_sink(folder: Path) -> Any:
-    return lambda step, values: None
+class _NoSink:
+    """A second place for records, which there is none of."""
+
+    def __init__(self, out: Output) -> None:
+        """Nothing."""
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def let_go(self) -> None:
+        """Nothing."""
 
 
-def _tensorboard_sink(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--log-to tensorboard needs: pip install tensorboard") from error
-    writer = SummaryWriter(str(folder / "tensorboard"))
+class _TensorBoard(_NoSink):
+    def __init__(self, out: Output) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError("--log-to tensorboard needs: pip install tensorboard") from error
+        self.open = lambda: SummaryWriter(str(out.path / "tensorboard"))
+        self.writer: SummaryWriter | None = None
 
-    def write(step: int, values: dict[str, float]) -> None:
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.writer = self.writer or self.open()
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
-    return write
-
-
-def _wandb_sink(folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--log-to wandb needs: pip install wandb") from error
-    run = wandb.init(project="ee-tuning", dir=str(folder), name=folder.name, resume="allow")
-    return lambda step, values: run.log(values, step=step)
+    def let_go(self) -> None:
+        """Close the file; what comes later is in another one."""
+        if self.writer:
+            self.writer.close()
+        self.writer = None
 
 
-_SINKS = {"none": _no_sink, "tensorboard": _tensorboard_sink, "wandb": _wandb_sink}
+class _WandB(_NoSink):
+    def __init__(self, out: Output) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--log-to wandb needs: pip install wandb") from error
+        folder = out.folder
+        self.run = wandb.init(
+            project="ee-tuning", dir=str(folder), name=folder.name, resume="allow"
+        )
+
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+
+_SINKS: dict[str, type[_NoSink]] = {"none": _NoSink, "tensorboard": _TensorBoard, "wandb": _WandB}
 
 
 class OnTheWay:
