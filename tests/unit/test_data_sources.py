@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import io
 import json
@@ -112,6 +113,17 @@ def test_hub_failures_are_told(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     fails("who/what", "data who/what", "no such file or folder here", "(not on the hub)")
+
+
+def test_a_full_disk_is_told_from_a_hub_that_fails(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("failed") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    fails("who/what", "No space left on device", "HF_DATASETS_CACHE")
 
 
 def test_hub_record_without_known_fields(monkeypatch):

@@ -21,9 +21,7 @@ from ee_tuning.errors import UserError
 BOUND = "EE_TUNING_CACHE_GIB"  # environment variable
 DEFAULT_GIB = 64.0
 DAY = 24 * 3600
-UNWRITABLE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
-)  # fmt: skip
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_folder() -> Path:
@@ -42,13 +40,16 @@ def writable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in UNWRITABLE:
-            raise UserError(
-                f"the cache in {datasets.config.HF_DATASETS_CACHE} cannot be written "
-                f"({error.strerror}): free some space, or name another folder with the environment "
-                "variable HF_DATASETS_CACHE"
-            ) from error
-        raise
+        raise unwritable(error) from error
+
+
+def unwritable(error: OSError) -> UserError:
+    """What is wrong with the cache, and what to do."""
+    return UserError(
+        f"the cache in {datasets.config.HF_DATASETS_CACHE} cannot be written "
+        f"({error.strerror or error}): free some space, or name another folder with the "
+        "environment variable HF_DATASETS_CACHE"
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import numpy as np
 
-from ee_tuning.data.cache import standard_input, writable
+from ee_tuning.data.cache import UNWRITABLE, standard_input, unwritable
 from ee_tuning.data.folders import folder_files, saved_folder, walk
 from ee_tuning.data.megatron import read_megatron
 from ee_tuning.data.readers import READERS, Reader, Record
@@ -175,11 +175,11 @@ class Hub:
             path, _, split = self.name.partition("#")
             path, _, config = path.partition(":")
             try:
-                with writable():
-                    self.data = datasets.load_dataset(path, config or None, split=split or "train")
+                self.data = datasets.load_dataset(path, config or None, split=split or "train")
             except Exception as error:  # the hub's client and each format raise errors of their own
-                if isinstance(error, UserError):
-                    raise
+                cause = error.__cause__ or error
+                if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+                    raise unwritable(cause) from error
                 raise UserError(
                     f"data {self.name}: no such file or folder here, and not loadable from the hub "
                     f"({first_line(error)})"
