@@ -63,7 +63,7 @@ def tokens_per_second(account, config, gpu):
 
 @pytest.mark.parametrize(("arch", "measured"), [("mlp", 200_000), ("layer", 114_000)])
 def test_a_small_model_is_as_fast_as_its_products_are_started(arch, measured):
-    """Of two such runs on an H100 about these speeds are known, which `LAUNCH` is fitted to, and the
+    """Of two such runs on an H100 about these speeds are known; `LAUNCH` is fitted to them, and the
     sizes are taken to be the defaults. From FLOP alone it would be four to six times as fast."""
     config = TuneConfig(layers="10,15,20", arch=arch)
     account = account_of(shaped("smollm2-135m", config), config)
