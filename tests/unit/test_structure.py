@@ -89,6 +89,26 @@ def test_no_import_is_for_type_checkers_alone():
     assert named == []
 
 
+def public(body):
+    """Functions and classes that have a name of their own; those of classes, too."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body)
+
+
+def test_what_is_public_says_what_it_is():
+    silent = [file for file in FILES if not ast.get_docstring(tree(file))]
+    silent += [
+        f"{file}: {node.name}"
+        for file in FILES
+        for node in public(tree(file).body)
+        if not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
 # -- pages that are turned -----------------------------------------------------------------------
 
 

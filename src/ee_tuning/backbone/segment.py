@@ -230,4 +230,5 @@ class Passthrough(nn.Module):
     """In place of the trunk: hands `inputs_embeds` on to the head."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        """The hidden states as a trunk's output."""
         return _TrunkOutput(last_hidden_state=inputs_embeds)
