@@ -11,10 +11,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 import pytest
 import torch
 from helpers.families import tiny
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+settings.register_profile("any time", deadline=None)  # a machine may be busy
+settings.load_profile("any time")
 
 TEXT = "".join(
     f"def function_{i}(value):\n    total = {i}\n    for item in value:\n"

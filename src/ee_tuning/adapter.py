@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ee_tuning.errors import UserError, first_line
+from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fingerprint import config_values
@@ -24,6 +27,7 @@ from ee_tuning.slices import SplitParameter, read_part
 FORMAT_VERSION = 1
 CONFIG_NAME = "exit_config.json"
 WEIGHTS_NAME = "exits.safetensors"
+CHECKPOINTS = "checkpoints"  # of a run, in its folder
 HERE = "."  # the backbone of exits that lie in the same folder as it
 
 CARD = Template(
@@ -116,26 +120,79 @@ def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
     )
 
 
-def read_weights(network: Network, path: Path) -> None:
+def read_weights(network: Network, folder: Path) -> None:
     """Read the exits' weights into place, of this process's stage and slices alone.
 
     Raises:
-        UserError: the file is missing or damaged, or holds other tensors than these exits.
+        UserError: files are missing or damaged, or hold other tensors than these exits.
     """
     elsewhere = {str(layer) for layer in network.all_exit_layers} - set(network.exits)
-    try:
-        with safe_open(path, "pt") as file:
-            names = [k for k in file.keys() if k.partition(".")[0] not in elsewhere]  # noqa: SIM118
-            own = dict(network.exits.named_parameters())
-            tensors = {name: _read_part(file, name, own.get(name)) for name in names}
+    own = dict(network.exits.named_parameters())
+    with _reading(folder):
+        tensors = {
+            name: _read_part(*where, own.get(name))
+            for name, where in _stored(folder).items()
+            if name.partition(".")[0] not in elsewhere
+        }
         if "vocabulary" in tensors:
             network.reduce_vocabulary(tensors.pop("vocabulary"))
         network.exits.load_state_dict(tensors)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (SafetensorError, RuntimeError) as error:
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of saved exits by name, those of other processes, too, as they are stored.
+
+    Raises:
+        UserError: files are missing or damaged.
+    """
+    with _reading(folder):
+        return {name: file.get_tensor(inner) for name, (file, inner) in _stored(folder).items()}
+
+
+def count_parameters(folder: Path) -> dict[int, int]:
+    """Number of parameters per exit layer, from the headers of the files alone.
+
+    Raises:
+        UserError: files are missing or damaged.
+    """
+    sizes: dict[int, int] = {}
+    with _reading(folder):
+        for name, (file, inner) in _stored(folder).items():
+            if name == "vocabulary":  # what the exits know, no weights
+                continue
+            layer = int(name.partition(".")[0])
+            sizes[layer] = sizes.get(layer, 0) + math.prod(file.get_slice(inner).get_shape())
+    return sizes
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Inside, what goes wrong with a file is a UserError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path} is damaged or holds other exits: {reason}") from error
+        raise UserError(f"{folder} is damaged or holds other exits: {reason}") from error
+
+
+def _stored(folder: Path) -> dict[str, tuple[Any, str]]:
+    """Every tensor of saved exits by name: the open file that holds it, and its name there.
+
+    A checkpoint of a run has a file for each exit, and one for what they share.
+    """
+    files = {folder / WEIGHTS_NAME: ""}
+    if (folder / "state.json").exists():
+        parts = folder.glob("exit-*.safetensors")
+        files = {path: f"{path.stem.removeprefix('exit-')}." for path in parts}
+        files[folder / "common.safetensors"] = ""
+    found: dict[str, tuple[Any, str]] = {}
+    for path, prefix in files.items():
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        file = safe_open(path, "pt")
+        names = [name for name in file.keys() if not name.startswith("random:")]  # noqa: SIM118
+        found |= {f"{prefix}{name}": (file, name) for name in names}
+    return found
 
 
 def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
@@ -143,26 +200,6 @@ def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
     if not isinstance(p, SplitParameter):
         return file.get_tensor(name)
     return read_part(file.get_slice(name), p.split_dim, p.mesh)
-
-
-def count_parameters(path: Path) -> dict[int, int]:
-    """Number of parameters per exit layer, from the header of ``exits.safetensors`` alone.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    sizes: dict[int, int] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not iterable itself
-                if name == "vocabulary":  # what the exits know, no weights
-                    continue
-                layer = int(name.partition(".")[0])
-                size = math.prod(file.get_slice(name).get_shape())
-                sizes[layer] = sizes.get(layer, 0) + size
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
-    return sizes
 
 
 def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:
@@ -179,6 +216,8 @@ def saved_exits(saved: dict[str, Any]) -> ExitConfig:
 def find_exits(path: str) -> Path:
     """The local folder of saved exits; a hub id is fetched.
 
+    Of a run that is on its way it is the last checkpoint's.
+
     Raises:
         UserError: there are none.
     """
@@ -186,7 +225,12 @@ def find_exits(path: str) -> Path:
         raise UserError("no exits given: name their folder or hub id with --exits")
     folder = Path(path)
     if folder.is_dir():
-        return folder
+        saved = [] if (folder / CONFIG_NAME).exists() else checkpoints(folder / CHECKPOINTS)
+        if not saved:
+            return folder
+        last = saved[-1]
+        warnings.warn(f"{path} is a run on its way: its exits are {last}", Notice, stacklevel=1)
+        return last
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/"):
         raise UserError(f"the exits' folder {path!r} does not exist")
     try:
@@ -195,6 +239,11 @@ def find_exits(path: str) -> Path:
         raise UserError(
             f"{path} is neither a folder nor to be had from the hub: {first_line(error)}"
         ) from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
 def read_exit_config(folder: Path) -> dict[str, Any]:

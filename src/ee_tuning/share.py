@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ee_tuning.adapter import (
-    WEIGHTS_NAME,
     base_of,
     find_exits,
     read_exit_config,
@@ -139,7 +138,7 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
         hashes = {part: value for part, value in hashes.items() if part in network.tensor_hashes}
     check_same(hashes, network.tensor_hashes, source.exits)
     network.exits.to(share.exit_dtype or network.dtype)
-    read_weights(network, folder / WEIGHTS_NAME)
+    read_weights(network, folder)
     return network
 
 

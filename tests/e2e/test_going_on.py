@@ -9,8 +9,11 @@ import torch
 from helpers.commands import arguments, fails, records, tune
 from safetensors.torch import load_file, save_file
 
+from ee_tuning import EarlyExitModel
+from ee_tuning.adapter import checkpoints
 from ee_tuning.cli import main
 from ee_tuning.config import TuneConfig
+from ee_tuning.errors import Notice
 from ee_tuning.tune import tune as tune_exits
 
 
@@ -130,3 +133,68 @@ def test_exits_with_values_that_are_no_numbers(data, tmp_path, capsys, whole):
     flags = arguments(None, data, tmp_path / "exits", exits=bad, layers=None, arch=None)
     line = fails(capsys, "tune", *flags)
     assert "before the first step: exits.1.head.weight has values that are no numbers" in line
+
+
+# -- checkpoints as saved exits ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[{}, {"exit_vocab": 200, "head": "own", "arch": "layer"}])
+def runs(request, base, data, tmp_path_factory):
+    """A finished run, and the same cut off after its second checkpoint."""
+    root = tmp_path_factory.mktemp("runs")
+    common = request.param | {"save_every": 2, "keep": 9}
+    tune_exits(settings(base, data, root / "whole", **common))
+    with pytest.raises(Killed):
+        tune_exits(settings(base, data, root / "cut", **common), on_step=killed_after(5))
+    return root
+
+
+def loaded(folder):
+    return EarlyExitModel.from_pretrained(str(folder)).exit_state()
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_checkpoint_is_loaded_as_saved_exits(runs):
+    last, before = (loaded(runs / f"whole/checkpoints/step-00000{n}") for n in (6, 4))
+    assert_same(last, loaded(runs / "whole"))
+    assert not torch.equal(last["3.head.weight"], before["3.head.weight"])
+    with pytest.warns(Notice, match="is a run on its way: its exits are .*step-000004"):
+        assert_same(loaded(runs / "cut"), before)
+
+
+@pytest.mark.filterwarnings("ignore::ee_tuning.errors.Notice")
+@pytest.mark.parametrize("name", ["cut", "cut/checkpoints/step-000002"])
+def test_every_command_takes_a_checkpoint_or_a_run_on_its_way(runs, data, tmp_path, capsys, name):
+    exits = str(runs / name)
+    main(["inspect", exits])
+    assert "for" in capsys.readouterr().out
+    main(["generate", "--exits", exits, "--prompt", "def f", "--max-new-tokens", "4"])
+    assert "mean depth" in capsys.readouterr().out
+    small = ["--seq-length", "32", "--max-tokens", "64", "--prompts", "1", "--prompt-length", "8"]
+    small += ["--max-new-tokens", "2", "--rounds", "1", "--out", str(tmp_path / "results")]
+    main(["evaluate", "--exits", exits, "--data", data, *small])
+    assert (tmp_path / "results/report.html").is_file()
+    main(["export", "--exits", exits, "--merge", "--out", str(tmp_path / "merged")])
+    assert_same(loaded(tmp_path / "merged"), loaded(exits))
+    flags = arguments(None, data, tmp_path / "on", exits=exits, layers=None, arch=None, steps=1)
+    main(["tune", *flags])
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path):
+    """By name, a millionth step comes before all others."""
+    steps = [500, 999_500, 1_000_000, 12_000_000]
+    for step in reversed(steps):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    found = [path.name for path in checkpoints(tmp_path)]
+    assert found == ["step-000500", "step-999500", "step-1000000", "step-12000000"]
+
+
+def test_a_damaged_checkpoint_is_a_line(runs, tmp_path, capsys):
+    copy = shutil.copytree(runs / "cut/checkpoints/step-000004", tmp_path / "copy")
+    (copy / "exit-3.safetensors").write_bytes(b"cut short")
+    line = fails(capsys, "generate", "--exits", copy, "--prompt", "x")
+    assert f"{copy} is damaged or holds other exits" in line

@@ -70,6 +70,7 @@ def test_tuning_goes_on_from_saved_exits(base, data, tmp_path):
     assert not torch.equal(new["2.norm.weight"], tuned["2.norm.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
     """Bit for bit, whether killed as it saves a checkpoint or stopped with Ctrl-C."""
@@ -220,6 +221,7 @@ def whole_and_resumed(base, data, folder, **settings):
     return [load_file(folder / name / "exits.safetensors") for name in ("whole", "cut")]
 
 
+@pytest.mark.slow
 def test_fp8_backbone_and_exits_resume_bit_for_bit_and_load_on_the_plain_backbone(
     base, data, tmp_path
 ):
@@ -283,6 +285,7 @@ def test_exits_with_a_reduced_vocabulary_from_tuning_to_decoding(base, data, tmp
     tune(base, data, tmp_path / "more", exits=str(tmp_path / "whole"), layers="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("master_weights", ["bf16", "fp32"])
 def test_8_bit_optimizer_resumes_bit_for_bit_with_either_weights(
     master_weights, base, data, tmp_path

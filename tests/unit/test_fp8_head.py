@@ -53,6 +53,7 @@ def test_head_loss_gives_the_gradient_of_its_input():
     assert (found.grad - expected.grad).norm() < ROUNDING * expected.grad.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_steps_take_it_and_their_losses_and_gradients_are_near(is_compiled):
     ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(1))

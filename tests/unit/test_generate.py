@@ -544,6 +544,7 @@ def test_rotary_frequencies_that_change_with_the_length_end_a_text(family):
         model.generate(ids, max_new_tokens=end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
 @pytest.mark.parametrize("compile", [False, True])
 def test_long_texts_have_the_frequencies_of_long_ones_throughout(mode, compile, monkeypatch):

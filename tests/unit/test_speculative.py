@@ -71,6 +71,7 @@ def test_any_setting_gives_the_tokens_of_full_depth(
     assert torch.equal(out.sequences, model.generate(ids, mode="full", **common).sequences)
 
 
+@pytest.mark.slow
 def test_200_prompts_of_real_text_give_the_tokens_of_full_depth():
     """On the demo's backbone in fp32, with exits that are copies and not tuned."""
     demo = Path(__file__).parents[2] / "demo"
@@ -90,6 +91,7 @@ def test_200_prompts_of_real_text_give_the_tokens_of_full_depth():
     assert kept > 100
 
 
+@pytest.mark.slow
 def test_samples_have_the_full_models_distribution():
     """Four tokens of a vocabulary of 5 by exact enumeration, χ² over 4,000 draws.
 

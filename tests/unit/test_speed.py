@@ -83,7 +83,8 @@ def test_fp8_backbone_takes_a_byte_per_weight_and_keeps_its_fingerprint():
         model = EarlyExitModel.from_base(
             tiny("llama"), ExitConfig("1,3", "mlp"), backbone_precision="fp8"
         )
-    linears = [m for m in model.backbone.layers.modules() if isinstance(m, Fp8Linear)]
+    modules = [m for layer in model.backbone.layers for m in layer.modules()]
+    linears = [m for m in modules if isinstance(m, Fp8Linear)]
     assert len(linears) == 4 * 7
     assert all(linear.weight.itemsize == 1 for linear in linears)
     assert saved_config(model) == saved_config(plain)
@@ -127,6 +128,7 @@ def test_gradient_through_a_frozen_fp8_head():
     torch.testing.assert_close(x.grad, dy @ (weight.float() * scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [Objective(), Objective("mixed", dynamic_weights=True)])
 def test_compiled_step_equals_the_eager_one_and_compiles_once(objective):
     """Tolerance: fused kernels add up in another order."""

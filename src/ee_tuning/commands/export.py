@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from ee_tuning.adapter import WEIGHTS_NAME, base_of, find_exits, read_exit_config
+from ee_tuning.adapter import base_of, find_exits, read_exit_config, stored
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
 from ee_tuning.export import exit_checkpoint, save_exit, save_merged
@@ -38,8 +36,7 @@ def export(config: ExportConfig) -> None:
     exported = None if config.merge else exit_checkpoint(model, config.layer)
     with output.filled() as folder:
         if exported is None:
-            stored = load_file(found / WEIGHTS_NAME)
-            save_merged(model, tokenizer, folder, stored)
+            save_merged(model, tokenizer, folder, stored(found))
         else:
             save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
     what = "backbone and exits" if config.merge else f"exit {config.layer} as a checkpoint"

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from ee_tuning.adapter import (
     CONFIG_NAME,
-    WEIGHTS_NAME,
     count_parameters,
     find_exits,
     read_exit_config,
@@ -26,7 +25,7 @@ def inspect(config: InspectConfig) -> None:
         UserError: nothing is there, or something else.
     """
     path = config.path
-    is_exits = (Path(path) / CONFIG_NAME).is_file()
+    is_exits = Path(path).is_dir() and (find_exits(path) / CONFIG_NAME).is_file()
     Console().print(_exits_table(path) if is_exits else _backbone_table(path))
 
 
@@ -48,7 +47,7 @@ def _exits_table(path: str) -> Table:
     if saved["vocab_size"]:
         total = saved["backbone"]["config"]["vocab_size"]
         table.caption = f"the exits know {saved['vocab_size']:,} of {total:,} tokens"
-    sizes = count_parameters(folder / WEIGHTS_NAME)
+    sizes = count_parameters(folder)
     for layer, arch, head in zip(*(saved[k] for k in ("layers", "arch", "head")), strict=True):
         table.add_row(str(layer), arch, head, f"{sizes.get(layer, 0):,}")
     return table

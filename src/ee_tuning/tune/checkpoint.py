@@ -2,9 +2,9 @@
 
 A checkpoint is a folder ``checkpoints/step-000500/`` with, for each exit, its master weights
 (``exit-8.safetensors``) and its optimizer's state (``optimizer-8.safetensors``), the random state
-and ``state.json``. The learning rate and the data's position are functions of the step alone, so
-the step is all there is to store of them. The tensors are whole however many processes a run has,
-so a run may go on with another number of them.
+and ``state.json``; ``exit_config.json`` makes it saved exits as well. The learning rate and the
+data's position are functions of the step alone, so the step is all there is to store of them. The
+tensors are whole however many processes a run has, so a run may go on with another number of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ee_tuning.adapter import CONFIG_NAME, checkpoints, saved_config
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.files import put_at, read_json, write_json, writing
@@ -63,6 +64,7 @@ def save_checkpoint(
                 settings = {key: getattr(config, key) for key in FIXED}
                 state = {"step": step, "steps": config.steps, "settings": settings}
                 write_json(partial / "state.json", state)
+                write_json(partial / CONFIG_NAME, saved_config(model))
                 put_at(partial, path)
                 for old in checkpoints(folder)[: -config.keep]:
                     shutil.rmtree(old)
@@ -79,11 +81,6 @@ def _write_exits(folder: Path, model: Network, optimizers: Optimizers, mesh: Mes
         if mesh.dp_rank == mesh.tp_rank == 0:
             save_file(weights, folder / f"exit-{layer}.safetensors")
             save_file(state, folder / f"optimizer-{layer}.safetensors")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest first."""
-    return sorted(folder.glob("step-*"))
 
 
 def load_checkpoint(
@@ -119,15 +116,6 @@ def load_checkpoint(
     if "random:cuda" in common and model.backbone.device.type == "cuda":
         torch.cuda.set_rng_state(common["random:cuda"])
     return state["step"], steps
-
-
-def saved_exit_state(path: Path, model: Network) -> dict[str, torch.Tensor]:
-    """`Network.exit_state` of all exits, those of other stages too, from a checkpoint."""
-    state: dict[str, torch.Tensor] = {}
-    for layer in model.all_exit_layers:
-        weights = _read(path / f"exit-{layer}.safetensors")
-        state |= {f"{layer}.{name}": value for name, value in weights.items()}
-    return state | ({"vocabulary": model.vocabulary.tokens} if model.vocabulary else {})
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from ee_tuning.adapter import save
+from ee_tuning.adapter import checkpoints, save, stored
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
@@ -32,12 +32,7 @@ from ee_tuning.plan.advice import refuse_if_too_large
 from ee_tuning.plan.check import check, check_dtype, check_model
 from ee_tuning.plan.memory import largest_parts
 from ee_tuning.plan.shapes import account_of, shapes_of
-from ee_tuning.tune.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    saved_exit_state,
-)
+from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
 from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay, Speed
 from ee_tuning.tune.optimizers import learning_rate, loss_weights, set_learning_rate
 from ee_tuning.tune.setup import SetUp, digest, set_up
@@ -200,7 +195,7 @@ class Run:
                 f"second step: {idle:.0%} idle, drawn in {self.out.path / 'trace.png'}"
             )
         if self.mesh.is_main:
-            state = saved_exit_state(checkpoints(self.checkpoints)[-1], self.model)
+            state = stored(checkpoints(self.checkpoints)[-1])
             save(self.model, self.out.path, self.model.dtype, state)
             self.out.finish()
         log.close()
