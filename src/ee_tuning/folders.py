@@ -262,7 +262,8 @@ _FILES: dict[str, Callable[[Path], bool]] = {
     "trace.png": _begins("ee-tuning"),
 }
 _FOLDERS = {
-    "checkpoints": r"checkpoints/\.*step-\d+(\.\w+)?/(old/|\.state\.json\.\w+/)?"
-    r"((exit|optimizer)-\d+\.safetensors|common\.safetensors|state\.json|new)",
+    "checkpoints": r"checkpoints/\.*step-\d+(\.\w+)?/(old/|\.(state|exit_config)\.json\.\w+/)?"
+    r"((exit|optimizer)-\d+\.safetensors|common\.safetensors|(state|exit_config)\.json|new|"
+    r"evaluation\.json|report\.html)",
     "tensorboard": r"tensorboard/events\.out\.tfevents\..*",
 }

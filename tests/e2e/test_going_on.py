@@ -184,6 +184,17 @@ def test_every_command_takes_a_checkpoint_or_a_run_on_its_way(runs, data, tmp_pa
     main(["tune", *flags])
 
 
+def test_a_run_is_replaced_although_a_checkpoint_of_it_was_evaluated(runs, base, data, tmp_path):
+    """What `evaluate` left in a checkpoint is this project's, too."""
+    out = shutil.copytree(runs / "cut", tmp_path / "cut")
+    small = ["--seq-length", "32", "--max-tokens", "64", "--prompts", "1", "--prompt-length", "8"]
+    checkpoint = str(out / "checkpoints/step-000002")
+    main(["evaluate", "--exits", checkpoint, "--data", data, *small, "--max-new-tokens", "2"])
+    assert (out / "checkpoints/step-000002/evaluation.json").is_file()
+    tune(base, data, out, steps=1, overwrite=True)
+    assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-000001"]
+
+
 def test_checkpoints_are_ordered_by_their_steps(tmp_path):
     """By name, a millionth step comes before all others."""
     steps = [500, 999_500, 1_000_000, 12_000_000]

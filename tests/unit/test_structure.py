@@ -32,7 +32,7 @@ FLOORS = [
     ["model"],
     ["exits", "backbone", "loading", "fingerprint"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices"],
-    ["config", "exit_config", "files"],
+    ["config", "exit_config", "files", "folders"],
     ["twin", "errors", "version"],
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
