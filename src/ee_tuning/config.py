@@ -278,13 +278,29 @@ class GenerateConfig(Leaving, SamplingConfig):
         "off",
         "compile decoding, with CUDA graphs on a GPU: a minute, before a long text; auto: on a GPU",
     )
-    prompt: str = option("", "the prompt; - reads standard input")
+    prompt: str | None = option(
+        None, "the prompt; - reads standard input, '' begins with the tokenizer's BOS token"
+    )
     do_sample: bool = option(False, "sample instead of taking the likeliest token")
     temperature: float = option(1.0, "sampling temperature")
     top_k: int = option(50, "sample among the k likeliest tokens; 0: all")
     top_p: float = option(1.0, "sample among the likeliest tokens up to this probability")
+    min_p: float = option(
+        0.0, "sample among tokens at least so likely, as a share of the likeliest's probability"
+    )
+    repetition_penalty: float = option(
+        1.0, "divides the logits of tokens that were there before; 1: none"
+    )
     stop_strings: list[str] = option([], "end the text at one of these strings")
-    chat: bool = option(False, "wrap the prompt in the tokenizer's chat template")
+    chat: bool = option(
+        False,
+        "wrap the prompt in the tokenizer's chat template; without a prompt, a conversation: "
+        "each line is a turn, the end of standard input ends it",
+    )
+    system: str = option("", "system prompt of the chat")
+    chat_template: str = option(
+        "", "file with a chat template; default: the tokenizer's", path=True
+    )
     tp: int = option(1, "tensor-parallel ranks; tp × pp processes are started by torchrun")
     pp: int = option(
         1, "pipeline stages: the next token begins where one leaves, deeper stages catch up"

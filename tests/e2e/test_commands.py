@@ -16,7 +16,7 @@ from helpers.commands import fails, tune
 from ee_tuning.cli import COMMANDS, main
 from ee_tuning.commands.evaluate import evaluate
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.decode.text import encode_prompt
+from ee_tuning.decode.text import encode_chat
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import parse_layers
 from ee_tuning.parsing import parse
@@ -220,7 +220,7 @@ def test_a_chat_template_that_fails_is_one_line(tokenizer):
     for template in ("{{ raise_exception('no such role') }}", "{% for"):
         tokenizer.chat_template = template
         with pytest.raises(UserError, match="the tokenizer's chat template fails: "):
-            encode_prompt(tokenizer, "x", chat=True)
+            encode_chat(tokenizer, [{"role": "user", "content": "x"}])
 
 
 def test_help_names_every_setting(capsys):

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ee_tuning import decode
 from ee_tuning.config import GenerateConfig
+from ee_tuning.data.chats import with_template
 from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.settings import check_stages
-from ee_tuning.decode.text import TextStream, depth_colour, encode_prompt
+from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.model import Network
@@ -36,21 +37,31 @@ class DepthStreamer:
     the token that `put` brings next. Characters of several tokens wait until they are whole.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, console: Console, depth: int) -> None:
-        self.console, self.depth = console, depth
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        console: Console,
+        depth: int,
+        shows_prompt: bool = True,
+    ) -> None:
+        self.console, self.depth, self.shows_prompt = console, depth, shows_prompt
         self.text = TextStream(tokenizer, skip_special_tokens=True)
         self.layer = depth
         self.layers: list[int] = []
+        self.ids: list[int] = []
         self.prompt_seen = False
 
     def on_token(self, row: int, token: Token) -> None:
         """The next token left at ``token.exit_layer``."""
         self.layer = token.exit_layer
         self.layers.append(token.exit_layer)
+        self.ids.append(token.id)
 
     def put(self, ids: torch.Tensor) -> None:
         """Print what `ids` add to the text; the first call brings the prompt."""
-        self._print(self.text.put(ids.flatten().tolist()))
+        new = self.text.put(ids.flatten().tolist())
+        if self.prompt_seen or self.shows_prompt:
+            self._print(new)
         self.prompt_seen = True
 
     def end(self) -> None:
@@ -66,6 +77,8 @@ class DepthStreamer:
 
 def generate(config: GenerateConfig, console: Console | None = None) -> None:
     """Generate from ``config.prompt`` and print the coloured text, a legend and the mean depth.
+
+    With ``config.chat`` and no prompt, do so for every line of standard input, as a conversation.
 
     Of several processes all do the same, and the first one prints.
 
@@ -84,30 +97,65 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
 
 
 def _generate(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
-    standard_input = config.prompt == "-"
-    prompt = mesh.on_main(_read_input) if standard_input else config.prompt
-    if not prompt:
-        raise UserError("the prompt is empty: give one with --prompt, or - to read standard input")
+    prompt = mesh.on_main(_read_input) if config.prompt == "-" else config.prompt
+    if prompt is None and not config.chat:
+        raise UserError(
+            "the prompt is empty: give one with --prompt, or - to read standard input, or --chat "
+            "for a conversation"
+        )
+    if (config.system or config.chat_template) and not config.chat:
+        raise UserError("system and chat_template are for a chat: give --chat, too")
     model, tokenizer = load_for_decoding(config, mesh, config.stage_layers)
-    mesh.doing = "decoding"
-    input_ids = encode_prompt(tokenizer, prompt, config.chat)
-    arguments = _arguments(config, mesh) | {"tokenizer": tokenizer}
-    if engines_of(model).will_compile(model, config.compiled()):
-        _compile_ahead(model, input_ids, config, arguments, console)
-    streamer = DepthStreamer(tokenizer, console, model.backbone.num_layers)
-    torch.manual_seed(config.seed)
-    start = time.perf_counter()
-    decode.generate(
-        model,
-        input_ids,
-        leaving=config,
-        compile=config.compiled(),
-        streamer=streamer,
-        on_token=streamer.on_token,
-        **arguments,
-    )
-    seconds = time.perf_counter() - start
-    _print_legend(console, streamer.layers, model.backbone.num_layers, seconds)
+    tokenizer = with_template(tokenizer, config.chat_template)
+    speaker = Speaker(config, mesh, console, model, tokenizer)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    if prompt is not None:
+        asked = [*messages, {"role": "user", "content": prompt}]
+        speaker.answer(
+            encode_chat(tokenizer, asked) if config.chat else encode_prompt(tokenizer, prompt)
+        )
+        return
+    while (turn := mesh.on_main(_read_turn)) is not None:
+        messages.append({"role": "user", "content": turn})
+        reply = speaker.answer(encode_chat(tokenizer, messages), shows_prompt=False)
+        messages.append({"role": "assistant", "content": reply})
+
+
+class Speaker:
+    """Generates one text after the other, and prints them with where their tokens left."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        mesh: Mesh,
+        console: Console,
+        model: Network,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.config, self.console, self.model = config, console, model
+        self.tokenizer, self.arguments = tokenizer, _arguments(config, mesh)
+        self.arguments["tokenizer"] = tokenizer
+        mesh.doing = "decoding"
+        torch.manual_seed(config.seed)
+
+    def answer(self, input_ids: torch.Tensor, shows_prompt: bool = True) -> str:
+        """Print, and give, what follows token ids (1, P); the prompt before it if it is shown."""
+        config, model, depth = self.config, self.model, self.model.backbone.num_layers
+        if engines_of(model).will_compile(model, config.compiled()):
+            _compile_ahead(model, input_ids, config, self.arguments, self.console)
+        streamer = DepthStreamer(self.tokenizer, self.console, depth, shows_prompt)
+        start = time.perf_counter()
+        decode.generate(
+            model,
+            input_ids,
+            leaving=config,
+            compile=config.compiled(),
+            streamer=streamer,
+            on_token=streamer.on_token,
+            **self.arguments,
+        )
+        _print_legend(self.console, streamer.layers, depth, time.perf_counter() - start)
+        return str(self.tokenizer.decode(streamer.ids, skip_special_tokens=True)).strip()
 
 
 def _read_input() -> str:
@@ -117,19 +165,35 @@ def _read_input() -> str:
         raise UserError("standard input is not in UTF-8: convert it") from error
 
 
+def _read_turn() -> str | None:
+    """The next line of standard input that says something, or None at its end."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise UserError("standard input is not in UTF-8: convert it") from error
+        if not line or line.strip():
+            return line.strip() or None
+
+
 def _arguments(config: GenerateConfig, mesh: Mesh) -> dict[str, Any]:
     """What transformers' ``generate`` is asked for."""
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     usual = {field.name: field.default for field in fields(GenerateConfig)}
     changed = any(value != usual[name] for name, value in sampling.items())
     if changed and not config.do_sample and mesh.is_main:
         warnings.warn(
-            "temperature, top_k and top_p are ignored without do_sample", Notice, stacklevel=1
+            "temperature, top_k, top_p and min_p are ignored without do_sample",
+            Notice,
+            stacklevel=1,
         )
     return {
         "max_new_tokens": config.max_new_tokens,
         "do_sample": config.do_sample,
         "stop_strings": config.stop_strings or None,
+        "repetition_penalty": config.repetition_penalty,
         **(sampling if config.do_sample else {}),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -54,27 +55,44 @@ def depth_colour(layer: int, depth: int) -> str:
     return f"#{int(60 + 160 * red):02x}{int(60 + 130 * green):02x}46"
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    """Token ids (1, P) of a prompt, in the tokenizer's chat template if `chat`.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
+    """Token ids (1, P) of a prompt; of an empty one the token that begins a text.
 
     Raises:
-        UserError: it is no text in UTF-8, or the template is missing or fails.
+        UserError: it is no text in UTF-8, or empty and the tokenizer has no such token.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python's stand-ins for bytes it could not read
-        raise UserError("the prompt is not in UTF-8: convert it") from error
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt").input_ids
+    ids = tokenizer(_checked(prompt), return_tensors="pt").input_ids.long()
+    if ids.shape[1]:
+        return ids
+    if tokenizer.bos_token_id is None:
+        raise UserError("the prompt is empty, and the tokenizer has no BOS token to begin with")
+    return torch.tensor([[tokenizer.bos_token_id]])
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Tensor:
+    """Token ids (1, P) of a chat that the assistant is to go on with.
+
+    Raises:
+        UserError: a turn is no text in UTF-8, or the chat template is missing or fails.
+    """
+    for message in messages:
+        _checked(message["content"])
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: leave --chat out")
+        raise UserError(
+            "the tokenizer has no chat template: leave --chat out, or give one with --chat-template"
+        )
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except TemplateError as error:
         raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
     return encoded["input_ids"]
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes it could not read
+        raise UserError("the prompt is not in UTF-8: convert it") from error
+    return text
