@@ -22,12 +22,12 @@ MODES: tuple[str, ...] = get_args(Mode)
 MEASURES: tuple[str, ...] = get_args(Measure)
 
 
-def option(default: Any, help: str, path: bool = False) -> Any:
+def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> Any:
     """A dataclass field with its help text; lists get a fresh copy each.
 
-    path: it names files or folders, or may.
+    path: it names files or folders, or may. fixed: a run that goes on has to have the same.
     """
-    metadata = {"help": help, "path": path}
+    metadata = {"help": help, "path": path, "fixed": fixed}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -55,13 +55,13 @@ class NewExitsConfig(Settings):
     """What `init` and `tune` share."""
 
     model: str = option("", "backbone: a local folder or a hub id", path=True)
-    layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4")
+    layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4", fixed=True)
     arch: str | list[str] = option(
-        "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer"
+        "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer", fixed=True
     )
     init: Init = option("copy", "copy the backbone's own modules, or random")
     head: str | list[str] = option(
-        "own", "own (trainable, per exit) or shared (the backbone's, frozen)"
+        "own", "own (trainable, per exit) or shared (the backbone's, frozen)", fixed=True
     )
     out: str = option("", "folder for the exits", path=True)
     overwrite: bool = option(False, "replace what is in --out")
@@ -81,22 +81,22 @@ class InitConfig(NewExitsConfig):
 class ReadingConfig(Settings):
     """How records become documents: what `tune` and `evaluate` share."""
 
-    text_field: str = option("text", "name of the field with the text of a record")
+    text_field: str = option("text", "name of the field with the text of a record", fixed=True)
     chat_template: str = option(
         "", "file with a chat template; default: the tokenizer's", path=True
     )
     control_as_text: bool = option(
-        False, "control tokens that a text or prompt spells out, such as <|im_end|>, are text"
+        False,
+        "control tokens that a text or prompt spells out, such as <|im_end|>, are text",
+        fixed=True,
     )
     skip_bad_records: bool = option(False, "count malformed records and go on instead of stopping")
 
 
 @dataclass
-class TuneConfig(NewExitsConfig, ReadingConfig):
-    """Tune the exits of a backbone on text; the backbone stays as it is."""
+class SourceConfig:
+    """What is tuned, and on what."""
 
-    out: str = option("", "folder for the exits, checkpoints and metrics", path=True)
-    seed: int = option(0, "seed of the data order and of random initialisation")
     exits: str = option("", "exits to go on tuning, instead of --layers and --arch", path=True)
     resume: bool = option(False, "go on from the last checkpoint in --out, if there is one")
 
@@ -109,14 +109,19 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
         [], "held-out data; without it, --valid-fraction of --data is held out", path=True
     )
     valid_fraction: float = option(
-        0.01, "share of the packed sequences held out of --data for validation"
+        0.01, "share of the packed sequences held out of --data for validation", fixed=True
     )
     tokenizer: str = option("", "tokenizer folder or hub id; default: the backbone's", path=True)
 
+
+@dataclass
+class Schedule:
+    """How many steps there are, of what, and how far each of them goes."""
+
     steps: int = option(1000, "optimizer steps")
-    seq_length: int = option(2048, "tokens per packed sequence")
+    seq_length: int = option(2048, "tokens per packed sequence", fixed=True)
     micro_batch_size: int = option(1, "sequences per forward pass")
-    global_batch_size: int = option(16, "sequences per optimizer step")
+    global_batch_size: int = option(16, "sequences per optimizer step", fixed=True)
     lr: float = option(1e-4, "peak learning rate")
     min_lr: float = option(1e-5, "learning rate at the end")
     warmup: float = option(0.01, "warm-up: steps, or a share of the steps if below 1")
@@ -126,6 +131,18 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
     eps: float = option(1e-5, "AdamW epsilon")
     weight_decay: float = option(0.01, "AdamW weight decay, on matrices only")
     clip: float = option(1.0, "largest gradient norm of an exit; 0 switches clipping off")
+    optimizer: Literal["adamw", "adamw-8bit"] = option(
+        "adamw", "adamw-8bit: AdamW with its state in 8 bits (needs torchao)", fixed=True
+    )
+
+    loss_weights: list[float] = option([], "loss weight per exit, by depth; default 1 each")
+    loss_weight_start: float = option(1.0, "factor on the loss weights at step 0")
+    loss_weight_warmup: int = option(0, "steps over which that factor goes to 1")
+
+
+@dataclass
+class ObjectiveConfig:
+    """What an exit is tuned on: see `ee_tuning.losses.Objective`."""
 
     loss: Literal["ce", "kl", "mixed"] = option(
         "ce", "next-token cross-entropy, distillation from the final exit, or both"
@@ -133,15 +150,14 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
     kl_temperature: float = option(1.0, "temperature of the distillation")
     kl_weight: float = option(0.5, "share of distillation in --loss mixed")
     dynamic_weights: bool = option(False, "weight each token's loss by the exit's own confidence")
-    loss_weights: list[float] = option([], "loss weight per exit, by depth; default 1 each")
-    loss_weight_start: float = option(1.0, "factor on the loss weights at step 0")
-    loss_weight_warmup: int = option(0, "steps over which that factor goes to 1")
 
-    optimizer: Literal["adamw", "adamw-8bit"] = option(
-        "adamw", "adamw-8bit: AdamW with its state in 8 bits (needs torchao)"
-    )
+
+@dataclass
+class Precision:
+    """In what weights are kept and multiplied."""
+
     master_weights: Literal["fp32", "bf16"] = option(
-        "fp32", "bf16: the exits' weights, rounded stochastically; needs adamw-8bit"
+        "fp32", "bf16: the exits' weights, rounded stochastically; needs adamw-8bit", fixed=True
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
@@ -156,12 +172,17 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
         "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
     )
     exit_vocab: int = option(
-        0, "exits know only so many tokens, the most frequent of the data; 0: all"
+        0, "exits know only so many tokens, the most frequent of the data; 0: all", fixed=True
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile layers and exits; auto: on a GPU without --tp"
     )
     device: str = option("auto", "cpu, cuda or auto")
+
+
+@dataclass
+class Layout:
+    """Which part of a run each of its processes has."""
 
     dp: int = option(1, "data-parallel ranks; dp × tp × pp processes are started by torchrun")
     tp: int = option(1, "tensor-parallel ranks")
@@ -177,8 +198,14 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
     shard_backbone: bool = option(
         False, "each data-parallel rank keeps a part of the frozen layers, gathered as they run"
     )
-    trace: bool = option(False, "draw the timeline of the second step: OUT/trace.png")
     timeout: float = option(600.0, "seconds after which a rank gives up waiting for another one")
+
+
+@dataclass
+class RecordConfig:
+    """What a run keeps and tells of itself."""
+
+    trace: bool = option(False, "draw the timeline of the second step: OUT/trace.png")
 
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "checkpoints kept")
@@ -188,6 +215,32 @@ class TuneConfig(NewExitsConfig, ReadingConfig):
     log_to: Literal["none", "tensorboard", "wandb"] = option(
         "none", "a second place for the metrics"
     )
+
+
+@dataclass
+class TuneConfig(
+    RecordConfig,
+    Layout,
+    Precision,
+    ObjectiveConfig,
+    Schedule,
+    ReadingConfig,
+    SourceConfig,
+    NewExitsConfig,
+):
+    """Tune the exits of a backbone on text; the backbone stays as it is."""
+
+    # A function takes the base of this that has the settings it uses.
+    out: str = option("", "folder for the exits, checkpoints and metrics", path=True)
+    seed: int = option(0, "seed of the data order and of random initialisation", fixed=True)
+
+    def fixed(self) -> dict[str, Any]:
+        """What may not change between a run and its continuation.
+
+        Contents are compared, too: of the backbone, the data and the exits.
+        """
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata["fixed"]}
 
 
 @dataclass
