@@ -209,3 +209,49 @@ def test_a_damaged_checkpoint_is_a_line(runs, tmp_path, capsys):
     (copy / "exit-3.safetensors").write_bytes(b"cut short")
     line = fails(capsys, "generate", "--exits", copy, "--prompt", "x")
     assert f"{copy} is damaged or holds other exits" in line
+
+
+# -- the same names, other contents ----------------------------------------------------------------
+
+
+def change(path):
+    """Another value for one of the backbone's weights, in place."""
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.1" in name and "down_proj" in name)
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def begun(base, data, tmp_path):
+    """A run that was stopped, on a backbone and data of its own: flags of those, and its folder."""
+    own, text = tmp_path / "base", tmp_path / "data.jsonl"
+    shutil.copytree(base, own)
+    shutil.copy(data, text)
+    with pytest.raises(Killed):
+        tune_exits(settings(str(own), str(text), tmp_path / "exits"), on_step=killed_after(5))
+    return own, text, tmp_path / "exits"
+
+
+def test_resume_refuses_a_backbone_changed_in_place(begun, capsys):
+    own, _, out = begun
+    change(own / "model.safetensors")
+    line = fails(capsys, "tune", "--out", out, "--resume")
+    assert "backbone: layer 2 is not what it was when the run began" in line
+
+
+def test_resume_refuses_data_replaced_under_the_same_name(begun, capsys):
+    _, text, out = begun
+    lines = text.read_text().splitlines()
+    text.write_text("\n".join(lines[:-1] + lines[:1]) + "\n")
+    line = fails(capsys, "tune", "--out", out, "--resume")
+    assert "data to tune on is not what it was when the run began" in line
+
+
+def test_resume_goes_on_with_the_same_contents_elsewhere(begun, tmp_path, whole):
+    own, text, out = begun
+    own.rename(tmp_path / "moved")
+    text.rename(tmp_path / "moved.jsonl")
+    elsewhere = settings(str(tmp_path / "moved"), str(tmp_path / "moved.jsonl"), out, resume=True)
+    tune_exits(elsewhere)
+    assert_same_weights(out, whole)

@@ -9,7 +9,6 @@ tensors are whole however many processes a run has, so a run may go on with anot
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,12 +28,7 @@ from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.slices import part, whole
 from ee_tuning.tune.optimizers import Optimizers, set_learning_rate
 
-# What may not change between a run and its continuation: the exits and the order of the data.
-FIXED = (
-    "model", "layers", "arch", "head", "exits", "data", "seq_length", "global_batch_size", "seed",
-    "valid_data", "valid_fraction", "exit_vocab", "optimizer", "master_weights",
-    "text_field", "chat_template", "control_as_text",
-)  # fmt: skip
+Contents = dict[str, dict[str, str]]  # what a run works on, by kind and name: hashes of it
 
 
 def save_checkpoint(
@@ -43,6 +37,7 @@ def save_checkpoint(
     model: Network,
     optimizers: Optimizers,
     config: TuneConfig,
+    contents: Contents,
     mesh: Mesh,
     on_written: Callable[[int], None] = lambda step: None,
 ) -> Path:
@@ -61,9 +56,8 @@ def save_checkpoint(
             mesh.barrier()
             if mesh.is_main:
                 save_file(_common_tensors(model), partial / "common.safetensors")
-                settings = {key: getattr(config, key) for key in FIXED}
-                state = {"step": step, "steps": config.steps, "settings": settings}
-                write_json(partial / "state.json", state)
+                state = {"step": step, "steps": config.steps, "settings": config.fixed()}
+                write_json(partial / "state.json", state | {"contents": contents})
                 write_json(partial / CONFIG_NAME, saved_config(model))
                 put_at(partial, path)
                 for old in checkpoints(folder)[: -config.keep]:
@@ -84,22 +78,24 @@ def _write_exits(folder: Path, model: Network, optimizers: Optimizers, mesh: Mes
 
 
 def load_checkpoint(
-    path: Path, model: Network, optimizers: Optimizers, config: TuneConfig
+    path: Path, model: Network, optimizers: Optimizers, config: TuneConfig, contents: Contents
 ) -> tuple[int, int]:
     """Put a checkpoint into `model` and `optimizers`; gives its step and those its run was to make.
 
     Raises:
-        UserError: it is damaged, a setting differs that may not, or it has more steps than asked.
+        UserError: it is damaged, a setting or what the run works on differs that may not, or it has
+            more steps than asked.
     """
     state = read_json(path / "state.json")
-    now, before = dataclasses.asdict(config), dict(state["settings"])
-    steps = state.get("steps") or before.pop("steps")  # which stood there in earlier versions
-    for key, value in before.items():
-        if now[key] != value:
+    before = state["settings"]
+    steps = state.get("steps") or before["steps"]  # which stood there in earlier versions
+    for key, value in config.fixed().items():
+        if before.get(key, value) != value:
             raise UserError(
-                f"cannot resume {path}: {key} was {value!r} and is now {now[key]!r}; "
+                f"cannot resume {path}: {key} was {before[key]!r} and is now {value!r}; "
                 "start anew with --overwrite or give the same"
             )
+    _check_contents(path, state.get("contents", {}), contents)
     if config.steps < state["step"]:
         raise UserError(
             f"steps is {config.steps}, but {path.parents[1]} has made {state['step']} already: "
@@ -116,6 +112,24 @@ def load_checkpoint(
     if "random:cuda" in common and model.backbone.device.type == "cuda":
         torch.cuda.set_rng_state(common["random:cuda"])
     return state["step"], steps
+
+
+def _check_contents(path: Path, before: Contents, now: Contents) -> None:
+    """Refuse to go on with another backbone, other exits or other data, whatever their names.
+
+    A process of a pipeline, or of a run that needs less of the backbone, has hashes of parts.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    for kind, hashes in before.items():
+        for name, value in hashes.items():
+            if now[kind].get(name, value) != value:
+                raise UserError(
+                    f"cannot resume {path}: {kind} {name} is not what it was when the run began, "
+                    "though the settings are the same; give what it was, or start anew with "
+                    "--overwrite"
+                )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -147,7 +147,7 @@ class Run:
         self.display, self.speed = display, Speed()
         self.on_step, self.on_checkpoint = on_step, on_checkpoint
         self.tuner, self.model = made.tuner, made.tuner.model
-        self.layers = self.model.all_exit_layers
+        self.layers, self.contents = self.model.all_exit_layers, made.contents()
         self.order = SampleOrder(made.train, config.global_batch_size, config.seed, config.steps)
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.stopping = False  # every process knows that one of them was asked to stop
@@ -209,7 +209,7 @@ class Run:
                 f"{self.out.folder} holds no checkpoint yet: the run starts at its first step"
             )
             return 0
-        given = saved[-1], self.model, self.tuner.optimizers, self.config
+        given = saved[-1], self.model, self.tuner.optimizers, self.config, self.contents
         first, steps = self.mesh.on_all(lambda: load_checkpoint(*given))
         if steps != self.config.steps:
             self.display.say(
@@ -306,7 +306,7 @@ class Run:
 
     def _save(self, step: int, log: MetricsLog | NoLog) -> None:
         """Write a checkpoint; with the first one the run takes the place of an earlier one."""
-        given = self.model, self.tuner.optimizers, self.config, self.mesh
+        given = self.model, self.tuner.optimizers, self.config, self.contents, self.mesh
         save_checkpoint(self.checkpoints, step, *given, on_written=self.on_checkpoint)
         if self.out.replaces:
             log.let_go()

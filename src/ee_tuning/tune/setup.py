@@ -41,6 +41,7 @@ from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.vocabulary import most_frequent
 
+IDENTIFYING_ROWS = 16
 COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
 COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
 ONE_PROCESS = Mesh()
@@ -55,6 +56,16 @@ class SetUp:
     train: Rows
     valid: Rows
     pipeline: Pipeline
+
+    def contents(self) -> dict[str, dict[str, str]]:
+        """Hashes of what it is, by kind and name, to be compared by a run that goes on."""
+        model = self.tuner.model
+        specs = model.exit_config.specs(model.backbone.num_layers)
+        return {
+            "backbone:": model.tensor_hashes,
+            "exit at layer": {str(spec.layer): f"{spec.arch}, {spec.head}" for spec in specs},
+            "data": {"to tune on": identify(self.train), "held out": identify(self.valid)},
+        }
 
 
 def set_up(
@@ -201,6 +212,12 @@ def _pack(config: TuneConfig, backbone: Backbone) -> tuple[Rows, Rows]:
 def digest(*values: Any) -> str:
     """A short text that differs where `values` do."""
     return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def identify(data: Rows) -> str:
+    """A short text that differs where data do, or how they are read: by template or tokenizer."""
+    first = collate(data, range(data.count(IDENTIFYING_ROWS)))
+    return digest(contents(data), *(values.tolist() for values in first.values()))
 
 
 def _sample(data: Rows) -> Any:
