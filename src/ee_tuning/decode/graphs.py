@@ -17,15 +17,13 @@ ALIGNED = 64  # places that there are is a multiple of this, as fast attention w
 
 
 class Sizes:
-    """How large passes are: as large as they need to be, or where they are compiled, the next one
-    of a few sizes.
+    """How large compiled passes are: the next one of a few sizes.
 
     longest: tokens of a window at most. places: of a slot, for padded windows, too.
     """
 
     def __init__(self, slots: int, capacity: int, longest: int, compile: bool) -> None:
         """capacity: tokens of a sequence. longest: those of a window that are asked for."""
-        self.compile = compile
         self.windows = _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
@@ -34,26 +32,43 @@ class Sizes:
         self._rows = _sizes(slots, ROWS_FACTOR)
         self._reaches = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
 
-    def rows(self, number: int) -> int:
-        """Rows of a pass for so many."""
-        return self._next(number, self._rows)
+    def filled(self, slots: list[int]) -> list[int]:
+        """`slots` and as many idle ones as make it a size that is compiled for, ascending.
+
+        What is written for idle slots lies beyond what is known of them.
+        """
+        number = _next(len(slots), self._rows)
+        idle = [slot for slot in range(self._rows[-1]) if slot not in slots]
+        return sorted([*slots, *idle[: number - len(slots)]])
 
     def length(self, number: int) -> int:
         """Tokens of a window for so many."""
-        return self._next(number, self._lengths)
+        return _next(number, self._lengths)
 
     def reach(self, number: int) -> int:
         """Places that are looked at for so many."""
-        return self._next(number, self._reaches)
+        return _next(number, self._reaches)
 
-    def all(self, single: bool) -> Iterator[tuple[int, int, int]]:
-        """Every (rows, length, reach); single: windows have one token, but those of prompts."""
-        lengths = sorted({*([1] if single else self.windows), CHUNK})
-        for rows, reach, length in product(self._rows, self._reaches, lengths):
-            yield rows, length, reach
+    def every(
+        self, segments: int, is_first: bool, is_last: bool
+    ) -> Iterator[tuple[int, int, int, int, str, bool]]:
+        """Every pass: segment, rows, length, reach, after which tokens it predicts, and whether by
+        the final exit.
 
-    def _next(self, number: int, sizes: Sequence[int]) -> int:
-        return next(size for size in sizes if size >= number) if self.compile else number
+        is_first, is_last: the first segment takes ids, the last one is the backbone's end.
+        """
+        for i in range(segments):
+            final = is_last and i == segments - 1
+            # Before the first segment there is one token at a time, but of prompts.
+            windows = [1] if i == 0 and is_first else self.windows
+            afters = ("last", "nothing", "each") if final else ("last", "nothing")
+            sizes = product(self._rows, self._reaches, sorted({*windows, CHUNK}), afters)
+            for rows, reach, length, after in sizes:
+                yield i, rows, length, reach, after, final and after != "nothing"
+
+
+def _next(number: int, sizes: Sequence[int]) -> int:
+    return next(size for size in sizes if size >= number)
 
 
 def _sizes(most: int, factor: int, least: int = 1) -> list[int]:

@@ -135,7 +135,8 @@ class Passes:
             UserError: the K/V do not fit into the memory that is free.
         """
         # Not the model itself: an engine is kept no longer than it.
-        self.backbone, self.device = model.backbone, model.backbone.device
+        self.backbone = model.backbone
+        self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
         self.sizes = Sizes(slots, capacity, longest, compile)
         self.longest = longest = self.sizes.longest
@@ -146,7 +147,7 @@ class Passes:
         self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}
         self.segments = model.segments(list(self.exits), last=stage.stop)
         self.caches, self.exit_caches = self._make_caches()
-        like: dict[str, Any] = {"device": self.device, "dtype": self.backbone.dtype}
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         size = (slots, 2 * longest, self.backbone.config.hidden_size)
         # One before each segment, and behind the last one where a stage follows.
         rings = len(self.segments) + (0 if self.is_last else 1)
@@ -252,9 +253,12 @@ class Passes:
         starts: for every slot, the position of the first token that the segment has not computed.
         """
         given = {window.slot: window for window in windows}
-        slots = self._filled(list(given))
-        length = self.sizes.length(max(window.count for window in windows))
-        reach = self.sizes.reach(max(starts[slot] for slot in slots) + length)
+        slots, length = sorted(given), max(window.count for window in windows)
+        if self.compile:
+            slots, length = self.sizes.filled(slots), self.sizes.length(length)
+        reach = max(starts[slot] for slot in slots) + length
+        if self.compile:
+            reach = self.sizes.reach(reach)
         table = [[slot, starts[slot], 0] for slot in slots]
         for row in table:
             window = given.get(row[0], Window(0, 0))
@@ -284,20 +288,13 @@ class Passes:
         start = time.perf_counter()
         self._control.zero_()
         self._control[:, 0] = torch.arange(self.slots, device=self.device)
-        for i in range(len(self._steps)):
-            last = self.is_last and i == len(self._steps) - 1
-            afters = ("last", "nothing", "each") if last else ("last", "nothing")
-            # Before the first segment there is one token at a time.
-            sizes = self.sizes.all(single=i == 0 and self.is_first)
-            for (rows, length, reach), measure, after in product(sizes, measures, afters):
-                wanted = Wanted(after, last and after != "nothing", measure)
-                in_order = self._in_order(list(range(rows)))
-                self._run((i, rows, length, reach, in_order, wanted))
+        every = self.sizes.every(len(self._steps), self.is_first, self.is_last)
+        for (i, rows, length, reach, after, final), measure in product(every, measures):
+            in_order = self._in_order(list(range(rows)))
+            self._run((i, rows, length, reach, in_order, Wanted(after, final, measure)))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-
-    # -- one pass ------------------------------------------------------------------------------
 
     def _run(self, key: tuple[Any, ...]) -> Any:
         """`_forward` of these arguments, as a graph where there are graphs."""
@@ -334,7 +331,7 @@ class Passes:
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
         if not any(layer.hides for layer in cache.slot_layers):
             return None
-        return segment.masks(lambda j: cache.slot_layers[j].mask(self.backbone.dtype))
+        return segment.masks(lambda j: cache.slot_layers[j].mask(self.dtype))
 
     def _exit_cache(self, i: int) -> SlotCache | None:
         return self.exit_caches.get(self.segments[i].stop)
@@ -348,11 +345,9 @@ class Passes:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         if not self.is_first:
             size = (1, 1, self.backbone.config.hidden_size)
-            token = torch.zeros(size, dtype=self.backbone.dtype, device=self.device)
+            token = torch.zeros(size, dtype=self.dtype, device=self.device)
         sizes = (self.slots, self.sizes.places, self.longest)
         return make_caches(self.segments, self.exits, token, sizes, self.capacity)
-
-    # -- sizes ---------------------------------------------------------------------------------
 
     def _in_order(self, slots: list[int]) -> bool:
         """Whether the K/V of `slots` can be looked at where they are.
@@ -361,15 +356,6 @@ class Passes:
         """
         whole = not self.compile or len(slots) == self.slots
         return whole and slots == list(range(len(slots)))
-
-    def _filled(self, slots: list[int]) -> list[int]:
-        """`slots` and as many idle ones as make it a size that is compiled for, ascending.
-
-        What is written for idle slots lies beyond what is known of them.
-        """
-        number = self.sizes.rows(len(slots))
-        idle = [slot for slot in range(self.slots) if slot not in slots]
-        return sorted([*slots, *idle[: number - len(slots)]])
 
 
 def _places(
