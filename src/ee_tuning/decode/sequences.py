@@ -152,7 +152,10 @@ class Sequences:
         for (through, measure, final), group in groupby(sorted(rows, key=kind), key=kind):
             alike = {row.slot: row for row in group}
             ends = through > 0 and next(iter(alike.values())).ends
-            inputs = {slot: row.ids if hidden is None else hidden for slot, row in alike.items()}
+            # Not row.ids, which grow while others are still read.
+            inputs: dict[int, list[int] | Tensor] = {
+                slot: row.request.ids if hidden is None else hidden for slot, row in alike.items()
+            }
             wanted = Wanted("last" if ends else "nothing", ends and final, measure)
             for read in self.passes.prompts(inputs, through - 1, wanted, self._starts):
                 yield alike[read.slot], read
