@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import Precision
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.quantise.fp8 import has_fp8
 from ee_tuning.version import __version__
@@ -46,7 +46,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-def check_precisions(config: TuneConfig, device: torch.device) -> None:
+def check_precisions(config: Precision, device: torch.device) -> None:
     """Refuse, before anything is loaded, what a GPU cannot compute in.
 
     Raises:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from ee_tuning.config import PlanConfig, TuneConfig
+from ee_tuning.config import PlanConfig, Precision, TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.tensor import check_splits
@@ -123,7 +123,7 @@ def check_counts(config: TuneConfig, *keys: str) -> None:
             raise UserError(f"{key} is {getattr(config, key)}: it must be at least 1")
 
 
-def check_dtype(config: TuneConfig, dtype: torch.dtype) -> None:
+def check_dtype(config: Precision, dtype: torch.dtype) -> None:
     """Refuse what cannot be had with a backbone in `dtype`.
 
     Raises:

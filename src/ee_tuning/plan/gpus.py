@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import Precision
 from ee_tuning.quantise.packages import PACKAGES
 
 
@@ -48,7 +48,7 @@ REACHED = {
 LAUNCH = {"frozen": 33e-6, "tuned": 184e-6}
 
 
-def rates(config: TuneConfig, gpu: Gpu) -> dict[str, float]:
+def rates(config: Precision, gpu: Gpu) -> dict[str, float]:
     """FLOP per second of the products of frozen layers, of exits, and of a shared head."""
     dtype = "fp32" if config.precision == "fp32" else "bf16"
     plain = getattr(gpu, dtype) * REACHED[dtype]

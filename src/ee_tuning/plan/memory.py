@@ -5,7 +5,7 @@ Memory is counted; where kernels need room of their own, the largest known is ta
 
 from __future__ import annotations
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import ObjectiveConfig, Precision, TuneConfig
 from ee_tuning.costs import Account, ExitWork, Work, runs_side_by_side, state_bytes
 from ee_tuning.devices import GIB
 from ee_tuning.losses import LOGITS
@@ -62,12 +62,12 @@ def goes_side_by_side(account: Account, config: TuneConfig, stage: range) -> boo
     return runs_side_by_side(_states(account, config, tokens, len(exits)), weights)
 
 
-def itemsize(config: TuneConfig) -> int:
+def itemsize(config: Precision) -> int:
     """Bytes of a hidden state's value, and of a frozen weight that is not quantised, on a GPU."""
     return 4 if config.precision == "fp32" else 2
 
 
-def _weight(config: TuneConfig) -> int:
+def _weight(config: Precision) -> int:
     """Bytes of a tuned value."""
     return 2 if config.master_weights == "bf16" else 4
 
@@ -77,7 +77,7 @@ def _tuned(exits: list[ExitWork], tp: int) -> list[float]:
     return [exit.whole.values / tp for exit in exits]
 
 
-def _layers(account: Account, config: TuneConfig, stage: range) -> list[Work]:
+def _layers(account: Account, config: ObjectiveConfig, stage: range) -> list[Work]:
     deep = len(account.layers) if config.loss != "ce" else stage.stop
     return account.layers[stage.start : deep]
 

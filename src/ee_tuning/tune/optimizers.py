@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import Schedule
 from ee_tuning.exits import Exit
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import ShardedParameter
@@ -27,27 +27,30 @@ WAITING = 2**29  # bytes of a gradient that may wait for a second one
 Optimizers = dict[int, torch.optim.Optimizer]
 
 
-def build_optimizers(model: Network, config: TuneConfig) -> Optimizers:
+def build_optimizers(model: Network, schedule: Schedule, seed: int = 0) -> Optimizers:
     """AdamW over each exit; weight decay on matrices, not on norms and biases."""
     return {
-        layer: _build_optimizer(model.exit(layer), layer, config) for layer in model.exit_layers
+        layer: _build_optimizer(model.exit(layer), layer, schedule, seed)
+        for layer in model.exit_layers
     }
 
 
-def _build_optimizer(exit: Exit, layer: int, config: TuneConfig) -> torch.optim.Optimizer:
+def _build_optimizer(
+    exit: Exit, layer: int, schedule: Schedule, seed: int
+) -> torch.optim.Optimizer:
     parameters = [p for p in exit.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": schedule.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     common: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
+        "lr": schedule.lr,
+        "betas": (schedule.beta1, schedule.beta2),
+        "eps": schedule.eps,
     }
-    if config.optimizer == "adamw-8bit" and parameters:
+    if schedule.optimizer == "adamw-8bit" and parameters:
         groups = [group for group in groups if group["params"]]
-        return _adamw_8bit(config.seed, layer)(groups, **common, bf16_stochastic_round=True)
+        return _adamw_8bit(seed, layer)(groups, **common, bf16_stochastic_round=True)
     return torch.optim.AdamW(groups, **common, fused=all(p.is_cuda for p in parameters))
 
 
@@ -82,21 +85,21 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def learning_rate(config: TuneConfig, step: int) -> float:
+def learning_rate(schedule: Schedule, step: int) -> float:
     """The learning rate of step `step` (from 0): linear warm-up, then cosine or linear decay."""
-    warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
+    warmup = schedule.warmup if schedule.warmup >= 1 else schedule.warmup * schedule.steps
     if step < warmup:
-        return config.lr * (step + 1) / (math.ceil(warmup) + 1)
-    progress = (step - warmup) / max(1, config.steps - warmup)
-    left = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.min_lr + (config.lr - config.min_lr) * left
+        return schedule.lr * (step + 1) / (math.ceil(warmup) + 1)
+    progress = (step - warmup) / max(1, schedule.steps - warmup)
+    left = 1 - progress if schedule.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return schedule.min_lr + (schedule.lr - schedule.min_lr) * left
 
 
-def loss_weights(config: TuneConfig, layers: list[int], step: int) -> dict[int, float]:
+def loss_weights(schedule: Schedule, layers: list[int], step: int) -> dict[int, float]:
     """The loss weight of each exit at `step`, warm-up from `loss_weight_start` included."""
-    done = 1.0 if config.loss_weight_warmup == 0 else min(1.0, step / config.loss_weight_warmup)
-    factor = config.loss_weight_start + (1 - config.loss_weight_start) * done
-    values = config.loss_weights or [1.0] * len(layers)
+    done = 1.0 if schedule.loss_weight_warmup == 0 else min(1.0, step / schedule.loss_weight_warmup)
+    factor = schedule.loss_weight_start + (1 - schedule.loss_weight_start) * done
+    values = schedule.loss_weights or [1.0] * len(layers)
     return {layer: factor * value for layer, value in zip(layers, values, strict=True)}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ee_tuning import varlen
 from ee_tuning.backbone import Backbone
-from ee_tuning.config import TuneConfig
+from ee_tuning.config import Layout, ObjectiveConfig, Precision, TuneConfig
 from ee_tuning.data import (
     Rows,
     collate,
@@ -93,7 +93,7 @@ def set_up(
     transport: Transport = pipeline if mesh.size > 1 or config.trace else Alone()
     autocast = None if dtype == torch.float32 else dtype
     rest: dict[str, Any] = {"clip": config.clip, "autocast": autocast, "transport": transport}
-    tuner = Tuner(model, build_optimizers(model, config), objective(config), **rest)
+    tuner = Tuner(model, build_optimizers(model, config, config.seed), objective(config), **rest)
     return SetUp(tuner, train, valid, pipeline)
 
 
@@ -113,7 +113,7 @@ def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Net
     if varlen.can_use(model.model):
         varlen.use_varlen(model)
         model.chain.takes_boundaries = True
-    if is_compiled(config, model.backbone.device):
+    if is_compiled(config, config, model.backbone.device):
         model.chain.compile(layers=compiles(config.backbone_precision))
         for layer in model.exit_layers:  # else its steps each take as much memory as the logits
             model.exit(layer).output.fuse(model.backbone)
@@ -129,13 +129,14 @@ def cast_exits(model: Network, dtype: torch.dtype) -> None:
             p.data = p.data.to(dtype)
 
 
-def is_compiled(config: TuneConfig, device: torch.device) -> bool:
+def is_compiled(precision: Precision, layout: Layout, device: torch.device) -> bool:
     """Whether layers and exits are compiled."""
     on_gpu = device.type == "cuda"
-    return config.compile == "on" or (config.compile == "auto" and on_gpu and config.tp == 1)
+    asked = precision.compile
+    return asked == "on" or (asked == "auto" and on_gpu and layout.tp == 1)
 
 
-def objective(config: TuneConfig) -> Objective:
+def objective(config: ObjectiveConfig) -> Objective:
     """What `config` tunes exits on."""
     temperature, weight = config.kl_temperature, config.kl_weight
     return Objective(config.loss, temperature, weight, config.dynamic_weights)
