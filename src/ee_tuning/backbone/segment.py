@@ -80,7 +80,7 @@ class Segment:
         self.trunk.config = slice_config(body.config, range(self.start, self.stop))
         for name, value in family.later_attributes.items() if later else ():
             setattr(self.trunk, name, value)
-        self._trunks: dict[bool, nn.Module] = {}  # trunks for short and for long texts
+        self._trunks: dict[int, nn.Module] = {}  # by the length of texts
 
     def windows(self) -> list[int | None]:
         """Per layer, how many tokens its sliding window sees; None for all.
@@ -161,10 +161,10 @@ class Segment:
         """The trunk with the rotary frequencies of texts of `length`; None: of what it is given."""
         if length is None:
             return self.trunk
-        long = self._body.is_long(length)
-        if long not in self._trunks:
-            self._trunks[long] = with_frequencies(self.trunk, length if long else 1)
-        return self._trunks[long]
+        if length not in self._trunks:
+            long = self._body.is_long(length)
+            self._trunks[length] = with_frequencies(self.trunk, length if long else 1)
+        return self._trunks[length]
 
     def _packing_mask(self, inputs: Tensor, position_ids: Tensor) -> Any:
         """The masks of packed documents, for trunks that do not pass positions to theirs."""
