@@ -302,6 +302,14 @@ def test_a_long_text_is_read_in_pieces(tmp_path, monkeypatch, stored, bos):
     assert [token for ids in documents for token in ids] == whole
 
 
+def test_files_beside_records_are_told(tmp_path):
+    jsonl(tmp_path / "a.jsonl", {"text": "a b"})
+    for name in ("b.txt", "c.json", "README.md", "dataset_infos.json"):
+        (tmp_path / name).write_text("x")
+    with pytest.warns(UserWarning, match="2 other files in it are not read, such as b.txt"):
+        assert texts(tmp_path) == ["a b"]
+
+
 # Megatron
 
 

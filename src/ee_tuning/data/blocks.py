@@ -23,7 +23,7 @@ from ee_tuning.data.cache import alone, cache_folder, key_of, used, written
 from ee_tuning.data.encode import Document, Encoded, Encoder
 from ee_tuning.data.packing import pack
 from ee_tuning.data.sources import Source
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.losses import IGNORED
 
 FORMAT = 2  # part of every name: raise it when rows come out differently
@@ -86,7 +86,8 @@ class Blocks:
 
     def __init__(self, source: Source, encoder: Encoder, layout: Layout) -> None:
         self.source, self.encoder, self.layout = source, encoder, layout
-        self.key = key_of(FORMAT, source.identity(), encoder.identity(), layout)
+        self.identity = source.identity()
+        self.key = key_of(FORMAT, self.identity, encoder.identity(), layout)
         self.tallies: list[Tally] = []
         self.ends = np.zeros(1, dtype=np.int64)  # rows up to each block's end, after a 0
         self._lock = threading.RLock()  # blocks may be made ahead by a thread
@@ -131,7 +132,7 @@ class Blocks:
         self.ends = np.append(self.ends, self.ends[-1] + tally.rows)
         if tally.bad:
             warnings.warn(
-                f"{tally.bad} bad records skipped, the first: {tally.problem}", stacklevel=2
+                f"{tally.bad} bad records skipped, the first: {tally.problem}", Notice, stacklevel=2
             )
         if tally.last and not self.ends[-1]:
             raise _nothing_to_learn(self.source.name, self.total())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ee_tuning.data.readers import READERS, Reader, Record, read_text
 from ee_tuning.data.streams import kind, reading, reading_text
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.files import read_json
 
 RECORDS = (".jsonl", ".parquet", ".arrow")  # if a folder has any, the rest is about them
 PERHAPS_RECORDS = (".json", ".csv", ".tsv")  # records, unless beside texts and sources
 ABOUT = ("readme", "license", "licence", "citation", "notice", "changelog")
+INFOS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # Nobody means these as text, and to pass over them would be to leave out what was meant.
 NO_TEXT = (
     ".7z", ".avro", ".bin", ".ckpt", ".db", ".doc", ".docx", ".epub", ".feather", ".gguf", ".h5",
@@ -71,6 +73,7 @@ def folder_files(name: str, folder: Path) -> list[tuple[Path, Reader]]:
     if not records and others and all(kind(path) in PERHAPS_RECORDS for path in others):
         records = others
     if records:
+        _tell_left_out(name, [path for path in others if path not in set(records)])
         return [(path, READERS[kind(path)]) for path in records]
     for path in files:
         if path.suffix.lower() in NO_TEXT or kind(path) in NO_TEXT:
@@ -79,6 +82,18 @@ def folder_files(name: str, folder: Path) -> list[tuple[Path, Reader]]:
                 f"example '{folder}/**/*.txt'"
             )
     return [(path, read_text_or_nothing) for path in files]
+
+
+def _tell_left_out(name: str, left: list[Path]) -> None:
+    """Say that files stand beside records and are not read, but for descriptions of them."""
+    left = [path for path in left if path.suffix.lower() != ".md" and path.name not in INFOS]
+    if left:
+        warnings.warn(
+            f"data folder {name} holds records; {len(left)} other files in it are not read, such "
+            f"as {left[0].name}",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def _is_cache(path: Path) -> bool:

@@ -13,6 +13,7 @@ from ee_tuning.data.blocks import BLOCK_TOKENS, Blocks, Layout
 from ee_tuning.data.cache import key_of
 from ee_tuning.data.encode import Encoder
 from ee_tuning.data.rows import Rows, drawn, in_turns
+from ee_tuning.data.sources import contents as source_contents
 from ee_tuning.data.sources import parse_source
 from ee_tuning.errors import UserError
 
@@ -60,7 +61,7 @@ def load_packed(
 
 def contents(rows: Rows) -> str:
     """Differs where the data that `rows` come from do, whatever they are called."""
-    return key_of([blocks.source.contents() for blocks in rows.sources])
+    return key_of([source_contents(blocks.identity) for blocks in rows.sources])
 
 
 def describe(rows: Rows, samples: int = 0) -> str:

@@ -18,7 +18,7 @@ SHIFT = 40  # a place is the number of a source, shifted, and of a row of it
 DRAWN = 1024  # places at once
 
 
-class Rows(Sequence[dict[str, torch.Tensor]]):
+class Rows:
     """Packed rows, each ``input_ids``, ``position_ids`` and ``labels`` of (T,) int64.
 
     They are prepared when they are asked for, so `count` is to be preferred to `len`, which takes
@@ -81,7 +81,7 @@ class Rows(Sequence[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: Any) -> Any:
         """A row, or several of a slice or list stacked to (n, T)."""
-        if isinstance(index, int):
+        if isinstance(index, int | np.integer):
             return {name: values[0] for name, values in self[[index]].items()}
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))

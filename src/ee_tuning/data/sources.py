@@ -67,14 +67,9 @@ class Source:
     limit: int | None
     content: Content
 
-    def identity(self) -> Any:
-        """Differs where the records do, as a text."""
+    def identity(self) -> tuple[int | None, list[Any]]:
+        """Differs where the records do, as a text; see `Content`."""
         return self.limit, self.content.identity()
-
-    def contents(self) -> Any:
-        """As `identity`, but the same for files that were copied or have another name."""
-        parts = self.content.identity()
-        return self.limit, [p[2:] if isinstance(p, FileIdentity) else p for p in parts]
 
     def records(self, seed: int) -> Iterator[Record]:
         """The records; pieces of a long text count as one.
@@ -191,6 +186,12 @@ def table_records(name: str, data: datasets.Dataset) -> Iterator[Record]:
     """The rows of a data set as records."""
     for number, fields in enumerate(data, start=1):
         yield Record(f"{name} record {number}", fields)
+
+
+def contents(identity: tuple[int | None, list[Any]]) -> Any:
+    """Of a source's identity, what is the same for files that were copied or have another name."""
+    limit, parts = identity
+    return limit, [part[2:] if isinstance(part, FileIdentity) else part for part in parts]
 
 
 def file_identity(path: Path) -> FileIdentity:

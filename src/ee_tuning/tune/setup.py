@@ -43,7 +43,7 @@ from ee_tuning.vocabulary import most_frequent
 
 IDENTIFYING_ROWS = 16
 COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
-COUNTED_TOKENS = 2**26  # of the data at most, to find the most frequent tokens
+COUNTED_TOKENS = 2**23  # of the data at most, to find the most frequent tokens
 ONE_PROCESS = Mesh()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -239,7 +239,7 @@ def reduce_vocabulary(
     """Let the exits know only the most frequent tokens of the data, and say what is lost."""
 
     def batches(data: Rows) -> Iterator[Batch]:
-        rows = data.count(COUNTED_TOKENS // config.seq_length + 1)
+        rows = data.count(max(1, COUNTED_TOKENS // config.seq_length))
         return micro_batches(data, range(rows), 64)
 
     size = model.backbone.config.vocab_size
