@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +166,7 @@ class Teacher:
         return self._last[1]
 
 
-def chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
+def chunks(labels: Tensor, vocabulary: int) -> list[slice]:
     """The positions of labels (B, T) in runs whose logits here are at most about `LOGITS` values.
 
     A run ends with the first position of the next: the losses of a run are those of all its
@@ -174,8 +174,7 @@ def chunks(labels: Tensor, vocabulary: int) -> Iterator[slice]:
     """
     batch, length = labels.shape
     size = max(1, LOGITS // (batch * vocabulary))
-    for start in range(0, max(1, length - 1), size):
-        yield slice(start, start + size + 1)
+    return [slice(start, start + size + 1) for start in range(0, max(1, length - 1), size)]
 
 
 def confidence(logits: Tensor, measure: str = "probability") -> Tensor:
