@@ -29,6 +29,7 @@ from ee_tuning.backbone import Anatomy, check_unquantised, find_anatomy
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
 from ee_tuning.fingerprint import sample_places
+from ee_tuning.gguf import gguf_file, read_config, read_model, read_tokenizer
 from ee_tuning.slices import (
     STYLES,
     SUMMED,
@@ -45,19 +46,20 @@ Left = dict[str, tuple[Any, Style]]  # linear layers left to be read in slices, 
 
 
 def load_config(path: str) -> Any:
-    """The transformers config of a local folder or a hub id.
+    """The transformers config of a local folder, a GGUF file or a hub id.
 
     Raises:
         UserError: nothing is there, or it is not a decoder-only causal LM.
     """
     if not path:
         raise UserError("no backbone given: name a folder or a hub id with --model")
-    if path.startswith(("/", "./", "../")) and not Path(path).is_dir():
+    gguf = gguf_file(path)
+    if gguf is None and path.startswith(("/", "./", "../")) and not Path(path).is_dir():
         raise UserError(f"cannot read the backbone {path}: there is no such folder")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if gguf is None and Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(_not_a_checkpoint(Path(path)))
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(gguf) if gguf else AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the backbone {path}: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
@@ -159,21 +161,26 @@ def load_backbone(
             model that cannot be split.
     """
     config = load_config(path)
-    _check_weights(path)
     left: Left = {}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if parts is not None or slices is not None:
+    gguf = gguf_file(path)  # which is read whole
+    if not gguf:
+        _check_weights(path)
+    if not gguf and (parts is not None or slices is not None):
         parts = parts or Parts(frozenset(range(1, config.num_hidden_layers + 1)))
         model_class = _with_parts(model_class, parts, config, slices, left)
     try:
         with without_bars():
-            model, info = model_class.from_pretrained(
-                path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
-            )
+            if gguf:
+                model, info = read_model(gguf, model_class, config, dtype)
+            else:
+                model, info = model_class.from_pretrained(
+                    path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+                )
         files = tensor_files(path) if left else {}
-        if slices is not None and files.keys() >= {f"{name}.weight" for name in left}:
+        if left and slices is not None and files.keys() >= {f"{name}.weight" for name in left}:
             read_slices(model, left, files, slices.mesh)
-        elif slices is not None:  # the files have older names, which transformers knows alone
+        elif left:  # the files have older names, which transformers knows alone
             return load_backbone(path, parts, dtype)
     except UserError:
         raise
@@ -294,7 +301,8 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
         UserError: there is none, or it has a token that the embedding lacks.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        gguf = gguf_file(path)
+        tokenizer = read_tokenizer(gguf) if gguf else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no tokenizer in {path}: {first_line(error)}; save the model's own there"

@@ -30,7 +30,7 @@ FLOORS = [
     ["parallel"],
     ["stages", "costs"],
     ["model"],
-    ["exits", "backbone", "loading", "fingerprint"],
+    ["exits", "backbone", "loading", "fingerprint", "gguf"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices"],
     ["config", "exit_config", "files", "folders"],
     ["twin", "errors", "version"],

@@ -1,0 +1,85 @@
+"""GGUF files as backbones: transformers reads them, and their blocks become ordinary numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ee_tuning.errors import Notice, UserError
+from ee_tuning.quantise.packages import check_package
+
+
+def gguf_file(path: str) -> Path | None:
+    """The GGUF file at `path`, which may be the only one of a folder that is no checkpoint itself.
+
+    Raises:
+        UserError: a folder has several, or a package is missing to read them.
+    """
+    found = [Path(path)] if path.endswith(".gguf") else []
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        found = sorted(folder.glob("*.gguf"))
+    if not found:
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{path} has several GGUF files, {names}: name one of them")
+    if not found[0].is_file():
+        raise UserError(f"cannot read the backbone {path}: there is no such file")
+    for package in ("gguf", "accelerate"):
+        check_package(package, f"the GGUF file {found[0]}")
+    return found[0]
+
+
+def read_config(file: Path) -> Any:
+    """The transformers config of a GGUF file."""
+    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def read_model(
+    file: Path, model_class: Any, config: Any, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model with the file's weights as ordinary numbers, and what transformers says of loading.
+
+    dtype: ``auto`` is fp32, in which the numbers of every block are exact.
+    """
+    warnings.warn(f"{file.name}: its blocks are made ordinary numbers", Notice, stacklevel=2)
+    kind = getattr(transformers, "GgufConfig", None)  # before 5.23 there was no other way
+    more = {} if kind is None else {"quantization_config": kind(dequantize=True)}
+    with _without_bar():
+        model, info = model_class.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            config=config,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            output_loading_info=True,
+            **more,
+        )
+    model.name_or_path = model.config._name_or_path = str(file)
+    return model, info
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Inside, no progress of dequantising is shown: transformers has no switch for that bar."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown = reader.tqdm
+    reader.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
+
+
+def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file."""
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
