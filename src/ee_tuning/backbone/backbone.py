@@ -34,7 +34,7 @@ class Backbone(Body):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self._final_output = self.output(self.head)
+        self.final_output = self.output(self.head)  # see `output`
 
     def check_cuts(self) -> None:
         """Refuse a trunk that does more to hidden states than its layers and its norm do.
@@ -87,7 +87,7 @@ class Backbone(Body):
 
     def logits(self, features: Tensor) -> Tensor:
         """The final exit's head: normalised (B, T, H) → (B, T, V)."""
-        return self._final_output(inputs_embeds=features).logits
+        return self.final_output(inputs_embeds=features).logits
 
     def final_logits(self, hidden: Tensor) -> Tensor:
         """The final exit: (B, T, H) after the last layer → (B, T, V)."""

@@ -99,9 +99,7 @@ class Prediction:
 @dataclass
 class Read:
     """A prompt that was read into `slot`: what follows, if that was wanted, and where a stage
-    follows, the hidden states (P, H) behind the last segment.
-
-    `found` and `hidden` are good until the next pass.
+    follows, the hidden states (P, H) behind the last segment; both good until the next pass.
     """
 
     slot: int
@@ -377,8 +375,7 @@ def _predict(
     """logits (n, A, V), and (2, n, A): the likeliest tokens (exact in fp32 up to 2²⁴) and the
     confidence in them.
 
-    counts: (n,), the tokens of each window. A `layer` exit keeps its K/V of all of them, whatever
-    is wanted.
+    counts: (n,), the tokens of each window. A `layer` exit always keeps its K/V of all of them.
     """
     features = state.hidden
     if exit is not None and (cache is not None or not wanted.final):
@@ -389,8 +386,10 @@ def _predict(
     if wanted.after == "last":
         rows = torch.arange(len(counts), device=counts.device)
         features = features[rows, (counts - 1).clamp(min=0)][:, None]
-    head = backbone if wanted.final else exit
-    logits = head.logits(features).float()  # type: ignore[union-attr]
+    if wanted.final:
+        logits = backbone.final_output(inputs_embeds=features).logits.float()
+    else:
+        logits = exit.logits(features).float()  # type: ignore[union-attr]
     return logits, torch.stack([logits.argmax(-1).float(), confidence(logits, wanted.measure)])
 
 
