@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fingerprint import config_values
+from ee_tuning.hub import check_there
 from ee_tuning.model import Network
 from ee_tuning.slices import SplitParameter, read_part
 
@@ -76,7 +78,7 @@ def save(
     dtype: what to store the weights in; default: as they are. state: in place of
     `Network.exit_state`, where other processes hold some of the exits.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with replacing(folder / WEIGHTS_NAME) as path:
         tensors = {
             k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
@@ -92,9 +94,11 @@ def save(
 def saved_config(network: Network) -> dict[str, Any]:
     """What ``exit_config.json`` holds."""
     specs = network.exit_config.specs(network.backbone.num_layers)
+    path = network.model.name_or_path or ""
     return {
         "format_version": FORMAT_VERSION,
-        "base_model": network.model.name_or_path,
+        "base_model": path,
+        "base_model_path": str(Path(path).resolve()) if path and Path(path).exists() else None,
         **asdict(network.exit_config),
         "vocab_size": len(network.vocabulary.tokens) if network.vocabulary else None,
         "layers": [spec.layer for spec in specs],
@@ -203,9 +207,26 @@ def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
 
 
 def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:
-    """Where the backbone of the exits in `folder` is: `model`, or what `saved` of them says."""
-    path = model or saved["base_model"]
-    return str(folder) if path == HERE else path
+    """Where the backbone of the exits in `folder` is: `model`, or where `saved` of them says.
+
+    A folder is looked for where it was given, from here, and where it was then.
+
+    Raises:
+        UserError: it is a folder and in neither place.
+    """
+    given = model or saved["base_model"]
+    then = None if model else saved.get("base_model_path")
+    if given == HERE:
+        return str(folder)
+    if not then or Path(given).exists():
+        return given
+    if Path(then).exists():
+        return then
+    places = f"at {then}" if given == then else f"at {given}, from here, nor at {then}"
+    raise UserError(
+        f"the backbone of {folder} is not {places}: there is no such folder, say where it is with "
+        "--model"
+    )
 
 
 def saved_exits(saved: dict[str, Any]) -> ExitConfig:
@@ -223,6 +244,8 @@ def find_exits(path: str) -> Path:
     """
     if not path:
         raise UserError("no exits given: name their folder or hub id with --exits")
+    path = expanduser(path)
+    check_there(path, "exits", CONFIG_NAME)
     folder = Path(path)
     if folder.is_dir():
         saved = [] if (folder / CONFIG_NAME).exists() else checkpoints(folder / CHECKPOINTS)
@@ -231,8 +254,6 @@ def find_exits(path: str) -> Path:
         last = saved[-1]
         warnings.warn(f"{path} is a run on its way: its exits are {last}", Notice, stacklevel=1)
         return last
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith("/"):
-        raise UserError(f"the exits' folder {path!r} does not exist")
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except Exception as error:  # huggingface_hub has a dozen kinds of its own

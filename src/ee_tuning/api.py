@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from ee_tuning.adapter import save
+from ee_tuning.adapter import CONFIG_NAME, save
 from ee_tuning.config import FrozenPrecision
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import ExitConfig
+from ee_tuning.files import read_json, write_json
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.share import New, Saved, Share, load
@@ -44,16 +45,18 @@ class EarlyExitModel(Network):
         dtype: torch.dtype | str = "auto",
         device: str | torch.device | None = None,
         backbone_precision: FrozenPrecision = "same",
+        trust_remote_code: bool = False,
     ) -> EarlyExitModel:
         """New exits on a backbone: a local folder, a hub id or a loaded model.
 
-        whole, dtype, device, backbone_precision: see `ee_tuning.share.Share`.
+        whole, dtype, device, backbone_precision: see `ee_tuning.share.Share`. trust_remote_code:
+        code that comes with the backbone may run.
 
         Raises:
             UserError: the backbone or the exits are not what this method can work with.
         """
         share = Share(whole=whole, dtype=dtype, device=device, precision=backbone_precision)
-        return load(New(model, config), share, cls)
+        return load(New(model, config, trust_remote_code), share, cls)
 
     @classmethod
     def from_pretrained(
@@ -68,12 +71,13 @@ class EarlyExitModel(Network):
         backbone_precision: FrozenPrecision = "same",
         mesh: Mesh | None = None,
         stage_layers: Sequence[int] = (),
+        trust_remote_code: bool = False,
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
         whole, dtype, exit_dtype, device, backbone_precision: see `ee_tuning.share.Share`. mesh,
         stage_layers: what this process of several needs to decode with the others; see
-        `ee_tuning.decode.load_part`.
+        `ee_tuning.decode.load_part`. trust_remote_code: code that comes with the backbone may run.
 
         Raises:
             UserError: files missing or damaged, or exits made for another backbone.
@@ -86,8 +90,9 @@ class EarlyExitModel(Network):
             precision=backbone_precision,
         )
         if mesh is not None:
-            return load_part(Saved(exits, model), share, cls, mesh, stage_layers)
-        return load(Saved(exits, model), share, cls)
+            source = Saved(exits, model, trust_remote_code)
+            return load_part(source, share, cls, mesh, stage_layers)
+        return load(Saved(exits, model, trust_remote_code), share, cls)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
@@ -105,6 +110,8 @@ class EarlyExitModel(Network):
         folder = tempfile.mkdtemp()
         try:
             self.save_pretrained(folder)
+            saved = read_json(Path(folder) / CONFIG_NAME) | {"base_model_path": None}
+            write_json(Path(folder) / CONFIG_NAME, saved)  # nobody else has it there
             api.upload_folder(repo_id=url.repo_id, folder_path=folder)
         finally:
             shutil.rmtree(folder)

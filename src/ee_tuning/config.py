@@ -7,7 +7,6 @@ The dataclasses at the end of this file *are* the command line: each field is a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import expanduser
 from typing import Any, Literal, get_args
@@ -33,21 +32,15 @@ def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _each(function: Callable[[str], str], given: str | list[str]) -> str | list[str]:
-    return [*map(function, given)] if isinstance(given, list) else function(given)
-
-
 class Settings:
     """What every command's settings are: paths may begin with ``~``."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.metadata["path"]:
-                value = getattr(self, field.name)
-                expanded = (
-                    [*map(expanduser, value)] if isinstance(value, list) else expanduser(value)
-                )
-                setattr(self, field.name, expanded)
+                given = getattr(self, field.name)
+                many = isinstance(given, list)
+                setattr(self, field.name, [*map(expanduser, given)] if many else expanduser(given))
 
 
 @dataclass
@@ -66,6 +59,7 @@ class NewExitsConfig(Settings):
     out: str = option("", "folder for the exits", path=True)
     overwrite: bool = option(False, "replace what is in --out")
     seed: int = option(0, "seed of the random initialisation")
+    trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
 
     def exit_config(self) -> ExitConfig:
         """The exits these settings describe."""
@@ -317,6 +311,7 @@ class SamplingConfig(Settings):
         "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
     )
     seed: int = option(0, "seed of the sampling")
+    trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
 
     def compiled(self) -> bool | None:
         """`compile` as `ee_tuning.decode.generate` takes it."""
@@ -391,6 +386,7 @@ class ExportConfig(Settings):
     merge: bool = option(False, "save backbone and exits together instead")
     out: str = option("", "folder for the checkpoint", path=True)
     overwrite: bool = option(False, "replace what is in --out")
+    trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
 
 
 @dataclass
@@ -398,3 +394,4 @@ class InspectConfig(Settings):
     """Describe a backbone or a folder of exits."""
 
     path: str = option("", "folder or hub id of a backbone or of exits", path=True)
+    trust_remote_code: bool = option(False, "run code that comes with the backbone")

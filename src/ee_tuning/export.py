@@ -122,7 +122,7 @@ def save_merged(
         model.backbone.model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         save(model, staging, state=exits)
-        saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE}
+        saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE, "base_model_path": None}
         write_json(staging / CONFIG_NAME, saved)
         write_text(staging / "README.md", model_card(saved, here=True))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,6 +30,8 @@ from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
 from ee_tuning.fingerprint import sample_places
 from ee_tuning.gguf import gguf_file, read_config, read_model, read_tokenizer
+from ee_tuning.hub import check_there
+from ee_tuning.own_code import causal_lm_class, check_kernels, own_code
 from ee_tuning.slices import (
     STYLES,
     SUMMED,
@@ -45,28 +47,39 @@ from ee_tuning.slices import (
 Left = dict[str, tuple[Any, Style]]  # linear layers left to be read in slices, by path
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str, trust: bool = False) -> Any:
     """The transformers config of a local folder, a GGUF file or a hub id.
 
+    trust: its own code may run.
+
     Raises:
-        UserError: nothing is there, or it is not a decoder-only causal LM.
+        UserError: nothing is there, it is not a decoder-only causal LM, or is not to be had
+            without code of its own.
     """
     if not path:
         raise UserError("no backbone given: name a folder or a hub id with --model")
+    path = expanduser(path)
     gguf = gguf_file(path)
-    if gguf is None and path.startswith(("/", "./", "../")) and not Path(path).is_dir():
-        raise UserError(f"cannot read the backbone {path}: there is no such folder")
-    if gguf is None and Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(_not_a_checkpoint(Path(path)))
+    if not gguf:
+        check_there(path, "backbone", "config.json")
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            raise UserError(_not_a_checkpoint(Path(path)))
     try:
-        config = read_config(gguf) if gguf else AutoConfig.from_pretrained(path)
+        if gguf:
+            config = read_config(gguf)
+        else:
+            with own_code(path, "config.json", trust):
+                config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read the backbone {path}: {first_line(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{path} is an encoder-decoder model: exits need a decoder-only causal LM")
     check_unquantised(config, path)
+    check_kernels(config, path, trust)
     architectures = config.architectures or ["CausalLM"]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not any(
+    if causal_lm_class(config, path) is None or not any(
         "CausalLM" in name or "LMHead" in name for name in architectures
     ):
         raise UserError(f"{path} is not a causal LM but {', '.join(architectures)}")
@@ -104,11 +117,11 @@ def _check_weights(path: str) -> None:
     )
 
 
-def empty_backbone(path: str) -> PreTrainedModel:
+def empty_backbone(path: str, trust: bool = False) -> PreTrainedModel:
     """A causal LM without its weights, on the meta device, to look at its shapes."""
-    config = load_config(path)
+    config = load_config(path, trust)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,7 @@ def load_backbone(
     parts: Parts | None = None,
     dtype: torch.dtype | str = "auto",
     slices: Slices | None = None,
+    trust: bool = False,
 ) -> PreTrainedModel:
     """A causal LM with only `parts` in memory; None loads all.
 
@@ -160,9 +174,10 @@ def load_backbone(
         UserError: files missing, truncated or corrupt, tensors missing or of another shape, or a
             model that cannot be split.
     """
-    config = load_config(path)
+    path = expanduser(path)
+    config = load_config(path, trust)
     left: Left = {}
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = causal_lm_class(config, path)
     gguf = gguf_file(path)  # which is read whole
     if not gguf:
         _check_weights(path)
@@ -181,7 +196,7 @@ def load_backbone(
         if left and slices is not None and files.keys() >= {f"{name}.weight" for name in left}:
             read_slices(model, left, files, slices.mesh)
         elif left:  # the files have older names, which transformers knows alone
-            return load_backbone(path, parts, dtype)
+            return load_backbone(path, parts, dtype, trust=trust)
     except UserError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -292,17 +307,29 @@ def _read_slice(
         return part
 
 
-def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, vocab_size: int | None = None, trust: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or a hub id.
 
-    vocab_size: rows of the embedding that its tokens have to be in, if given.
+    vocab_size: rows of the embedding that its tokens have to be in, if given. trust: its own code
+        may run.
 
     Raises:
-        UserError: there is none, or it has a token that the embedding lacks.
+        UserError: there is none, it has a token that the embedding lacks, or cannot be had
+            without code of its own.
     """
+    path = expanduser(path)
     try:
         gguf = gguf_file(path)
-        tokenizer = read_tokenizer(gguf) if gguf else AutoTokenizer.from_pretrained(path)
+        if gguf:
+            tokenizer = read_tokenizer(gguf)
+        else:
+            check_there(path, "tokenizer", "tokenizer_config.json")
+            with own_code(path, "tokenizer_config.json", trust):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"no tokenizer in {path}: {first_line(error)}; save the model's own there"

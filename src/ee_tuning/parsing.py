@@ -70,7 +70,7 @@ def _parser(command: str, config_class: type) -> ArgumentParser:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         name = f"--{field.name.replace('_', '-')}"
-        if config_class is InspectConfig:
+        if config_class is InspectConfig and field.name == "path":
             parser.add_argument(field.name, type=str, help=field.metadata["help"])
             continue
         kind: dict[str, Any] = {"type": hints[field.name]}

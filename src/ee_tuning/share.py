@@ -35,18 +35,26 @@ Kind = TypeVar("Kind", bound=Network)
 
 @dataclass(frozen=True)
 class New:
-    """New exits on a backbone: a local folder, a hub id or a loaded model."""
+    """New exits on a backbone: a local folder, a hub id or a loaded model.
+
+    trust: code that comes with it may run.
+    """
 
     model: str | PreTrainedModel
     config: ExitConfig
+    trust: bool = False
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Saved exits, a folder or a hub id, on their backbone, which is looked up if not given."""
+    """Saved exits, a folder or a hub id, on their backbone, which is looked up if not given.
+
+    trust: code that comes with the backbone may run.
+    """
 
     exits: str
     model: str | PreTrainedModel | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def shapes(source: New | Saved) -> Network:
         saved = read_exit_config(folder)
         path, config = base_of(folder, saved, source.model), saved_exits(saved)
         known = saved.get("vocab_size")
-    network = Network(empty_backbone(path), replace(config, init="copy"))
+    network = Network(empty_backbone(path, source.trust), replace(config, init="copy"))
     if known:
         network.vocabulary = Vocabulary(torch.arange(known), network.config.vocab_size)
     return network
@@ -114,14 +122,14 @@ def shapes(source: New | Saved) -> Network:
 def source_of(config: TuneConfig) -> New | Saved:
     """The exits that a tuning run begins with."""
     if config.exits:
-        return Saved(config.exits, config.model or None)
-    return New(config.model, config.exit_config())
+        return Saved(config.exits, config.model or None, config.trust_remote_code)
+    return New(config.model, config.exit_config(), config.trust_remote_code)
 
 
 def _new(source: New, share: Share, kind: type[Kind]) -> Kind:
     model = source.model
     if isinstance(model, str):
-        model = _read_backbone(model, source.config, share)
+        model = _read_backbone(model, source.config, share, source.trust)
     return kind(model, source.config, share.stage)
 
 
@@ -153,7 +161,7 @@ def _look_up(
     if share.slices and saved.get("vocab_size"):
         share = replace(share, slices=replace(share.slices, head=False))  # its rows are picked
     try:
-        return _read_backbone(path, config, share)
+        return _read_backbone(path, config, share, source.trust)
     except UserError as error:
         if source.model is not None:
             raise
@@ -162,15 +170,15 @@ def _look_up(
         ) from error
 
 
-def _read_backbone(path: str, config: ExitConfig, share: Share) -> PreTrainedModel:
-    parts = None if share.whole else _needed(path, config, share.stage)
-    return load_backbone(path, parts, share.dtype, share.slices)
+def _read_backbone(path: str, config: ExitConfig, share: Share, trust: bool) -> PreTrainedModel:
+    parts = None if share.whole else _needed(path, config, share.stage, trust)
+    return load_backbone(path, parts, share.dtype, share.slices, trust)
 
 
-def _needed(path: str, config: ExitConfig, stage: range | None) -> Parts:
+def _needed(path: str, config: ExitConfig, stage: range | None, trust: bool) -> Parts:
     """What these exits, or those of a stage (layers from 0), need: its layers, the last one if a
     `layer` exit is made from it, and the embedding and head where they are used."""
-    num_layers = load_config(path).num_hidden_layers
+    num_layers = load_config(path, trust).num_hidden_layers
     specs = config.specs(num_layers)
     layers = range(specs[-1].layer) if stage is None else stage
     own = [spec for spec in specs if spec.layer - 1 in layers]

@@ -151,7 +151,10 @@ def test_what_was_measured_is_shown_even_if_it_cannot_be_written(exits, data, ca
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["evaluate", "--exits", "nowhere", "--data", "DATA"], "'nowhere' does not exist"),
+        (
+            ["evaluate", "--exits", "nowhere", "--data", "DATA"],
+            "exits nowhere: there is no such folder",
+        ),
         (["generate", "--prompt", "x"], "no exits given"),
         (["generate", "--exits", "EXITS"], "prompt is empty"),
         (["generate", "--exits", "EXITS", "--prompt", "x", "--threshold", "2"], "outside [0, 1]"),

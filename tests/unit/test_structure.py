@@ -36,8 +36,8 @@ FLOORS = [
     ["stages", "costs"],
     ["model"],
     ["exits", "backbone", "loading", "fingerprint", "gguf"],
-    ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices"],
-    ["config", "exit_config", "files", "folders"],
+    ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
+    ["config", "exit_config", "files", "folders", "hub"],
     ["twin", "errors", "version"],
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from ee_tuning.export import exit_checkpoint, save_exit, save_merged
 from ee_tuning.folders import claim
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
+from ee_tuning.own_code import is_own_code
 from ee_tuning.share import Saved, Share, load
 
 
@@ -31,8 +32,14 @@ def export(config: ExportConfig) -> None:
     if config.out and Path(config.out).resolve() in {Path(p).resolve() for p in (found, base)}:
         raise UserError(f"{config.out} is what is being exported: give another folder with --out")
     output = claim(config.out, config.overwrite)
-    model = load(Saved(config.exits, config.model or None), Share(whole=config.merge), Network)
-    tokenizer = load_tokenizer(base)
+    source = Saved(config.exits, config.model or None, config.trust_remote_code)
+    model = load(source, Share(whole=config.merge), Network)
+    if is_own_code(model.config):
+        raise UserError(
+            f"{type(model.model).__name__} is code that came with {base}, which an export would "
+            "lack: use the exits as they are"
+        )
+    tokenizer = load_tokenizer(base, trust=config.trust_remote_code)
     exported = None if config.merge else exit_checkpoint(model, config.layer)
     with output.filled() as folder:
         if exported is None:

@@ -14,7 +14,12 @@ def init(config: InitConfig) -> None:
         UserError: a backbone or exits that cannot be, or a folder that is taken.
     """
     output = claim(config.out, config.overwrite, reads=[config.model])
-    model = EarlyExitModel.from_base(config.model, config.exit_config(), whole=False)
+    model = EarlyExitModel.from_base(
+        config.model,
+        config.exit_config(),
+        whole=False,
+        trust_remote_code=config.trust_remote_code,
+    )
     with output.filled() as folder:
         model.save_pretrained(folder)
     print(f"exits after layers {model.exit_layers} saved in {config.out}")

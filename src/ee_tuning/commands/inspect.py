@@ -15,6 +15,7 @@ from ee_tuning.adapter import (
 )
 from ee_tuning.config import InspectConfig
 from ee_tuning.fingerprint import config_values
+from ee_tuning.hub import check_there, find_file
 from ee_tuning.loading import load_config
 
 
@@ -25,13 +26,16 @@ def inspect(config: InspectConfig) -> None:
         UserError: nothing is there, or something else.
     """
     path = config.path
-    is_exits = Path(path).is_dir() and (find_exits(path) / CONFIG_NAME).is_file()
-    Console().print(_exits_table(path) if is_exits else _backbone_table(path))
+    check_there(path, "backbone or exits", "config.json")
+    local = Path(path).is_dir()
+    is_exits = find_file(str(find_exits(path)) if local else path, CONFIG_NAME) is not None
+    table = _exits_table(path) if is_exits else _backbone_table(path, config.trust_remote_code)
+    Console().print(table)
 
 
-def _backbone_table(path: str) -> Table:
+def _backbone_table(path: str, trust: bool) -> Table:
     table = Table(title=f"backbone {path}", show_header=False)
-    for key, value in config_values(load_config(path)).items():
+    for key, value in config_values(load_config(path, trust)).items():
         if value is not None:
             table.add_row(key, str(value))
     return table

@@ -27,6 +27,7 @@ from ee_tuning.data.megatron import read_megatron
 from ee_tuning.data.readers import READERS, Reader, Record
 from ee_tuning.data.streams import PACKED, kind
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.hub import check_there
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(#.+)?")
 LIMIT = re.compile(r"\[:(\d+)\]$")
@@ -169,6 +170,7 @@ class Hub:
         if self.data is None:
             path, _, split = self.name.partition("#")
             path, _, config = path.partition(":")
+            check_there(path, "data", "README.md", "dataset")
             try:
                 self.data = datasets.load_dataset(path, config or None, split=split or "train")
             except Exception as error:  # the hub's client and each format raise errors of their own

@@ -51,10 +51,11 @@ def load_for_decoding(
     """The model, or this process's part of it, and tokenizer that a `SamplingConfig` names."""
     device = pick_device(config.device)
     share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
-    source = Saved(config.exits, config.model or None)
+    source = Saved(config.exits, config.model or None, config.trust_remote_code)
     model = load_part(source, share, Network, mesh or Mesh(), stage_layers)
     backbone = model.backbone
-    return model, load_tokenizer(backbone.model.name_or_path, backbone.config.vocab_size)
+    path, rows = backbone.model.name_or_path, backbone.config.vocab_size
+    return model, load_tokenizer(path, rows, config.trust_remote_code)
 
 
 def _own_stage(source: Saved, mesh: Mesh, numbers: Sequence[int]) -> range:

@@ -202,7 +202,7 @@ def load_data(config: TuneConfig, model: Network, mesh: Mesh) -> tuple[Rows, Row
 def _pack(config: TuneConfig, backbone: Backbone) -> tuple[Rows, Rows]:
     """See `load_data`."""
     path = config.tokenizer or backbone.model.name_or_path
-    tokenizer = load_tokenizer(path, backbone.config.vocab_size)
+    tokenizer = load_tokenizer(path, backbone.config.vocab_size, config.trust_remote_code)
     load = (tokenizer, config.seq_length, config.seed, config)
     packed = load_packed(config.data, *load)
     if config.valid_data:

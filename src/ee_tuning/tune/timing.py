@@ -94,7 +94,9 @@ def seconds(
     )  # fmt: skip
     gpus = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus), torch.device(device):
-        backbone = AutoModelForCausalLM.from_config(small, dtype=dtype)
+        backbone = AutoModelForCausalLM.from_config(
+            small, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
         exits = ExitConfig([1], spec.arch, head=spec.head)
         share = Share(precision=config.backbone_precision)
         model = load(New(backbone, exits), share, Network)
