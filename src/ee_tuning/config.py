@@ -77,7 +77,7 @@ class ReadingConfig(Settings):
 
     text_field: str = option("text", "name of the field with the text of a record", fixed=True)
     chat_template: str = option(
-        "", "file with a chat template; default: the tokenizer's", path=True
+        "", "file with a chat template; default: the tokenizer's", path=True, fixed=True
     )
     control_as_text: bool = option(
         False,
@@ -96,7 +96,8 @@ class SourceConfig:
 
     data: list[str] = option(
         [],
-        "tuning data: files, folders or hub ids, each with an optional weight: a.jsonl=0.7",
+        "tuning data: files, patterns, folders, hub ids or - for standard input, each with an "
+        "optional limit on its records and an optional weight: a.jsonl[:10000]=0.7",
         path=True,
     )
     valid_data: list[str] = option(

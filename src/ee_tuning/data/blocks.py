@@ -75,7 +75,7 @@ class Tally:
     def add(self, encoded: Encoded) -> None:
         """Count a record, or a piece of one."""
         self.position += 1
-        self.records += encoded.record.ends
+        self.records += encoded.record.begins
         self.bad += bool(encoded.problem)
         self.problem = self.problem or encoded.problem
         self.longest = max(self.longest, *(len(document.ids) for document in encoded.documents), 0)

@@ -77,9 +77,10 @@ def describe(rows: Rows, samples: int = 0) -> str:
         f"data: {sums[0]:,} records, {sums[1]:,} tokens, {learned:.1%} of them learned, in "
         f"{number:,} sequences"
     )
+    done = all(total.last for total in totals)
     if not samples:
-        return text
-    if all(total.last for total in totals):
+        return text if done else f"{text} so far"
+    if done:
         return f"{text}, which the steps read {samples / len(rows):.2g} times"
     return f"{text} so far; the steps take {samples:,}, and more is read when they come to it"
 

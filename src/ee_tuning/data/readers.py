@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from ee_tuning.data.streams import reading, reading_text
 from ee_tuning.errors import UserError
 
-PIECE = 2**20  # characters of a text that are read, and become tokens, at once
+PIECE = 2**18  # characters of a text that are read, and become tokens, at once
 ROWS = 256  # of a table in memory
 ARROW_FILE = b"ARROW1"
 
