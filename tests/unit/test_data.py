@@ -231,6 +231,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache, monkeypatch
     assert texts(path) == [TEXT]
 
 
+def test_what_is_kept_may_be_read_by_whom_a_new_file_may(tmp_path, cache):
+    before = os.umask(0o027)
+    try:
+        load(jsonl(tmp_path / "a.jsonl", {"text": TEXT}))
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in cache.rglob("*.npy")}
+    assert modes == {0o640}
+
+
 def test_what_is_where_the_cache_should_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")

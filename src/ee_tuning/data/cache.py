@@ -6,8 +6,8 @@ import errno
 import hashlib
 import os
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,13 +78,13 @@ def written(path: Path) -> Iterator[BinaryIO]:
     """
     with writable():
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
-            with os.fdopen(number, "wb") as file:
+            with part.open("xb") as file:  # with the mode of new files, as caches may be shared
                 yield file
-            os.replace(name, path)
+            os.replace(part, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
         make_room(path)
 
