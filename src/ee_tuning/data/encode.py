@@ -17,7 +17,7 @@ from ee_tuning.data.forms import BadRecord, Chat, Completion, Form, Instruction,
 from ee_tuning.data.readers import PIECE, Record, pieces
 from ee_tuning.errors import UserError
 
-CHUNK = 256  # texts tokenised at once: a fast tokenizer spreads them over the cores
+CHUNK = 256  # texts tokenised at once
 CHUNK_CHARACTERS = 4 * PIECE
 
 
