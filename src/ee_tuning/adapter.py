@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ee_tuning.errors import Notice, UserError, first_line
-from ee_tuning.exit_config import ExitConfig
+from ee_tuning.exit_config import ExitConfig, exit_name
 from ee_tuning.files import read_json, replacing, write_json, write_text
 from ee_tuning.fingerprint import config_values
 from ee_tuning.hub import check_there
@@ -44,8 +44,9 @@ tags: [early-exit, ee-tuning]
 
 # Early exits{% if base %} for `{{ base }}`{% endif %}
 
-Exits after {{ exits | length }} of the backbone's {{ depth }} layers, made with EE-Tuning
-(arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
+Exits after {{ exits | length - drafts }} of the backbone's {{ depth }} layers{% if drafts %}, and
+a draft exit that reads the hidden states after layers {{ sources | join(", ") }}{% endif %}, made
+with EE-Tuning (arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
 and is not changed by them.
 
 | exit layer | architecture | head |
@@ -58,11 +59,15 @@ and is not changed by them.
 from ee_tuning import EarlyExitModel
 
 model = EarlyExitModel.from_pretrained("path-or-hub-id-of-these-exits")
-out = model.generate(input_ids, mode="threshold", threshold=0.8, max_new_tokens=64)
+out = model.generate(input_ids, mode="{{ mode }}", threshold=0.8, max_new_tokens=64)
 ```
 
+{% if mode == "speculative" -%}
+The draft exit drafts tokens, which the backbone verifies together: the text is the backbone's own.
+{%- else -%}
 A token leaves at the first exit whose largest softmax probability is at least the threshold;
 threshold 1 gives the backbone's own text.
+{%- endif %}
 """
 )
 
@@ -104,6 +109,7 @@ def saved_config(network: Network) -> dict[str, Any]:
         "layers": [spec.layer for spec in specs],
         "arch": [spec.arch for spec in specs],
         "head": [spec.head for spec in specs],
+        "sources": [*specs[-1].sources] or None,
         "backbone": {
             "config": config_values(network.config),
             "tensors": network.tensor_hashes,
@@ -231,7 +237,8 @@ def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:
 
 def saved_exits(saved: dict[str, Any]) -> ExitConfig:
     """The exits that an ``exit_config.json`` describes."""
-    return ExitConfig(**{k: saved[k] for k in ("layers", "arch", "init", "head", "seed")})
+    known = {k: saved[k] for k in ("layers", "arch", "init", "head", "seed")}
+    return ExitConfig(**known, sources=saved.get("sources"))
 
 
 def find_exits(path: str) -> Path:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
 from ee_tuning.errors import UserError
 
-Arch = Literal["embedding", "norm", "mlp", "layer"]
+Arch = Literal["embedding", "norm", "mlp", "layer", "draft"]
 Init = Literal["copy", "random"]
 Head = Literal["own", "shared"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
+DRAFT = 0  # the layer's number of a draft exit, which sits at none
 
 
 @dataclass(frozen=True)
 class ExitSpec:
-    """One exit: after which layer it sits (counted from 1) and what it is made of."""
+    """One exit: after which layer it sits (counted from 1) and what it is made of.
+
+    sources: of a draft exit, which sits at layer `DRAFT`, the layers whose states it reads.
+    """
 
     layer: int
     arch: str
     head: str
+    sources: tuple[int, ...] = ()
+
+    def end(self, num_layers: int) -> int:
+        """The last layer that is in memory for it: a draft exit follows passes to the end."""
+        return self.layer if self.layer != DRAFT else num_layers
+
+    def is_in(self, stage: range, num_layers: int) -> bool:
+        """Whether the process that has the layers of `stage`, counted from 0, has this exit.
+
+        A draft exit is where all layers are.
+        """
+        return self.layer - 1 in stage if self.layer != DRAFT else len(stage) == num_layers
 
 
 @dataclass
@@ -30,12 +47,14 @@ class ExitConfig:
     """Which exits a model gets.
 
     layers: exit layers counted from 1. Numbers, fractions of the depth (``"1/8"``),
-        ``"every:4"``, or one string with commas between them.
+        ``"every:4"``, or one string with commas between them. A draft exit's is 0, which need not
+        be given where it is the only one.
     arch: one of `ARCHS` for all exits, or one per exit.
     init: ``copy`` from the backbone's own modules, or ``random``.
     head: ``own`` trainable head per exit or the backbone's frozen one, ``shared``;
         one for all exits or one per exit.
     seed: seed of the random initialisation.
+    sources: layers whose states a draft exit reads; default: a low, a middle and a high one.
     """
 
     layers: Layers
@@ -43,38 +62,96 @@ class ExitConfig:
     init: str = "copy"
     head: str | list[str] = "own"
     seed: int = 0
+    sources: Layers | None = None
 
     def specs(self, num_layers: int) -> list[ExitSpec]:
-        """The exits of a backbone with `num_layers` layers, in order of depth.
+        """The exits of a backbone with `num_layers` layers, in order of depth, a draft exit last.
 
         Raises:
             UserError: a layer outside 1..num_layers or given twice, an unknown
-                architecture or head, or lists of different lengths.
+                architecture or head, lists of different lengths, or a draft exit that sits at a
+                layer or reads one that is not there.
         """
-        layers = parse_layers(self.layers, num_layers)
+        alone = self.layers in ("", []) and self.arch in ("draft", ["draft"])
+        layers = parse_layers(DRAFT if alone else self.layers, num_layers, least=DRAFT)
         archs = _one_per_exit("arch", self.arch, ARCHS, len(layers))
         heads = _one_per_exit("head", self.head, HEADS, len(layers))
         if self.init not in ("copy", "random"):
             raise UserError(f"init {self.init!r} is unknown: use copy or random")
-        return sorted(map(ExitSpec, layers, archs, heads), key=lambda spec: spec.layer)
+        for layer, arch in zip(layers, archs, strict=True):
+            _check_draft(layer, arch)
+        specs = [
+            ExitSpec(*one, self._sources(num_layers) if one[0] == DRAFT else ())
+            for one in zip(layers, archs, heads, strict=True)
+        ]
+        if self.sources and DRAFT not in layers:
+            raise UserError(
+                "draft_sources is for a draft exit, and there is none: add it with --layers 0,… "
+                "--arch draft,…, or leave --draft-sources out"
+            )
+        return sorted(specs, key=lambda spec: depth_of(spec.layer))
+
+    def _sources(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that a draft exit reads, by depth."""
+        if self.sources:
+            return tuple(sorted(parse_layers(self.sources, num_layers, "source layer")))
+        edge = max(1, num_layers // 10)
+        return tuple(sorted({edge, max(1, num_layers // 2), max(1, num_layers - edge)}))
 
 
-def parse_layers(layers: Layers, num_layers: int) -> list[int]:
-    """Exit layers as numbers, from ``"8,16"``, ``[8, 16]``, ``"1/8,2/8"`` or ``"every:4"``."""
+def depth_of(layer: int) -> float:
+    """What exits are ordered by: a draft exit, which sits at no layer, is behind all others."""
+    return math.inf if layer == DRAFT else layer
+
+
+def exit_name(layer: int) -> str:
+    """What people call the exit at a layer."""
+    return "draft" if layer == DRAFT else str(layer)
+
+
+def _check_draft(layer: int, arch: str) -> None:
+    """Refuse a draft exit at a layer, or another one at none.
+
+    Raises:
+        UserError: says where it is to be.
+    """
+    if (layer == DRAFT) == (arch == "draft"):
+        return
+    if layer == DRAFT:
+        raise UserError(
+            f"exit layer 0 is a draft exit's, and arch is {arch}: the backbone's layers are counted "
+            "from 1; a draft exit is --layers 0 --arch draft"
+        )
+    raise UserError(
+        f"a draft exit sits at no layer, and {layer} is given: its number is 0 (--layers 0, or "
+        "--layers 0,8 --arch draft,mlp)"
+    )
+
+
+def parse_layers(
+    layers: Layers, num_layers: int, what: str = "exit layer", least: int = 1
+) -> list[int]:
+    """Exit layers as numbers, from ``"8,16"``, ``[8, 16]``, ``"1/8,2/8"`` or ``"every:4"``.
+
+    what: they are, for people. least: the smallest number that is one.
+
+    Raises:
+        UserError: one is not understood, does not exist or is given twice; or there are none.
+    """
     given = layers.split(",") if isinstance(layers, str) else layers
     items = list(given) if isinstance(given, (list, tuple)) else [given]
-    found = [layer for item in items for layer in _parse_layer(item, num_layers)]
+    found = [layer for item in items for layer in _parse_layer(item, num_layers, what)]
     if not found:
         raise UserError(
             "no exit layers given: name some with --layers, for example 8,16 or every:4"
         )
     for layer in found:
-        if not 1 <= layer <= num_layers:
+        if not least <= layer <= num_layers:
             raise UserError(
-                f"exit layer {layer} does not exist: the backbone has layers 1 to {num_layers}"
+                f"{what} {layer} does not exist: the backbone has layers 1 to {num_layers}"
             )
         if found.count(layer) > 1:
-            raise UserError(f"exit layer {layer} is given twice in {layers!r}")
+            raise UserError(f"{what} {layer} is given twice in {layers!r}")
     return found
 
 
@@ -95,7 +172,7 @@ def parse_threshold(threshold: str) -> float | dict[int, float]:
         ) from None
 
 
-def _parse_layer(item: int | str, num_layers: int) -> list[int]:
+def _parse_layer(item: int | str, num_layers: int, what: str) -> list[int]:
     text = str(item).strip()
     try:
         if text.startswith("every:"):
@@ -106,7 +183,7 @@ def _parse_layer(item: int | str, num_layers: int) -> list[int]:
         return [int(text)]
     except (ValueError, ZeroDivisionError):
         raise UserError(
-            f"exit layer {text!r} is not understood: give numbers (8,16), fractions of the "
+            f"{what} {text!r} is not understood: give numbers (8,16), fractions of the "
             "depth (1/4,1/2) or every:N"
         ) from None
 

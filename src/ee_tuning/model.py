@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import ExitConfig
-from ee_tuning.exits import ARCHS, Exit
+from ee_tuning.exit_config import DRAFT, ExitConfig, depth_of, exit_name
+from ee_tuning.exits import ARCHS, DraftExit, Exit
 from ee_tuning.fingerprint import tensor_hashes
 from ee_tuning.losses import cross_entropy
 from ee_tuning.vocabulary import Vocabulary
@@ -48,7 +48,7 @@ class Network(nn.Module):
         """Add exits to a loaded model.
 
         stage: the layers (counted from 0) that a stage of a pipeline runs, with the exits after
-        them; default: those up to the deepest exit.
+        them; default: those up to the deepest exit, with a draft exit all.
 
         Raises:
             UserError: the model or the exits are not what this method can work with.
@@ -59,10 +59,12 @@ class Network(nn.Module):
         if model.device.type != "meta":
             self.backbone.check_cuts()
         self.exit_config = config
-        specs = config.specs(self.backbone.num_layers)
+        num_layers = self.backbone.num_layers
+        specs = config.specs(num_layers)
         self.all_exit_layers = [spec.layer for spec in specs]  # of every stage
-        self.stage = range(specs[-1].layer) if stage is None else stage
-        own = [spec for spec in specs if spec.layer - 1 in self.stage]
+        self._deepest = specs[-1].end(num_layers)
+        self.stage = range(self._deepest) if stage is None else stage
+        own = [spec for spec in specs if spec.is_in(self.stage, num_layers)]
         self.exits = nn.ModuleDict(
             {str(spec.layer): ARCHS[spec.arch](self.backbone, spec) for spec in own}
         )
@@ -75,12 +77,19 @@ class Network(nn.Module):
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
         """The backbone's fingerprint; see `ee_tuning.fingerprint.tensor_hashes`."""
-        return tensor_hashes(self.backbone, self.all_exit_layers[-1])
+        return tensor_hashes(self.backbone, self._deepest)
 
     @property
     def exit_layers(self) -> list[int]:
-        """Layers with an exit in this stage, counted from 1, in order of depth."""
-        return sorted(int(name) for name in self.exits)
+        """Layers with an exit in this stage, counted from 1, in order of depth; last, the number
+        of the draft exit, `DRAFT`, if there is one."""
+        return sorted(map(int, self.exits), key=depth_of)
+
+    @property
+    def draft(self) -> DraftExit | None:
+        """The draft exit, where this process has one."""
+        exits: dict[str, Any] = self.exits._modules  # type: ignore[assignment]
+        return exits.get(str(DRAFT))
 
     def exit(self, layer: int) -> Exit:
         """The exit after `layer`.
@@ -98,22 +107,25 @@ class Network(nn.Module):
             UserError: there is none.
         """
         if layer not in self.all_exit_layers:
-            raise UserError(
-                f"there is no exit at layer {layer}: the exits are at {self.all_exit_layers}"
-            )
+            found = ", ".join(map(exit_name, self.all_exit_layers))
+            raise UserError(f"there is no exit at layer {layer}: the exits are at [{found}]")
 
     def segments(
-        self, exit_layers: Sequence[int] | None = None, last: int | None = None
+        self,
+        exit_layers: Sequence[int] | None = None,
+        last: int | None = None,
+        sources: Sequence[int] = (),
     ) -> list[Segment]:
         """The backbone from this stage's first layer to layer `last` (default: the backbone's
-        end), cut after each of `exit_layers`.
+        end), cut after each of `exit_layers` and `sources`.
 
         Raises:
-            UserError: a layer has no exit.
+            UserError: one of `exit_layers` has no exit.
         """
         layers = self.exit_layers if exit_layers is None else exit_layers
+        layers = [k for k in layers if k != DRAFT]
         last = self.backbone.num_layers if last is None else last
-        stops = sorted({*layers, last})
+        stops = sorted({*layers, *sources, last})
         records = [k in layers and self.exit(k).records_call for k in stops]
         starts = [self.stage.start, *stops[:-1]]
         return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
@@ -277,12 +289,18 @@ class Chain:
         if position_ids is None:
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)
             position_ids = position_ids.expand(inputs.shape[:2])
+        keeps = keeps or self.sources
         return Descent(self, inputs, (position_ids, boundaries), keeps, around)
 
     @property
     def start(self) -> int:
         """The layer, from 0, that it begins with."""
         return self._model.stage.start
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The layers whose states a draft exit reads."""
+        return self._model.draft.sources if self._model.draft else ()
 
     @property
     def stop(self) -> int:
@@ -298,7 +316,7 @@ class Chain:
             UserError: its layers were left out of memory.
         """
         if not self._segments:
-            self._add(self._model.segments(last=self.stop))
+            self._add(self._model.segments(last=self.stop, sources=self.sources))
         if start == self.stop and start not in self._segments:
             self._add([self._model.backbone.segment(start, self._model.backbone.num_layers)])
         return self._segments[start]
@@ -330,16 +348,19 @@ class Descent:
     ) -> None:
         """where: positions and boundaries. around: entered with "forward" when layers run."""
         self._chain, self._where, self._around = chain, where, around
-        self.hidden, self.at = inputs, chain.start
+        self.hidden, self.at, self._ids = inputs, chain.start, inputs
         self.kept: dict[int, Tensor] = {}
         self._keeps = keeps
         self._passed: dict[int, State] = {}  # by what `ahead` ran, and nobody asked for yet
 
     def to(self, layer: int) -> State:
-        """The state after `layer`, which is that of an exit or the last one.
+        """The state after `layer`, which is that of an exit or the last one; for a draft exit those
+        of its sources.
 
         Runs the layers that it still lacks, without gradients.
         """
+        if layer == DRAFT:
+            return self._for_draft()
         state = self._passed.pop(layer, None)
         while self.at < layer:
             state = None  # gone before the next one is made
@@ -353,6 +374,13 @@ class Descent:
             state = self._run()
             self._passed[self.at] = state
         return self.hidden
+
+    def _for_draft(self) -> State:
+        """What was kept, and the tokens; the layers up to the last source have run."""
+        sources, (position_ids, boundaries) = self._chain.sources, self._where
+        self.ahead(sources[-1])
+        kept = tuple(self.kept[layer] for layer in sources)
+        return State(kept[-1], position_ids, None, boundaries, self._ids, kept)
 
     def _run(self) -> State:
         """The state at the end of the segment that begins here."""

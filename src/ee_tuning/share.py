@@ -180,8 +180,8 @@ def _needed(path: str, config: ExitConfig, stage: range | None, trust: bool) -> 
     `layer` exit is made from it, and the embedding and head where they are used."""
     num_layers = load_config(path, trust).num_hidden_layers
     specs = config.specs(num_layers)
-    layers = range(specs[-1].layer) if stage is None else stage
-    own = [spec for spec in specs if spec.layer - 1 in layers]
+    layers = range(specs[-1].end(num_layers)) if stage is None else stage
+    own = [spec for spec in specs if spec.is_in(layers, num_layers)]
     last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
     head = bool(own) or layers.stop == num_layers
     return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)

@@ -78,6 +78,13 @@ class Backbone(Body):
         """A segment that is one layer, standing where the backbone's last layer stands."""
         return Segment(self, [layer], self.num_layers - 1, later=True, record=False)
 
+    def embedding(self) -> Segment:
+        """A segment without layers: token ids (B, T) → what the first layer is given, (B, T, H).
+
+        With the trunk's scaling and learned positions, where it has them.
+        """
+        return Segment(self, [], 0, later=False, record=False)
+
     def output(self, head: nn.Module) -> nn.Module:
         """The model's own way from normalised hidden states to logits, through `head`.
 

@@ -44,13 +44,16 @@ class State:
     """The hidden state at an exit layer, and what an exit may need besides.
 
     hidden: (B, T, H); position_ids: (B, T) int64; call: how the exit layer was called, if
-    it was recorded; boundaries: as `Segment` takes them, for attention in the exit.
+    it was recorded; boundaries: as `Segment` takes them, for attention in the exit. For a draft
+    exit, ids: the tokens (B, T), and sources: the hidden states after the layers that it reads.
     """
 
     hidden: Tensor
     position_ids: Tensor
     call: Call | None = None
     boundaries: Any = None
+    ids: Tensor | None = None
+    sources: tuple[Tensor, ...] = ()
 
 
 class Segment:

@@ -1,6 +1,17 @@
-"""Exits: `archs` has a class per architecture, `head` what turns their features into logits."""
+"""Exits: `archs` has a class per architecture, `draft` the one that sits at no layer, `head` what
+turns their features into logits.
+"""
 
-from ee_tuning.exits.archs import ARCHS, Exit
+from ee_tuning.exits.archs import EmbeddingExit, Exit, LayerExit, MlpExit, NormExit
+from ee_tuning.exits.draft import DraftExit
 from ee_tuning.exits.head import Head
 
-__all__ = ["ARCHS", "Exit", "Head"]
+ARCHS: dict[str, type[Exit]] = {
+    "embedding": EmbeddingExit,
+    "norm": NormExit,
+    "mlp": MlpExit,
+    "layer": LayerExit,
+    "draft": DraftExit,
+}
+
+__all__ = ["ARCHS", "DraftExit", "Exit", "Head"]

@@ -1,4 +1,4 @@
-"""The four exit architectures (method of arXiv 2402.00518, section 2) and their initialisation.
+"""The exits of a layer (method of arXiv 2402.00518, section 2) and their initialisation.
 
 ====== architecture ======  ================ logits at exit layer k ================
 ``embedding``               ``W·y``
@@ -55,7 +55,7 @@ class Exit(nn.Module):
         self.spec = spec
         self.sequence: Any = None  # see `ee_tuning.parallel.sequence.SequencePart`
         if spec.head == "own":
-            self.head = _trainable(backbone.head)
+            self.head = trainable(backbone.head)
         self.norm = None
         self.output = Head(backbone, self.head if spec.head == "own" else None)
         self._init_weights = backbone.model._init_weights
@@ -88,6 +88,14 @@ class Exit(nn.Module):
         """(B, T, H) → (B, T, V); −∞ for tokens that the exit does not know."""
         return self.output.logits(features)
 
+    def predictions(self, state: State) -> list[Tensor]:
+        """The features that are tuned, each (B, T, H): one of a token, of a draft exit several."""
+        return [self.features(state)]
+
+    def targets(self, labels: Tensor, state: State) -> list[tuple[Tensor, float]]:
+        """For each of `predictions`: its labels (B, T), and its share of the exit's loss."""
+        return [(labels, 1.0)]
+
     def forward(self, state: State, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) at this exit."""
         return self.logits(self.features(state, cache))
@@ -105,7 +113,7 @@ class Exit(nn.Module):
         attention writes back; norms as transformers starts them (a factor of 1); biases 0.
         """
         generator = torch.Generator().manual_seed(seed * 100_003 + self.spec.layer)
-        small = 0.02 / math.sqrt(2 * self.spec.layer)
+        small = 0.02 / math.sqrt(2 * max(1, self.spec.layer))
         for path, module in self.named_modules():
             if "norm" in type(module).__name__.lower():
                 self._init_weights(module)
@@ -139,7 +147,7 @@ class NormExit(Exit):
     def __init__(self, backbone: Backbone, spec: ExitSpec) -> None:
         """See `Exit`."""
         super().__init__(backbone, spec)
-        self.norm = _trainable(backbone.norm)
+        self.norm = trainable(backbone.norm)
 
     def as_layers(self, layers: list[nn.Module]) -> list[nn.Module]:
         """The backbone's own."""
@@ -159,7 +167,7 @@ class MlpExit(NormExit):
         """
         super().__init__(backbone, spec)
         layer = backbone.layers[spec.layer - 1]
-        mlps = {name: _trainable(layer.get_submodule(name)) for name in mlp_names(layer)}
+        mlps = {name: trainable(layer.get_submodule(name)) for name in mlp_names(layer)}
         self.mlp = nn.ModuleDict(mlps)
         replay = _Replay()
         parts: dict[str, nn.Module] = {attention_name(layer): replay, **self.mlp}
@@ -189,7 +197,7 @@ class LayerExit(NormExit):
     def __init__(self, backbone: Backbone, spec: ExitSpec) -> None:
         """See `Exit`."""
         super().__init__(backbone, spec)
-        self.block = _trainable(backbone.layers[-1])
+        self.block = trainable(backbone.layers[-1])
         self.segment = backbone.block(self.block)
 
     def layer_parts(self) -> list[nn.Module]:
@@ -212,14 +220,6 @@ class LayerExit(NormExit):
         return self.segment(state.hidden, state.position_ids, cache, state.boundaries).hidden
 
 
-ARCHS: dict[str, type[Exit]] = {
-    "embedding": EmbeddingExit,
-    "norm": NormExit,
-    "mlp": MlpExit,
-    "layer": LayerExit,
-}
-
-
 class _Replay(nn.Module):
     """In place of an attention: gives again what the layer's own attention gave."""
 
@@ -229,7 +229,7 @@ class _Replay(nn.Module):
         return self.output
 
 
-def _trainable(module: nn.Module) -> nn.Module:
+def trainable(module: nn.Module) -> nn.Module:
     """A copy of `module` that can be tuned.
 
     Raises:

@@ -1,0 +1,245 @@
+"""The draft exit: one layer that goes on from where the last full pass ended.
+
+The arrangement of EAGLE-3 (arXiv 2503.01840). For the newest token x_t it is given g, which stands
+for the token before: what the backbone made of that one, joined from the hidden states after a few
+*source* layers, or, from the second draft of a chain on, the exit's own output::
+
+    g_t-1 = F[s_t-1 of a low, a middle, a high layer]                          `fused`
+    h_t   = Block(J[N_e(E[x_t]); N_g(g_t-1)]),  the g of the next step           `step`
+    x_t+1 ~ W·N(h_t)
+
+E is the backbone's embedding, N are norms and F, J linear maps. The token that begins a text has
+zeros for g. The block has K/V of its own: of settled tokens those of a step with the backbone's g,
+of a chain's later tokens its own.
+
+It is tuned with its steps unrolled as decoding runs them: from every token a chain of drafts
+begins, of which step j stands at the place of the token j − 1 places on and sees the settled tokens
+up to the chain's first one, and the chain itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ee_tuning.backbone import Backbone, Segment, State
+from ee_tuning.errors import UserError
+from ee_tuning.exit_config import ExitSpec
+from ee_tuning.exits.archs import NormExit, trainable
+from ee_tuning.losses import IGNORED
+
+
+class DraftExit(NormExit):
+    """Drafts the tokens that follow a settled one; see the head of this file.
+
+    sources: the layers whose states it reads. steps, decay: how many drafts of a chain are tuned,
+    and by what the weight of each is less than that of the one before.
+
+    It begins as the backbone's last layer, run once more on the normalised state after the highest
+    source at the token before: `fuse` lets that one through alone, and `join` what comes of it.
+    """
+
+    segment: Segment
+
+    def __init__(self, backbone: Backbone, spec: ExitSpec) -> None:
+        """See `Exit`."""
+        super().__init__(backbone, spec)
+        self.sources = spec.sources
+        self.steps, self.decay = 1, 1.0
+        hidden = backbone.config.hidden_size
+        self.fuse = _passing(len(self.sources), hidden, backbone)
+        self.embed_norm, self.hidden_norm = trainable(backbone.norm), trainable(backbone.norm)
+        for norm in (self.embed_norm, self.hidden_norm):
+            self._init_weights(norm)
+        self.join = _passing(2, hidden, backbone)
+        self.block = trainable(backbone.layers[-1])
+        self.segment = backbone.block(self.block)
+        self.embedding = backbone.embedding()
+
+    def layer_parts(self) -> list[nn.Module]:
+        """The block."""
+        return [self.block]
+
+    def as_layers(self, layers: list[nn.Module]) -> list[nn.Module]:
+        """Refused.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "a draft exit is no model of its own: it reads what the whole backbone made of the "
+            "text; export a norm, mlp or layer exit, or --merge"
+        )
+
+    def fused(self, states: Sequence[Tensor]) -> Tensor:
+        """The backbone's g of each token: states after the `sources`, (B, T, H) each → (B, T, H)."""
+        return self.fuse(torch.cat([*states], dim=-1))
+
+    def step(
+        self,
+        ids: Tensor,
+        g: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None = None,
+        boundaries: Any = None,
+    ) -> Tensor:
+        """One step of tokens (B, T): h (B, T, H), from which ``logits(norm(h))`` predict the next.
+
+        g: (B, T, H), of the token before each. cache, boundaries: as a `Segment` takes them; the
+        block stands where the backbone's last layer stands.
+        """
+        # Any mask: no layer looks at it there, and the trunk makes none of its own.
+        mask = torch.empty(1, 1, 1, 0, dtype=torch.int32, device=ids.device)
+        with torch.no_grad():
+            tokens = self.embedding(ids, position_ids, boundaries=mask).hidden
+        joined = self.join(torch.cat([self.embed_norm(tokens), self.hidden_norm(g)], dim=-1))
+        return self.segment(joined, position_ids, cache, boundaries).hidden
+
+    def hidden(self, state: State, cache: Cache | None) -> Tensor:
+        """The first draft's output at every token."""
+        g = before(self.fused(state.sources), state.position_ids)
+        assert state.ids is not None
+        return self.step(state.ids, g, state.position_ids, cache, state.boundaries)
+
+    def predictions(self, state: State) -> list[Tensor]:
+        """Features (B, T, H) of each draft of the chains that begin at every token.
+
+        Each at the place of its newest token: those of step j at place t belong to the chain that
+        began at t − j + 1, and are meaningless where that is before the text's beginning.
+        """
+        assert state.ids is not None
+        assert self.norm is not None
+        chains = _Chains(state, self.segment, self.join.weight.dtype)
+        g, found = self.fused(state.sources), []
+        for step in range(self.steps):
+            g = before(g, state.position_ids)
+            g = self.step(state.ids, g, state.position_ids, chains.cache, chains.mask(step))
+            found.append(self.norm(g))
+        return found
+
+    def targets(self, labels: Tensor, state: State) -> list[tuple[Tensor, float]]:
+        """The labels of places where a chain is, and the shares, which add up to 1."""
+        weights = [self.decay**step for step in range(self.steps)]
+        # The label of a place's prediction is one place on.
+        earlier = F.pad(_place(state.position_ids)[:, :-1], (1, 0))
+        return [
+            (labels.masked_fill(earlier < step, IGNORED), weight / sum(weights))
+            for step, weight in enumerate(weights)
+        ]
+
+
+def before(values: Tensor, position_ids: Tensor) -> Tensor:
+    """At each token the values (B, T, H) of the one before it in its text; zeros at the first."""
+    shifted = F.pad(values[:, :-1], (0, 0, 1, 0))
+    return shifted.masked_fill(_place(position_ids).eq(0).unsqueeze(-1), 0)
+
+
+def _begins(position_ids: Tensor) -> Tensor:
+    """Where positions (B, T) do not go on by one: the first tokens of texts, (B, T) bool."""
+    return F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+
+
+def _place(position_ids: Tensor) -> Tensor:
+    """How many tokens of its text are before each token: (B, T) int64."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return index - torch.where(_begins(position_ids), index, 0).cummax(-1).values
+
+
+def _passing(number: int, hidden: int, backbone: Backbone) -> nn.Linear:
+    """A map of `number` states, (…, number·H) → (…, H), that lets the last one through."""
+    kind: dict[str, Any] = {"device": backbone.device, "dtype": backbone.dtype}
+    linear = nn.Linear(number * hidden, hidden, bias=False, **kind)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[:, -hidden:].fill_diagonal_(1)
+    return linear
+
+
+class _Chains:
+    """What the steps of all chains see: keys of step after step, each at the places of a text.
+
+    cache: for the block, gathers K/V of the steps done.
+    """
+
+    def __init__(self, state: State, segment: Segment, dtype: torch.dtype) -> None:
+        """dtype: of masks."""
+        self._state, self._segment, self._dtype = state, segment, dtype
+        self._window = segment.windows()[0]
+        self.cache = _StepCache(_Steps())
+
+    def mask(self, step: int) -> Any:
+        """What a step (from 0) sees, as the block is told it.
+
+        Of the first step's keys those up to the chain's first token, and of each later step's the
+        one of the same chain.
+        """
+        if step == 0 and self._state.boundaries is not None:
+            return self._state.boundaries
+        positions = self._state.position_ids
+        text = _begins(positions).cumsum(-1)
+        index = torch.arange(positions.shape[1], device=positions.device)
+        age = index[:, None] - index
+        near = age < (self._window or len(index))
+        seen = torch.cat(
+            [near & (age >= step), *(near & (age == step - k) for k in range(1, step + 1))], dim=-1
+        )
+        same = (text[:, :, None] == text[:, None]).repeat(1, 1, step + 1)
+        hidden = ~(seen & same)[:, None]
+        lowest = torch.finfo(self._dtype).min
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
+        mask.masked_fill_(hidden, lowest)
+        return self._segment.masks(lambda _: mask)
+
+
+class _Steps(CacheLayerMixin):
+    """K/V of one layer in step after step, side by side: (B, heads, steps · T, head dim)."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key_steps: list[Tensor] = []
+        self.value_steps: list[Tensor] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to make room for."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Add a step's K/V (B, heads, T, head dim); gives those of all steps."""
+        found = []
+        for steps, new in ((self.key_steps, key_states), (self.value_steps, value_states)):
+            steps.append(new)
+            found.append(torch.cat(steps, dim=2))
+        return tuple(found)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of no use: masks are given."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Of no use: positions are given."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Without bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+
+class _StepCache(Cache):
+    """`_Steps` of the one layer there is, whatever its number."""
+
+    def __init__(self, steps: _Steps) -> None:
+        super().__init__(layers=[steps])
+        self.steps = steps
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """As `_Steps.update`."""
+        return self.steps.update(key_states, value_states)
