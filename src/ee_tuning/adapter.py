@@ -44,9 +44,10 @@ tags: [early-exit, ee-tuning]
 
 # Early exits{% if base %} for `{{ base }}`{% endif %}
 
-Exits after {{ exits | length - drafts }} of the backbone's {{ depth }} layers{% if drafts %}, and
-a draft exit that reads the hidden states after layers {{ sources | join(", ") }}{% endif %}, made
-with EE-Tuning (arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
+Exits after {{ exits | length - drafts }} of the backbone's {{ depth }} layers
+{%- if drafts %}, and one that drafts from what the
+backbone made of the text in layers {{ sources | join(", ") }}{% endif %}, made with EE-Tuning
+(arXiv 2402.00518). The backbone is {% if here %}in here, too,{% else %}not in here{% endif %}
 and is not changed by them.
 
 | exit layer | architecture | head |
@@ -119,12 +120,17 @@ def saved_config(network: Network) -> dict[str, Any]:
 
 def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
     """Markdown for the contents of an ``exit_config.json``. here: the backbone is beside it."""
+    exits = zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)
+    saved_config = {"sources": None} | saved_config
     return (
         CARD.render(
             base="" if here else saved_config["base_model"],
             here=here,
             depth=saved_config["backbone"]["config"]["num_hidden_layers"],
-            exits=list(zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)),
+            exits=[(exit_name(layer), arch, head) for layer, arch, head in exits],
+            drafts=int(bool(saved_config["sources"])),
+            sources=saved_config["sources"],
+            mode="speculative" if {*saved_config["arch"]} == {"draft"} else "threshold",
         )
         + "\n"
     )

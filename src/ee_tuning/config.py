@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from os.path import expanduser
 from typing import Any, Literal, get_args
 
 from ee_tuning.exit_config import ExitConfig, Init, Layers
+from ee_tuning.settings import Settings, option
 
 Mode = Literal["full", "fixed", "threshold", "speculative"]
 Measure = Literal["probability", "margin", "entropy"]
@@ -21,28 +21,6 @@ MODES: tuple[str, ...] = get_args(Mode)
 MEASURES: tuple[str, ...] = get_args(Measure)
 
 
-def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> Any:
-    """A dataclass field with its help text; lists get a fresh copy each.
-
-    path: it names files or folders, or may. fixed: a run that goes on has to have the same.
-    """
-    metadata = {"help": help, "path": path, "fixed": fixed}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-class Settings:
-    """What every command's settings are: paths may begin with ``~``."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            if field.metadata["path"]:
-                given = getattr(self, field.name)
-                many = isinstance(given, list)
-                setattr(self, field.name, [*map(expanduser, given)] if many else expanduser(given))
-
-
 @dataclass
 class NewExitsConfig(Settings):
     """What `init` and `tune` share."""
@@ -50,7 +28,10 @@ class NewExitsConfig(Settings):
     model: str = option("", "backbone: a local folder or a hub id", path=True)
     layers: Layers = option("", "exit layers: 8,16 or 1/8,2/8 or every:4", fixed=True)
     arch: str | list[str] = option(
-        "mlp", "embedding, norm, mlp or layer; one, or one per exit: mlp,layer", fixed=True
+        "mlp",
+        "embedding, norm, mlp or layer; one, or one per exit: mlp,layer; draft, at layer 0, for "
+        "--mode speculative alone",
+        fixed=True,
     )
     init: Init = option("copy", "copy the backbone's own modules, or random")
     head: str | list[str] = option(
@@ -60,10 +41,14 @@ class NewExitsConfig(Settings):
     overwrite: bool = option(False, "replace what is in --out")
     seed: int = option(0, "seed of the random initialisation")
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
+    draft_sources: Layers = option(
+        "", "layers that a draft exit reads; default: a low, a middle and a high one", fixed=True
+    )
 
     def exit_config(self) -> ExitConfig:
         """The exits these settings describe."""
-        return ExitConfig(self.layers, self.arch, self.init, self.head, self.seed)
+        sources = self.draft_sources or None
+        return ExitConfig(self.layers, self.arch, self.init, self.head, self.seed, sources)
 
 
 @dataclass

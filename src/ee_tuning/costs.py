@@ -7,7 +7,7 @@ be on the meta device. `tests/unit/test_costs.py` holds it against torch's FlopC
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -16,7 +16,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from ee_tuning.backbone import Backbone
-from ee_tuning.exits import Exit
+from ee_tuning.exit_config import DRAFT, depth_of
+from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.exits.archs import WRITES_BACK
 from ee_tuning.model import Network
 
@@ -76,13 +77,15 @@ class ExitWork:
 class Account:
     """The parts of a model.
 
-    layers: of the backbone, all of them. exits: by layer (from 1). head: the final exit's.
+    layers: of the backbone, all of them. exits: by layer (from 1; a draft exit's is 0, it counts as
+    one after the last). reach: the last layer that the exits read. head: the final exit's.
     embedding: parameters of the token embedding, which are the head's too if they are `tied`.
     hidden: the width of a hidden state. known: share of the vocabulary that the exits know.
     """
 
     layers: list[Work]
     exits: dict[int, ExitWork]
+    reach: int
     head: Work
     embedding: int
     tied: bool
@@ -92,18 +95,23 @@ class Account:
     @property
     def deepest(self) -> int:
         """The layer of the deepest exit."""
-        return max(self.exits)
+        return max(map(self._place, self.exits))
+
+    def _place(self, layer: int) -> int:
+        """The layer, from 1, whose process has the exit."""
+        return layer if layer != DRAFT else len(self.layers)
 
     def in_stage(self, stage: range) -> list[ExitWork]:
         """The exits after the layers of `stage`, counted from 0."""
-        return [self.exits[layer] for layer in sorted(self.exits) if layer - 1 in stage]
+        ordered = sorted(self.exits, key=depth_of)
+        return [self.exits[layer] for layer in ordered if self._place(layer) - 1 in stage]
 
     def flop(self, teacher: bool = False) -> dict[str, float]:
         """FLOP per token of a tuning step, by part.
 
         teacher: whether the final exit's logits are needed, once, and so all layers.
         """
-        layers = self.layers if teacher else self.layers[: self.deepest]
+        layers = self.layers if teacher else self.layers[: self.reach]
         exits = self.exits.values()
         final = self.head.forward if teacher else 0.0
         return {
@@ -114,9 +122,10 @@ class Account:
 
     def tuning(self) -> list[float]:
         """FLOP per token of each layer with the exit after it, up to the deepest exit."""
-        costs = [layer.forward for layer in self.layers[: self.deepest]]
+        runs = [layer.forward for layer in self.layers[: self.reach]]
+        costs = runs + [0.0] * (self.deepest - self.reach)
         for layer, exit in self.exits.items():
-            costs[layer - 1] += exit.whole.flop
+            costs[self._place(layer) - 1] += exit.whole.flop
         return costs
 
     def decoding(self) -> list[float]:
@@ -124,14 +133,15 @@ class Account:
         costs = [layer.weights for layer in self.layers]
         costs[-1] += self.head.weights
         for layer, exit in self.exits.items():
-            costs[layer - 1] += exit.whole.weights
+            costs[self._place(layer) - 1] += exit.whole.weights
         return costs
 
 
-def work(model: Network, length: int = 0, exit_vocab: int = 0) -> Account:
+def work(model: Network, length: int = 0, exit_vocab: int = 0, drafts: int = 1) -> Account:
     """What the parts of `model` weigh and do to a token of a text of `length` tokens.
 
-    exit_vocab: how many tokens the exits know; 0: those of their own vocabulary, or all.
+    exit_vocab: how many tokens the exits know; 0: those of their own vocabulary, or all. drafts:
+    steps of a draft exit that are tuned.
 
     A product with P weights is 2·P FLOP forward, 2·P for the gradient of the weights and 2·P for
     that of its input. Frozen layers have only the first; heads that are shared lack the second, and
@@ -148,12 +158,13 @@ def work(model: Network, length: int = 0, exit_vocab: int = 0) -> Account:
         for layer, attention in zip(backbone.layers, attentions, strict=True)
     ]
     exits = {
-        layer: _exit(model.exit(layer), backbone, attentions[-1], known)
+        layer: _exit(model.exit(layer), backbone, attentions[-1], known, drafts)
         for layer in model.exit_layers
     }
     return Account(
         layers,
         exits,
+        max([*model.exit_layers, *model.chain.sources]),
         _part(backbone.head, backbone),
         _values(backbone.model.get_input_embeddings()),
         backbone.config.tie_word_embeddings,
@@ -166,7 +177,8 @@ def draft_cost(model: Network, layer: int) -> float:
     """Of the weights that a token is multiplied with at full depth, the share of a draft."""
     account = work(model)
     weights = [one.weights for one in account.layers]
-    draft = sum(weights[:layer]) + account.exits[layer].whole.weights
+    before = weights[:layer] if layer != DRAFT else []
+    draft = sum(before) + account.exits[layer].whole.weights
     return draft / (sum(weights) + account.head.weights)
 
 
@@ -193,20 +205,32 @@ def runs_side_by_side(states: float, exits: Sequence[float]) -> bool:
     return states <= room(exits)
 
 
-def _exit(exit: Exit, backbone: Backbone, attention: float, known: float) -> ExitWork:
-    """An exit that knows a share of the vocabulary; attention: FLOP of the last layer's."""
+def _exit(exit: Exit, backbone: Backbone, attention: float, known: float, drafts: int) -> ExitWork:
+    """An exit that knows a share of the vocabulary; attention: FLOP of the last layer's.
+
+    drafts: steps of a draft exit, of which the j-th attends to the keys of j steps. Its weights are
+    those of one draft.
+    """
+    steps, fuse = (drafts, exit.fuse) if isinstance(exit, DraftExit) else (1, None)
     below = sum(p.numel() for name, p in exit.named_parameters() if _is_below_head(name))
     matrices = [
-        matrix for child, part in exit.named_children() if _is_below_head(f"{child}.")
+        matrix
+        for child, part in exit.named_children()
+        if _is_below_head(f"{child}.") and part is not fuse
         for matrix in _matrices(part, backbone)
-    ]  # fmt: skip
+    ]
     # A layer that is run again is frozen: no gradient goes beyond the parts that replace its own.
     frozen = [exit.records_call and matrix.reads_residual for matrix in matrices]
     attentions = (len(exit.segment.layers) if exit.segment else 0) * attention
+    attentions *= steps * (steps + 1) // 2
     tuned = [
-        matrix.work(gradients=1 if reads else 2)
+        matrix.work(gradients=1 if reads else 2, times=steps)
         for matrix, reads in zip(matrices, frozen, strict=True)
     ]
+    # Once for all steps, of states from which no gradient goes on, and not for a draft.
+    tuned += (
+        [replace(m.work(gradients=1), weights=0) for m in _matrices(fuse, backbone)] if fuse else []
+    )
     own = Work(values=below, forward=attentions, backward=2 * attentions)
     shared = exit.output.shared
     head = _part(backbone.head, backbone)
@@ -217,11 +241,11 @@ def _exit(exit: Exit, backbone: Backbone, attention: float, known: float) -> Exi
         Work(
             values=0 if shared else round(head.values * known),
             weights=weights,
-            products=1,
-            gradients=gradients,
+            products=steps,
+            gradients=steps * gradients,
             width=head.width * known,
-            forward=2 * weights,
-            backward=2 * weights * gradients,
+            forward=2 * weights * steps,
+            backward=2 * weights * steps * gradients,
         ),
         shared,
     )
@@ -248,10 +272,10 @@ class _Matrix:
     width: float
     reads_residual: bool
 
-    def work(self, gradients: int = 0) -> Work:
-        """gradients: products of its backward."""
-        flop = 2.0 * self.weights
-        return Work(0, self.weights, 1, gradients, self.width, flop, gradients * flop)
+    def work(self, gradients: int = 0, times: int = 1) -> Work:
+        """gradients: products of its backward. times: it is multiplied with a token so often."""
+        flop, backward = 2.0 * self.weights * times, gradients * times
+        return Work(0, self.weights, times, backward, self.width, flop, gradients * flop)
 
 
 def _matrices(module: nn.Module, backbone: Backbone) -> Iterator[_Matrix]:

@@ -119,8 +119,8 @@ def _check_draft(layer: int, arch: str) -> None:
         return
     if layer == DRAFT:
         raise UserError(
-            f"exit layer 0 is a draft exit's, and arch is {arch}: the backbone's layers are counted "
-            "from 1; a draft exit is --layers 0 --arch draft"
+            f"exit layer 0 is a draft exit's, and arch is {arch}: layers are counted from 1, and a "
+            "draft exit is --layers 0 --arch draft"
         )
     raise UserError(
         f"a draft exit sits at no layer, and {layer} is given: its number is 0 (--layers 0, or "

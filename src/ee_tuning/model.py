@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import DRAFT, ExitConfig, depth_of, exit_name
+from ee_tuning.exit_config import DRAFT, ExitConfig, exit_name
 from ee_tuning.exits import ARCHS, DraftExit, Exit
 from ee_tuning.fingerprint import tensor_hashes
 from ee_tuning.losses import cross_entropy
@@ -83,12 +83,12 @@ class Network(nn.Module):
     def exit_layers(self) -> list[int]:
         """Layers with an exit in this stage, counted from 1, in order of depth; last, the number
         of the draft exit, `DRAFT`, if there is one."""
-        return sorted(map(int, self.exits), key=depth_of)
+        return [int(name) for name in self.exits]
 
     @property
     def draft(self) -> DraftExit | None:
         """The draft exit, where this process has one."""
-        exits: dict[str, Any] = self.exits._modules  # type: ignore[assignment]
+        exits: dict[str, Any] = self.exits._modules
         return exits.get(str(DRAFT))
 
     def exit(self, layer: int) -> Exit:

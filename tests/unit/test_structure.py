@@ -38,7 +38,7 @@ FLOORS = [
     ["exits", "backbone", "loading", "fingerprint", "gguf"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
     ["config", "exit_config", "files", "folders", "hub"],
-    ["twin", "errors", "version"],
+    ["twin", "errors", "settings", "version"],
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

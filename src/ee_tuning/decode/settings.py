@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ee_tuning.config import MEASURES, Leaving
 from ee_tuning.decode.passes import Prediction
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import Layers, parse_layers, parse_threshold
+from ee_tuning.exit_config import DRAFT, Layers, parse_layers, parse_threshold
 from ee_tuning.model import Network
 
 
@@ -130,6 +130,11 @@ def make_policy(model: Network, leaving: Leaving) -> Policy:
         raise UserError(f"min_depth {least!r} is not possible: give a layer's number")
     named = active_layers(model, leaving.exit_layers)
     active = [k for k in named if k >= least]
+    if not named and POLICIES[mode].needs_exits:
+        raise UserError(
+            f"mode {mode} needs an exit at a layer, and there is a draft exit alone, which serves "
+            "mode speculative only"
+        )
     if not active and POLICIES[mode].needs_exits:
         raise UserError(f"min_depth {least} leaves no exit active, of those at {named}")
     thresholds = _thresholds(leaving.threshold, active)
@@ -162,12 +167,19 @@ def check_pending(max_pending: int) -> None:
 def active_layers(model: Network, exit_layers: Layers | None) -> list[int]:
     """The layers of the exits that `exit_layers` names, by depth; all, if it names none.
 
+    A draft exit is at none of them.
+
     Raises:
         UserError: there is no exit at one of them.
     """
     if exit_layers is None or exit_layers == "":
-        return model.all_exit_layers
-    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers))
+        return [layer for layer in model.all_exit_layers if layer != DRAFT]
+    layers = sorted(parse_layers(exit_layers, model.backbone.num_layers, least=DRAFT))
+    if DRAFT in layers:
+        raise UserError(
+            "exit layer 0 is the draft exit, at which no token leaves: it serves --mode "
+            "speculative alone; leave it out of exit_layers"
+        )
     for layer in layers:
         model.check_exit(layer)
     return layers

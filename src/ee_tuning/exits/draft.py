@@ -77,7 +77,7 @@ class DraftExit(NormExit):
         )
 
     def fused(self, states: Sequence[Tensor]) -> Tensor:
-        """The backbone's g of each token: states after the `sources`, (B, T, H) each → (B, T, H)."""
+        """The backbone's g of each token: states (B, T, H) after the `sources` → (B, T, H)."""
         return self.fuse(torch.cat([*states], dim=-1))
 
     def step(

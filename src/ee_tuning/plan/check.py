@@ -73,7 +73,8 @@ def check_settings(config: TuneConfig) -> None:
     Raises:
         UserError: names the setting.
     """
-    if bool(config.exits) == bool(config.layers):
+    new = bool(config.layers) or config.arch in ("draft", ["draft"])
+    if bool(config.exits) == new:
         raise UserError("give either --exits or --layers: one says which exits to tune")
     counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep", "log_every"
     check_counts(config, *counts, "dp", "tp", "pp")
