@@ -1,4 +1,4 @@
-"""The draft exit: where it sits, how it begins, and its unrolled steps against a slow obvious twin."""
+"""The draft exit: where it sits, how it begins, its unrolled steps against a slow obvious twin."""
 
 import pytest
 import torch
