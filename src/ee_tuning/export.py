@@ -20,7 +20,7 @@ from ee_tuning.backbone import slice_config
 from ee_tuning.errors import UserError
 from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.folders import write_manifest
-from ee_tuning.loading import without_bars
+from ee_tuning.loading import Parts, load_backbone, without_bars
 from ee_tuning.model import Network
 from ee_tuning.twin import twin
 
@@ -95,7 +95,11 @@ def _facts(model: nn.Module) -> dict[str, Any]:
 def save_exit(
     exported: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, title: str
 ) -> None:
-    """Write an `exit_checkpoint` with its tokenizer and a card to `folder`."""
+    """Write an `exit_checkpoint` with its tokenizer and a card to `folder`.
+
+    Raises:
+        UserError: it cannot be written, or read back.
+    """
     with _staged(folder) as staging:
         exported.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -106,6 +110,7 @@ def save_exit(
             f"{exported.config.num_hidden_layers} layers. Its use: a small model, or a draft "
             "model for assisted (speculative) generation with the backbone.\n",
         )
+        _read_back(staging, exported)
 
 
 def save_merged(
@@ -117,6 +122,9 @@ def save_merged(
     """Write backbone, tokenizer and exits to one `folder`, which may be moved afterwards.
 
     exits: their weights as they are stored, of more digits than the backbone's dtype perhaps.
+
+    Raises:
+        UserError: it cannot be written, or read back.
     """
     with _staged(folder) as staging:
         model.backbone.model.save_pretrained(staging)
@@ -125,6 +133,22 @@ def save_merged(
         saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE, "base_model_path": None}
         write_json(staging / CONFIG_NAME, saved)
         write_text(staging / "README.md", model_card(saved, here=True))
+        _read_back(staging, model.model)
+
+
+def _read_back(folder: Path, model: PreTrainedModel) -> None:
+    """Read what a user will load, a layer at a time, and compare it with what was to be written.
+
+    Raises:
+        UserError: a tensor is missing or another one.
+    """
+    depth = model.config.num_hidden_layers
+    for layer in range(1, depth + 1):
+        parts = Parts(frozenset({layer}), embedding=layer == 1, head=layer == depth)
+        written = load_backbone(str(folder), parts)
+        for name, p in written.named_parameters():
+            if not torch.equal(p, model.get_parameter(name).to("cpu", p.dtype)):
+                raise UserError(f"{name} is another one when it is read back: nothing was exported")
 
 
 @contextmanager

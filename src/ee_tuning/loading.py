@@ -22,7 +22,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_peft_available,
+)
 from transformers.utils import logging as transformers_logging
 
 from ee_tuning.backbone import Anatomy, check_unquantised, find_anatomy
@@ -30,7 +35,7 @@ from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
 from ee_tuning.fingerprint import sample_places
 from ee_tuning.gguf import gguf_file, read_config, read_model, read_tokenizer
-from ee_tuning.hub import check_there
+from ee_tuning.hub import check_there, find_file
 from ee_tuning.own_code import causal_lm_class, check_kernels, own_code
 from ee_tuning.slices import (
     STYLES,
@@ -64,6 +69,7 @@ def load_config(path: str, trust: bool = False) -> Any:
         check_there(path, "backbone", "config.json")
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
             raise UserError(_not_a_checkpoint(Path(path)))
+        _check_alone(path)
     try:
         if gguf:
             config = read_config(gguf)
@@ -84,6 +90,20 @@ def load_config(path: str, trust: bool = False) -> Any:
     ):
         raise UserError(f"{path} is not a causal LM but {', '.join(architectures)}")
     return config
+
+
+def _check_alone(path: str) -> None:
+    """Refuse a backbone with an adapter of PEFT beside it, which is read or not with the package.
+
+    Raises:
+        UserError: says what to do with the two.
+    """
+    beside = "adapter_config.json"
+    if (Path(path).is_dir() or is_peft_available()) and find_file(path, beside):
+        raise UserError(
+            f"{path} holds a backbone and an adapter of PEFT ({beside}): write them as one "
+            "(merge_and_unload, then save_pretrained), or move the adapter elsewhere"
+        )
 
 
 def _not_a_checkpoint(folder: Path) -> str:

@@ -219,3 +219,41 @@ def test_what_fails_leaves_the_earlier_export(saved, capsys, monkeypatch):
         export(saved, "--layer", "2", "--overwrite")
     assert "No space left" in capsys.readouterr().err
     assert read_all(saved / "out") == before
+
+
+@pytest.mark.parametrize("what", [["--layer", "2"], ["--merge"]])
+def test_what_cannot_be_read_back_is_not_exported(saved, capsys, monkeypatch, what):
+    """As when transformers saves an adapter and leaves the model out, or saves other values."""
+    save_pretrained = PreTrainedModel.save_pretrained
+
+    def adapter_alone(model, folder, **_):
+        model.config.save_pretrained(folder)
+        (Path(folder) / "adapter_model.safetensors").write_bytes(b"")
+
+    def spoiled(model, folder, **_):
+        save_pretrained(model, folder)
+        path = Path(folder) / "model.safetensors"
+        weights = load_file(path)
+        weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+        save_file(weights, path, metadata={"format": "pt"})
+
+    for broken, message in (
+        (adapter_alone, "cannot load the backbone"),
+        (spoiled, "model.layers.1.mlp.up_proj.weight is another one when it is read back"),
+    ):
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", broken)
+        with pytest.raises(SystemExit):
+            export(saved, *what)
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "saved in" not in captured.out
+        assert not list((saved / "out").iterdir())
+
+
+def test_a_backbone_beside_an_adapter_of_peft_is_refused(saved, capsys):
+    """transformers would read it with the package installed, and not without."""
+    (saved / "base/adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    for what in (["--layer", "2"], ["--merge"]):
+        with pytest.raises(SystemExit):
+            export(saved, *what)
+        assert "holds a backbone and an adapter of PEFT" in capsys.readouterr().err
