@@ -25,6 +25,7 @@ from tune import timed
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Threshold, Token
 from ee_tuning.decode.passes import Prediction, Wanted, Window
+from ee_tuning.decode.prompts import read as read_prompts
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
@@ -161,7 +162,7 @@ class Bench:
         there, given = ids.to(self.device), {0: ids[0].tolist()}
 
         def ours() -> None:
-            list(engine.passes.prompts(given, 0, Wanted("last", True), lambda i: [0]))
+            list(read_prompts(engine.passes, given, 0, Wanted("last", True), lambda i: [0]))
 
         @torch.inference_mode()
         def theirs() -> None:

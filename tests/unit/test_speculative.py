@@ -20,6 +20,7 @@ from transformers import (
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Chooser, Engine, Request, Speculative
+from ee_tuning.decode.noise import Source, exponential
 from ee_tuning.decode.pace import Pace
 from ee_tuning.loading import load_tokenizer
 
@@ -153,7 +154,7 @@ class Rejecting(Chooser):
 
     def choose(self, ids, found):
         self.seen.append((list(ids), found.logits.clone()))
-        return self.tokens[len(ids) % len(self.tokens)], None
+        return self.tokens[len(ids) % len(self.tokens)]
 
     def verify(self, ids, found, drafts):
         first = len(ids) - len(drafts)
@@ -161,7 +162,7 @@ class Rejecting(Chooser):
             self.seen.append((ids[: first + kept], found[kept].logits.clone()))
             if (first + kept) % 3 == 0:
                 return kept, (draft.id + 1) % 96
-        return len(drafts), self.choose(ids, found[-1])[0]
+        return len(drafts), self.choose(ids, found[-1])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
@@ -195,8 +196,12 @@ def test_samples_are_those_that_torch_draws(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     weights = torch.rand(50, 96, generator=torch.Generator().manual_seed(1)).to(device)
-    draws = []
-    for draw in (Chooser(sample=True)._draw, lambda one: int(torch.multinomial(one, 1))):
+    source, draws = Source(), []
+
+    def drawn(one):
+        return int((one / exponential([source], one[None])[0]).argmax())
+
+    for draw in (drawn, lambda one: int(torch.multinomial(one, 1))):
         torch.manual_seed(2)
         draws.append([draw(one) for one in weights])
     assert draws[0] == draws[1]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ee_tuning.decode.passes import Prediction
-from ee_tuning.decode.sampling import Token
+from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 
 Settled = tuple[Row, list[Token]]
@@ -19,50 +18,61 @@ Settled = tuple[Row, list[Token]]
 def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     """Let `rows` go down until some of them have tokens that are settled; these, by row.
 
-    A row whose own processors fail has none, but its request's `error`.
+    A row for which no token could be chosen has none, but its request's `error`.
     """
     settled: list[Settled] = []
     while not settled:
         # The shallowest door first: so all draft until each needs depth, then go deep together.
         door = min(row.door for row in rows)
-        standing = [row for row in rows if row.door == door]
-        for row, found in sequences.advance(door, standing):
-            layer, chooser, drafts = sequences.stops[door], row.request.chooser, row.drafts
-            try:
-                # Draft: at an exit that is sure enough, the token leaves, and the next one begins.
-                if not row.is_last(door):
-                    if row.policy.leaves(layer, found, row.ids):
-                        id, q = chooser.choose(row.ids, found)
-                        token = Token(id, layer, found.confidence, probabilities=q)
-                        row.leave(token)
-                        if not row.policy.verifies:
-                            settled.append((row, [token]))
-                    continue
-                # Verify: what the end says to each of the drafts, and to what follows them.
-                said = [found.earlier(back) for back in range(len(drafts), -1, -1)]
-                kept, own = chooser.verify(row.ids, said, drafts)
-                # Keep: the drafts that it agrees with, and its own token after these.
-                row.keep(kept, own)
-                token = Token(own, layer, said[kept].confidence)
-                settled.append((row, [*drafts[:kept], token]))
+        layer, standing = sequences.stops[door], [row for row in rows if row.door == door]
+        for answers in sequences.advance(door, standing):
+            # Draft: at an exit that is sure enough, the token leaves, and the next one begins.
+            leaving = [
+                (row, found)
+                for row, found in answers
+                if not row.is_last(door) and row.policy.leaves(layer, found, row.ids)
+            ]
+            asked = [Asked(row.request.chooser, row.ids, [found]) for row, found in leaving]
+            for (row, found), choice in zip(leaving, choose(asked), strict=True):
+                token = Token(choice.token, layer, found.confidence)
+                token.probabilities = choice.probabilities
+                row.leave(token)
+                if choice.error is not None or not row.policy.verifies:
+                    settled.append(_settled(row, choice, [token]))
+            # Verify: what the end says to each of the drafts, and to what follows them.
+            ending = [
+                (row, [found.earlier(back) for back in range(len(row.drafts), -1, -1)])
+                for row, found in answers
+                if row.is_last(door)
+            ]
+            asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in ending]
+            # Keep: the drafts that it agrees with, and its own token after these.
+            for (row, said), choice in zip(ending, choose(asked), strict=True):
+                drafts, kept = row.drafts, choice.kept
+                row.keep(kept, choice.token)
+                own = Token(choice.token, layer, said[kept].confidence)
+                settled.append(_settled(row, choice, [*drafts[:kept], own]))
                 if row.pace is not None:
                     row.pace.learn(len(drafts), kept)
                     row.limit = row.pace.drafts(row.left)
-            except Exception as error:  # of what the request brought with it: it ends alone
-                row.request.error = error
-                settled.append((row, []))
     return settled
 
 
-def first_token(row: Row, found: Prediction | None) -> Settled:
-    """The token that follows a prompt, which has gone to the end; errors as in `draft_round`."""
-    assert found is not None
-    try:
-        own, _ = row.request.chooser.choose(row.ids, found)
-    except Exception as error:
-        row.request.error = error
-        return row, []
-    row.keep(0, own)
-    if row.pace is not None:
-        row.limit = row.pace.drafts(row.left)
-    return row, [Token(own, row.policy.end, found.confidence)]
+def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
+    """The tokens that follow the prompts of new rows, which go to the end; as `draft_round`."""
+    settled: list[Settled] = []
+    for reads in sequences.read(rows):
+        found = [(row, read.found) for row, read in reads if read.found is not None]
+        asked = [Asked(row.request.chooser, row.ids, [said]) for row, said in found]
+        for (row, said), choice in zip(found, choose(asked), strict=True):
+            row.keep(0, choice.token)
+            token = Token(choice.token, row.policy.end, said.confidence)
+            settled.append(_settled(row, choice, [token]))
+            if row.pace is not None:
+                row.limit = row.pace.drafts(row.left)
+    return settled
+
+
+def _settled(row: Row, choice: Choice, tokens: list[Token]) -> Settled:
+    row.request.error = choice.error
+    return row, tokens if choice.error is None else []

@@ -33,10 +33,11 @@ from typing import Any
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
-from ee_tuning.decode.drafts import draft_round, first_token
+from ee_tuning.decode.drafts import draft_round, first_tokens
+from ee_tuning.decode.noise import Generators
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.sampling import Generators, Token
+from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
@@ -122,7 +123,7 @@ class Engine:
             if row.request.cancelled:
                 self.sequences.free(row)
         if new := self._admit():
-            settled = [first_token(row, read.found) for row, read in self.sequences.read(new)]
+            settled = first_tokens(self.sequences, new)
         else:
             live = self.sequences.live
             settled = draft_round(self.sequences, live) if live else []
@@ -186,7 +187,8 @@ class Engine:
                 break
             request = self._waiting.popleft()
             self._generators = self._generators or Generators(self.passes.device)
-            self._generators.give(request.chooser)
+            if request.chooser.sample:
+                self._generators.give(request.chooser.source)
             row = self.sequences.enter(request, slot)
             if row.policy.verifies:
                 cost = self._draft_costs[min(row.policy.thresholds)]

@@ -8,7 +8,7 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -18,12 +18,10 @@ from torch import Tensor
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
-from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes
+from ee_tuning.decode.graphs import Graphs, Sizes
 from ee_tuning.exits import Exit
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
-
-CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
 
 
 @dataclass
@@ -160,28 +158,11 @@ class Passes:
             self._predict = torch.compile(_predict, dynamic=False)
 
     @torch.inference_mode()
-    def prompts(
-        self,
-        given: Mapping[int, Sequence[int] | Tensor],
-        last: int,
-        wanted: Wanted,
-        starts: Callable[[int], list[int]],
-    ) -> Iterator[Read]:
-        """Read prompts into empty slots, through segment `last`; in the order in which they end.
+    def prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
+        """Read a prompt into an empty slot in one pass, neither compiled nor padded.
 
-        given: by slot, ids or for a later stage hidden states (P, H). starts: of a segment, as for
-        `window`, whatever it says of these slots.
+        inputs: ids, or for a later stage hidden states (P, H). last: the last segment to run.
         """
-        short = {}
-        for slot, inputs in given.items():
-            if self.compile and len(inputs) <= CHUNK * CHUNKS:
-                short[slot] = inputs
-            else:
-                yield self._prompt(slot, inputs, last, wanted)
-        yield from self._prompts_in_chunks(short, last, wanted, starts)
-
-    def _prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
-        """A prompt in one pass, neither compiled nor padded."""
         hidden = torch.as_tensor(inputs, device=self.device)[None]
         positions = torch.arange(len(inputs), device=self.device)[None]
         slots = torch.tensor([slot], device=self.device)
@@ -195,42 +176,6 @@ class Passes:
         found = _predict(self.backbone, exit, state, self._exit_cache(last), count, wanted)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
-
-    def _prompts_in_chunks(
-        self,
-        given: Mapping[int, Sequence[int] | Tensor],
-        last: int,
-        wanted: Wanted,
-        starts: Callable[[int], list[int]],
-    ) -> Iterator[Read]:
-        """Prompts by compiled passes, together: where launching takes longer than computing."""
-        hidden: dict[int, list[Tensor]] = {slot: [] for slot in given}
-        first = 0
-        while left := [slot for slot in given if len(given[slot]) > first]:
-            chunks = [given[slot][first : first + CHUNK] for slot in left]
-            ends = [slot for slot in left if len(given[slot]) <= first + CHUNK]
-            if not self.is_first:
-                self.put(*_places(left, chunks, first), torch.cat(chunks))  # type: ignore[arg-type]
-            for i in range(last + 1):
-                ids = i == 0 and self.is_first
-                windows = [
-                    Window(slot, len(chunk), chunk if ids else ())  # type: ignore[arg-type]
-                    for slot, chunk in zip(left, chunks, strict=True)
-                ]
-                known = starts(i)
-                for slot in left:
-                    known[slot] = first
-                asked = wanted if i == last and ends else Wanted("nothing", False)
-                found = self.window(i, windows, known, asked)
-            if not self.is_last:
-                taken = self.take(*_places(left, chunks, first)).split(list(map(len, chunks)))
-                for slot, states in zip(left, taken, strict=True):
-                    hidden[slot].append(states)
-            for slot in ends:
-                states = None if self.is_last else torch.cat(hidden[slot])
-                follows = None if found is None else found.of(left.index(slot), 0)
-                yield Read(slot, follows, states)
-            first += CHUNK
 
     @torch.inference_mode()
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
@@ -356,12 +301,13 @@ class Passes:
         return whole and slots == list(range(len(slots)))
 
 
-def _places(
-    slots: Sequence[int], chunks: Sequence[Sequence[int] | Tensor], first: int
-) -> tuple[list[int], list[int]]:
-    """The slot and the position of every token of chunks that begin at position `first`."""
-    each = [slot for slot, chunk in zip(slots, chunks, strict=True) for _ in chunk]
-    return each, [first + place for chunk in chunks for place in range(len(chunk))]
+def logits_of(found: Sequence[Prediction]) -> Tensor:
+    """Logits (N, V) fp32 of predictions of one pass; a copy."""
+    every = found[0]._all.logits
+    if len(found) == 1:
+        return found[0].logits[None].clone()
+    places = torch.tensor([[one._row, one._place] for one in found], device=every.device)
+    return every[places[:, 0], places[:, 1]]
 
 
 def _predict(

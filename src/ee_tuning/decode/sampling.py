@@ -11,13 +11,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from ee_tuning.decode.passes import Prediction
+from ee_tuning.decode.noise import Source, exponential, uniform
+from ee_tuning.decode.passes import Prediction, logits_of
 from ee_tuning.errors import UserError
+
+# Processors that look at a row's logits alone: those with the same settings run as one.
+ALIKE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 @dataclass
@@ -35,96 +46,187 @@ class Token:
 
 
 class Chooser:
-    """Chooses tokens from logits as transformers does.
+    """How the tokens of one sequence are chosen.
 
-    generator: of the samples; default: torch's own. drawn: how many it has given.
+    processors: of logits, transformers'. source: of the samples. same: equal for choosers with the
+    same processors, if these do not look at the text; else None.
     """
 
     def __init__(self, processors: Any = (), sample: bool = False) -> None:
-        self.processors, self.sample = processors, sample
-        self.generator: torch.Generator | None = None
-        self.drawn = 0
+        self.processors, self.sample, self.source = processors, sample, Source()
+        plain = all(type(one) in ALIKE for one in processors)
+        self.same = repr([(type(one), vars(one)) for one in processors]) if plain else None
 
-    def choose(self, ids: Sequence[int], found: Prediction) -> tuple[int, Tensor | None]:
-        """What follows `ids` by a prediction: a token, and its distribution (V,) if sampled."""
-        if not self.sample and not len(self.processors):
-            _check_evidence(found.confidence)
-            return found.token, None
-        scores = self._scores(ids, found.logits)
-        if not self.sample:
-            return _token(scores.argmax(), scores.amax()), None
-        probabilities = scores.softmax(-1)
-        return self._draw(probabilities), probabilities
+    @property
+    def scores(self) -> bool:
+        """Whether there is more to it than the likeliest token."""
+        return self.sample or len(self.processors) > 0
 
-    def catch_up(self, drawn: int, like: Tensor) -> None:
-        """Leave out the draws before the `drawn`-th, from (V,) like these: others made them."""
-        while self.sample and self.drawn < drawn:
-            self._noise(like)
+    def choose(self, ids: Sequence[int], found: Prediction) -> int:
+        """What follows `ids`, where the likeliest token does."""
+        _check_evidence(found.confidence)
+        return found.token
 
     def verify(
-        self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
+        self, ids: Sequence[int], said: Sequence[Prediction], drafts: Sequence[Token]
     ) -> tuple[int, int]:
-        """How many of the drafts that `ids` end with are kept, and the token that follows them.
+        """How many of the drafts that `ids` end with are kept, and the token that follows these.
 
-        found: the final exit's prediction of each draft, and of what follows the last one.
+        said: the final exit's prediction of each draft, and of what follows the last one.
         """
         first = len(ids) - len(drafts)
-        texts = [ids[: first + kept] for kept in range(len(drafts))]
-        if self.sample and drafts:
-            return self._verify_samples([*texts, ids], found, drafts)
         for kept, draft in enumerate(drafts):
-            token, _ = self.choose(texts[kept], found[kept])
+            token = self.choose(ids[: first + kept], said[kept])
             if token != draft.id:
                 return kept, token
-        return len(drafts), self.choose(ids, found[-1])[0]
+        return len(drafts), self.choose(ids, said[-1])
 
-    def _verify_samples(
-        self, texts: list[Sequence[int]], found: Sequence[Prediction], drafts: Sequence[Token]
-    ) -> tuple[int, int]:
-        """As `verify`, of all drafts at once, so that the host waits for them once.
-
-        texts: what each prediction follows.
-        """
-        pairs = zip(texts[:-1], found[:-1], strict=True)
-        p = torch.stack([self._scores(text, one.logits) for text, one in pairs]).softmax(-1)
-        q = torch.stack([draft.probabilities for draft in drafts])  # type: ignore[misc]
-        chosen = torch.tensor([[draft.id] for draft in drafts], device=p.device)
-        uniform = torch.rand(chosen.shape, dtype=p.dtype, device=p.device, generator=self.generator)
-        keeps = (uniform * q.gather(1, chosen) < p.gather(1, chosen)).flatten().tolist()
-        if all(keeps):
-            return len(drafts), self.choose(texts[-1], found[-1])[0]
-        kept = keeps.index(False)
-        rest = (p[kept] - q[kept]).clamp(min=0)
-        return kept, self._draw(torch.where(rest.sum() > 0, rest, p[kept]))
-
-    def _draw(self, weights: Tensor) -> int:
-        """A token, each as likely as its share of the weights (V,).
-
-        The same that `torch.multinomial` draws, which waits for the device twice to look at the
-        weights.
-        """
-        return _token((weights / self._noise(weights)).argmax(), weights.sum())
-
-    def _noise(self, like: Tensor) -> Tensor:
-        self.drawn += 1
-        return torch.empty_like(like).exponential_(generator=self.generator)
-
-    def _scores(self, ids: Sequence[int], logits: Tensor) -> Tensor:
-        if not len(self.processors):
-            return logits
-        # A processor may write into what it is given.
-        return self.processors(torch.tensor([ids], device=logits.device), logits[None].clone())[0]
+    def catch_up(self, drawn: int, like: Tensor) -> None:
+        """Leave out the samples before the `drawn`-th, of (V,) like these: others drew them."""
+        while self.sample and self.source.drawn < drawn:
+            exponential([self.source], like[None])
 
 
-def _token(index: Tensor, evidence: Tensor) -> int:
-    """A token's index on the host, in one wait; exact up to 2²⁴.
+@dataclass
+class Asked:
+    """What follows a text that ends with `drafts`, and whether these are kept.
 
-    Raises:
-        UserError: the score or weight that speaks for it is no number, or minus infinity.
+    said: the prediction of each draft, and of what follows the last one.
     """
-    token, value = torch.stack([index.float(), evidence.float()]).tolist()
-    _check_evidence(value)
-    return int(token)
+
+    chooser: Chooser
+    ids: Sequence[int]
+    said: Sequence[Prediction]
+    drafts: Sequence[Token] = ()
+
+
+@dataclass
+class Choice:
+    """The token that follows the first `kept` drafts, and the distribution (V,) that it was drawn
+    from, if there are no drafts; or why there is none."""
+
+    token: int = -1
+    kept: int = 0
+    probabilities: Tensor | None = None
+    error: Exception | None = None
+
+
+Pair = tuple[Asked, Choice]
+
+
+def choose(asked: Sequence[Asked]) -> list[Choice]:
+    """What follows texts by predictions of one pass: all samples in one wait for the device.
+
+    A mistake in what one of them has brought along is its own `error`.
+    """
+    pairs = [(one, Choice()) for one in asked]
+    for one, choice in pairs:
+        if not one.chooser.scores:
+            try:
+                choice.kept, choice.token = one.chooser.verify(one.ids, one.said, one.drafts)
+            except Exception as error:
+                choice.error = error
+    for sample, choose_from in ((True, _sampled), (False, _likeliest)):
+        alike = [p for p in pairs if p[0].chooser.scores and p[0].chooser.sample is sample]
+        if alike:
+            choose_from(alike, _scores(alike))
+    return [choice for _, choice in pairs]
+
+
+def _scores(pairs: Sequence[Pair]) -> Tensor:
+    """What the processors make of all that is said to each text, one after another: (N, V)."""
+    flat = [(one, choice, place) for one, choice in pairs for place in range(len(one.said))]
+    scores = logits_of([one.said[place] for one, _, place in flat])
+    groups: dict[str, list[int]] = {}
+    for row, (one, choice, place) in enumerate(flat):
+        if one.chooser.same is not None:
+            groups.setdefault(one.chooser.same, []).append(row)
+            continue
+        text = one.ids[: len(one.ids) - len(one.drafts) + place]
+        try:
+            ids = torch.tensor([text], device=scores.device)
+            scores[row] = one.chooser.processors(ids, scores[row][None])[0]
+        except Exception as error:
+            choice.error = error
+    none = torch.empty((0, 0), dtype=torch.int64, device=scores.device)  # texts are not looked at
+    for rows in groups.values():
+        processors = flat[rows[0]][0].chooser.processors
+        if not len(processors):
+            continue
+        if len(rows) == len(flat):
+            return processors(none, scores)
+        places = torch.tensor(rows, device=scores.device)
+        scores[places] = processors(none, scores[places])
+    return scores
+
+
+def _likeliest(pairs: Sequence[Pair], scores: Tensor) -> None:
+    """Fill in the choices of texts that are not sampled; scores: see `_scores`."""
+    best = scores.max(-1)
+    table = torch.stack([best.indices.float(), best.values.float()]).tolist()  # exact up to 2²⁴
+    start = 0
+    for one, choice in pairs:
+        own = zip(*(row[start : start + len(one.said)] for row in table), strict=True)
+        start += len(one.said)
+        for choice.kept, (token, value) in enumerate(own):
+            _fill(choice, token, value)
+            last = choice.kept == len(one.drafts)
+            if choice.error is not None or last or choice.token != one.drafts[choice.kept].id:
+                break
+
+
+def _sampled(pairs: Sequence[Pair], scores: Tensor) -> None:
+    """Fill in the choices of texts that are sampled; scores: see `_scores`.
+
+    A token is drawn as `torch.multinomial` draws it, which waits for the device twice to look at
+    the weights.
+    """
+    p = scores.softmax(-1)
+    weights, kept = p, torch.zeros(len(pairs), device=p.device)
+    if any(one.drafts for one, _ in pairs):
+        weights, kept = _verified(pairs, p)
+    sources = [one.chooser.source for one, _ in pairs]
+    tokens = (weights / exponential(sources, weights)).argmax(-1)
+    table = torch.stack([kept.float(), tokens.float(), weights.sum(-1)]).tolist()
+    for i, ((one, choice), own) in enumerate(zip(pairs, zip(*table, strict=True), strict=True)):
+        choice.kept = int(own[0])
+        choice.probabilities = None if one.drafts else weights[i]
+        _fill(choice, *own[1:])
+
+
+def _verified(pairs: Sequence[Pair], p: Tensor) -> tuple[Tensor, Tensor]:
+    """Of R texts, the weights (R, V) to draw their next tokens from, and how many drafts are kept.
+
+    p: (N, V), the distributions of all that is said to each, one after another.
+    """
+    counts = [len(one.drafts) for one, _ in pairs]
+    firsts = list(accumulate(counts, initial=0))[:-1]  # of each text's drafts
+    drafts = [(row, place, draft) for row, (one, _) in enumerate(pairs)
+              for place, draft in enumerate(one.drafts)]  # fmt: skip
+    columns = [[row, place, firsts[row] + row + place, draft.id] for row, place, draft in drafts]
+    rows, places, said, ids = torch.tensor(columns, device=p.device).unbind(1)
+    q = torch.stack([draft.probabilities for *_, draft in drafts])  # type: ignore[misc]
+    lots = uniform([one.chooser.source for one, _ in pairs], counts, p.device)
+    right = torch.zeros_like(lots, dtype=torch.int64)
+    drawn = torch.arange(len(drafts), device=p.device)
+    right[rows, places] = (lots[rows, places] * q[drawn, ids] < p[said, ids]).long()
+    kept = right.cumprod(1).sum(1)
+    numbers, first = torch.tensor([counts, firsts], device=p.device)
+    own = p[first + torch.arange(len(pairs), device=p.device) + kept]
+    rest = (own - q[(first + kept).clamp(max=len(drafts) - 1)]).clamp(min=0)
+    rejected = (kept < numbers) & (rest.sum(-1) > 0)
+    return torch.where(rejected[:, None], rest, own), kept
+
+
+def _fill(choice: Choice, token: float, evidence: float) -> None:
+    """Take a token; evidence: the score or weight that speaks for it."""
+    if choice.error is not None:
+        return
+    choice.token = int(token)
+    try:
+        _check_evidence(evidence)
+    except UserError as error:
+        choice.error = error
 
 
 def _check_evidence(value: float) -> None:
@@ -133,41 +235,3 @@ def _check_evidence(value: float) -> None:
             "there is no token to choose: the logits are not finite, or every token is excluded; "
             "see temperature and what else changes the logits"
         )
-
-
-class Generators:
-    """Generators for the samples of a stream's rows.
-
-    The first row that samples has torch's own, so that a single prompt is continued as by
-    transformers. Each of the others has one for itself: no row's samples depend on how fast another
-    one is.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.rows = device, 0
-        on_gpu = device.type == "cuda"
-        self._state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-        self._seeds = torch.Generator()
-
-    def give(self, chooser: Chooser) -> None:
-        """Give the next row's to its chooser, if it samples."""
-        chooser.generator, chooser.drawn = None, 0
-        if not chooser.sample:
-            return
-        self.rows += 1
-        if self.rows == 2:
-            # One number of torch's own, and no more: the next stream will come across the others.
-            copied = torch.Generator(self.device)
-            copied.set_state(self._state)
-            self._seeds.manual_seed(_seed(copied))
-        if self.rows > 1:
-            chooser.generator = torch.Generator(self.device).manual_seed(_seed(self._seeds))
-
-    def close(self) -> None:
-        """Move torch's own on, if it has seeded others, which the next stream's shall not equal."""
-        if self.rows > 1:
-            torch.rand((), device=self.device)
-
-
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), device=generator.device, generator=generator))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes, Prediction, Read, Wanted, Window
+from ee_tuning.decode.prompts import read as read_prompts
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.settings import Policy
 from ee_tuning.errors import UserError
@@ -140,8 +141,11 @@ class Sequences:
         """Give up every row."""
         self.rows = [None] * len(self.rows)
 
-    def read(self, rows: Sequence[Row], hidden: Tensor | None = None) -> Iterator[tuple[Row, Read]]:
-        """Read the prompts of new rows, those that want the same together, as they end.
+    def read(
+        self, rows: Sequence[Row], hidden: Tensor | None = None
+    ) -> Iterator[list[tuple[Row, Read]]]:
+        """Read the prompts of new rows, those that want the same together; gives those that end
+        with a pass, good until the next are given.
 
         hidden: of the one row there is, what the stage before gave, (P, H).
         """
@@ -157,13 +161,14 @@ class Sequences:
                 slot: row.request.ids if hidden is None else hidden for slot, row in alike.items()
             }
             wanted = Wanted("last" if ends else "nothing", ends and final, measure)
-            for read in self.passes.prompts(inputs, through - 1, wanted, self._starts):
-                yield alike[read.slot], read
+            for reads in read_prompts(self.passes, inputs, through - 1, wanted, self._starts):
+                yield [(alike[read.slot], read) for read in reads]
 
-    def advance(self, i: int, rows: Sequence[Row]) -> Iterator[tuple[Row, Prediction]]:
+    def advance(self, i: int, rows: Sequence[Row]) -> Iterator[list[tuple[Row, Prediction]]]:
         """Rows that stand before segment `i` go through it, those that want the same together.
 
-        Gives those that asked, with what follows their newest token, good until the next is given.
+        Gives those of a pass that asked, with what follows their newest tokens, good until the next
+        are given.
         """
 
         def kind(row: Row) -> tuple[str, bool]:
@@ -178,9 +183,12 @@ class Sequences:
             for row, window in zip(alike, windows, strict=True):
                 row.done[i] += window.count
                 row.door = i + 1
-            for j, row in enumerate(alike):
-                if found is not None and asked[j]:
-                    yield row, found.of(j, windows[j].count - 1)
+            if found is not None:
+                yield [
+                    (row, found.of(j, windows[j].count - 1))
+                    for j, row in enumerate(alike)
+                    if asked[j]
+                ]
 
     def _starts(self, i: int) -> list[int]:
         """For every slot, how many tokens segment `i` has computed."""

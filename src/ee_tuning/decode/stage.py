@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ee_tuning.config import Leaving
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
+from ee_tuning.decode.noise import Generators
 from ee_tuning.decode.passes import Passes, Prediction
-from ee_tuning.decode.sampling import Generators, Token
+from ee_tuning.decode.sampling import Asked, Token, choose
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import check_stages
 from ee_tuning.errors import UserError
@@ -160,9 +161,10 @@ class Stage:
             self._mail.tell_next(Message(Kind.PROMPT, [News(slot)]))
             return
         row = self.sequences.enter(request, slot)
-        self._generators.give(request.chooser)
+        if request.chooser.sample:
+            self._generators.give(request.chooser.source)
         if row.through:
-            ((_, read),) = self.sequences.read([row], hidden)
+            (((_, read),),) = self.sequences.read([row], hidden)
             hidden = read.hidden
             if read.found is not None:
                 self._answer(row, row.policy.end, read.found)
@@ -201,10 +203,11 @@ class Stage:
         alive = {item.slot: row for item in news if (row := rows[item.slot]) is not None}
         for i, layer in enumerate(self.sequences.stops):
             here = [row for row in alive.values() if i < row.through]
-            for row, found in self.sequences.advance(i, here):
-                # Where it leaves, it is told, and goes on all the same.
-                if row.is_last(i) or row.policy.leaves(layer, found, row.ids):
-                    self._answer(row, layer, found)
+            for answers in self.sequences.advance(i, here):
+                for row, found in answers:
+                    # Where it leaves, it is told, and goes on all the same.
+                    if row.is_last(i) or row.policy.leaves(layer, found, row.ids):
+                        self._answer(row, layer, found)
             self._post_answers()
         self._post_answers(alive=True)
         for item in news:
@@ -218,9 +221,13 @@ class Stage:
     def _answer(self, row: Row, layer: int, found: Prediction) -> None:
         """What follows the newest token of a row is found."""
         self._catch_up(row)
-        chosen, _ = row.request.chooser.choose(row.ids, found)
+        (chosen,) = choose([Asked(row.request.chooser, row.ids, [found])])
+        if chosen.error is not None:
+            raise chosen.error
         place, row.asks = len(row.ids), False
-        self._answers.append(News(row.slot, chosen, place, layer, found.confidence, asks=True))
+        self._answers.append(
+            News(row.slot, chosen.token, place, layer, found.confidence, asks=True)
+        )
 
     def _post_answers(self, alive: bool = False) -> None:
         """Tell the first stage at once what was found.

@@ -1,0 +1,78 @@
+"""Reading prompts: each whole in a pass of its own, or short ones together in compiled passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ee_tuning.decode.graphs import CHUNK
+from ee_tuning.decode.passes import Passes, Read, Wanted, Window
+
+CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
+
+Inputs = Mapping[int, Sequence[int] | Tensor]
+Starts = Callable[[int], list[int]]
+
+
+def read(
+    passes: Passes, given: Inputs, last: int, wanted: Wanted, starts: Starts
+) -> Iterator[list[Read]]:
+    """Read prompts into empty slots, through segment `last`: those that a pass ends together.
+
+    given: by slot, ids or for a later stage hidden states (P, H). starts: of a segment, as for
+    `Passes.window`, whatever it says of these slots.
+    """
+    short = {}
+    for slot, inputs in given.items():
+        if passes.compile and len(inputs) <= CHUNK * CHUNKS:
+            short[slot] = inputs
+        else:
+            yield [passes.prompt(slot, inputs, last, wanted)]
+    yield from _in_chunks(passes, short, last, wanted, starts)
+
+
+def _in_chunks(
+    passes: Passes, given: Inputs, last: int, wanted: Wanted, starts: Starts
+) -> Iterator[list[Read]]:
+    """Prompts by compiled passes, together: where launching takes longer than computing."""
+    hidden: dict[int, list[Tensor]] = {slot: [] for slot in given}
+    first = 0
+    while left := [slot for slot in given if len(given[slot]) > first]:
+        chunks = [given[slot][first : first + CHUNK] for slot in left]
+        ends = [slot for slot in left if len(given[slot]) <= first + CHUNK]
+        if not passes.is_first:
+            passes.put(*_places(left, chunks, first), torch.cat(chunks))  # type: ignore[arg-type]
+        for i in range(last + 1):
+            ids = i == 0 and passes.is_first
+            windows = [
+                Window(slot, len(chunk), chunk if ids else ())  # type: ignore[arg-type]
+                for slot, chunk in zip(left, chunks, strict=True)
+            ]
+            known = starts(i)
+            for slot in left:
+                known[slot] = first
+            asked = wanted if i == last and ends else Wanted("nothing", False)
+            found = passes.window(i, windows, known, asked)
+        if not passes.is_last:
+            taken = passes.take(*_places(left, chunks, first)).split(list(map(len, chunks)))
+            for slot, states in zip(left, taken, strict=True):
+                hidden[slot].append(states)
+        yield [
+            Read(
+                slot,
+                None if found is None else found.of(left.index(slot), 0),
+                None if passes.is_last else torch.cat(hidden[slot]),
+            )
+            for slot in ends
+        ]
+        first += CHUNK
+
+
+def _places(
+    slots: Sequence[int], chunks: Sequence[Sequence[int] | Tensor], first: int
+) -> tuple[list[int], list[int]]:
+    """The slot and the position of every token of chunks that begin at position `first`."""
+    each = [slot for slot, chunk in zip(slots, chunks, strict=True) for _ in chunk]
+    return each, [first + place for chunk in chunks for place in range(len(chunk))]
