@@ -26,6 +26,7 @@ from transformers.utils import logging
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.commands.generate import DepthStreamer
 from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.text import TextStream
 from ee_tuning.loading import load_tokenizer
 
 
@@ -606,6 +607,24 @@ def test_text_is_printed_as_it_is(base, tokenizer):
             streamer.put(torch.tensor([token]))
     streamer.end()
     assert written.getvalue().startswith("if x:\n\treturn y\r\n\ufffd")
+
+
+def test_text_comes_in_whole_characters_from_any_tokenizer(tokenizer):
+    """Also from one that is written in Python, and has nothing but `decode`."""
+
+    class Plain:
+        def decode(self, ids, skip_special_tokens=False):
+            return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    ids = tokenizer("für x\tin <eos>y: 日本").input_ids
+    for one in (tokenizer, Plain()):
+        for skips in (False, True):
+            stream = TextStream(one, skip_special_tokens=skips)
+            pieces = [stream.put([token]) for token in ids[:-1]]
+            assert not any("\ufffd" in piece for piece in pieces)
+            whole = tokenizer.decode(ids[:-1], skip_special_tokens=skips)
+            assert "".join(pieces) + stream.end() == whole
+            assert whole.endswith("\ufffd")
 
 
 def test_any_real_number_is_a_threshold():
