@@ -89,7 +89,21 @@ def test_a_folder_of_records(tmp_path):
     assert texts(tmp_path) == ["a b", "c d"]
 
 
-def test_hub(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that has every data set."""
+    monkeypatch.setattr("ee_tuning.data.sources.check_there", lambda *_: None)
+
+
+def test_a_data_set_of_the_cache_needs_no_hub(cache, monkeypatch):
+    data = datasets.Dataset.from_dict({"text": ["a b"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
+    fails("who/what", "data who/what", "with HF_HUB_OFFLINE the hub is not asked")
+    (cache / "who___what").mkdir()
+    assert texts("who/what") == ["a b"]
+
+
+def test_hub(hub, monkeypatch):
     asked = []
 
     def load_dataset(path, config, split):
@@ -107,7 +121,7 @@ def test_hub(monkeypatch):
     ]
 
 
-def test_hub_failures_are_told(monkeypatch):
+def test_hub_failures_are_told(hub, monkeypatch):
     def load_dataset(*args, **kwargs):
         raise FileNotFoundError("not on the hub\nmore")
 
@@ -115,7 +129,7 @@ def test_hub_failures_are_told(monkeypatch):
     fails("who/what", "data who/what", "no such file or folder here", "(not on the hub)")
 
 
-def test_a_full_disk_is_told_from_a_hub_that_fails(monkeypatch):
+def test_a_full_disk_is_told_from_a_hub_that_fails(hub, monkeypatch):
     def load_dataset(*args, **kwargs):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -126,7 +140,7 @@ def test_a_full_disk_is_told_from_a_hub_that_fails(monkeypatch):
     fails("who/what", "No space left on device", "HF_DATASETS_CACHE")
 
 
-def test_hub_record_without_known_fields(monkeypatch):
+def test_hub_record_without_known_fields(hub, monkeypatch):
     data = datasets.Dataset.from_dict({"question": ["a"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
     fails("who/what", "who/what record 1", "found: question")

@@ -170,7 +170,9 @@ class Hub:
         if self.data is None:
             path, _, split = self.name.partition("#")
             path, _, config = path.partition(":")
-            check_there(path, "data", "README.md", "dataset")
+            # What `datasets` has in its cache needs no hub, and nothing of it in the hub's cache.
+            if not Path(datasets.config.HF_DATASETS_CACHE, path.replace("/", "___")).is_dir():
+                check_there(path, "data", "README.md", "dataset")
             try:
                 self.data = datasets.load_dataset(path, config or None, split=split or "train")
             except Exception as error:  # the hub's client and each format raise errors of their own
