@@ -35,14 +35,16 @@ class NewExitsConfig(Settings):
     )
     init: Init = option("copy", "copy the backbone's own modules, or random")
     head: str | list[str] = option(
-        "own", "own (trainable, per exit) or shared (the backbone's, frozen)", fixed=True
+        "auto",
+        "own (trainable, per exit) or shared (the backbone's, frozen); auto: own, a draft's shared",
+        fixed=True,
     )
     out: str = option("", "folder for the exits", path=True)
     overwrite: bool = option(False, "replace what is in --out")
     seed: int = option(0, "seed of the random initialisation")
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
     draft_sources: Layers = option(
-        "", "layers that a draft exit reads; default: a low, a middle and a high one", fixed=True
+        "", "layers that a draft exit reads; default: 1/10,1/2,5/6,1/1", fixed=True
     )
 
     def exit_config(self) -> ExitConfig:

@@ -209,28 +209,22 @@ def _exit(exit: Exit, backbone: Backbone, attention: float, known: float, drafts
     """An exit that knows a share of the vocabulary; attention: FLOP of the last layer's.
 
     drafts: steps of a draft exit, of which the j-th attends to the keys of j steps. Its weights are
-    those of one draft.
+    those of a first draft.
     """
-    steps, fuse = (drafts, exit.fuse) if isinstance(exit, DraftExit) else (1, None)
+    times, steps = {"first": 1, "later": drafts - 1}, 1
+    if isinstance(exit, DraftExit):
+        steps = drafts
     below = sum(p.numel() for name, p in exit.named_parameters() if _is_below_head(name))
-    matrices = [
-        matrix
-        for child, part in exit.named_children()
-        if _is_below_head(f"{child}.") and part is not fuse
-        for matrix in _matrices(part, backbone)
-    ]
-    # A layer that is run again is frozen: no gradient goes beyond the parts that replace its own.
-    frozen = [exit.records_call and matrix.reads_residual for matrix in matrices]
     attentions = (len(exit.segment.layers) if exit.segment else 0) * attention
     attentions *= steps * (steps + 1) // 2
-    tuned = [
-        matrix.work(gradients=1 if reads else 2, times=steps)
-        for matrix, reads in zip(matrices, frozen, strict=True)
-    ]
-    # Once for all steps, of states from which no gradient goes on, and not for a draft.
-    tuned += (
-        [replace(m.work(gradients=1), weights=0) for m in _matrices(fuse, backbone)] if fuse else []
-    )
+    tuned = []
+    for child, part in exit.named_children():
+        for matrix in _matrices(part, backbone) if _is_below_head(f"{child}.") else ():
+            # A layer that is run again is frozen: no gradient goes beyond the parts that replace
+            # its own.
+            gradients = 1 if exit.records_call and matrix.reads_residual else 2
+            found = matrix.work(gradients, times.get(child, steps))
+            tuned.append(replace(found, weights=0) if child == "later" else found)
     own = Work(values=below, forward=attentions, backward=2 * attentions)
     shared = exit.output.shared
     head = _part(backbone.head, backbone)

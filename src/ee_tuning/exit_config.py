@@ -11,7 +11,7 @@ from ee_tuning.errors import UserError
 
 Arch = Literal["embedding", "norm", "mlp", "layer", "draft"]
 Init = Literal["copy", "random"]
-Head = Literal["own", "shared"]
+Head = Literal["own", "shared", "auto"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
@@ -51,16 +51,17 @@ class ExitConfig:
         be given where it is the only one.
     arch: one of `ARCHS` for all exits, or one per exit.
     init: ``copy`` from the backbone's own modules, or ``random``.
-    head: ``own`` trainable head per exit or the backbone's frozen one, ``shared``;
-        one for all exits or one per exit.
+    head: ``own`` trainable head per exit or the backbone's frozen one, ``shared``; ``auto``: a
+        draft exit shares, others have their own. One for all exits or one per exit.
     seed: seed of the random initialisation.
-    sources: layers whose states a draft exit reads; default: a low, a middle and a high one.
+    sources: layers whose states a draft exit reads; default: a low, a middle and a high one, and
+        the last.
     """
 
     layers: Layers
     arch: str | list[str] = "mlp"
     init: str = "copy"
-    head: str | list[str] = "own"
+    head: str | list[str] = "auto"
     seed: int = 0
     sources: Layers | None = None
 
@@ -75,7 +76,9 @@ class ExitConfig:
         alone = self.layers in ("", []) and self.arch in ("draft", ["draft"])
         layers = parse_layers(DRAFT if alone else self.layers, num_layers, least=DRAFT)
         archs = _one_per_exit("arch", self.arch, ARCHS, len(layers))
-        heads = _one_per_exit("head", self.head, HEADS, len(layers))
+        given = _one_per_exit("head", self.head, HEADS, len(layers))
+        default = ["shared" if layer == DRAFT else "own" for layer in layers]
+        heads = [a if a != "auto" else b for a, b in zip(given, default, strict=True)]
         if self.init not in ("copy", "random"):
             raise UserError(f"init {self.init!r} is unknown: use copy or random")
         for layer, arch in zip(layers, archs, strict=True):
@@ -95,8 +98,8 @@ class ExitConfig:
         """The layers that a draft exit reads, by depth."""
         if self.sources:
             return tuple(sorted(parse_layers(self.sources, num_layers, "source layer")))
-        edge = max(1, num_layers // 10)
-        return tuple(sorted({edge, max(1, num_layers // 2), max(1, num_layers - edge)}))
+        places = num_layers // 10, num_layers // 2, 5 * num_layers // 6, num_layers
+        return tuple(sorted({max(1, layer) for layer in places}))
 
 
 def depth_of(layer: int) -> float:

@@ -34,21 +34,21 @@ def noisy(family="llama", seed=1, **settings):
 @pytest.mark.parametrize(
     ("config", "depth", "expected"),
     [
-        (ExitConfig("", "draft"), 30, (3, 15, 27)),
-        (ExitConfig(0, ["draft"]), 4, (1, 2, 3)),
+        (ExitConfig("", "draft"), 30, (3, 15, 25, 30)),
+        (ExitConfig(0, ["draft"]), 4, (1, 2, 3, 4)),
         (ExitConfig("0", "draft"), 1, (1,)),
         (ExitConfig("0", "draft", sources="3,1/2,1"), 8, (1, 3, 4)),
         (ExitConfig("", "draft", sources=[8]), 8, (8,)),
     ],
 )
 def test_sources_are_given_or_low_middle_and_high(config, depth, expected):
-    assert config.specs(depth) == [ExitSpec(0, "draft", "own", expected)]
+    assert config.specs(depth) == [ExitSpec(0, "draft", "shared", expected)]
 
 
 def test_a_draft_exit_comes_after_those_at_layers():
-    specs = ExitConfig("0,3,1", "draft,mlp,layer", head="shared,own,own").specs(4)
+    specs = ExitConfig("0,3,1", "draft,mlp,layer", head="own,auto,shared").specs(4)
     assert [(s.layer, s.arch, s.head) for s in specs] == [
-        (1, "layer", "own"), (3, "mlp", "own"), (0, "draft", "shared"),
+        (1, "layer", "shared"), (3, "mlp", "own"), (0, "draft", "own"),
     ]  # fmt: skip
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("0,1,3", "draft,norm,norm"))
     assert model.exit_layers == model.all_exit_layers == [1, 3, 0]
@@ -89,10 +89,10 @@ def test_a_copied_draft_is_the_last_layer_once_more_on_the_normalised_high_state
     high = model.chain.descend(IDS).to(0).sources[-1]
     shifted = torch.cat([torch.zeros_like(high[:, :1]), high[:, :-1]], 1)
     positions = torch.arange(11).expand(2, -1)
-    last = backbone.segment(3, 4)(draft.hidden_norm(shifted), positions).hidden
+    last = backbone.segment(3, 4)(draft.source_norms[-1](shifted), positions).hidden
     assert torch.allclose(found, backbone.final_logits(last), atol=1e-4)
-    norms = [draft.hidden_norm(shifted), draft.embed_norm(shifted)]
-    assert torch.equal(*norms)
+    norms = draft.embed_norm, draft.chain_norm, *draft.source_norms
+    assert all(torch.equal(norm(high), norms[0](high)) for norm in norms)
 
 
 def test_a_random_draft_is_reproducible():
@@ -101,8 +101,8 @@ def test_a_random_draft_is_reproducible():
         for seed in (1, 1, 2)
     )
     assert all(torch.equal(p, same.exit_state()[n]) for n, p in one.exit_state().items())
-    assert not torch.equal(one.draft.fuse.weight, other.draft.fuse.weight)
-    assert one.draft.join.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not torch.equal(one.draft.first.weight, other.draft.first.weight)
+    assert one.draft.later.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,26 +125,19 @@ def test_tokens_are_embedded_as_the_first_layer_gets_them(family):
 
 def chain_by_chain(model, ids, start):
     """The chain that begins at token `start` of one text (1, T), as decoding runs it: the settled
-    tokens one after another with the backbone's g, then its own; features (H,) of each step."""
+    tokens one after another from the backbone's states, then its own; features (H,) of each."""
     draft, found = model.draft, []
-    state = model.chain.descend(ids).to(0)
-    settled = draft.fused(state.sources)
-    cache = DynamicCache(config=model.config)
-
-    def step(place, g):
-        # Its K/V stand at the last layer's number; the model's own window slides.
-        at = torch.tensor([[place]])
-        return draft.step(ids[:, place : place + 1], g, at, cache)
-
-    g = torch.zeros(1, 1, model.config.hidden_size)
-    for place in range(start + 1):
-        h = step(place, g)
-        g = settled[:, place : place + 1]
-    for place in range(start + 1, min(start + STEPS, ids.shape[1])):
-        found.append(h)
-        h = step(place, h)
-    found.append(h)
-    return [draft.norm(h)[0, 0] for h in found]
+    states = torch.cat(model.chain.descend(ids).to(0).sources, dim=-1)
+    cache = DynamicCache(config=model.config)  # the block's K/V, at the last layer's number
+    last = torch.zeros_like(states[:, :1])
+    for place in range(min(start + STEPS, ids.shape[1])):
+        step = draft.first_step if place <= start else draft.later_step
+        last = h = step(ids[:, place : place + 1], last, torch.tensor([[place]]), cache)
+        if place < start:
+            last = states[:, place : place + 1]
+        else:
+            found.append(draft.norm(h)[0, 0])
+    return found
 
 
 def texts(positions):

@@ -1,16 +1,16 @@
 """The draft exit: one layer that goes on from where the last full pass ended.
 
-The arrangement of EAGLE-3 (arXiv 2503.01840). For the newest token x_t it is given g, which stands
-for the token before: what the backbone made of that one, joined from the hidden states after a few
-*source* layers, or, from the second draft of a chain on, the exit's own output::
+The arrangement of EAGLE-3 (arXiv 2503.01840), with a map of its own for the first draft of a chain,
+which knows what the backbone made of the token before the newest, x_t: its states y after a few
+*source* layers. Later drafts go on from the exit's own output, h::
 
-    g_t-1 = F[s_t-1 of a low, a middle, a high layer]                          `fused`
-    h_t   = Block(J[N_e(E[x_t]); N_g(g_t-1)]),  the g of the next step           `step`
+    h_t = Block(F[N_e(E[x_t]); N_1(y¹_t-1); N_2(y²_t-1); …])                `first_step`
+    h_t = Block(G[N_e(E[x_t]); N_h(h_t-1)])                                 `later_step`
     x_t+1 ~ W·N(h_t)
 
-E is the backbone's embedding, N are norms and F, J linear maps. The token that begins a text has
-zeros for g. The block has K/V of its own: of settled tokens those of a step with the backbone's g,
-of a chain's later tokens its own.
+E is the backbone's embedding, N are norms and F, G linear maps. The token that begins a text has
+zeros before it. The block has K/V of its own: of settled tokens those of a first step, of a chain's
+later tokens those of later steps.
 
 It is tuned with its steps unrolled as decoding runs them: from every token a chain of drafts
 begins, of which step j stands at the place of the token j − 1 places on and sees the settled tokens
@@ -19,7 +19,6 @@ up to the chain's first one, and the chain itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class DraftExit(NormExit):
     and by what the weight of each is less than that of the one before.
 
     It begins as the backbone's last layer, run once more on the normalised state after the highest
-    source at the token before: `fuse` lets that one through alone, and `join` what comes of it.
+    source at the token before, then on its own output: the maps let nothing else through.
     """
 
     segment: Segment
@@ -52,11 +51,13 @@ class DraftExit(NormExit):
         self.sources = spec.sources
         self.steps, self.decay = 1, 1.0
         hidden = backbone.config.hidden_size
-        self.fuse = _passing(len(self.sources), hidden, backbone)
-        self.embed_norm, self.hidden_norm = trainable(backbone.norm), trainable(backbone.norm)
-        for norm in (self.embed_norm, self.hidden_norm):
+        norms = [trainable(backbone.norm) for _ in range(len(self.sources) + 2)]
+        for norm in norms:
             self._init_weights(norm)
-        self.join = _passing(2, hidden, backbone)
+        self.embed_norm, self.chain_norm, *rest = norms
+        self.source_norms = nn.ModuleList(rest)
+        self.first = _passing(1 + len(self.sources), hidden, backbone)
+        self.later = _passing(2, hidden, backbone)
         self.block = trainable(backbone.layers[-1])
         self.segment = backbone.block(self.block)
         self.embedding = backbone.embedding()
@@ -76,35 +77,49 @@ class DraftExit(NormExit):
             "text; export a norm, mlp or layer exit, or --merge"
         )
 
-    def fused(self, states: Sequence[Tensor]) -> Tensor:
-        """The backbone's g of each token: states (B, T, H) after the `sources` → (B, T, H)."""
-        return self.fuse(torch.cat([*states], dim=-1))
-
-    def step(
+    def first_step(
         self,
         ids: Tensor,
-        g: Tensor,
+        states: Tensor,
         position_ids: Tensor,
         cache: Cache | None = None,
         boundaries: Any = None,
     ) -> Tensor:
-        """One step of tokens (B, T): h (B, T, H), from which ``logits(norm(h))`` predict the next.
+        """The first draft after tokens (B, T): h (B, T, H); ``logits(norm(h))`` predict the next.
 
-        g: (B, T, H), of the token before each. cache, boundaries: as a `Segment` takes them; the
-        block stands where the backbone's last layer stands.
+        states: after the sources, side by side, at the token before each: (B, T, n·H). cache,
+        boundaries: as a `Segment` takes them; the block stands where the last layer stands.
         """
+        parts = states.chunk(len(self.sources), dim=-1)
+        normed = [norm(part) for norm, part in zip(self.source_norms, parts, strict=True)]
+        joined = self.first(torch.cat([self._tokens(ids, position_ids), *normed], dim=-1))
+        return self.segment(joined, position_ids, cache, boundaries).hidden
+
+    def later_step(
+        self,
+        ids: Tensor,
+        h: Tensor,
+        position_ids: Tensor,
+        cache: Cache | None = None,
+        boundaries: Any = None,
+    ) -> Tensor:
+        """A later draft of a chain, from h (B, T, H) of the token before; else as `first_step`."""
+        pair = self._tokens(ids, position_ids), self.chain_norm(h)
+        joined = self.later(torch.cat(pair, dim=-1))
+        return self.segment(joined, position_ids, cache, boundaries).hidden
+
+    def _tokens(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         # Any mask: no layer looks at it there, and the trunk makes none of its own.
         mask = torch.empty(1, 1, 1, 0, dtype=torch.int32, device=ids.device)
         with torch.no_grad():
-            tokens = self.embedding(ids, position_ids, boundaries=mask).hidden
-        joined = self.join(torch.cat([self.embed_norm(tokens), self.hidden_norm(g)], dim=-1))
-        return self.segment(joined, position_ids, cache, boundaries).hidden
+            embedded = self.embedding(ids, position_ids, boundaries=mask).hidden
+        return self.embed_norm(embedded)
 
     def hidden(self, state: State, cache: Cache | None) -> Tensor:
         """The first draft's output at every token."""
-        g = before(self.fused(state.sources), state.position_ids)
+        states = before(torch.cat(state.sources, dim=-1), state.position_ids)
         assert state.ids is not None
-        return self.step(state.ids, g, state.position_ids, cache, state.boundaries)
+        return self.first_step(state.ids, states, state.position_ids, cache, state.boundaries)
 
     def predictions(self, state: State) -> list[Tensor]:
         """Features (B, T, H) of each draft of the chains that begin at every token.
@@ -114,12 +129,13 @@ class DraftExit(NormExit):
         """
         assert state.ids is not None
         assert self.norm is not None
-        chains = _Chains(state, self.segment, self.join.weight.dtype)
-        g, found = self.fused(state.sources), []
+        chains = _Chains(state, self.segment, self.first.weight.dtype)
+        h, found = torch.cat(state.sources, dim=-1), []
         for step in range(self.steps):
-            g = before(g, state.position_ids)
-            g = self.step(state.ids, g, state.position_ids, chains.cache, chains.mask(step))
-            found.append(self.norm(g))
+            advance = self.later_step if step else self.first_step
+            last = before(h, state.position_ids)
+            h = advance(state.ids, last, state.position_ids, chains.cache, chains.mask(step))
+            found.append(self.norm(h))
         return found
 
     def targets(self, labels: Tensor, state: State) -> list[tuple[Tensor, float]]:
