@@ -70,6 +70,19 @@ def test_imports_run_downwards():
     assert upwards == []
 
 
+def test_commands_alone_print():
+    """And the command line, of mistakes and itself."""
+    speaks = {"print", "Console", "Table", "Progress"}
+    found = [
+        f"{file}: {node.func.id}"
+        for file in FILES
+        if room(file) not in ("commands", "cli")
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in speaks
+    ]
+    assert found == []
+
+
 def test_no_file_is_longer_than_400_lines():
     lengths = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert {file: lines for file, lines in lengths.items() if lines > 400} == {}
