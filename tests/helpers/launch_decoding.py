@@ -83,7 +83,7 @@ def cancel(model, calls):
 
 def overlap(model, calls):
     """The last stage begins with the first token only when the first stage has the third one."""
-    begun, window, compute = Path(calls[0].pop("file")), [0], Stage._compute
+    begun, window, compute = Path(calls[0].pop("file")), [0], Stage.compute
     mesh = engines_of(model).mesh
 
     def count(self, news):
@@ -96,9 +96,9 @@ def overlap(model, calls):
         compute(self, news)
 
     deadline = time.time() + 20
-    Stage._compute = count
+    Stage.compute = count
     found = generate(model, calls)
-    Stage._compute = compute
+    Stage.compute = compute
     return found
 
 
@@ -122,7 +122,7 @@ def at_once(model, calls):
 
 def die(model, calls):
     """The last stage dies at its third token, with however many it computes at a time."""
-    computed, compute, mesh = [], Stage._compute, engines_of(model).mesh
+    computed, compute, mesh = [], Stage.compute, engines_of(model).mesh
 
     def count(self, news):
         computed.extend(news)
@@ -130,7 +130,7 @@ def die(model, calls):
             os._exit(1)
         compute(self, news)
 
-    Stage._compute = count
+    Stage.compute = count
     mesh.doing = "decoding"
     return generate(model, calls)
 

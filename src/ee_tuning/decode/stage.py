@@ -124,7 +124,7 @@ class Stage:
             ready += [item for item in news if not item.fate]
             begun, ready = ready[: self._at_a_time], ready[self._at_a_time :]
             # What ended is told before its slot has another prompt.
-            self._compute([item for item in news if item.fate] + begun)
+            self.compute([item for item in news if item.fate] + begun)
         self._mail.close()
 
     def _follow(self, waiting: Iterator[Request]) -> Iterator[tuple[Request, Token]]:
@@ -139,7 +139,7 @@ class Stage:
                 yield from self._take(item, item.fate)
             come = [item for item in news if item.states]
             self.passes.put(*_places(come), hidden)
-            self._compute(news)
+            self.compute(news)
         self._mail.close()
 
     def _next(self, waiting: Iterator[Request]) -> Request | None:
@@ -197,7 +197,7 @@ class Stage:
         ends = len(ids) >= request.max_length or request.stops(ids)
         return Fate.ENDS if ends else Fate.GOES_ON
 
-    def _compute(self, news: list[News]) -> None:
+    def compute(self, news: list[News]) -> None:
         """Take the tokens that have come through this stage, and hand them on."""
         rows = self.sequences.rows
         alive = {item.slot: row for item in news if (row := rows[item.slot]) is not None}
