@@ -37,8 +37,8 @@ class Sizes:
 
         What is written for idle slots lies beyond what is known of them.
         """
-        number = _next(len(slots), self._rows)
-        idle = [slot for slot in range(self._rows[-1]) if slot not in slots]
+        number, busy = _next(len(slots), self._rows), set(slots)
+        idle = [slot for slot in range(self._rows[-1]) if slot not in busy]
         return sorted([*slots, *idle[: number - len(slots)]])
 
     def length(self, number: int) -> int:

@@ -102,7 +102,11 @@ def _numbers(sources: Sequence[Source], count: int, device: torch.device) -> Ten
         states.append(_signed(state))
         source.drawn += 1
     steps = torch.arange(1, count + 1, device=device) * _signed(STEP)
-    x = torch.tensor(states, device=device)[:, None] + steps
+    return spread(torch.tensor(states, device=device)[:, None] + steps)
+
+
+def spread(x: Tensor) -> Tensor:
+    """Numbers between 0 and 1, neither included, fp32, of states, int64 of any shape."""
     x = (x ^ _shifted(x, 30)) * _signed(FIRST)
     x = (x ^ _shifted(x, 27)) * _signed(SECOND)
     bits = _shifted(x ^ _shifted(x, 31), 64 - BITS)

@@ -8,7 +8,7 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -18,36 +18,12 @@ from torch import Tensor
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
+from ee_tuning.decode.draws import Draws, drawn
 from ee_tuning.decode.graphs import Graphs, Sizes
+from ee_tuning.decode.wanted import IDLE, Rows, Wanted, Window
 from ee_tuning.exits import Exit
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
-
-
-@dataclass
-class Window:
-    """Tokens of one sequence that a segment computes at once: its next `count` ones.
-
-    ids: the tokens, where the segment is the first.
-    """
-
-    slot: int
-    count: int
-    ids: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a pass is to predict.
-
-    after: ``nothing``, ``last`` (what follows the last token of each window) or ``each``.
-    final: by the final exit, not by the one that may sit at the same layer. measure: of
-    confidence, see `ee_tuning.losses.confidence`.
-    """
-
-    after: str
-    final: bool
-    measure: str = "probability"
 
 
 @dataclass
@@ -149,6 +125,7 @@ class Passes:
         rings = len(self.segments) + (0 if self.is_last else 1)
         self._rings = [torch.zeros(size, **like) for _ in range(rings)]
         self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
+        self.draws = Draws(slots, self.device)
         self._steps, self._predict = self.segments, _predict
         self.graphs = Graphs(self.device)
         if compile:
@@ -172,8 +149,8 @@ class Passes:
             hidden, exit = state.hidden, self.exits.get(segment.stop)
             if exit is not None and exit.segment is not None and i < last:
                 exit.features(state, self.exit_caches[segment.stop])
-        count = torch.tensor([len(inputs)], device=self.device)
-        found = _predict(self.backbone, exit, state, self._exit_cache(last), count, wanted)
+        rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
+        found = _predict(self.backbone, exit, state, self._exit_cache(last), rows, wanted)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
 
@@ -202,18 +179,49 @@ class Passes:
         reach = max(starts[slot] for slot in slots) + length
         if self.compile:
             reach = self.sizes.reach(reach)
-        table = [[slot, starts[slot], 0] for slot in slots]
-        for row in table:
-            window = given.get(row[0], Window(0, 0))
-            row[2] = window.count
-            row += [*window.ids, *[0] * (length - len(window.ids))]
-        self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
+        self._tell(slots, starts, given, length)
         in_order = self._in_order(slots)
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
         logits, answers = found
-        return _read(logits, answers, [slots.index(window.slot) for window in windows])
+        places = {slot: row for row, slot in enumerate(slots)}
+        return _read(logits, answers, [places[window.slot] for window in windows])
+
+    @torch.inference_mode()
+    def ahead(
+        self, windows: Sequence[Window], starts: Sequence[int], count: int, wanted: Wanted
+    ) -> list[list[list[float]]]:
+        """The next `count` tokens of texts that go through the one segment there is, each fed with
+        the token before: (count, 2, n), tokens and confidences, in one wait for the device.
+
+        windows: of one token each, by slot, of all texts in progress. starts: as for `window`.
+        """
+        given = {window.slot: window for window in windows}
+        slots = self.sizes.filled(list(given)) if self.compile else list(given)
+        self._tell(slots, starts, given, 1)
+        control, in_order = self._control[: len(slots)], self._in_order(slots)
+        reach, found = max(starts[slot] for slot in slots), []
+        for _ in range(count):
+            reach += 1
+            size = self.sizes.reach(reach) if self.compile else reach
+            _, answers = self._run((0, len(slots), 1, size, in_order, wanted))
+            control[:, 3] = answers[0, :, 0]
+            control[:, 1] += 1
+            found.append(answers[:, :, 0].clone())
+        rows = [row for row, slot in enumerate(slots) if slot in given]
+        return torch.stack(found)[:, :, torch.tensor(rows, device=self.device)].tolist()
+
+    def _tell(
+        self, slots: list[int], starts: Sequence[int], given: Mapping[int, Window], length: int
+    ) -> None:
+        """Tell the device what the next pass is about."""
+        table = [[slot, starts[slot], 0] for slot in slots]
+        for row in table:
+            window = given.get(row[0], IDLE)
+            row[2] = window.count
+            row += [*window.ids, *[0] * (length - len(window.ids))]
+        self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
 
     def _in_ring(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         table = [list(slots), list(positions)]
@@ -269,7 +277,8 @@ class Passes:
             state = replace(state, boundaries=self._masks(exit.segment, cache))
         if wanted.after == "nothing" and cache is None:
             return None
-        return self._predict(self.backbone, exit, state, cache, counts, wanted)
+        table = Rows(slots, positions, counts, self.draws.table)
+        return self._predict(self.backbone, exit, state, cache, table, wanted)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
         if not any(layer.hides for layer in cache.slot_layers):
@@ -315,13 +324,13 @@ def _predict(
     exit: Exit | None,
     state: State,
     cache: SlotCache | None,
-    counts: Tensor,
+    rows: Rows,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor] | None:
-    """logits (n, A, V), and (2, n, A): the likeliest tokens (exact in fp32 up to 2²⁴) and the
-    confidence in them.
+    """logits (n, A, V), and (2, n, A): the likeliest tokens, or those drawn (exact in fp32 up to
+    2²⁴), and the confidence in the likeliest.
 
-    counts: (n,), the tokens of each window. A `layer` exit always keeps its K/V of all of them.
+    A `layer` exit always keeps its K/V of all tokens.
     """
     features = state.hidden
     if exit is not None and (cache is not None or not wanted.final):
@@ -329,14 +338,19 @@ def _predict(
     if wanted.after == "nothing":
         return None
     features = backbone.norm(state.hidden) if wanted.final else features
+    positions = rows.positions
     if wanted.after == "last":
-        rows = torch.arange(len(counts), device=counts.device)
-        features = features[rows, (counts - 1).clamp(min=0)][:, None]
+        last = (rows.counts - 1).clamp(min=0)
+        at = torch.arange(len(last), device=last.device), last
+        features, positions = features[at][:, None], positions[at][:, None]
     if wanted.final:
         logits = backbone.final_output(inputs_embeds=features).logits.float()
     else:
         logits = exit.logits(features).float()  # type: ignore[union-attr]
-    return logits, torch.stack([logits.argmax(-1).float(), confidence(logits, wanted.measure)])
+    found = logits.argmax(-1)
+    if wanted.samples:
+        found = drawn(logits, found, rows.draws[rows.slots], positions, wanted.samples > 1)
+    return logits, torch.stack([found.float(), confidence(logits, wanted.measure)])
 
 
 def _read(logits: Tensor, answers: Tensor, rows: list[int]) -> Predictions:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode.graphs import CHUNK
-from ee_tuning.decode.passes import Passes, Read, Wanted, Window
+from ee_tuning.decode.passes import Passes, Read
+from ee_tuning.decode.wanted import Wanted, Window
 
 CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
 
@@ -59,10 +60,11 @@ def _in_chunks(
             taken = passes.take(*_places(left, chunks, first)).split(list(map(len, chunks)))
             for slot, states in zip(left, taken, strict=True):
                 hidden[slot].append(states)
+        rows = {slot: row for row, slot in enumerate(left)}
         yield [
             Read(
                 slot,
-                None if found is None else found.of(left.index(slot), 0),
+                None if found is None else found.of(rows[slot], 0),
                 None if passes.is_last else torch.cat(hidden[slot]),
             )
             for slot in ends

@@ -64,7 +64,7 @@ class Chooser:
 
     def choose(self, ids: Sequence[int], found: Prediction) -> int:
         """What follows `ids`, where the likeliest token does."""
-        _check_evidence(found.confidence)
+        check_evidence(found.confidence)
         return found.token
 
     def verify(
@@ -224,12 +224,17 @@ def _fill(choice: Choice, token: float, evidence: float) -> None:
         return
     choice.token = int(token)
     try:
-        _check_evidence(evidence)
+        check_evidence(evidence)
     except UserError as error:
         choice.error = error
 
 
-def _check_evidence(value: float) -> None:
+def check_evidence(value: float) -> None:
+    """Refuse a token for which nothing speaks.
+
+    Raises:
+        UserError: the score, weight or confidence is no number, or minus infinity.
+    """
     if math.isnan(value) or value == -math.inf:
         raise UserError(
             "there is no token to choose: the logits are not finite, or every token is excluded; "

@@ -9,14 +9,16 @@ from itertools import groupby
 from torch import Tensor
 
 from ee_tuning.decode.pace import Pace
-from ee_tuning.decode.passes import Passes, Prediction, Read, Wanted, Window
+from ee_tuning.decode.passes import Passes, Prediction, Read
 from ee_tuning.decode.prompts import read as read_prompts
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.settings import Policy
+from ee_tuning.decode.wanted import Wanted, Window
 from ee_tuning.errors import UserError
 
 
-def _never(ids: Sequence[int]) -> bool:
+def never(ids: Sequence[int]) -> bool:
+    """No text ends."""
     return False
 
 
@@ -33,7 +35,7 @@ class Request:
     policy: Policy
     max_length: int
     chooser: Chooser = field(default_factory=Chooser)
-    stops: Callable[[Sequence[int]], bool] = _never
+    stops: Callable[[Sequence[int]], bool] = never
     cancelled: bool = False
     finished: bool = False
     error: Exception | None = None

@@ -1,0 +1,50 @@
+"""What a pass of decoding is given, and what it is to give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass
+class Window:
+    """Tokens of one sequence that a segment computes at once: its next `count` ones.
+
+    ids: the tokens, where the segment is the first.
+    """
+
+    slot: int
+    count: int
+    ids: Sequence[int] = ()
+
+
+IDLE = Window(0, 0)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a pass is to predict.
+
+    after: ``nothing``, ``last`` (what follows the last token of each window) or ``each``.
+    final: by the final exit, not by the one that may sit at the same layer. measure: of
+    confidence, see `ee_tuning.losses.confidence`. samples: in place of the likeliest tokens some
+    are drawn, as `Passes.draws` says: not at all, from all tokens (1) or among some (2).
+    """
+
+    after: str
+    final: bool
+    measure: str = "probability"
+    samples: int = 0
+
+
+class Rows(NamedTuple):
+    """What a prediction is for: slots (n,), positions (n, T) of the windows' tokens, how many each
+    window has, (n,), and the table of `Draws`."""
+
+    slots: Tensor
+    positions: Tensor
+    counts: Tensor
+    draws: Tensor
