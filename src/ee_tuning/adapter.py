@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import ExitConfig, exit_name
-from ee_tuning.files import read_json, replacing, write_json, write_text
+from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.fingerprint import config_values
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
@@ -79,22 +79,24 @@ def save(
     dtype: torch.dtype | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
+    """Write ``exits.safetensors``, ``exit_config.json`` and a model card, if there is none.
+
+    All are written before the first one takes the place of what may be there already.
 
     dtype: what to store the weights in; default: as they are. state: in place of
     `Network.exit_state`, where other processes hold some of the exits.
     """
     folder = Path(folder).expanduser()
-    with replacing(folder / WEIGHTS_NAME) as path:
+    with filling(folder, last=CONFIG_NAME) as staging:
         tensors = {
             k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
             for k, v in (state or network.exit_state()).items()
         }
-        save_file(tensors, path, metadata={"format": "pt"})
-    config = saved_config(network)
-    write_json(folder / CONFIG_NAME, config)
-    if not (folder / "README.md").exists():
-        write_text(folder / "README.md", model_card(config))
+        save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        config = saved_config(network)
+        write_json(staging / CONFIG_NAME, config)
+        if not (folder / "README.md").exists():
+            write_text(staging / "README.md", model_card(config))
 
 
 def saved_config(network: Network) -> dict[str, Any]:

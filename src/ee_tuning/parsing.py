@@ -49,7 +49,7 @@ def _parse(command: str, config_class: type, files: list[str], flags: list[str])
     try:
         for file in files:
             values = _read(file, parser, config_class, values)
-        parsed = parser.parse_args(flags, namespace=values)
+        parsed = parser.parse_args(_joined(flags, config_class), namespace=values)
     except ArgumentError as error:
         hints = typing.get_type_hints(config_class)
         raise UserError(_explain(str(error), hints, flags)) from error
@@ -107,6 +107,34 @@ def _adding_up() -> type[argparse.Action]:
             setattr(namespace, self.dest, [*before, *values])
 
     return AddingUp
+
+
+def _joined(flags: list[str], config_class: type) -> list[str]:
+    """`flags`, but one in place of several of a setting that takes a list with commas.
+
+    So ``--layers 4 --layers=8`` is ``--layers=4,8``.
+    """
+    hints, found, firsts = typing.get_type_hints(config_class), list[str](), dict[str, int]()
+    waiting = list(flags)
+    while waiting:
+        flag = waiting.pop(0)
+        name, sign, value = flag.partition("=")
+        if not name.startswith("--") or not _takes_commas(hints.get(_key(name))):
+            found.append(flag)
+            continue
+        if not sign and waiting and not waiting[0].startswith("--"):
+            value = waiting.pop(0)
+        if value and name in firsts:
+            found[firsts[name]] += f",{value}"
+        else:
+            firsts[name] = len(found)
+            found.append(f"{name}={value}" if value else flag)
+    return found
+
+
+def _takes_commas(kind: Any) -> bool:
+    """Whether a setting is a text that may be a list, too."""
+    return any(map(_is_list, typing.get_args(kind)))
 
 
 def _config_files(args: list[str]) -> tuple[list[str], list[str]]:
@@ -168,7 +196,7 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
             if mark.startswith("unrecognized") and not unknown.startswith("-"):
                 return _left_over(rest, hints, flags)
             return f"unknown setting {unknown!r}{nearest(_key(unknown), hints)}"
-    missing = re.match(r"argument (--[\w-]+): expected (?:one|at least one) argument", message)
+    missing = re.match(r"argument (--[\w-]+)\S*: expected (?:one|at least one) argument", message)
     if missing:
         return f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"
     if message.startswith("the following arguments are required: "):
@@ -196,8 +224,8 @@ def _left_over(words: str, hints: dict[str, Any], flags: list[str]) -> str:
         return f"{words!r} belongs to no setting: give settings as --name value"
     name, *first = flags[start].split("=", 1)
     values = first + flags[start + 1 : place + 1]
-    several = any(map(_is_list, typing.get_args(hints.get(_key(name)))))
-    return f"{name} takes one value: write {shlex.quote((',' if several else ' ').join(values))}"
+    joined = ("," if _takes_commas(hints.get(_key(name))) else " ").join(values)
+    return f"{name} takes one value: write {shlex.quote(joined)}"
 
 
 def _key(flag: str) -> str:

@@ -63,6 +63,30 @@ def test_repeated_list_flags_add_up_and_replace_the_files(command, name, yaml_fi
     assert [*map(float, getattr(read(command, "--config", file), name))] == [9]
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "values"),
+    [
+        ("init", "layers", ["4", "8"]),
+        ("tune", "arch", ["mlp", "layer"]),
+        ("plan", "head", ["own", "shared"]),
+        ("generate", "exit_layers", ["4", "1/2"]),
+        ("evaluate", "thresholds", ["1", "0.5"]),
+    ],
+)
+def test_repeated_flags_with_commas_add_up(command, name, values, yaml_file):
+    flag = f"--{name.replace('_', '-')}"
+    file = ["--config", yaml_file(f"{name}: '9'\n")]
+    once = getattr(read(command, flag, ",".join(values)), name)
+    assert once == ",".join(values)
+    for args in (
+        [flag, values[0], flag, values[1]],
+        [f"{flag}={values[0]}", f"{flag}={values[1]}"],
+    ):
+        assert getattr(read(command, *args), name) == once
+        assert getattr(read(command, *file, *args), name) == once
+        assert getattr(read(command, *args, "--seed=3"), name) == once
+
+
 @pytest.mark.parametrize(("command", "name"), LISTS)
 def test_a_single_value_in_yaml_is_a_list_of_one(command, name, yaml_file):
     read_from_list = read(command, "--config", yaml_file(f"{name}: [3]\n"))
@@ -118,6 +142,8 @@ def test_paths_with_a_tilde(monkeypatch, yaml_file):
         ("inspect", [], "no path given"),
         ("tune", ["--step", "3"], "unknown setting '--step'; did you mean steps?"),
         ("tune", ["--steps"], "--steps needs a value"),
+        ("tune", ["--layers", "--lr", "1"], "--layers needs a value"),
+        ("tune", ["--layers"], "--layers needs a value"),
         ("generate", ["--prompt", "--x"], "one that begins with - is written --prompt=VALUE"),
         ("tune", ["--config"], "--config needs the name of a YAML file"),
         ("tune", ["--config=nowhere.yaml"], "cannot read the settings in nowhere.yaml: No such"),
