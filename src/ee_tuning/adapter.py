@@ -22,6 +22,7 @@ from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import ExitConfig, exit_name
 from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.fingerprint import config_values
+from ee_tuning.folders import signed
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
 from ee_tuning.slices import SplitParameter, read_part
@@ -124,18 +125,16 @@ def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
     """Markdown for the contents of an ``exit_config.json``. here: the backbone is beside it."""
     exits = zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)
     saved_config = {"sources": None} | saved_config
-    return (
-        CARD.render(
-            base="" if here else saved_config["base_model"],
-            here=here,
-            depth=saved_config["backbone"]["config"]["num_hidden_layers"],
-            exits=[(exit_name(layer), arch, head) for layer, arch, head in exits],
-            drafts=int(bool(saved_config["sources"])),
-            sources=saved_config["sources"],
-            mode="speculative" if {*saved_config["arch"]} == {"draft"} else "threshold",
-        )
-        + "\n"
+    card = CARD.render(
+        base="" if here else saved_config["base_model"],
+        here=here,
+        depth=saved_config["backbone"]["config"]["num_hidden_layers"],
+        exits=[(exit_name(layer), arch, head) for layer, arch, head in exits],
+        drafts=int(bool(saved_config["sources"])),
+        sources=saved_config["sources"],
+        mode="speculative" if {*saved_config["arch"]} == {"draft"} else "threshold",
     )
+    return signed(card + "\n")
 
 
 def read_weights(network: Network, folder: Path) -> None:

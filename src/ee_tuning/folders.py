@@ -234,6 +234,19 @@ def _holds(*keys: str) -> Callable[[Path], bool]:
     return lambda path: _read(path).keys() >= {*keys}
 
 
+SIGNATURE = "<!-- written by ee-tuning: "
+
+
+def signed(text: str) -> str:
+    """A text for people to edit, with a last line by which it is known as long as nobody did."""
+    return f"{text}{SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+
+
+def _is_signed(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8")
+    return text == signed(text.rpartition(SIGNATURE)[0])
+
+
 def _are_exits(path: Path) -> bool:
     with safe_open(path, "pt") as file:
         return all(re.match(r"\d+\.|vocabulary$", name) for name in file.keys())  # noqa: SIM118
@@ -253,7 +266,7 @@ def _is_trace(path: Path) -> bool:
 _FILES: dict[str, Callable[[Path], bool]] = {
     "exits.safetensors": _are_exits,
     "exit_config.json": _holds("format_version", "backbone", "layers"),
-    "README.md": _begins("library_name: ee-tuning"),
+    "README.md": _is_signed,
     "run.yaml": _begins("# ee-tuning "),
     "metrics.jsonl": _are_metrics,
     "evaluation.json": _holds("exit_rows", "threshold_rows"),

@@ -239,3 +239,12 @@ def test_what_came_meanwhile_stays(tmp_path):
         output.take_place()
     assert (folder / "run.yaml").read_text() == "mine"
     assert (output.path / "run.yaml").read_text() == "# ee-tuning 2\n"
+
+
+def test_a_model_card_that_was_edited_is_not_overwritten(base, data, old, capsys):
+    card = old / "README.md"
+    card.write_text(card.read_text().replace("# Early exits", "# My best exits"))
+    before = read_all(old)
+    line = fails(capsys, "tune", *arguments(base, data, old, overwrite=True))
+    assert "or what was changed since: README.md;" in line
+    assert read_all(old) == before
