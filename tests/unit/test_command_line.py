@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -219,7 +220,10 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
     command = [sys.executable, "-m", "ee_tuning", "inspect", "x"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": path})
+    # Of a test run in the background of a shell, processes ignore Ctrl-C unless told otherwise.
+    usual = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = os.environ | {"PYTHONPATH": path}
+    process = subprocess.Popen(command, **pipes, env=environment, preexec_fn=usual)
     assert process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b"ee-tuning: stopped\n"
