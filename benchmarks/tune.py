@@ -146,7 +146,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
             for layer in model.exit_layers:
                 state = descent.to(layer)
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    found = tuner.features(layer, state)
+                    found = tuner.predictions(layer, state)[0]
                 found.backward(torch.ones_like(found))
         model.zero_grad()
 

@@ -126,11 +126,18 @@ class Schedule:
 class ObjectiveConfig:
     """What an exit is tuned on: see `ee_tuning.losses.Objective`."""
 
-    loss: Literal["ce", "kl", "mixed"] = option(
-        "ce", "next-token cross-entropy, distillation from the final exit, or both"
+    loss: Literal["ce", "kl", "mixed", "acceptance"] = option(
+        "ce",
+        "next-token cross-entropy, distillation from the final exit, or both; acceptance: how "
+        "likely the final exit rejects a draft of the exit, for --mode speculative",
     )
     kl_temperature: float = option(1.0, "temperature of the distillation")
     kl_weight: float = option(0.5, "share of distillation in --loss mixed")
+    acceptance_weight: float = option(
+        0.67, "in --loss acceptance, the rest being cross-entropy against the final exit"
+    )
+    draft_steps: int = option(4, "drafts of a chain that a draft exit is tuned on", fixed=True)
+    draft_decay: float = option(0.9, "weight of each of them, as a share of the one before")
     dynamic_weights: bool = option(False, "weight each token's loss by the exit's own confidence")
 
 

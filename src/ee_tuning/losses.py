@@ -104,6 +104,34 @@ def distillation(
     return LossSum((losses * mask).sum(), mask.sum())
 
 
+def rejection(
+    logits: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    weight: float,
+    dynamic: bool = False,
+    softmax: Softmax = SOFTMAX,
+) -> LossSum:
+    """What a draft is rejected with, on the labelled tokens: 1 − Σ min(p, q).
+
+    That is the probability in speculative sampling (arXiv 2211.17192), q being the logits' softmax
+    and p the final exit's distribution. weight: its share; the rest is the cross-entropy against p,
+    −Σ p log q, which has a gradient where p and q do not meet.
+
+    logits: (B, T, V); teacher: log p of the same tokens, which need not be all there are.
+    """
+    mask = labels[:, 1:] != IGNORED
+    student = softmax.log_probabilities(logits[:, :-1].float())
+    target = teacher[:, :-1].exp()
+    shared = softmax.sum(torch.minimum(target, student.exp()).sum(-1))
+    # Where a probability is nothing, so is its term, whatever the logarithm.
+    surprise = softmax.sum(-(target * student.clamp(min=-1e4)).sum(-1))
+    losses = weight * (1 - shared) + (1 - weight) * surprise
+    if dynamic:
+        losses = losses * softmax.confidence(logits[:, :-1].detach())
+    return LossSum((losses * mask).sum(), mask.sum())
+
+
 @dataclass(frozen=True)
 class Objective:
     """What an exit is tuned on: see the settings of the same names in `TuneConfig`."""
@@ -112,6 +140,7 @@ class Objective:
     kl_temperature: float = 1.0
     kl_weight: float = 0.5
     dynamic_weights: bool = False
+    acceptance_weight: float = 2 / 3
 
     @property
     def is_plain(self) -> bool:
@@ -126,7 +155,11 @@ class Objective:
     def __call__(
         self, logits: Tensor, labels: Tensor, teacher: Tensor | None, softmax: Softmax = SOFTMAX
     ) -> LossSum:
-        """Summed loss of logits (B, T, V) on labels (B, T); teacher: the final exit's logits."""
+        """Summed loss of logits (B, T, V) on labels (B, T); teacher: see `Teacher.logits`."""
+        if self.loss == "acceptance":
+            assert teacher is not None
+            weights = self.acceptance_weight, self.dynamic_weights
+            return rejection(logits, teacher, labels, *weights, softmax)
         terms = []
         if self.loss != "kl":
             weight = 1.0 if self.loss == "ce" else 1 - self.kl_weight
@@ -144,11 +177,16 @@ class Teacher:
     """The final exit's logits, without a graph, where and when an exit is compared with them."""
 
     def __init__(
-        self, head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor | None
+        self,
+        head: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        tokens: Tensor | None,
+        softmax: Softmax | None = None,
     ) -> None:
         """head: of the final exit; hidden: (B, T, H) after the last layer; tokens: (N,), those that
-        the exits know, if their vocabulary is reduced."""
-        self._head, self._hidden, self._tokens = head, hidden, tokens
+        the exits know, if their vocabulary is reduced. softmax: over all of the head's logits, to
+        give logarithms of probabilities in place of logits."""
+        self._head, self._hidden, self._tokens, self._softmax = head, hidden, tokens, softmax
         self._last: tuple[slice, Tensor] | None = None
 
     @torch.no_grad()
@@ -160,6 +198,8 @@ class Teacher:
         if self._last is None or self._last[0] != positions:
             self._last = None
             logits = self._head(self._hidden[:, positions])
+            if self._softmax is not None:
+                logits = self._softmax.log_probabilities(logits.float())
             if self._tokens is not None:
                 logits = logits.index_select(-1, self._tokens)
             self._last = positions, logits

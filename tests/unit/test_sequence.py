@@ -62,7 +62,7 @@ def test_hidden_states_between_the_regions_are_parts(mesh):
     for layer in (2, 3, 4):
         state = descent.to(layer)
         assert state.hidden.shape == (2, 4, 32)
-        assert tuner.features(layer, state).shape == (2, 8, 32)
+        assert tuner.predictions(layer, state)[0].shape == (2, 8, 32)
         if layer == 2:
             assert state.call.args[0].shape == state.call.attention[0].shape == (2, 4, 32)
     parts = ("input_layernorm", "post_attention_layernorm", "exit norm")

@@ -19,6 +19,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
+from ee_tuning.exit_config import exit_name
 from ee_tuning.files import write_json
 from ee_tuning.folders import claim, refuse_foreign
 
@@ -127,7 +128,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for column in ("layer", "loss", "agrees with final exit", "mean confidence"):
         exits.add_column(column, justify="right")
     for row in result["exit_rows"]:
-        name = f"{row['layer']} (final)" if row["final"] else str(row["layer"])
+        name = f"{row['layer']} (final)" if row["final"] else exit_name(row["layer"])
         exits.add_row(
             name, f"{row['loss']:.3f}", f"{row['agreement']:.1%}", f"{row['confidence']:.3f}"
         )

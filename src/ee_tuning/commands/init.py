@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ee_tuning.api import EarlyExitModel
 from ee_tuning.config import InitConfig
+from ee_tuning.exit_config import exit_name
 from ee_tuning.folders import claim
 
 
@@ -22,4 +23,5 @@ def init(config: InitConfig) -> None:
     )
     with output.filled() as folder:
         model.save_pretrained(folder)
-    print(f"exits after layers {model.exit_layers} saved in {config.out}")
+    names = ", ".join(map(exit_name, model.exit_layers))
+    print(f"exits after layers [{names}] saved in {config.out}")

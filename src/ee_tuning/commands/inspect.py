@@ -14,6 +14,7 @@ from ee_tuning.adapter import (
     read_exit_config,
 )
 from ee_tuning.config import InspectConfig
+from ee_tuning.exit_config import exit_name
 from ee_tuning.fingerprint import config_values
 from ee_tuning.hub import check_there, find_file
 from ee_tuning.loading import load_config
@@ -45,13 +46,17 @@ def _exits_table(path: str) -> Table:
     folder = find_exits(path)
     saved = read_exit_config(folder)
     depth = saved["backbone"]["config"]["num_hidden_layers"]
+    notes = []
+    if saved.get("sources"):
+        notes.append(f"the draft reads layers {', '.join(map(str, saved['sources']))}")
     table = Table(title=f"exits {path}\nfor {saved['base_model']} ({depth} layers)")
     for column in ("exit layer", "architecture", "head", "parameters"):
         table.add_column(column, justify="right")
     if saved["vocab_size"]:
         total = saved["backbone"]["config"]["vocab_size"]
-        table.caption = f"the exits know {saved['vocab_size']:,} of {total:,} tokens"
+        notes.append(f"the exits know {saved['vocab_size']:,} of {total:,} tokens")
+    table.caption = "\n".join(notes) or None
     sizes = count_parameters(folder)
     for layer, arch, head in zip(*(saved[k] for k in ("layers", "arch", "head")), strict=True):
-        table.add_row(str(layer), arch, head, f"{sizes.get(layer, 0):,}")
+        table.add_row(exit_name(layer), arch, head, f"{sizes.get(layer, 0):,}")
     return table

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ee_tuning import tune as tuning
 from ee_tuning.config import TuneConfig
+from ee_tuning.exit_config import exit_name
 from ee_tuning.tune.metrics import Display
 
 
@@ -62,7 +63,7 @@ class Terminal(Display):
 
     def losses(self, done: int, tokens_per_second: float, losses: dict[int, float]) -> None:
         """The mean loss of each exit in step `done`."""
-        text = " ".join(f"{layer}:{loss:.3f}" for layer, loss in losses.items())
+        text = " ".join(f"{exit_name(layer)}:{loss:.3f}" for layer, loss in losses.items())
         self.progress.update(self.task, losses=f"loss {text}")
         if not self.console.is_terminal:
             self.say(f"step {done}  {tokens_per_second:,.0f} tok/s  loss {text}")
@@ -73,5 +74,5 @@ class Terminal(Display):
         for column in ("exit layer", "before", "after"):
             table.add_column(column, justify="right")
         for layer in after:
-            table.add_row(str(layer), f"{before[layer]:.3f}", f"{after[layer]:.3f}")
+            table.add_row(exit_name(layer), f"{before[layer]:.3f}", f"{after[layer]:.3f}")
         self.console.print(table)

@@ -77,6 +77,7 @@ def check_settings(config: TuneConfig) -> None:
     if bool(config.exits) == new:
         raise UserError("give either --exits or --layers: one says which exits to tune")
     counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep", "log_every"
+    check_counts(config, "draft_steps")
     check_counts(config, *counts, "dp", "tp", "pp")
     if config.seq_length < 2:
         raise UserError("seq_length is 1: a token needs another one before it")
@@ -108,7 +109,7 @@ def check_settings(config: TuneConfig) -> None:
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(config, key) < 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be at least 0 and below 1")
-    for key in ("kl_weight", "valid_fraction"):
+    for key in ("kl_weight", "acceptance_weight", "draft_decay", "valid_fraction"):
         if not 0 <= getattr(config, key) <= 1:
             raise UserError(f"{key} is {getattr(config, key)}: it must be within [0, 1]")
 
@@ -149,6 +150,11 @@ def check_model(model: Network, config: TuneConfig) -> None:
         raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
+    if model.draft and config.tp * config.pp > 1:
+        raise UserError(
+            f"a draft exit cannot be tuned with tp {config.tp} and pp {config.pp}: it reads states "
+            "of the whole backbone; use --tp 1 --pp 1, with --dp"
+        )
     linear = any(type(m) is nn.Linear for layer in backbone.layers for m in layer.modules())
     if config.backbone_precision != "same" and not linear:
         raise nothing_to_quantise(backbone.model, config.backbone_precision)

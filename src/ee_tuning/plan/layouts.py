@@ -67,7 +67,7 @@ def _is_possible(model: Network, config: TuneConfig) -> bool:
         check_model(model, config)
     except UserError:
         return False
-    enough = config.pp <= model.exit_layers[-1] and config.dp <= config.global_batch_size
+    enough = config.pp <= model.stage.stop and config.dp <= config.global_batch_size
     return enough and (config.pp == 1 or config.loss == "ce")
 
 
@@ -81,7 +81,8 @@ def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
     sum_over_tp = 2 * (tp - 1) / tp * hidden / INSIDE
     layer = max(parts.layer / tp, parts.least_layer) + 2 * sum_over_tp
     exit = max(parts.exit / tp, parts.least_exit) + 4 * sum_over_tp
-    costs = [layer + exit * (k + 1 in account.exits) for k in range(account.deepest)]
+    counts = [len(account.in_stage(range(k, k + 1))) for k in range(account.deepest)]
+    costs = [layer + exit * count for count in counts]
     stages = cut_stages(costs, config.pp, config.stage_layers)
     numbers = [len(account.in_stage(stage)) for stage in stages]
     work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
@@ -98,7 +99,7 @@ def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
 
 def _last_sum(account: Account, config: TuneConfig) -> float:
     """Seconds of the data-parallel sum of the last exit, in fp32; those before are hidden."""
-    values = account.exits[account.deepest].whole.values / config.tp
+    values = account.in_stage(range(account.deepest))[-1].whole.values / config.tp
     inside = config.tp * config.dp <= NODE  # ranks are numbered with tp, then dp, innermost
     return 4 * values * 2 * (config.dp - 1) / config.dp / (INSIDE if inside else OUTSIDE)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ee_tuning.config import ObjectiveConfig, Precision, TuneConfig
 from ee_tuning.costs import Account, ExitWork, Work, runs_side_by_side, state_bytes
 from ee_tuning.devices import GIB
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import LOGITS
 from ee_tuning.quantise.packages import BYTES
 from ee_tuning.stages import cut_stages
@@ -49,9 +50,21 @@ def memory(account: Account, config: TuneConfig, stage: range) -> dict[str, floa
         "optimizer state": (2.1 if config.optimizer == "adamw-8bit" else 8) * sum(sizes),
         "gradients": gradients + _beside_gradients(exits, config),
         "hidden states": _states(account, config, waiting, len(exits)),
-        "activations": wide * tokens * (5 * widest / tp + 8 * account.hidden / positions),
+        "activations": wide * tokens * (5 * widest / tp + 8 * account.hidden / positions)
+        + _beside_activations(account, config),
         "logits": 2 * wide * logits,
     }
+
+
+def _beside_activations(account: Account, config: TuneConfig) -> float:
+    """Bytes of a draft exit's chains: the later steps' activations, and masks over their keys."""
+    if DRAFT not in account.exits:
+        return 0.0
+    later = config.draft_steps - 1
+    keys = config.seq_length * (later + 1) * (later + 2) / 2
+    widest = account.layers[-1].width
+    tokens = config.micro_batch_size * config.seq_length
+    return itemsize(config) * tokens * (later * (5 * widest + 8 * account.hidden) + 2 * keys)
 
 
 def goes_side_by_side(account: Account, config: TuneConfig, stage: range) -> bool:
@@ -113,4 +126,4 @@ def _states(account: Account, config: TuneConfig, tokens: float, exits: int) -> 
     """Bytes of what so many exits need of the hidden states of `tokens`."""
     positions = config.tp if config.sequence_parallel else 1
     state = account.hidden * itemsize(config) / positions
-    return state_bytes(tokens, state, exits, config.loss != "ce")
+    return state_bytes(tokens, state, exits, config.loss != "ce" or DRAFT in account.exits)

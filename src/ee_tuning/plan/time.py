@@ -38,7 +38,7 @@ def step_seconds(account: Account, config: TuneConfig, gpu: Gpu) -> dict[str, fl
         return number * max(tokens * part.flop / rate, least_seconds(part))
 
     teacher = config.loss != "ce"
-    layers = account.layers if teacher else account.layers[: account.deepest]
+    layers = account.layers if teacher else account.layers[: account.reach]
     exits = account.exits.values()
     heads = [rate["shared head" if exit.shared else "tuned"] for exit in exits]
     final = [taken(account.head, rate["shared head"])] if teacher else []

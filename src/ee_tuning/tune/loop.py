@@ -22,6 +22,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
+from ee_tuning.exit_config import exit_name
 from ee_tuning.files import write_text
 from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim
 from ee_tuning.model import Network
@@ -33,6 +34,7 @@ from ee_tuning.plan.check import check, check_dtype, check_model
 from ee_tuning.plan.memory import largest_parts
 from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
+from ee_tuning.tune.drafts import measure_drafts
 from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay, Speed
 from ee_tuning.tune.optimizers import learning_rate, loss_weights, set_learning_rate
 from ee_tuning.tune.setup import SetUp, digest, set_up
@@ -295,8 +297,15 @@ class Run:
         batches = deal_batches(list(micro_batches(self.made.valid, range(rows), size)), self.mesh)
         losses = self.tuner.mean_losses(batches)
         log.write(step, valid_loss=losses)
-        text = "  ".join(f"exit {layer} {loss:.3f}" for layer, loss in losses.items())
+        text = "  ".join(f"exit {exit_name(layer)} {loss:.3f}" for layer, loss in losses.items())
         self.display.say(f"held-out loss at step {step}: {text}")
+        if self.model.draft:
+            found = measure_drafts(self.tuner, batches)
+            log.write(step, draft_loss=found.loss, draft_agreement=found.agreement)
+            text = "  ".join(f"{share:.1%}" for share in found.agreement.values())
+            self.display.say(
+                f"drafts that agree with the final exit, the first of a chain on: {text}"
+            )
         return losses
 
     def _begin(self) -> None:

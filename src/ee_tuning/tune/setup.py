@@ -6,6 +6,7 @@ that several processes need.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Net
     """
     split_model(model, mesh, teacher=config.loss != "ce", sequence=config.sequence_parallel)
     cast_exits(model, DTYPES[config.master_weights])
+    if model.draft:
+        model.draft.steps, model.draft.decay = config.draft_steps, config.draft_decay
     if config.exit_precision == "fp8":
         check_fp8("--exit-precision", model.backbone.device)
         tune_in_fp8(model.exits)
@@ -138,8 +141,8 @@ def is_compiled(precision: Precision, layout: Layout, device: torch.device) -> b
 
 def objective(config: ObjectiveConfig) -> Objective:
     """What `config` tunes exits on."""
-    temperature, weight = config.kl_temperature, config.kl_weight
-    return Objective(config.loss, temperature, weight, config.dynamic_weights)
+    names = [field.name for field in dataclasses.fields(Objective)]
+    return Objective(**{name: getattr(config, name) for name in names})
 
 
 def load_share(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ class Tuner:
             entered = [self._enter(batch, self.objective) for batch in wave]
             for layer in model.exit_layers:
                 exit, scale = model.exit(layer), weights[layer] / tokens
-                with self._cast(), working_copies(exit, self.autocast) as gradients:
+                with self.cast(), working_copies(exit, self.autocast) as gradients:
                     for one in entered:
                         given = one.labels, one.teacher, scale
                         loss = self.loss(layer, one.descent.to(layer), *given)
@@ -205,36 +205,38 @@ class Tuner:
     ) -> LossSum:
         """One exit's loss on labels (B, T), chunk after chunk of the tokens, without a graph.
 
-        With a `scale`, the gradients of the loss times it are added to the exit's: a chunk's go
-        through the head at once, and through the rest of the exit together at the end.
-        objective: default the run's.
+        Of a draft exit the losses of its drafts, by their shares. With a `scale`, the gradients of
+        the loss times it are added to the exit's: a chunk's go through the head at once, and
+        through the rest of the exit together at the end. objective: default the run's.
         """
         with self.transport.record("exit work"):
             exit, objective = self.model.exit(layer), objective or self.objective
             head = exit.output
             loss_of = _compiled(_loss) if self.model.chain.compiled else _loss
-            features = self.features(layer, state)
-            wants = scale is not None and features.requires_grad
-            gradient = torch.zeros_like(features) if wants else None
+            predictions = self.predictions(layer, state)
+            targets = exit.targets(labels, state)
+            wants = scale is not None and predictions[0].requires_grad
+            gradients = [torch.zeros_like(features) for features in predictions if wants]
             total = torch.zeros((), device=labels.device)
             for tokens in chunks(labels, head.softmax.share(head.size)):
-                chunk = features.detach()[:, tokens].requires_grad_(wants)
                 target = teacher.logits(tokens) if teacher else None
-                loss = loss_of(head, chunk, labels[:, tokens], target, objective)
-                total += loss.detach()
-                if scale is not None and loss.requires_grad:  # not of an exit without parameters
-                    _backward(scale * loss)
-                if gradient is not None:
-                    assert chunk.grad is not None
-                    gradient[:, tokens] += chunk.grad
-            if gradient is not None:
-                _backward(features, gradient)
+                for i, (own, share) in enumerate(targets):
+                    chunk = predictions[i].detach()[:, tokens].requires_grad_(wants)
+                    loss = share * loss_of(head, chunk, own[:, tokens], target, objective)
+                    total += loss.detach()
+                    if scale is not None and loss.requires_grad:  # not of one without parameters
+                        _backward(scale * loss)
+                    if wants:
+                        assert chunk.grad is not None
+                        gradients[i][:, tokens] += chunk.grad
+            if wants:
+                _backward(predictions, gradients)
             return LossSum(total, count_labels(labels))
 
-    def features(self, layer: int, state: State) -> Tensor:
-        """What goes into the head of the exit after `layer`: (B, T, H), with its graph."""
-        features = _compiled(_features) if self.model.chain.compiled else _features
-        return features(self.model.exit(layer), state)
+    def predictions(self, layer: int, state: State) -> list[Tensor]:
+        """What goes into the head of the exit after `layer`, (B, T, H) each, with its graph."""
+        predictions = _compiled(_predictions) if self.model.chain.compiled else _predictions
+        return predictions(self.model.exit(layer), state)
 
     @torch.no_grad()
     def mean_losses(self, batches: Iterable[Batch]) -> dict[int, float]:
@@ -249,7 +251,7 @@ class Tuner:
             one = self._enter(self._for_exits(batch), objective)
             count += count_labels(one.labels)
             for layer in model.exit_layers:
-                with self._cast(), working_copies(model.exit(layer), self.autocast):
+                with self.cast(), working_copies(model.exit(layer), self.autocast):
                     state = one.descent.to(layer)
                     sums[layer] += self.loss(layer, state, one.labels, objective=objective).total
                     del state
@@ -272,13 +274,14 @@ class Tuner:
     def _enter(self, batch: Batch, objective: Objective) -> _Entered:
         """A micro-batch at the model's door; all the way down, if the final exit is asked first."""
         model, placed, teacher = self.model, self.place(batch), None
-        with self._cast():
+        with self.cast():
             descent = self.transport.enter(model, placed)
             if objective.needs_teacher:
                 final = descent.ahead(model.backbone.num_layers)
                 final = model.chain.part.gather(final) if model.chain.part else final
-                known = model.exit(model.exit_layers[0]).output.tokens
-                teacher = Teacher(model.backbone.final_logits, final, known)
+                head = model.exit(model.exit_layers[0]).output
+                softmax = head.softmax if objective.loss == "acceptance" else None
+                teacher = Teacher(model.backbone.final_logits, final, head.tokens, softmax)
         return _Entered(placed["labels"], descent, teacher)
 
     def _for_exits(self, batch: Batch) -> Batch:
@@ -292,7 +295,8 @@ class Tuner:
         count = torch.stack([count_labels(batch["labels"]) for batch in batches]).sum()
         return self.transport.total(to_device(count, self.device)).clamp(min=1)
 
-    def _cast(self) -> torch.autocast:
+    def cast(self) -> torch.autocast:
+        """Inside, products are in `autocast`'s dtype."""
         kind, enabled = self.device.type, self.autocast is not None
         return torch.autocast(kind, self.autocast, enabled=enabled)
 
@@ -309,7 +313,8 @@ def tokens_together(model: Network, objective: Objective) -> float:
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers]
     state = model.backbone.config.hidden_size * model.backbone.dtype.itemsize
     parts = model.chain.part.size if model.chain.part else 1
-    return parts * room(sizes) / state_bytes(1, state, len(sizes), objective.needs_teacher)
+    waits = objective.needs_teacher or model.draft is not None
+    return parts * room(sizes) / state_bytes(1, state, len(sizes), waits)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
@@ -317,8 +322,8 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
-def _features(exit: Exit, state: State) -> Tensor:
-    return exit.features(state)
+def _predictions(exit: Exit, state: State) -> list[Tensor]:
+    return exit.predictions(state)
 
 
 def _loss(
@@ -328,12 +333,13 @@ def _loss(
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled; all exits of an architecture share its graph."""
     return torch.compile(function, dynamic=False)
 
 
-def _backward(value: Tensor, gradient: Tensor | None = None) -> None:
+def _backward(values: Tensor | list[Tensor], gradients: list[Tensor] | None = None) -> None:
     """Back-propagate outside of autocast, which is meant for the forward pass alone."""
-    with torch.autocast(value.device.type, enabled=False):
-        value.backward(gradient)
+    device = values[0].device if isinstance(values, list) else values.device
+    with torch.autocast(device.type, enabled=False):
+        torch.autograd.backward(values, gradients)
