@@ -124,8 +124,7 @@ def rejection(
     student = softmax.log_probabilities(logits[:, :-1].float())
     target = teacher[:, :-1].exp()
     shared = softmax.sum(torch.minimum(target, student.exp()).sum(-1))
-    # Where a probability is nothing, so is its term, whatever the logarithm.
-    surprise = softmax.sum(-(target * student.clamp(min=-1e4)).sum(-1))
+    surprise = softmax.sum(-(target * student).sum(-1))
     losses = weight * (1 - shared) + (1 - weight) * surprise
     if dynamic:
         losses = losses * softmax.confidence(logits[:, :-1].detach())

@@ -6,7 +6,7 @@ import sys
 CODE = """
 import os, sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from ee_tuning.losses import cross_entropy, distillation
+from ee_tuning.losses import cross_entropy, distillation, rejection
 from ee_tuning.parallel.tensor import SplitSoftmax
 torch.set_num_threads(1)
 second = os.fork()
@@ -17,7 +17,7 @@ softmax = SplitSoftmax(init_device_mesh("cpu", (2,)), 12)
 generator = torch.Generator().manual_seed(0)
 whole = 3 * torch.randn(2, 7, 12, generator=generator)
 whole[0, 1] += 100  # would overflow without its largest taken off
-teacher = torch.randn(2, 7, 12, generator=generator)
+teacher = torch.randn(2, 7, 12, generator=generator).log_softmax(-1)
 labels = torch.randint(12, (2, 7), generator=generator)
 labels[0, 2] = labels[1, 0] = labels[1, 6] = -100
 cut = slice(6 * rank, 6 * rank + 6)
@@ -25,6 +25,7 @@ losses = {
     "ce": lambda x, t, *s: cross_entropy(x, labels, False, *s),
     "dynamic": lambda x, t, *s: cross_entropy(x, labels, True, *s),
     "kl": lambda x, t, *s: distillation(x, t, labels, 2.0, True, *s),
+    "acceptance": lambda x, t, *s: rejection(x, t, labels, 0.6, True, *s),
 }
 for name, loss in losses.items():
     for dtype in (torch.float32, torch.bfloat16):

@@ -106,6 +106,7 @@ def gradients(model):
         Objective(dynamic_weights=True),
         Objective("kl", kl_temperature=2.0),
         Objective("mixed", kl_weight=0.3, dynamic_weights=True),
+        Objective("acceptance", acceptance_weight=0.8),
     ],
 )
 def test_exit_by_exit_equals_one_graph_over_the_global_batch(objective):
@@ -122,8 +123,10 @@ def test_exit_by_exit_equals_one_graph_over_the_global_batch(objective):
     model.zero_grad()
     rows = {k: torch.cat([b[k] for b in batches()]) for k in batches()[0]}
     out = model(rows["input_ids"], output_exit_logits=True, output_logits=True)
+    final = out.logits
+    teacher = final.log_softmax(-1) if objective.loss == "acceptance" else final
     losses = {
-        layer: objective(logits, rows["labels"], out.logits).mean()
+        layer: objective(logits, rows["labels"], teacher).mean()
         for layer, logits in out.exit_logits.items()
     }
     sum(weights[layer] * loss for layer, loss in losses.items()).backward()

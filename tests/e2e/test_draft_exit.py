@@ -1,0 +1,103 @@
+"""A draft exit as a user tunes it: files, metrics, resuming, and what it is not for."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.commands import arguments, fails, records, tune
+from safetensors.torch import load_file
+
+from ee_tuning import EarlyExitModel
+from ee_tuning.cli import main
+
+STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
+DRAFT = {"layers": None, "arch": "draft", "loss": "acceptance", "exit_vocab": 150}
+
+
+@pytest.fixture(scope="module")
+def tuned(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("draft") / "exits"
+    tune(base, data, out, **DRAFT, draft_sources="1,4")
+    return out
+
+
+def test_files_and_metrics(tuned):
+    saved = json.loads((tuned / "exit_config.json").read_text())
+    assert {name: saved[name] for name in ("layers", "arch", "head", "sources")} == {
+        "layers": [0], "arch": ["draft"], "head": ["shared"], "sources": [1, 4],
+    }  # fmt: skip
+    names = set(load_file(tuned / "exits.safetensors"))
+    assert "0.head.weight" not in names
+    assert {"vocabulary", "0.first.weight", "0.later.weight", "0.source_norms.1.weight"} <= names
+    lines = records(tuned)
+    assert [set(line["draft_loss"]) for line in lines if "draft_loss" in line] == [set("1234")] * 4
+    shares = [line["draft_agreement"] for line in lines if "draft_agreement" in line]
+    assert all(set(line) == set("1234") and max(line.values()) <= 1 for line in shares)
+    assert all(set(line["loss"]) == {"0"} for line in lines if "loss" in line)
+    card = (tuned / "README.md").read_text()
+    assert "| draft | draft | shared |" in card
+    assert 'mode="speculative"' in card
+
+
+def test_saved_drafts_are_loaded(tuned):
+    model = EarlyExitModel.from_pretrained(str(tuned))
+    assert model.draft.sources == (1, 4)
+    assert torch.equal(model.draft.output.tokens, model.vocabulary.tokens)
+    stored = load_file(tuned / "exits.safetensors")
+    assert all(torch.equal(p, stored[name]) for name, p in model.exit_state().items())
+
+
+def test_inspect_and_init_call_it_draft(tuned, base, tmp_path, capsys):
+    main(["inspect", str(tuned)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "draft │ draft │ shared" in shown
+    assert "the draft reads layers 1, 4" in shown
+    new = ["init", "--model", base, "--layers", "0,2", "--arch", "draft,norm"]
+    main([*new, "--out", str(tmp_path / "new")])
+    assert "exits after layers [2, draft] saved" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(base, data, tmp_path):
+    """Bit for bit, beside another exit."""
+    common = DRAFT | {"steps": 12, "layers": "0,2", "arch": "draft,norm"}
+    tune(base, data, tmp_path / "whole", **common)
+    flags = arguments(base, data, tmp_path / "cut", **common)
+    command = [sys.executable, STRUCK, str(int(signal.SIGKILL)), tmp_path / "struck", "tune"]
+    assert subprocess.run([*command, *flags], capture_output=True).returncode == -signal.SIGKILL
+    tune(base, data, tmp_path / "cut", **common, resume=True)
+    whole, cut = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "draft"}, "a draft exit sits at no layer, and 1 is given"),
+        ({"layers": "0"}, "exit layer 0 is a draft exit's, and arch is mlp"),
+        ({"layers": None, "arch": "draft", "draft_sources": "9"}, "source layer 9 does not exist"),
+        ({"draft_sources": "1"}, "draft_sources is for a draft exit"),
+        ({"layers": None, "arch": "draft", "draft_steps": 0}, "draft_steps is 0"),
+        ({"loss": "acceptance", "acceptance_weight": 2}, "acceptance_weight is 2"),
+        ({"loss": "acceptance", "pp": 2}, "loss acceptance cannot be had with pp 2"),
+    ],
+)
+def test_what_cannot_be_tuned(changes, message, base, data, tmp_path, capsys):
+    flags = arguments(base, data, tmp_path / "out", **changes)
+    assert message in fails(capsys, "tune", *flags)
+
+
+def test_it_serves_speculative_decoding_alone(tuned, tmp_path, capsys):
+    given = ["generate", "--exits", tuned, "--prompt", "def", "--max-new-tokens", "2"]
+    for mode in ("threshold", "fixed"):
+        line = fails(capsys, *given, "--mode", mode)
+        assert f"mode {mode} needs an exit at a layer, and there is a draft exit alone" in line
+    line = fails(capsys, *given, "--mode", "threshold", "--exit-layers", "0")
+    assert "exit layer 0 is the draft exit, at which no token leaves" in line
+    line = fails(capsys, "export", "--exits", tuned, "--layer", "0", "--out", tmp_path / "out")
+    assert "give either --layer" in line
+    main([*map(str, given), "--mode", "full"])
