@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class State:
     hidden: (B, T, H); position_ids: (B, T) int64; call: how the exit layer was called, if
     it was recorded; boundaries: as `Segment` takes them, for attention in the exit. For a draft
     exit, ids: the tokens (B, T), and sources: the hidden states after the layers that it reads.
+    stop: the layer, counted from 1, that it is the state after.
     """
 
     hidden: Tensor
@@ -54,6 +55,7 @@ class State:
     boundaries: Any = None
     ids: Tensor | None = None
     sources: tuple[Tensor, ...] = ()
+    stop: int = 0
 
 
 class Segment:
@@ -71,6 +73,7 @@ class Segment:
         self.is_first = not later
         self._body = body
         self._call: Call | None = None
+        self._kept: dict[int, Tensor] = {}  # by layer, of the pass in progress
         self._layers = [twin(layer, {}) for layer in layers]
         if record:
             self._layers[-1] = self._recorded(layers[-1])
@@ -126,6 +129,21 @@ class Segment:
             if cache is not None:
                 layer.forward = _with_cache(layer.forward, cache.layers[i])
 
+    def keep(self, layers: Collection[int]) -> None:
+        """Let a `State` have the hidden states after those of `layers` that it runs as `sources`.
+
+        layers: counted from 1. Compiled layers do, too: their hooks run outside.
+        """
+        for number, layer in enumerate(self._layers, self.start + 1):
+            if number in layers:
+                layer.register_forward_hook(self._keeper(number))
+
+    def _keeper(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            self._kept[number] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
     @property
     def layers(self) -> list[nn.Module]:
         """The layers it runs, twins of the backbone's."""
@@ -158,7 +176,10 @@ class Segment:
             **{CACHE: cache},
         )
         call, self._call = self._call, None
-        return State(output.last_hidden_state, position_ids, call, boundaries)
+        sources = tuple(self._kept[number] for number in sorted(self._kept))
+        self._kept.clear()
+        hidden = output.last_hidden_state
+        return State(hidden, position_ids, call, boundaries, sources=sources, stop=self.stop)
 
     def _trunk_for(self, length: int | None) -> nn.Module:
         """The trunk with the rotary frequencies of texts of `length`; None: of what it is given."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ee_tuning.backbone import Segment
 from ee_tuning.devices import GIB, free_memory
 from ee_tuning.errors import UserError
-from ee_tuning.exits import Exit
+from ee_tuning.exits import DraftExit, Exit
 
 
 @dataclass
@@ -175,6 +175,7 @@ def make_caches(
         UserError: they do not fit into the memory that is free.
     """
     blocks = {k: exit.segment for k, exit in exits.items() if exit.segment is not None}
+    ids = token
     first = torch.zeros(1, 1, dtype=torch.int64, device=token.device)
     place = Place(first[0], first, 1, in_order=True, empty=True)
 
@@ -191,6 +192,10 @@ def make_caches(
         token = state.hidden
         if segment.stop in blocks:
             exits[segment.stop].features(state, small_exits[segment.stop])
+    for layer, exit in exits.items():
+        if isinstance(exit, DraftExit):
+            states = token.expand(1, 1, -1).repeat(1, 1, len(exit.sources))
+            exit.first_step(ids, states, first, small_exits[layer])
     large = [cache(segment, *sizes) for segment in segments]
     large_exits = {k: cache(block, *sizes) for k, block in blocks.items()}
     both = zip([*small, *small_exits.values()], [*large, *large_exits.values()], strict=True)

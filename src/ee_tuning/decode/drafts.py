@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from ee_tuning.decode.passes import Prediction, Predictions
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.exit_config import DRAFT
 
 Settled = tuple[Row, list[Token]]
 
@@ -56,6 +60,62 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
                     row.pace.learn(len(drafts), kept)
                     row.limit = row.pace.drafts(row.left)
     return settled
+
+
+def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
+    """The same with the draft exit: its chains for all `rows`, verified in a pass to the end.
+
+    The host waits for the device once, if texts are neither sampled nor processed.
+    """
+    settled: list[Settled] = []
+    for measure in {row.policy.measure for row in rows}:
+        alike = [row for row in rows if row.policy.measure == measure]
+        found = _verified_chains(sequences, alike, measure)
+        asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
+        for (row, said), choice in zip(found, choose(asked), strict=True):
+            drafts, kept = row.drafts, choice.kept
+            row.keep(kept, choice.token)
+            own = Token(choice.token, row.policy.end, said[kept].confidence)
+            settled.append(_settled(row, choice, [*drafts[:kept], own]))
+            assert row.pace is not None
+            row.pace.learn(len(drafts), kept)
+            row.limit = row.pace.drafts(row.left)
+    return settled
+
+
+def _verified_chains(
+    sequences: Sequences, rows: Sequence[Row], measure: str
+) -> list[tuple[Row, list[Prediction]]]:
+    """Rows, with their drafts, and what the end says to each of these and to what follows them."""
+    passes, starts = sequences.passes, sequences.starts(0)
+    chains, count = passes.chains, max(row.limit for row in rows)
+    assert chains is not None
+    slots, said = chains.draft([row.link() for row in rows], starts, count, measure)
+    count = said.shape[1] // 2
+    logits, answers = passes.verify(slots, count, starts, measure)
+    both = torch.cat([said.flatten(), answers.flatten()]).tolist()  # the one wait for the device
+    first, (_, number, length) = said.numel(), answers.shape
+    lists = [both[at : at + length] for at in range(first, len(both), length)]
+    found = Predictions(logits, lists[:number], lists[number:], [])
+    verified = []
+    for row in rows:
+        at = slots.index(row.slot)
+        drafted, *chain = both[at * said.shape[1] : (at + 1) * said.shape[1]]
+        pairs = zip(chain[: int(drafted)], chain[count:], strict=False)
+        row.draft([Token(int(token), DRAFT, sure) for token, sure in pairs])
+        verified.append((row, [found.at(at, place) for place in range(len(row.drafts) + 1)]))
+    return verified
+
+
+def next_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
+    """`draft_round` and `chain_round` of the rows that are for each."""
+    chained = [row for row in rows if row.policy.bar is not None and row.door == 0]
+    sequences.catch_up(chained)
+    if not any(row.limit for row in chained):
+        chained = []
+    settled = chain_round(sequences, chained) if chained else []
+    others = [row for row in rows if row not in chained]
+    return settled + draft_round(sequences, others) if others else settled
 
 
 def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:

@@ -33,7 +33,7 @@ from typing import Any
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
-from ee_tuning.decode.drafts import draft_round, first_tokens
+from ee_tuning.decode.drafts import first_tokens, next_round
 from ee_tuning.decode.noise import Generators
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
@@ -126,7 +126,7 @@ class Engine:
             settled = first_tokens(self.sequences, new)
         else:
             live = self.sequences.live
-            settled = draft_round(self.sequences, live) if live else []
+            settled = next_round(self.sequences, live) if live else []
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
         if not self.busy and not self._waiting and not self.streams:
             self._end()
@@ -191,7 +191,7 @@ class Engine:
                 self._generators.give(request.chooser.source)
             row = self.sequences.enter(request, slot)
             if row.policy.verifies:
-                cost = self._draft_costs[min(row.policy.thresholds)]
+                cost = self._draft_costs[min(row.policy.exit_layers)]
                 row.pace = Pace(row.policy.max_pending, cost)
             new.append(row)
         return new

@@ -24,6 +24,7 @@ class Sizes:
 
     def __init__(self, slots: int, capacity: int, longest: int, compile: bool) -> None:
         """capacity: tokens of a sequence. longest: those of a window that are asked for."""
+        self._compile = compile
         self.windows = _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
@@ -49,18 +50,31 @@ class Sizes:
         """Places that are looked at for so many."""
         return _next(number, self._reaches)
 
+    def in_order(self, slots: list[int]) -> bool:
+        """Whether the K/V of `slots` can be looked at where they are.
+
+        Compiled, only if they are all: each case is one more graph.
+        """
+        whole = not self._compile or len(slots) == self._rows[-1]
+        return whole and slots == list(range(len(slots)))
+
+    def chains(self) -> Iterator[tuple[int, int, int]]:
+        """Every window of a draft exit: rows, length, reach."""
+        yield from product(self._rows, self._lengths, self._reaches)
+
     def every(
-        self, segments: int, is_first: bool, is_last: bool
+        self, segments: int, is_first: bool, is_last: bool, drafts: bool = False
     ) -> Iterator[tuple[int, int, int, int, str, bool]]:
         """Every pass: segment, rows, length, reach, after which tokens it predicts, and whether by
         the final exit.
 
-        is_first, is_last: the first segment takes ids, the last one is the backbone's end.
+        is_first, is_last: the first segment takes ids, the last one is the backbone's end. drafts:
+        of a draft exit come before the first segment.
         """
         for i in range(segments):
             final = is_last and i == segments - 1
-            # Before the first segment there is one token at a time, but of prompts.
-            windows = [1] if i == 0 and is_first else self.windows
+            # Before the first segment there is one token at a time, but of prompts and drafts.
+            windows = [1] if i == 0 and is_first and not drafts else self.windows
             afters = ("last", "nothing", "each") if final else ("last", "nothing")
             sizes = product(self._rows, self._reaches, sorted({*windows, CHUNK}), afters)
             for rows, reach, length, after in sizes:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
+from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws, drawn
 from ee_tuning.decode.graphs import Graphs, Sizes
 from ee_tuning.decode.wanted import IDLE, Rows, Wanted, Window
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.exits import Exit
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
@@ -110,7 +112,7 @@ class Passes:
         self.backbone = model.backbone
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
-        self.sizes = Sizes(slots, capacity, longest, compile)
+        self.sizes, self.most = Sizes(slots, capacity, longest, compile), longest
         self.longest = longest = self.sizes.longest
         most = self.backbone.end or max(capacity, self.backbone.context or 0)
         self.limit = most - 1  # for padding: no position more
@@ -118,7 +120,8 @@ class Passes:
         self.is_first, self.is_last = stage.start == 0, stage.stop == self.backbone.num_layers
         self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}
         self.segments = model.segments(list(self.exits), last=stage.stop)
-        self.caches, self.exit_caches = self._make_caches()
+        draft = model.draft if DRAFT in exit_layers else None
+        self.caches, self.exit_caches = self._make_caches(draft)
         like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         size = (slots, 2 * longest, self.backbone.config.hidden_size)
         # One before each segment, and behind the last one where a stage follows.
@@ -133,6 +136,14 @@ class Passes:
             for segment, cache in zip(self._steps, self.caches, strict=True):
                 segment.compile(cache)
             self._predict = torch.compile(_predict, dynamic=False)
+        self.chains: Chains | None = None
+        if draft is not None:
+            for segment in {*self.segments, *self._steps}:
+                segment.keep(draft.sources)
+            self.chains = Chains(
+                draft, self.exit_caches.pop(DRAFT), self.sizes, self.graphs if compile else None,
+                self._control, self.limit,
+            )  # fmt: skip
 
     @torch.inference_mode()
     def prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
@@ -144,11 +155,15 @@ class Passes:
         positions = torch.arange(len(inputs), device=self.device)[None]
         slots = torch.tensor([slot], device=self.device)
         self._put(Place(slots, positions, len(inputs), in_order=False, empty=True))
+        ids, states = hidden, []
         for i, segment in enumerate(self.segments[: last + 1]):
             state = segment(hidden, positions, self.caches[i])
+            states.append(state)
             hidden, exit = state.hidden, self.exits.get(segment.stop)
             if exit is not None and exit.segment is not None and i < last:
                 exit.features(state, self.exit_caches[segment.stop])
+        if self.chains is not None and self.segments[last].stop == self.backbone.num_layers:
+            self.chains.prompt(slots, ids, positions, states)
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
         found = _predict(self.backbone, exit, state, self._exit_cache(last), rows, wanted)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
@@ -180,7 +195,7 @@ class Passes:
         if self.compile:
             reach = self.sizes.reach(reach)
         self._tell(slots, starts, given, length)
-        in_order = self._in_order(slots)
+        in_order = self.sizes.in_order(slots)
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
@@ -200,7 +215,7 @@ class Passes:
         given = {window.slot: window for window in windows}
         slots = self.sizes.filled(list(given)) if self.compile else list(given)
         self._tell(slots, starts, given, 1)
-        control, in_order = self._control[: len(slots)], self._in_order(slots)
+        control, in_order = self._control[: len(slots)], self.sizes.in_order(slots)
         reach, found = max(starts[slot] for slot in slots), []
         for _ in range(count):
             reach += 1
@@ -223,6 +238,24 @@ class Passes:
             row += [*window.ids, *[0] * (length - len(window.ids))]
         self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
 
+    @torch.inference_mode()
+    def verify(self, slots: list[int], count: int, starts: Sequence[int], measure: str) -> Any:
+        """Run all segments on what a chain left: a token and `count` drafts in each of `slots`.
+
+        starts: for every slot, how many tokens are computed. Gives logits (n, T, V), and likeliest
+        tokens and confidences (2, n, T), for T > `count` places, without a wait for the device.
+        """
+        length = 1 + count
+        reach = max(starts[slot] for slot in slots)
+        if self.compile:
+            length = self.sizes.length(length)
+        reach = self.sizes.reach(reach + length) if self.compile else reach + length
+        in_order, last = self.sizes.in_order(slots), len(self.segments) - 1
+        for i in range(last + 1):
+            wanted = Wanted("each", True, measure) if i == last else Wanted("nothing", False)
+            found = self._run((i, len(slots), length, reach, in_order, wanted))
+        return found
+
     def _in_ring(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         table = [list(slots), list(positions)]
         places = torch.tensor(table, dtype=torch.int64, device=self.device)
@@ -239,10 +272,13 @@ class Passes:
         start = time.perf_counter()
         self._control.zero_()
         self._control[:, 0] = torch.arange(self.slots, device=self.device)
-        every = self.sizes.every(len(self._steps), self.is_first, self.is_last)
+        drafts = self.chains is not None
+        every = self.sizes.every(len(self._steps), self.is_first, self.is_last, drafts)
         for (i, rows, length, reach, after, final), measure in product(every, measures):
-            in_order = self._in_order(list(range(rows)))
+            in_order = self.sizes.in_order(list(range(rows)))
             self._run((i, rows, length, reach, in_order, Wanted(after, final, measure)))
+        if self.chains is not None:
+            self.chains.warm_up(range(1, self.most), measures)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -272,6 +308,8 @@ class Passes:
         state = segment(inputs, position_ids, self.caches[i], masks)
         if i + 1 < len(self._rings):
             self._rings[i + 1][ring] = state.hidden
+        if self.chains is not None:
+            self.chains.keep(slots, positions, state)
         exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
         if cache is not None and exit is not None and exit.segment is not None:
             state = replace(state, boundaries=self._masks(exit.segment, cache))
@@ -292,22 +330,15 @@ class Passes:
         for cache in (*self.caches, *self.exit_caches.values()):
             cache.put(place)
 
-    def _make_caches(self) -> tuple[list[SlotCache], dict[int, SlotCache]]:
-        """Those of the segments, and of the exits that have K/V."""
+    def _make_caches(self, draft: Exit | None) -> tuple[list[SlotCache], dict[int, SlotCache]]:
+        """Those of the segments, and of the exits that have K/V, with the draft exit."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         if not self.is_first:
             size = (1, 1, self.backbone.config.hidden_size)
             token = torch.zeros(size, dtype=self.dtype, device=self.device)
         sizes = (self.slots, self.sizes.places, self.longest)
-        return make_caches(self.segments, self.exits, token, sizes, self.capacity)
-
-    def _in_order(self, slots: list[int]) -> bool:
-        """Whether the K/V of `slots` can be looked at where they are.
-
-        Compiled, only if they are all: each case is one more graph.
-        """
-        whole = not self.compile or len(slots) == self.slots
-        return whole and slots == list(range(len(slots)))
+        exits = self.exits | ({DRAFT: draft} if draft is not None else {})
+        return make_caches(self.segments, exits, token, sizes, self.capacity)
 
 
 def logits_of(found: Sequence[Prediction]) -> Tensor:

@@ -8,6 +8,7 @@ from itertools import groupby
 
 from torch import Tensor
 
+from ee_tuning.decode.chains import Link
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes, Prediction, Read
 from ee_tuning.decode.prompts import read as read_prompts
@@ -48,7 +49,7 @@ class Row:
     the last of these. ids: prompt, settled tokens, drafts. done: per segment, how many of them it
     has computed. door: the segment it stands before. pending: tokens that left since the last one
     that went to the end; limit: how many may; pace: sets it, if they are drafts. asks: what follows
-    the newest token is not known yet.
+    the newest token is not known yet. linked: how many settled tokens the draft exit has computed.
     """
 
     def __init__(self, request: Request, slot: int, through: int, ends: bool) -> None:
@@ -62,6 +63,7 @@ class Row:
         self.limit = self.policy.max_pending
         self.pending = 0
         self.asks = True
+        self.linked = len(self.ids)
 
     def is_last(self, i: int) -> bool:
         """Whether the sequence ends behind segment `i`."""
@@ -96,6 +98,16 @@ class Row:
         self.ids[first + kept :] = [own]
         self.done = [min(done, len(self.ids) - 1) for done in self.done]
         self.door, self.pending, self.drafts = 0, 0, []
+
+    def link(self) -> Link:
+        """The settled tokens that the draft exit has not computed yet, and what may follow."""
+        return Link(self.slot, self.linked, self.ids[self.linked :], self.limit)
+
+    def draft(self, drafts: list[Token]) -> None:
+        """Go on with a chain of drafts that has gone to the end, after the tokens of `link`."""
+        self.linked, self.drafts = len(self.ids), drafts
+        self.ids += [draft.id for draft in drafts]
+        self.done = [len(self.ids)] * self.through
 
     @property
     def left(self) -> int:
@@ -133,6 +145,9 @@ class Sequences:
             through = min(sum(stop < end for stop in self.stops) + 1, len(self.stops))
         ends = through > 0 and end <= self.stops[-1]
         row = self.rows[slot] = Row(request, slot, through, ends)
+        if row.policy.bar is not None:
+            assert self.passes.chains is not None
+            self.passes.chains.bars[slot] = row.policy.bar
         return row
 
     def free(self, row: Row) -> None:
@@ -163,7 +178,7 @@ class Sequences:
                 slot: row.request.ids if hidden is None else hidden for slot, row in alike.items()
             }
             wanted = Wanted("last" if ends else "nothing", ends and final, measure)
-            for reads in read_prompts(self.passes, inputs, through - 1, wanted, self._starts):
+            for reads in read_prompts(self.passes, inputs, through - 1, wanted, self.starts):
                 yield [(alike[read.slot], read) for read in reads]
 
     def advance(self, i: int, rows: Sequence[Row]) -> Iterator[list[tuple[Row, Prediction]]]:
@@ -181,7 +196,7 @@ class Sequences:
             asked = [row.wanted(i, self.stops[i]) for row in alike]
             after = ("nothing", "last", "each")[min(max(asked), 2)]
             windows = [row.window(i) for row in alike]
-            found = self.passes.window(i, windows, self._starts(i), Wanted(after, final, measure))
+            found = self.passes.window(i, windows, self.starts(i), Wanted(after, final, measure))
             for row, window in zip(alike, windows, strict=True):
                 row.done[i] += window.count
                 row.door = i + 1
@@ -192,7 +207,19 @@ class Sequences:
                     if asked[j]
                 ]
 
-    def _starts(self, i: int) -> list[int]:
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """Let the draft exit compute what it has not, where it is more than a window."""
+        most = self.passes.most
+        late = [row for row in rows if len(row.ids) - row.linked > most]
+        if not late:
+            return
+        assert self.passes.chains is not None
+        links = [Link(row.slot, row.linked, row.ids[row.linked :][:most]) for row in late]
+        self.passes.chains.fill(links, self.starts(0))
+        for row in late:
+            row.linked += most
+
+    def starts(self, i: int) -> list[int]:
         """For every slot, how many tokens segment `i` has computed."""
         return [row.done[i] if row and i < row.through else 0 for row in self.rows]
 

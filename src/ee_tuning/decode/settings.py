@@ -20,13 +20,14 @@ class Policy:
 
     end: the layer at which every token stops. thresholds: of the active exits before it, by layer.
     measure: of confidence. max_pending: tokens that may have left since the last one that went to
-    the end.
+    the end. bar: where a draft exit drafts, what its confidences multiplied must not fall below.
     """
 
     end: int
     thresholds: Mapping[int, float] = field(default_factory=dict)
     measure: str = Leaving.measure
     max_pending: int = Leaving.max_pending
+    bar: float | None = None
 
     mode: ClassVar[str]
     needs_exits: ClassVar[bool] = True
@@ -54,8 +55,9 @@ class Policy:
 
     @property
     def exit_layers(self) -> list[int]:
-        """Every layer at which a token may stop at an exit, by depth."""
-        return [*self.thresholds, *([] if self.final else [self.end])]
+        """Every layer at which a token may stop at an exit, by depth; first, a draft exit's."""
+        draft = [] if self.bar is None else [DRAFT]
+        return [*draft, *self.thresholds, *([] if self.final else [self.end])]
 
 
 class Full(Policy):
@@ -102,6 +104,11 @@ class Speculative(Policy):
     @classmethod
     def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
         """Of exits before the last layer; of none, there are no drafts."""
+        if DRAFT in thresholds:
+            bar = thresholds[DRAFT]
+            if bar == 1 or not leaving.max_pending:
+                return Full.read(leaving, {}, depth)
+            return cls(depth, {}, leaving.measure, leaving.max_pending, bar)
         if depth in thresholds:
             raise UserError(
                 f"mode speculative cannot draft with the exit at the last layer, {depth}: leave "
@@ -128,8 +135,8 @@ def make_policy(model: Network, leaving: Leaving) -> Policy:
     check_pending(leaving.max_pending)
     if not isinstance(least, int) or least < 0:
         raise UserError(f"min_depth {least!r} is not possible: give a layer's number")
-    named = active_layers(model, leaving.exit_layers)
-    active = [k for k in named if k >= least]
+    named = active_layers(model, leaving.exit_layers, POLICIES[mode].verifies)
+    active = [k for k in named if k >= least or k == DRAFT]
     if not named and POLICIES[mode].needs_exits:
         raise UserError(
             f"mode {mode} needs an exit at a layer, and there is a draft exit alone, which serves "
@@ -164,24 +171,33 @@ def check_pending(max_pending: int) -> None:
         raise UserError(f"max_pending {max_pending!r} is not possible: give a whole number from 0")
 
 
-def active_layers(model: Network, exit_layers: Layers | None) -> list[int]:
+def active_layers(
+    model: Network, exit_layers: Layers | None, drafts: bool = False
+) -> list[int]:
     """The layers of the exits that `exit_layers` names, by depth; all, if it names none.
 
-    A draft exit is at none of them.
+    drafts: a draft exit may be among them, which is then the only one: if none is named, it is
+    taken where there is one.
 
     Raises:
-        UserError: there is no exit at one of them.
+        UserError: there is no exit at one of them, or a draft exit is named that cannot be had.
     """
     if exit_layers is None or exit_layers == "":
+        if drafts and DRAFT in model.all_exit_layers:
+            return [DRAFT]
         return [layer for layer in model.all_exit_layers if layer != DRAFT]
     layers = sorted(parse_layers(exit_layers, model.backbone.num_layers, least=DRAFT))
-    if DRAFT in layers:
+    for layer in layers:
+        model.check_exit(layer)
+    if DRAFT in layers and not drafts:
         raise UserError(
             "exit layer 0 is the draft exit, at which no token leaves: it serves --mode "
             "speculative alone; leave it out of exit_layers"
         )
-    for layer in layers:
-        model.check_exit(layer)
+    if DRAFT in layers and len(layers) > 1:
+        raise UserError(
+            f"the draft exit drafts alone, and exit_layers names {layers}: name 0, or the others"
+        )
     return layers
 
 
