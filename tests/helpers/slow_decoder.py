@@ -118,3 +118,70 @@ class Decoder:
 def _joined(waiting: Tensor | None, window: Tensor) -> Tensor:
     """`window` after what was waiting before it."""
     return window if waiting is None else torch.cat([waiting, window], dim=1)
+
+
+@dataclass
+class Round:
+    """A chain of drafts, how sure each was, and how many of them the end agreed with."""
+
+    drafts: list[int]
+    confidences: list[float]
+    kept: int
+
+
+@torch.inference_mode()
+def draft_loop(
+    model: EarlyExitModel, ids: list[int], new: int, longest: int, bar: float, measure: str
+) -> tuple[list[int], list[Round]]:
+    """`new` greedy tokens after `ids` with the draft exit, and the rounds that brought them.
+
+    A chain has up to `longest` drafts, no more than the text needs, and ends with the one at which
+    the product of its confidences falls below `bar`. Everything is computed from scratch.
+    """
+    draft = model.draft
+    assert draft is not None and draft.norm is not None
+    text, rounds = [*ids, _said(model, ids)[-1]], []
+    while len(text) < len(ids) + new:
+        zeros = torch.zeros(1, 1, len(draft.sources) * model.backbone.config.hidden_size)
+        states = torch.cat([zeros, _sources(model, text[:-1])], dim=1)
+        cache = SegmentCache(model, draft.segment)
+        found = draft.first_step(torch.tensor([text]), states, _positions(0, len(text)), cache)
+        hidden, sure = found[:, -1:], 1.0
+        one = Round([], [], 0)
+        while len(one.drafts) < min(longest, len(ids) + new - len(text) - 1):
+            logits = draft.logits(draft.norm(hidden))[0, -1]
+            one.drafts.append(int(logits.argmax()))
+            one.confidences.append(confidence(logits, measure).item())
+            sure *= one.confidences[-1]
+            if sure < bar:
+                break
+            position = len(text) + len(one.drafts) - 1
+            token, place = torch.tensor([one.drafts[-1:]]), _positions(position, position + 1)
+            hidden = draft.later_step(token, hidden, place, cache)
+        said = _said(model, text + one.drafts)[len(text) - 1 :]
+        while one.kept < len(one.drafts) and one.drafts[one.kept] == said[one.kept]:
+            one.kept += 1
+        text += said[: one.kept + 1]
+        rounds.append(one)
+    return text, rounds
+
+
+def _said(model: EarlyExitModel, ids: list[int]) -> list[int]:
+    """What the backbone says to follow each token of a text."""
+    logits = model(torch.tensor([ids]), output_logits=True).logits
+    return logits[0].argmax(-1).tolist()
+
+
+def _sources(model: EarlyExitModel, ids: list[int]) -> Tensor:
+    """The hidden states (1, T, n·H) after the draft exit's sources."""
+    assert model.draft is not None
+    hidden, found = torch.tensor([ids]), []
+    for segment in model.segments([], sources=model.draft.sources):
+        hidden = segment(hidden, _positions(0, len(ids))).hidden
+        if segment.stop in model.draft.sources:
+            found.append(hidden)
+    return torch.cat(found, dim=-1)
+
+
+def _positions(start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop)[None]

@@ -192,10 +192,10 @@ def make_caches(
         token = state.hidden
         if segment.stop in blocks:
             exits[segment.stop].features(state, small_exits[segment.stop])
-    for layer, exit in exits.items():
+    for k, exit in exits.items():
         if isinstance(exit, DraftExit):
-            states = token.expand(1, 1, -1).repeat(1, 1, len(exit.sources))
-            exit.first_step(ids, states, first, small_exits[layer])
+            states = token.repeat(1, 1, len(exit.sources))
+            exit.first_step(ids, states, first, small_exits[k])
     large = [cache(segment, *sizes) for segment in segments]
     large_exits = {k: cache(block, *sizes) for k, block in blocks.items()}
     both = zip([*small, *small_exits.values()], [*large, *large_exits.values()], strict=True)

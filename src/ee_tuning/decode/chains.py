@@ -85,7 +85,9 @@ class Chains:
         end = sum(layer <= state.stop for layer in self.exit.sources)
         return slice((end - len(state.sources)) * width, end * width)
 
-    def prompt(self, slots: Tensor, ids: Tensor, positions: Tensor, states: Sequence[State]) -> None:
+    def prompt(
+        self, slots: Tensor, ids: Tensor, positions: Tensor, states: Sequence[State]
+    ) -> None:
         """K/V of a whole prompt (1, P) that was read in one pass of some segments."""
         sources = torch.cat([one for state in states for one in state.sources], -1)
         self._states[slots, positions[0, -1:] % self._states.shape[1]] = sources[:, -1]
@@ -165,7 +167,7 @@ class Chains:
             self.exit, self.cache, (ids, states, positions.clamp(max=self._limit)),
             self._masks(), counts, measure if count else None,
         )  # fmt: skip
-        if not count:
+        if found is None:
             return None
         drafts, sure = [found[0]], [found[1]]
         certain, bars, hidden = found[1], self.bars[slots], found[2]

@@ -205,7 +205,7 @@ def _verified(pairs: Sequence[Pair], p: Tensor) -> tuple[Tensor, Tensor]:
               for place, draft in enumerate(one.drafts)]  # fmt: skip
     columns = [[row, place, firsts[row] + row + place, draft.id] for row, place, draft in drafts]
     rows, places, said, ids = torch.tensor(columns, device=p.device).unbind(1)
-    q = torch.stack([draft.probabilities for *_, draft in drafts])  # type: ignore[misc]
+    q = torch.stack([_distribution(draft, p) for *_, draft in drafts])
     lots = uniform([one.chooser.source for one, _ in pairs], counts, p.device)
     right = torch.zeros_like(lots, dtype=torch.int64)
     drawn = torch.arange(len(drafts), device=p.device)
@@ -216,6 +216,18 @@ def _verified(pairs: Sequence[Pair], p: Tensor) -> tuple[Tensor, Tensor]:
     rest = (own - q[(first + kept).clamp(max=len(drafts) - 1)]).clamp(min=0)
     rejected = (kept < numbers) & (rest.sum(-1) > 0)
     return torch.where(rejected[:, None], rest, own), kept
+
+
+def _distribution(draft: Token, like: Tensor) -> Tensor:
+    """The one (V,) that a draft was drawn from; like: of as many tokens.
+
+    A draft that was not drawn would always be the same: the one that it is has all the weight.
+    """
+    if draft.probabilities is not None:
+        return draft.probabilities
+    return like.new_zeros(like.shape[-1]).index_fill(
+        0, torch.tensor(draft.id, device=like.device), 1.0
+    )
 
 
 def _fill(choice: Choice, token: float, evidence: float) -> None:

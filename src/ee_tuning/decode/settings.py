@@ -171,9 +171,7 @@ def check_pending(max_pending: int) -> None:
         raise UserError(f"max_pending {max_pending!r} is not possible: give a whole number from 0")
 
 
-def active_layers(
-    model: Network, exit_layers: Layers | None, drafts: bool = False
-) -> list[int]:
+def active_layers(model: Network, exit_layers: Layers | None, drafts: bool = False) -> list[int]:
     """The layers of the exits that `exit_layers` names, by depth; all, if it names none.
 
     drafts: a draft exit may be among them, which is then the only one: if none is named, it is
