@@ -139,7 +139,8 @@ def draft_loop(
     the product of its confidences falls below `bar`. Everything is computed from scratch.
     """
     draft = model.draft
-    assert draft is not None and draft.norm is not None
+    assert draft is not None
+    assert draft.norm is not None
     text, rounds = [*ids, _said(model, ids)[-1]], []
     while len(text) < len(ids) + new:
         zeros = torch.zeros(1, 1, len(draft.sources) * model.backbone.config.hidden_size)
