@@ -73,6 +73,27 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint(start, tmp_path):
     assert steps == list(range(1, 31))
 
 
+@pytest.mark.parametrize(("at", "begins"), [("1", 2), ("3", 1)])
+def test_an_overwriting_run_that_is_restarted_goes_on_with_its_own(
+    at, begins, start, tmp_path, monkeypatch
+):
+    """Not with the checkpoints of the earlier run, which give way to its first one."""
+    monkeypatch.setenv("STRUCK_AT", at)
+    out = tmp_path / "cut"
+    main(["tune", *start.common, "--steps", "2"])
+    process = start(signal.SIGKILL, 1, "--overwrite", "--steps=6", "--dp=2", "--timeout=60")
+    assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    shown = [line for line in (tmp_path / "log").read_text().splitlines() if "tok/s" in line]
+    assert sum(line.startswith("step 1 ") for line in shown) == begins
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "checkpoints", "exit_config.json", "exits.safetensors", "metrics.jsonl",
+        "run.yaml",
+    ]  # fmt: skip
+    records = (out / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in records if "grad_norm" in line]
+    assert steps == list(range(1, 7))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_torchrun_does_not_silence_a_rank_that_failed(processes):
     """It sends SIGTERM as soon as another one is dead, perhaps before what failed is said."""
