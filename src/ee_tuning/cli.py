@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 from ee_tuning import config as settings
 from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError
+from ee_tuning.regenerate.config import RegenerateConfig
 
 COMMANDS: dict[str, type] = {
     "init": settings.InitConfig,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type] = {
     "evaluate": settings.EvaluateConfig,
     "export": settings.ExportConfig,
     "inspect": settings.InspectConfig,
+    "regenerate": RegenerateConfig,
 }
 
 
@@ -106,6 +108,6 @@ def _run(args: list[str]) -> None:
 
 def _overview() -> str:
     lines = ["usage: ee-tuning COMMAND [--config FILE.yaml] [--FLAG VALUE ...]", ""]
-    lines += [f"  {name:10}{config_class.__doc__}" for name, config_class in COMMANDS.items()]
+    lines += [f"  {name:12}{config_class.__doc__}" for name, config_class in COMMANDS.items()]
     lines += ["", "ee-tuning COMMAND --help lists the flags; --debug shows tracebacks."]
     return "\n".join(lines)

@@ -140,6 +140,11 @@ def _messages(value: Any, name: str, role: str = "") -> list[dict[str, Any]]:
     return [turn for turn in turns if turn is not None]
 
 
+def messages_of(question: str) -> list[dict[str, Any]]:
+    """A chat in which the user has said something."""
+    return [{"role": "user", "content": question}]
+
+
 def _turn(turn: Any) -> dict[str, Any] | None:
     """A turn with ``role`` and ``content``, whatever it calls them; None if it is none."""
     if not isinstance(turn, dict):
