@@ -65,9 +65,9 @@ class OutFile:
             UserError: it is no name of a JSONL file.
         """
         self.path = Path(out)
-        self.state_path = self.path.with_name(f".{self.path.name}.regenerate.json")
         if not out or self.path.suffix != ".jsonl" or self.path.is_dir():
             raise UserError(f"out is {out!r}: name the file to write with --out, as own.jsonl")
+        self.state_path = self.path.with_name(f".{self.path.name}.regenerate.json")
 
     def claim(self, resume: bool, overwrite: bool) -> State | None:
         """How far an earlier run came that is gone on with; None for a new file.
