@@ -87,7 +87,11 @@ def _fail(message: str, debug: bool, status: int) -> typing.NoReturn:
 
 
 def _run(args: list[str]) -> None:
-    from ee_tuning.parsing import nearest, parse  # here, so that Ctrl-C meanwhile is one, too
+    from ee_tuning.parsing import (  # here, so that Ctrl-C meanwhile is one, too
+        check_folders,
+        nearest,
+        parse,
+    )
 
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
@@ -103,6 +107,7 @@ def _run(args: list[str]) -> None:
         )
     name = args[0]
     config = parse(name, COMMANDS[name], args[1:])
+    check_folders(config)
     getattr(importlib.import_module(f"ee_tuning.commands.{name}"), name)(config)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -103,6 +104,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON by way of a temporary name."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def check_folder(path: str, what: str) -> None:
+    """Refuse what is neither here nor looks like an id of the hub.
+
+    what: how messages call it.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not Path(path).exists() and not HUB_ID.fullmatch(path):
+        raise UserError(
+            f"cannot read the {what} {path}: there is no such folder; a hub id is OWNER/NAME"
+        )
 
 
 def read_json(path: Path) -> Any:

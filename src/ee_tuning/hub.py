@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -16,8 +15,8 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.files import check_folder
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TIMEOUT = 10.0  # seconds for the hub's answer
 
 
@@ -43,9 +42,8 @@ def check_there(path: str, what: str, file: str, kind: str = "model") -> None:
     """
     if Path(path).exists():
         return
+    check_folder(path, what)
     nothing = f"cannot read the {what} {path}: there is no such folder"
-    if not HUB_ID.fullmatch(path):
-        raise UserError(f"{nothing}; a hub id is OWNER/NAME")
     if isinstance(try_to_load_from_cache(path, file, repo_type=kind), str):
         return
     try:

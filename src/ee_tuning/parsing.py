@@ -18,7 +18,12 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 from ee_tuning.config import InspectConfig
 from ee_tuning.errors import UserError
+from ee_tuning.files import check_folder
 from ee_tuning.folders import UNFINISHED
+
+FOLDERS = {
+    "model": "backbone", "exits": "exits", "tokenizer": "tokenizer", "path": "backbone or exits",
+}  # fmt: skip
 
 
 def parse(command: str, config_class: type, args: list[str]) -> Any:
@@ -40,6 +45,18 @@ def parse(command: str, config_class: type, args: list[str]) -> Any:
             if config.out and saved.is_file():
                 return _parse(command, config_class, [str(saved)], flags)
     return config
+
+
+def check_folders(config: Any) -> None:
+    """Refuse folders that are not there, before anything is imported to read them.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for name, what in FOLDERS.items():
+        path = getattr(config, name, "")
+        if path:
+            check_folder(path, what)
 
 
 def _parse(command: str, config_class: type, files: list[str], flags: list[str]) -> Any:

@@ -228,3 +228,22 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b"ee-tuning: stopped\n"
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["inspect", "nowhere"], "backbone or exits"),
+        (["tune", "--model", "nowhere"], "backbone"),
+        (["generate", "--exits=nowhere"], "exits"),
+        (["tune", "--tokenizer=nowhere"], "tokenizer"),
+    ],
+)
+def test_a_mistyped_folder_is_said_before_anything_is_imported(args, what, tmp_path):
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run(*args, PYTHONPATH=path)
+    line = f"ee-tuning: cannot read the {what} nowhere: there is no such folder; a hub id is"
+    assert done.stderr.decode().startswith(line)
+    assert done.returncode == 2
