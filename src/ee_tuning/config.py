@@ -33,7 +33,9 @@ class NewExitsConfig(Settings):
         "--mode speculative alone",
         fixed=True,
     )
-    init: Init = option("copy", "copy the backbone's own modules, or random")
+    init: Init = option(
+        "copy", "copy the backbone's own modules, or random; fitted: a draft's maps to the data"
+    )
     head: str | list[str] = option(
         "auto",
         "own (trainable, per exit) or shared (the backbone's, frozen); auto: own, a draft's shared",

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from ee_tuning.errors import UserError
 
 Arch = Literal["embedding", "norm", "mlp", "layer", "draft"]
-Init = Literal["copy", "random"]
+Init = Literal["copy", "random", "fitted"]
 Head = Literal["own", "shared", "auto"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
@@ -50,7 +50,8 @@ class ExitConfig:
         ``"every:4"``, or one string with commas between them. A draft exit's is 0, which need not
         be given where it is the only one.
     arch: one of `ARCHS` for all exits, or one per exit.
-    init: ``copy`` from the backbone's own modules, or ``random``.
+    init: ``copy`` from the backbone's own modules, or ``random``. ``fitted``, of a draft exit: a
+        copy, whose maps `tune` fits to its data before the first step.
     head: ``own`` trainable head per exit or the backbone's frozen one, ``shared``; ``auto``: a
         draft exit shares, others have their own. One for all exits or one per exit.
     seed: seed of the random initialisation.
@@ -79,8 +80,13 @@ class ExitConfig:
         given = _one_per_exit("head", self.head, HEADS, len(layers))
         default = ["shared" if layer == DRAFT else "own" for layer in layers]
         heads = [a if a != "auto" else b for a, b in zip(given, default, strict=True)]
-        if self.init not in ("copy", "random"):
-            raise UserError(f"init {self.init!r} is unknown: use copy or random")
+        if self.init not in get_args(Init):
+            raise UserError(f"init {self.init!r} is unknown: use copy or random, or fitted")
+        if self.init == "fitted" and archs != ["draft"]:
+            raise UserError(
+                "init fitted is for a draft exit alone, whose maps it fits to the data: use copy "
+                "or random for others"
+            )
         for layer, arch in zip(layers, archs, strict=True):
             _check_draft(layer, arch)
         specs = [

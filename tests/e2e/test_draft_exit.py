@@ -63,8 +63,8 @@ def test_inspect_and_init_call_it_draft(tuned, base, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(base, data, tmp_path):
-    """Bit for bit, beside another exit."""
-    common = DRAFT | {"steps": 12, "layers": "0,2", "arch": "draft,norm"}
+    """Bit for bit, fitted before the first step."""
+    common = DRAFT | {"steps": 12, "init": "fitted"}
     tune(base, data, tmp_path / "whole", **common)
     flags = arguments(base, data, tmp_path / "cut", **common)
     command = [sys.executable, STRUCK, str(int(signal.SIGKILL)), tmp_path / "struck", "tune"]
@@ -80,6 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(base, data, tmp_path):
         ({"arch": "draft"}, "a draft exit sits at no layer, and 1 is given"),
         ({"layers": "0"}, "exit layer 0 is a draft exit's, and arch is mlp"),
         ({"layers": None, "arch": "draft", "draft_sources": "9"}, "source layer 9 does not exist"),
+        ({"init": "fitted"}, "init fitted is for a draft exit alone"),
         ({"draft_sources": "1"}, "draft_sources is for a draft exit"),
         ({"layers": None, "arch": "draft", "draft_steps": 0}, "draft_steps is 0"),
         ({"loss": "acceptance", "acceptance_weight": 2}, "acceptance_weight is 2"),

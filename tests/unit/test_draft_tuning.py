@@ -18,6 +18,7 @@ from ee_tuning.exits.draft import before
 from ee_tuning.losses import Objective, cross_entropy, rejection
 from ee_tuning.plan.check import check_model
 from ee_tuning.tune.drafts import measure_drafts
+from ee_tuning.tune.fitted import fit_draft
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Tuner
 
@@ -209,6 +210,46 @@ def twin_loss_without_decay(model):
                     logits = model.draft.logits(features[None, None])[0, 0]
                     total += F.cross_entropy(logits, batch["labels"][row, place + 1]).item()
     return total / count / STEPS
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_fitted_maps_are_those_of_least_squares(family):
+    """Row after row, from transformers' own hidden states; tolerance: products in fp32."""
+    model = EarlyExitModel.from_base(tiny(family), ExitConfig("", "draft", init="fitted"))
+    draft, size = model.draft, 32
+    fit_draft(model, batches())
+    for linear in (draft.first, draft.later):
+        read, wanted = [], []
+        for batch in batches():
+            ids, labels = batch["input_ids"], batch["labels"]
+            for row, first, stop in ((0, 0, 9), (1, 0, 4), (1, 4, 9)):
+                text = ids[row : row + 1, first:stop]
+                places = torch.arange(stop - first)[None]
+                with torch.no_grad():
+                    found = model.chain.descend(text).to(0).sources
+                    states = before(torch.cat(found, dim=-1), places)
+                    enters = model.model(text, output_hidden_states=True).hidden_states[3]
+                    x = draft.first_input(text, states, places)
+                    if linear is draft.later:
+                        h = before(draft.first_step(text, states, places), places)
+                        x = draft.later_input(text, h, places)
+                for place in range(stop - first - 1):
+                    if labels[row, first + place + 1] != -100:
+                        read.append(x[0, place])
+                        wanted.append(enters[0, place])
+        x, y = torch.stack(read).double(), torch.stack(wanted).double()
+        x = torch.cat([x, (1e-3 * len(x)) ** 0.5 * torch.eye(x.shape[1])])
+        y = torch.cat([y, torch.zeros(x.shape[1], size)])
+        expected = torch.linalg.lstsq(x, y).solution.T.float()
+        torch.testing.assert_close(linear.weight.data, expected, rtol=1e-2, atol=2e-3)
+
+
+def test_a_fitted_start_is_better_than_a_copied_one():
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", "draft"))
+    tuner = Tuner(model, {})
+    copied = measure_drafts(tuner, batches()).agreement[1]
+    fit_draft(model, batches())
+    assert measure_drafts(tuner, batches()).agreement[1] > copied + 0.3
 
 
 # -- the loss that aims at acceptance --------------------------------------------------------------

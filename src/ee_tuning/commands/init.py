@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ee_tuning.api import EarlyExitModel
 from ee_tuning.config import InitConfig
+from ee_tuning.errors import UserError
 from ee_tuning.exit_config import exit_name
 from ee_tuning.folders import claim
 
@@ -14,6 +15,8 @@ def init(config: InitConfig) -> None:
     Raises:
         UserError: a backbone or exits that cannot be, or a folder that is taken.
     """
+    if config.init == "fitted":
+        raise UserError("init fitted needs data to fit to: give it to ee-tuning tune")
     output = claim(config.out, config.overwrite, reads=[config.model])
     model = EarlyExitModel.from_base(
         config.model,

@@ -90,10 +90,14 @@ class DraftExit(NormExit):
         states: after the sources, side by side, at the token before each: (B, T, n·H). cache,
         boundaries: as a `Segment` takes them; the block stands where the last layer stands.
         """
+        joined = self.first(self.first_input(ids, states, position_ids))
+        return self.segment(joined, position_ids, cache, boundaries).hidden
+
+    def first_input(self, ids: Tensor, states: Tensor, position_ids: Tensor) -> Tensor:
+        """What `first` reads: (B, T, (1 + n)·H)."""
         parts = states.chunk(len(self.sources), dim=-1)
         normed = [norm(part) for norm, part in zip(self.source_norms, parts, strict=True)]
-        joined = self.first(torch.cat([self._tokens(ids, position_ids), *normed], dim=-1))
-        return self.segment(joined, position_ids, cache, boundaries).hidden
+        return torch.cat([self._tokens(ids, position_ids), *normed], dim=-1)
 
     def later_step(
         self,
@@ -104,9 +108,12 @@ class DraftExit(NormExit):
         boundaries: Any = None,
     ) -> Tensor:
         """A later draft of a chain, from h (B, T, H) of the token before; else as `first_step`."""
-        pair = self._tokens(ids, position_ids), self.chain_norm(h)
-        joined = self.later(torch.cat(pair, dim=-1))
+        joined = self.later(self.later_input(ids, h, position_ids))
         return self.segment(joined, position_ids, cache, boundaries).hidden
+
+    def later_input(self, ids: Tensor, h: Tensor, position_ids: Tensor) -> Tensor:
+        """What `later` reads: (B, T, 2·H)."""
+        return torch.cat([self._tokens(ids, position_ids), self.chain_norm(h)], dim=-1)
 
     def _tokens(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         # Any mask: no layer looks at it there, and the trunk makes none of its own.

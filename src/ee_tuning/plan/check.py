@@ -89,6 +89,10 @@ def check_settings(config: TuneConfig) -> None:
     for key in ("lr", "eps", "kl_temperature"):
         if not getattr(config, key) > 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
+    if config.init == "fitted" and config.shard_backbone:
+        raise UserError(
+            "init fitted cannot be had with --shard-backbone: it runs whole layers; use --init copy"
+        )
     if config.pp > 1 and config.loss != "ce":
         raise UserError(
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "

@@ -38,6 +38,7 @@ from ee_tuning.parallel.tensor import split_model
 from ee_tuning.quantise.fp8 import tune_in_fp8
 from ee_tuning.quantise.packages import compiles
 from ee_tuning.share import Share, load, source_of
+from ee_tuning.tune.fitted import TOKENS, fit_draft
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.vocabulary import most_frequent
@@ -89,6 +90,8 @@ def set_up(
     say(describe(train, config.steps * config.global_batch_size))
     if config.exit_vocab:
         reduce_vocabulary(model, train, valid, config, say)
+    if config.init == "fitted" and not config.exits:
+        fit(model, train, config, mesh)
     prepare(model, config, mesh)
     pipeline = Pipeline(mesh)
     transport: Transport = pipeline if mesh.size > 1 or config.trace else Alone()
@@ -96,6 +99,19 @@ def set_up(
     rest: dict[str, Any] = {"clip": config.clip, "autocast": autocast, "transport": transport}
     tuner = Tuner(model, build_optimizers(model, config, config.seed), objective(config), **rest)
     return SetUp(tuner, train, valid, pipeline)
+
+
+def fit(model: Network, train: Rows, config: TuneConfig, mesh: Mesh) -> None:
+    """Fit the maps of a draft exit to the first of the data, the same on every rank.
+
+    To no more of them than the run is tuned on.
+    """
+    most = config.steps * config.global_batch_size
+    number = train.count(min(most, max(1, TOKENS // config.seq_length)))
+    fit_draft(model, micro_batches(train, range(number), config.micro_batch_size))
+    if mesh.dp > 1 and model.draft:  # ranks may round differently
+        for linear in (model.draft.first, model.draft.later):
+            linear.weight.data = mesh.sum_over("dp", linear.weight.data / mesh.dp)
 
 
 def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Network:
