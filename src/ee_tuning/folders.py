@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,15 @@ HASHED_BLOCKS, BLOCK = 64, 4096
 
 @dataclass
 class Output:
-    """The folder that ``--out`` names; replaces: what is in it still has to give way."""
+    """The folder that ``--out`` names.
+
+    replaces: what is in it still has to give way. overwrites: ``--overwrite`` was given, also
+        where nothing was there.
+    """
 
     folder: Path
     replaces: bool = False
+    overwrites: bool = False
 
     @property
     def path(self) -> Path:
@@ -43,10 +48,12 @@ class Output:
 
     def begin(self) -> None:
         """Make an empty place to write to, of which an earlier command may have left one."""
-        if self.replaces:
-            with writing(self.folder):
+        with writing(self.folder):
+            if self.replaces:
                 shutil.rmtree(self.path, ignore_errors=True)
                 self.path.mkdir()
+            elif self.overwrites:  # nothing was in the way: it has been taken
+                (self.folder / REPLACED).mkdir(exist_ok=True)
 
     def take_place(self) -> None:
         """Let what was written so far take the place of what was there, which is kept aside.
@@ -87,6 +94,9 @@ class Output:
         except BaseException:
             if self.replaces and not keep:
                 shutil.rmtree(self.path, ignore_errors=True)
+            elif self.overwrites and not keep:
+                with suppress(OSError):  # unless something is aside in it
+                    (self.folder / REPLACED).rmdir()
             raise
 
     @contextmanager
@@ -97,7 +107,7 @@ class Output:
             yield self.path
             if self.replaces:
                 self.take_place()
-                self.finish()
+            self.finish()
 
 
 def claim(
@@ -128,12 +138,13 @@ def claim(
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {out}: {reason}; choose another --out") from error
-    replaces = overwrite and not resume
-    if replaces:
+    overwrites = overwrite and not resume
+    if overwrites:
         if folder.resolve() in {Path(path).resolve() for path in reads if path}:
             raise UserError(f"{out} is what this starts from: give another folder with --out")
         refuse_foreign(folder)
-    return Output(folder, replaces)
+    there = any(path.name != REPLACED for path in folder.iterdir())
+    return Output(folder, overwrites and there, overwrites)
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -118,6 +118,24 @@ def test_the_old_exits_stay_until_the_new_ones_are_whole(base, data, old, monkey
     assert EarlyExitModel.from_pretrained(str(old)).exit_layers == [2]
 
 
+def test_overwriting_nothing_is_a_run_like_any_other(base, data, tmp_path, monkeypatch):
+    """Its files are in their place from the first step on; failing, it leaves nothing hidden."""
+    seen, step, out = [], Tuner.step, tmp_path / "out"
+
+    def watched(tuner, *args):
+        seen.append({path.name for path in out.iterdir()})
+        return step(tuner, *args)
+
+    monkeypatch.setattr(Tuner, "step", watched)
+    tune(base, data, out, overwrite=True, steps=2)
+    assert seen[0] == {REPLACED, "run.yaml", "metrics.jsonl"}
+    assert REPLACED not in {path.name for path in out.iterdir()}
+    monkeypatch.setattr(Tuner, "step", lambda *_: (_ for _ in ()).throw(UserError("spoiled")))
+    with pytest.raises(SystemExit):
+        tune(base, data, tmp_path / "failed", overwrite=True)
+    assert {path.name for path in (tmp_path / "failed").iterdir()} == {"run.yaml", "metrics.jsonl"}
+
+
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_all_as_it_was(
     base, data, old, capsys, monkeypatch
 ):
