@@ -7,6 +7,7 @@ from pathlib import Path
 
 import decode
 import pytest
+import regenerate
 import savings
 import speedup
 import table
@@ -80,3 +81,11 @@ def test_speed_on_a_real_model(work, monkeypatch):
     assert ways["speculative 0.5"]["identical_texts"] == found["runs"]["mlp"]["prompts"]
     monkeypatch.setattr(table, "RESULTS", work)
     assert "| `mlp` | threshold 0.5 |" in table.speedup()
+
+
+def test_texts_in_waves_and_the_work_of_the_host(tmp_path, monkeypatch):
+    flags = "--shape tiny --device cpu --slots 4 --prompt-tokens 5 --new-tokens 6 --rounds 1"
+    for more in ("", " --host"):
+        found = run(regenerate, monkeypatch, tmp_path / "found.json", flags + more)
+        assert found["tokens_per_second"] > 0
+        assert found["settings"]["ahead"] == 8

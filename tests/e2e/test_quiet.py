@@ -36,6 +36,8 @@ runs = {
                  "--prompt-length", "8", "--max-new-tokens", "4", "--rounds", "1"],
     "export": [*exits, "--layer", "3", "--out", f"{out}/exported"],
     "inspect": [base],
+    "regenerate": ["--model", base, "--data", data, "--tokens", "60", "--slots", "2",
+                   "--max-new-tokens", "8", "--out", f"{out}/own.jsonl"],
 }
 for name in [*runs, *(COMMANDS.keys() - runs.keys())]:
     run(name, "--help")
@@ -51,6 +53,7 @@ DATA = "data: 61 records, [0-9,]+ tokens, .*"
 SAID = {  # by commands that work
     "evaluate": [DATA],
     "generate": ["ee-tuning: warning: temperature, .* are ignored without do_sample"],
+    "regenerate": ["writing 60 tokens of texts, 100% from .*", "[0-9,]+ of 60 tokens"],
     "tune": [
         "ee-tuning: warning: --backbone-precision fp8: cpu has no fp8 matrix units, .*",
         DATA,

@@ -175,3 +175,10 @@ def test_logits_that_are_no_numbers_are_one_line():
             list(whole_texts(engine, deque(wanted)))
     finally:
         early_exit.cache_clear()
+
+
+@pytest.mark.slow
+def test_compiled_passes_draw_the_same_tokens():
+    model, what = early_exit(), {"number": 5, "length": 9, "ends": {7, 8, 9}}
+    expected = written(what, Engine(model, [], slots=4, capacity=40), 1)
+    assert written(what, Engine(model, [], slots=4, capacity=40, compile=True), 4) == expected
