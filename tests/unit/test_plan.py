@@ -346,9 +346,9 @@ def test_a_mixture_of_experts_is_as_fast_as_its_active_experts(tmp_path, capsys)
 def test_the_shapes_of_a_run_are_built_once(large, base, data, tmp_path, monkeypatch, capsys):
     built = []
 
-    def counted(path):
+    def counted(path, *rest):
         built.append(path)
-        return empty_backbone(path)
+        return empty_backbone(path, *rest)
 
     monkeypatch.setattr("ee_tuning.share.empty_backbone", counted)
     main(["plan", "--model", large, "--layers", "every:8", "--gpus", "8"])
