@@ -143,7 +143,7 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ("--exit-vocab 99999999", "exit_vocab is 99999999: it must be between 1 and 32000"),
         ("--loss-weights 1 2", "2 loss_weights for 1 exits"),
         ("--arch embedding --head shared", "nothing to tune"),
-        ("--exits folder", "give either --exits or --layers"),
+        ("--exits some/exits", "give either --exits or --layers"),
     ],
 )
 def test_plan_refuses(flags, message, large, capsys):
