@@ -6,13 +6,14 @@ import pytest
 import torch
 from helpers.families import FAMILIES, tiny
 from helpers.models import DEPTH
-from helpers.prompts import prompt
+from helpers.prompts import padded, prompt
 from helpers.slow_decoder import draft_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode.pace import Pace
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.decode import Engine, Full, Request, Speculative
+from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT
 
@@ -53,7 +54,9 @@ def rounds(monkeypatch):
 
     monkeypatch.setattr(Row, "draft", drafted)
     monkeypatch.setattr(Row, "keep", kept)
-    monkeypatch.setattr(Pace, "drafts", lambda self, room: max(0, min(self.longest, room - 1)))
+    monkeypatch.setattr(
+        Pace, "drafts", lambda self, room, clock=None: max(0, min(self.longest, room - 1))
+    )
     return seen
 
 
@@ -108,3 +111,176 @@ def test_greedy_tokens_are_those_of_full_depth(family):
     out = model.generate(ids, mode="speculative", threshold=0.01, **common)
     assert torch.equal(out.sequences, full)
     assert {*out.exit_layers[0].tolist()} <= {DRAFT, DEPTH}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "mistral", "gemma3", "opt", "gpt2", "qwen2"]),
+    bar=st.floats(0, 0.2),
+    max_pending=st.integers(0, 9),
+    new=st.integers(1, 30),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+)
+def test_batches_give_the_tokens_of_full_depth(family, bar, max_pending, new, lengths):
+    """Rows of different lengths, each with chains of its own length, or none for a while."""
+    model = drafting(family)
+    ids, mask = padded([prompt(length, length) for length in lengths])
+    common = {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": None}
+    out = model.generate(ids, mode="speculative", threshold=bar, max_pending=max_pending, **common)
+    assert torch.equal(out.sequences, model.generate(ids, mode="full", **common).sequences)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("pause", [3, 20])
+def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
+    """After a pause of any length chains are those of the plain loop again."""
+    model, ids, turns, seen = drafting(family), prompt(9), [], []
+
+    def drafts(self, room, clock=None):
+        turns.append(room)
+        return min(3, room - 1) if len(turns) % (pause + 1) == 0 else 0
+
+    def drafted(row, drafts):
+        seen.append((list(row.ids), [draft.id for draft in drafts]))
+        draft(row, drafts)
+
+    draft = Row.draft
+    monkeypatch.setattr(Pace, "drafts", drafts)
+    monkeypatch.setattr(Row, "draft", drafted)
+    policy = Speculative(DEPTH, max_pending=3, bar=0.0)
+    engine = Engine(model, [DRAFT], capacity=64, max_pending=3)
+    assert len(list(engine.stream([Request(ids, policy, 50)]))) == 41
+    assert seen
+    for text, own in seen:
+        _, (first, *_) = draft_loop(model, text[:-1], len(own) + 2, len(own), 0.0, "probability")
+        assert own == first.drafts
+
+
+def test_rows_of_every_mode_share_an_engine():
+    model = drafting("llama")
+    engine = Engine(model, [DRAFT], slots=3, capacity=64)
+    policies = [Speculative(DEPTH, bar=0.0), Full(DEPTH), Speculative(DEPTH, bar=0.05)]
+    prompts = [prompt(7, 1), prompt(12, 2), prompt(3, 3), prompt(9, 4), prompt(5, 5)]
+    requests = [Request(ids, policies[i % 3], 40 + i) for i, ids in enumerate(prompts)]
+    texts = {request: list(request.ids) for request in requests}
+    for request, token in engine.stream(requests):
+        texts[request].append(token.id)
+    for request, text in texts.items():
+        common = {"max_new_tokens": request.max_length - len(request.ids), "eos_token_id": None}
+        full = model.generate(torch.tensor([request.ids]), mode="full", **common)
+        assert full.sequences[0].tolist() == text
+
+
+def test_an_end_token_within_a_chain_ends_it_as_at_full_depth():
+    model, ids = drafting("llama"), torch.tensor([prompt(9)])
+    free = model.generate(ids, mode="full", max_new_tokens=30, eos_token_id=None).sequences[0, 9:]
+    for end in free.unique().tolist():
+        common = {"max_new_tokens": 30, "eos_token_id": end}
+        full = model.generate(ids, mode="full", **common).sequences
+        out = model.generate(ids, mode="speculative", threshold=0.0, **common)
+        assert torch.equal(out.sequences, full)
+
+
+def test_a_row_that_is_given_up_leaves_the_others_alone():
+    model = drafting("llama")
+    engine = Engine(model, [DRAFT], slots=2, capacity=64)
+    first, second = (Request(prompt(7, seed), Speculative(DEPTH, bar=0.0), 40) for seed in (1, 2))
+    text = list(second.ids)
+    for request, token in engine.stream([first, second]):
+        if request is second:
+            text.append(token.id)
+            engine.cancel(first)
+    common = {"max_new_tokens": 33, "eos_token_id": None}
+    full = model.generate(torch.tensor([second.ids]), mode="full", **common)
+    assert text == full.sequences[0].tolist()
+
+
+def test_samples_have_the_full_models_distribution():
+    """Three tokens of a vocabulary of 5 by exact enumeration, χ² over 4,000 draws.
+
+    A draft is always the likeliest token. The bound is the mean plus 5 standard deviations of χ².
+    """
+    torch.manual_seed(0)
+    base = tiny("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    model = EarlyExitModel.from_base(base, ExitConfig("0", arch="draft")).eval()
+    ids, draws, new, kept = torch.tensor([[1, 3]]), 4000, 3, 0
+    counts = torch.zeros([5] * new)
+    for _ in range(draws // 200):
+        out = model.generate(
+            ids, mode="speculative", threshold=0.0, num_return_sequences=200, do_sample=True,
+            max_new_tokens=new, temperature=0.8,
+        )  # fmt: skip
+        for text in out.sequences[:, 2:].tolist():
+            counts[tuple(text)] += 1
+        kept += (out.exit_layers == DRAFT).sum().item()
+    assert 0.05 < kept / draws / new < 0.5
+    expected, texts = torch.full((1,), float(draws)), ids
+    for _ in range(new):
+        logits = model(texts, output_logits=True).logits[:, -1].detach()
+        expected = (expected[:, None] * (logits / 0.8).softmax(-1)).flatten()
+        following = torch.arange(5).repeat(len(texts))[:, None]
+        texts = torch.cat([texts.repeat_interleave(5, 0), following], 1)
+    counts = counts.flatten()
+    large = expected >= 5
+    found = torch.cat([counts[large], counts[~large].sum()[None]])
+    wanted = torch.cat([expected[large], expected[~large].sum()[None]])
+    statistic = ((found - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
+    freedom = len(wanted) - 1
+    assert freedom > 20
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@cache
+def beside_others() -> EarlyExitModel:
+    """A draft exit, and one at layer 2."""
+    return EarlyExitModel.from_base(tiny("llama"), ExitConfig("0,2", arch="draft,norm")).eval()
+
+
+def test_a_draft_exit_beside_others():
+    """Alone it drafts where no exit is named; the others serve every mode as ever."""
+    model, common = beside_others(), {"max_new_tokens": 12, "eos_token_id": None}
+    ids = torch.tensor([prompt(9)])
+    full = model.generate(ids, mode="full", **common).sequences
+    for exits, layer in (("", DRAFT), ("0", DRAFT), ("2", 2)):
+        out = model.generate(ids, mode="speculative", threshold=0.0, exit_layers=exits, **common)
+        assert torch.equal(out.sequences, full)
+        assert {*out.exit_layers[0].tolist()} <= {layer, DEPTH}
+    out = model.generate(ids, mode="threshold", threshold=0.0, **common)
+    assert 2 in out.exit_layers[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "speculative", "exit_layers": "0,2"}, "drafts alone"),
+        ({"mode": "threshold", "exit_layers": "0"}, "serves --mode speculative alone"),
+        ({"mode": "fixed", "exit_layers": "0"}, "serves --mode speculative alone"),
+        ({"mode": "speculative", "exit_layers": "0", "threshold": 1.5}, "outside"),
+    ],
+)
+def test_what_a_draft_exit_cannot_do_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        beside_others().generate(torch.tensor([prompt(9)]), **settings)
+
+
+def test_a_draft_exit_alone_serves_one_mode():
+    with pytest.raises(UserError, match="draft exit alone"):
+        drafting("llama").generate(torch.tensor([prompt(9)]), mode="threshold")
+
+
+def test_rounds_are_as_long_as_they_are_measured_to_pay():
+    pace, clock = Pace(6, 0.5), Clock()
+    for _ in range(40):
+        pace.learn(3, 2)
+    assert pace.drafts(100) < 3  # at such a cost
+    for _ in range(9):
+        clock.learn(0, 1.0)
+        clock.learn(1, 1.05)
+    assert pace.drafts(100, clock) >= 3  # on the line through both
+    for number in range(1, 7):
+        for _ in range(9):
+            clock.learn(number, 4.0)
+    assert pace.drafts(100, clock) == 0
+    for _ in range(2 * Clock.FORGETS):
+        clock.learn(0, 1.0)
+    assert {*clock.known} == {0}

@@ -128,7 +128,7 @@ class Chains:
             padding = [0] * (length - number)
             table.append([slot, link.first, number, link.limit, *link.ids, *padding])
         self._table[: len(slots), : 4 + length].copy_(torch.tensor(table), non_blocking=True)
-        in_order = self.sizes.in_order(slots)
+        in_order = self._in_order(slots)
         if self.graphs is None:
             reach = max(row[1] for row in table) + length
             return slots, self._forward(len(slots), length, count, reach, in_order, measure)
@@ -141,7 +141,7 @@ class Chains:
         self._table[:, 0] = torch.arange(len(self._table), device=self._table.device)
         self._table[:, 2] = 1
         for (rows, length, reach), measure in product(self.sizes.chains(), measures):
-            in_order = self.sizes.in_order(list(range(rows)))
+            in_order = self._in_order(list(range(rows)))
             for count in counts if length in self.sizes.windows else ():
                 self._run((rows, length, count, reach, in_order, measure))
             self._run((rows, length, 0, reach, in_order, ""))
@@ -201,6 +201,11 @@ class Chains:
         control = torch.cat([*told, newest, tokens], dim=1)
         self._control[:rows, : control.shape[1]] = control
         return torch.cat([numbers[:, None].float(), tokens.float(), sures], dim=1)
+
+    def _in_order(self, slots: list[int]) -> bool:
+        """As of passes."""
+        whole = self.graphs is None or len(slots) == len(self._table)
+        return whole and slots == list(range(len(slots)))
 
     def _put(self, place: Place, start: int) -> None:
         """The next step is at `place`; start: its first position, if there is one row, eager."""

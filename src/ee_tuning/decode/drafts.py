@@ -7,6 +7,7 @@ without verification: what leaves at an exit is settled there.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -79,7 +80,6 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             settled.append(_settled(row, choice, [*drafts[:kept], own]))
             assert row.pace is not None
             row.pace.learn(len(drafts), kept)
-            row.limit = row.pace.drafts(row.left)
     return settled
 
 
@@ -88,7 +88,7 @@ def _verified_chains(
 ) -> list[tuple[Row, list[Prediction]]]:
     """Rows, with their drafts, and what the end says to each of these and to what follows them."""
     passes, starts = sequences.passes, sequences.starts(0)
-    chains, count = passes.chains, max(row.limit for row in rows)
+    chains, count = passes.chains, max(1, *(row.limit for row in rows))
     assert chains is not None
     slots, said = chains.draft([row.link() for row in rows], starts, count, measure)
     count = said.shape[1] // 2
@@ -110,12 +110,23 @@ def _verified_chains(
 def next_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     """`draft_round` and `chain_round` of the rows that are for each."""
     chained = [row for row in rows if row.policy.bar is not None and row.door == 0]
+    if not chained:
+        return draft_round(sequences, rows)
+    clock, graphs = sequences.clock(len(chained)), sequences.passes.graphs
+    for row in chained:
+        assert row.pace is not None
+        row.limit = row.pace.drafts(row.left, clock)
     sequences.catch_up(chained)
-    if not any(row.limit for row in chained):
-        chained = []
-    settled = chain_round(sequences, chained) if chained else []
-    others = [row for row in rows if row not in chained]
-    return settled + draft_round(sequences, others) if others else settled
+    number, alone = max(row.limit for row in chained), len(chained) == len(rows)
+    captured, start = len(graphs), time.perf_counter()
+    others = [row for row in rows if row not in chained] if number else rows
+    settled = chain_round(sequences, chained) if number else []
+    if others:
+        settled += draft_round(sequences, others)
+    # Not what is met for the first time, and is compiled.
+    if alone and len(graphs) == captured:
+        clock.learn(number, time.perf_counter() - start)
+    return settled
 
 
 def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:

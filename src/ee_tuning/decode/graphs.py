@@ -24,7 +24,6 @@ class Sizes:
 
     def __init__(self, slots: int, capacity: int, longest: int, compile: bool) -> None:
         """capacity: tokens of a sequence. longest: those of a window that are asked for."""
-        self._compile = compile
         self.windows = _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
@@ -49,14 +48,6 @@ class Sizes:
     def reach(self, number: int) -> int:
         """Places that are looked at for so many."""
         return _next(number, self._reaches)
-
-    def in_order(self, slots: list[int]) -> bool:
-        """Whether the K/V of `slots` can be looked at where they are.
-
-        Compiled, only if they are all: each case is one more graph.
-        """
-        whole = not self._compile or len(slots) == self._rows[-1]
-        return whole and slots == list(range(len(slots)))
 
     def chains(self) -> Iterator[tuple[int, int, int]]:
         """Every window of a draft exit: rows, length, reach."""

@@ -195,7 +195,7 @@ class Passes:
         if self.compile:
             reach = self.sizes.reach(reach)
         self._tell(slots, starts, given, length)
-        in_order = self.sizes.in_order(slots)
+        in_order = self.in_order(slots)
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
@@ -215,7 +215,7 @@ class Passes:
         given = {window.slot: window for window in windows}
         slots = self.sizes.filled(list(given)) if self.compile else list(given)
         self._tell(slots, starts, given, 1)
-        control, in_order = self._control[: len(slots)], self.sizes.in_order(slots)
+        control, in_order = self._control[: len(slots)], self.in_order(slots)
         reach, found = max(starts[slot] for slot in slots), []
         for _ in range(count):
             reach += 1
@@ -250,7 +250,7 @@ class Passes:
         if self.compile:
             length = self.sizes.length(length)
         reach = self.sizes.reach(reach + length) if self.compile else reach + length
-        in_order, last = self.sizes.in_order(slots), len(self.segments) - 1
+        in_order, last = self.in_order(slots), len(self.segments) - 1
         for i in range(last + 1):
             wanted = Wanted("each", True, measure) if i == last else Wanted("nothing", False)
             found = self._run((i, len(slots), length, reach, in_order, wanted))
@@ -275,7 +275,7 @@ class Passes:
         drafts = self.chains is not None
         every = self.sizes.every(len(self._steps), self.is_first, self.is_last, drafts)
         for (i, rows, length, reach, after, final), measure in product(every, measures):
-            in_order = self.sizes.in_order(list(range(rows)))
+            in_order = self.in_order(list(range(rows)))
             self._run((i, rows, length, reach, in_order, Wanted(after, final, measure)))
         if self.chains is not None:
             self.chains.warm_up(range(1, self.most), measures)
@@ -339,6 +339,14 @@ class Passes:
         sizes = (self.slots, self.sizes.places, self.longest)
         exits = self.exits | ({DRAFT: draft} if draft is not None else {})
         return make_caches(self.segments, exits, token, sizes, self.capacity)
+
+    def in_order(self, slots: list[int]) -> bool:
+        """Whether the K/V of `slots` can be looked at where they are.
+
+        Compiled, only if they are all: each case is one more graph.
+        """
+        whole = not self.compile or len(slots) == self.slots
+        return whole and slots == list(range(len(slots)))
 
 
 def logits_of(found: Sequence[Prediction]) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import groupby
 from torch import Tensor
 
 from ee_tuning.decode.chains import Link
-from ee_tuning.decode.pace import Pace
+from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.passes import Passes, Prediction, Read
 from ee_tuning.decode.prompts import read as read_prompts
 from ee_tuning.decode.sampling import Chooser, Token
@@ -126,6 +126,7 @@ class Sequences:
         self.passes, self.exit_layers, self.max_pending = passes, list(exit_layers), max_pending
         self.stops = [segment.stop for segment in passes.segments]
         self.rows: list[Row | None] = [None] * passes.slots
+        self._clocks: dict[int, Clock] = {}
 
     @property
     def live(self) -> list[Row]:
@@ -206,6 +207,10 @@ class Sequences:
                     for j, row in enumerate(alike)
                     if asked[j]
                 ]
+
+    def clock(self, number: int) -> Clock:
+        """How long rounds of so many rows with the draft exit take."""
+        return self._clocks.setdefault(number, Clock())
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """Let the draft exit compute what it has not, where it is more than a window."""
