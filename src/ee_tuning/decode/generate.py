@@ -32,8 +32,8 @@ class GenerateOutput(ModelOutput):
     """What `generate` returns, for B prompts of P tokens and N new ones.
 
     sequences: (B, P + N) int64, prompts and new tokens, then padding. exit_layers: (B, N) int64,
-    the layer each new token left at, 0 for one of a draft exit's and where a text has ended. confidences: (B, N) fp32, how sure
-    it was there.
+    the layer each new token left at, 0 for a kept draft of a draft exit, and where a text has
+    ended. confidences: (B, N) fp32, how sure it was there.
     """
 
     sequences: Tensor | None = None
