@@ -85,7 +85,7 @@ def test_a_missing_package_is_named_before_anything_is_read(precision, monkeypat
         check(config)
     with pytest.raises(UserError, match="--optimizer adamw-8bit needs: pip install torchao"):
         check(TuneConfig(data=["a.jsonl"], layers="4", optimizer="adamw-8bit"))
-    flags = "--model nowhere --layers 1 --data nowhere.jsonl --out x --backbone-precision"
+    flags = "--model no/where --layers 1 --data nowhere.jsonl --out x --backbone-precision"
     with pytest.raises(SystemExit) as stopped:
         main(["tune", *flags.split(), precision])
     assert stopped.value.code == 2
