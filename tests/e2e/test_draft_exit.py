@@ -102,3 +102,17 @@ def test_it_serves_speculative_decoding_alone(tuned, tmp_path, capsys):
     line = fails(capsys, "export", "--exits", tuned, "--layer", "0", "--out", tmp_path / "out")
     assert "give either --layer" in line
     main([*map(str, given), "--mode", "full"])
+
+
+def test_evaluate_measures_its_first_draft_beside_others(tuned, base, data, tmp_path, capsys):
+    given = ["--data", data, "--thresholds", "1,0.5", "--prompts", "1", "--rounds", "1"]
+    given += ["--max-new-tokens", "4", "--prompt-length", "8", "--seq-length", "32"]
+    line = fails(capsys, "evaluate", "--exits", tuned, *given)
+    assert "there is a draft exit alone: how its drafts agree" in line
+    both = str(tmp_path / "both")
+    main(["init", "--model", base, "--layers", "0,2", "--arch", "draft,norm", "--out", both])
+    main([*map(str, ["evaluate", "--exits", both, "--max-tokens", "200", *given])])
+    found = json.loads((tmp_path / "both/evaluation.json").read_text())
+    assert [row["layer"] for row in found["exit_rows"]] == [2, 0, 4]
+    assert " draft " in capsys.readouterr().out
+    assert (tmp_path / "both/report.html").exists()

@@ -19,7 +19,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
-from ee_tuning.exit_config import exit_name
+from ee_tuning.exit_config import DRAFT, exit_name
 from ee_tuning.files import write_json
 from ee_tuning.folders import claim, refuse_foreign
 
@@ -41,6 +41,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     find_exits(config.exits)
     folder = results_folder(config)
     model, tokenizer = load_for_decoding(config)
+    if model.exit_layers == [DRAFT]:
+        raise UserError(
+            "evaluate measures exits at which tokens leave, and there is a draft exit alone: how "
+            "its drafts agree with the final exit is in the run's metrics.jsonl, draft_agreement"
+        )
     packed = load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
     progress.print(describe(packed), highlight=False, soft_wrap=True)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)

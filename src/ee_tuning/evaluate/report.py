@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.decode.text import TextStream, depth_colour
 from ee_tuning.evaluate.exits import unknown_text
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.files import write_text
 
 
@@ -34,7 +35,7 @@ def write_report(path: Path, result: dict[str, Any], tokenizer: PreTrainedTokeni
 def loss_plot(result: dict[str, Any]) -> Figure:
     """Loss of each exit and of the final exit over their depth."""
     figure, axes = _axes("exit layer", "held-out loss (nats per token)")
-    exits = [row for row in result["exit_rows"] if not row["final"]]
+    exits = [row for row in result["exit_rows"] if not row["final"] and row["layer"] != DRAFT]
     final = next(row for row in result["exit_rows"] if row["final"])
     axes.plot([r["layer"] for r in exits], [r["loss"] for r in exits], "o-", label="exits")
     axes.plot([final["layer"]], [final["loss"]], "s", color="black", label="final exit")
@@ -73,7 +74,7 @@ def share_plot(result: dict[str, Any]) -> Figure:
 
 
 def _places(result: dict[str, Any]) -> list[int]:
-    return sorted({*result["exits"], result["depth"]})
+    return sorted({*result["exits"], result["depth"]} - {DRAFT})
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:

@@ -14,6 +14,7 @@ from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput, generate
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import active_exits
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import Network
 
@@ -150,7 +151,7 @@ def _row(model: Network, outputs: dict[Any, list[Any]], threshold: float) -> dic
     out: list[GenerateOutput] = outputs[threshold]
     layers = torch.cat([o.exit_layers[0] for o in out])  # type: ignore[index]
     same = [_new(o) == _new(full) for o, full in zip(out, outputs["full"], strict=True)]
-    places = [*model.exit_layers, model.backbone.num_layers]
+    places = [*(k for k in model.exit_layers if k != DRAFT), model.backbone.num_layers]
     return {
         "threshold": threshold,
         "shares": {layer: (layers == layer).double().mean().item() for layer in places},
