@@ -140,12 +140,12 @@ def _joined(flags: list[str], config_class: type) -> list[str]:
             found.append(flag)
             continue
         if not sign and waiting and not waiting[0].startswith("--"):
-            value = waiting.pop(0)
+            sign, value = "=", waiting.pop(0)
         if value and name in firsts:
             found[firsts[name]] += f",{value}"
         else:
             firsts[name] = len(found)
-            found.append(f"{name}={value}" if value else flag)
+            found.append(f"{name}{sign}{value}")
     return found
 
 

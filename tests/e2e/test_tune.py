@@ -98,7 +98,7 @@ def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
 
 
 BAD = [
-    ({"layers": "0"}, "exit layer 0 does not exist"),
+    ({"layers": "0"}, "layers are counted from 1"),
     ({"layers": "5"}, "layers 1 to 4"),
     ({"layers": "2,2"}, "given twice"),
     ({"layers": None}, "either --exits or --layers"),

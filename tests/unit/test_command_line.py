@@ -86,6 +86,7 @@ def test_repeated_flags_with_commas_add_up(command, name, values, yaml_file):
         assert getattr(read(command, *args), name) == once
         assert getattr(read(command, *file, *args), name) == once
         assert getattr(read(command, *args, "--seed=3"), name) == once
+    assert getattr(read(command, flag, "", "--seed=3"), name) == ""
 
 
 @pytest.mark.parametrize(("command", "name"), LISTS)
