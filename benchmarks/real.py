@@ -124,7 +124,7 @@ class Bench:
         self, run: Callable[[torch.Tensor], Any], prompts: Prompts, full: list[Any] | None
     ) -> tuple[dict[str, Any], list[Any]]:
         """Figures of one way on one set; full: what full depth gave for each prompt."""
-        for ids in prompts[:2]:
+        for ids in prompts:  # whatever is met for the first time is compiled then
             run(ids)
         results = [self.timed(run, ids) for ids in prompts]
         each = [seconds for _, seconds in results]
@@ -167,11 +167,6 @@ class Bench:
 def measure(bench: Bench, result: dict[str, Any], write: Callable[[], None]) -> None:
     """Every way on every set, written as it comes."""
     args, ways = bench.args, bench.ways()
-    if bench.device.type == "cuda":
-        for name, way in ways.items():
-            longest = max(ids.shape[1] for prompts in bench.sets.values() for ids in prompts)
-            seconds = bench.model.warm_up(capacity=longest + args.new_tokens, **way)
-            print(f"{name}: compiled in {seconds:.0f} s", flush=True)
     peers: dict[str, Callable[[torch.Tensor], Any]] = {}
     if args.peers:
         peers["transformers"] = bench.theirs()

@@ -91,7 +91,7 @@ def _verified_chains(
     chains, count = passes.chains, max(1, *(row.limit for row in rows))
     assert chains is not None
     slots, said = chains.draft([row.link() for row in rows], starts, count, measure)
-    count = said.shape[1] // 2
+    count, said = said.shape[1] // 2, said.clone()  # the next captured pass may write over it
     logits, answers = passes.verify(slots, count, starts, measure)
     both = torch.cat([said.flatten(), answers.flatten()]).tolist()  # the one wait for the device
     first, (_, number, length) = said.numel(), answers.shape
