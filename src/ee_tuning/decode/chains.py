@@ -119,7 +119,7 @@ class Chains:
         given = {link.slot: link for link in links}
         slots, length = sorted(given), max(len(link.ids) for link in links)
         if self.graphs is not None:
-            slots, length = self.sizes.filled(slots), self.sizes.length(length)
+            slots, length = self.sizes.filled(slots), self.sizes.link(length)
         table, end = [], 0
         for slot in slots:
             link = given.get(slot) or Link(slot, starts[slot], (0,))
@@ -142,7 +142,7 @@ class Chains:
         self._table[:, 2] = 1
         for (rows, length, reach), measure in product(self.sizes.chains(), measures):
             in_order = self._in_order(list(range(rows)))
-            for count in counts if length in self.sizes.windows else ():
+            for count in counts if length == self.sizes.windows[-1] else ():
                 self._run((rows, length, count, reach, in_order, measure))
             self._run((rows, length, 0, reach, in_order, ""))
 

@@ -22,9 +22,13 @@ class Sizes:
     longest: tokens of a window at most. places: of a slot, for padded windows, too.
     """
 
-    def __init__(self, slots: int, capacity: int, longest: int, compile: bool) -> None:
-        """capacity: tokens of a sequence. longest: those of a window that are asked for."""
-        self.windows = _sizes(longest, LENGTH_FACTOR)
+    def __init__(
+        self, slots: int, capacity: int, longest: int, compile: bool, drafts: bool = False
+    ) -> None:
+        """capacity: tokens of a sequence. longest: those of a window that are asked for. drafts: of
+        a draft exit, which are read at once, however many: a few tokens more cost nothing."""
+        self.windows = sorted({1, longest}) if drafts else _sizes(longest, LENGTH_FACTOR)
+        self._links = sorted({longest, CHUNK})
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
@@ -51,7 +55,11 @@ class Sizes:
 
     def chains(self) -> Iterator[tuple[int, int, int]]:
         """Every window of a draft exit: rows, length, reach."""
-        yield from product(self._rows, self._lengths, self._reaches)
+        yield from product(self._rows, self._links, self._reaches)
+
+    def link(self, number: int) -> int:
+        """Tokens of a draft exit's window for so many."""
+        return _next(number, self._links)
 
     def every(
         self, segments: int, is_first: bool, is_last: bool, drafts: bool = False

@@ -112,7 +112,8 @@ class Passes:
         self.backbone = model.backbone
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
-        self.sizes, self.most = Sizes(slots, capacity, longest, compile), longest
+        drafts = DRAFT in exit_layers
+        self.sizes, self.most = Sizes(slots, capacity, longest, compile, drafts), longest
         self.longest = longest = self.sizes.longest
         most = self.backbone.end or max(capacity, self.backbone.context or 0)
         self.limit = most - 1  # for padding: no position more
