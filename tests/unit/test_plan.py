@@ -61,17 +61,14 @@ def tokens_per_second(account, config, gpu):
     return tokens / sum(step_seconds(account, config, gpu).values())
 
 
-@pytest.mark.parametrize(("arch", "measured"), [("mlp", 200_000), ("layer", 114_000)])
-def test_a_small_model_is_as_fast_as_its_products_are_started(arch, measured):
-    """Of two such runs on an H100 about these speeds are known; `LAUNCH` is fitted to them, and the
-    sizes are taken to be the defaults. From FLOP alone it would be four to six times as fast."""
-    config = TuneConfig(layers="10,15,20", arch=arch)
+def test_a_small_model_is_as_fast_as_its_products_are_started():
+    """From FLOP alone it would be ten times as fast; 135m-*.json of the results were measured."""
+    config = TuneConfig(layers="10,15,20", micro_batch_size=1)
     account = account_of(shaped("smollm2-135m", config), config)
-    found = tokens_per_second(account, config, GPUS["h100"])
-    assert found == pytest.approx(measured, rel=0.3)
     two = replace(config, layers="10,20")
     fewer = account_of(shaped("smollm2-135m", two), two)
-    assert found < tokens_per_second(fewer, two, GPUS["h100"]) < 300_000
+    rates = [tokens_per_second(*one, GPUS["h100"]) for one in ((account, config), (fewer, two))]
+    assert rates[0] < rates[1] < 200_000
 
 
 def test_a_product_takes_no_less_for_fewer_tokens():
@@ -215,7 +212,7 @@ def test_advice_is_what_tune_takes(settings, never, large):
 
 
 def test_fp32_takes_more_memory_and_time(large):
-    config = TuneConfig(model=large, layers="8,32")
+    config = TuneConfig(model=large, layers="8,32", micro_batch_size=4)
     model = shapes_of(config)
     account = account_of(model, config)
     wide = replace(config, precision="fp32")
