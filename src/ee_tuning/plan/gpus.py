@@ -40,9 +40,9 @@ REACHED = {
 }  # fmt: skip
 # Least seconds of one product with all that goes with it (its share of norms, attention and
 # activations, and of the host's work between kernels), however few tokens a micro-batch has: in a
-# frozen layer, and in an exit, forward or backward. Fitted to two of benchmarks/results, 135m-mlp.json
-# and 135m-layer.json: 30 layers of width 576 with exits after 10, 15 and 20 on an H100, micro-batches
-# of 2,048 tokens. The 42 products that three `layer` exits have more give the second, what is left
+# frozen layer, and in an exit, forward or backward. Fitted to 135m-mlp.json and 135m-layer.json of
+# benchmarks/results: 30 layers of width 576, exits after 10, 15 and 20, one H100, micro-batches of
+# 2,048 tokens. The 42 products that three `layer` exits have more give the second, what is left
 # for 20 layers of 7 products the first. It is mostly the host's time, so it is taken to be that of
 # any GPU.
 LAUNCH = {"frozen": 59e-6, "tuned": 398e-6}
