@@ -177,6 +177,10 @@ def test_another_backbone_is_refused(saved):
         EarlyExitModel.from_pretrained(exits, model=tiny("qwen2"))
     with pytest.raises(UserError, match="made for another backbone: embedding"):
         EarlyExitModel.from_pretrained(exits, model=tiny("llama", seed=1))
+    headed = tiny("llama")
+    headed.lm_head.weight.data *= 1.5
+    with pytest.raises(UserError, match="made for another backbone: head"):
+        EarlyExitModel.from_pretrained(exits, model=headed)
     changed = tiny("llama")
     changed.model.layers[1].mlp.up_proj.weight.data *= 1.5
     with pytest.raises(UserError, match="made for another backbone: layer 2"):
