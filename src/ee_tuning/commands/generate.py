@@ -26,6 +26,7 @@ from ee_tuning.decode.settings import check_stages
 from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
+from ee_tuning.exit_config import exit_name
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
@@ -216,7 +217,9 @@ def _print_legend(console: Console, layers: list[int], depth: int, seconds: floa
     legend = Text("left at layer")
     for layer in sorted(set(layers)):
         share = layers.count(layer) / len(layers)
-        legend.append(f"  {layer} ({share:.0%})", style=f"bold {depth_colour(layer, depth)}")
+        legend.append(
+            f"  {exit_name(layer)} ({share:.0%})", style=f"bold {depth_colour(layer, depth)}"
+        )
     console.print(legend)
     mean = sum(layers) / len(layers)
     console.print(
