@@ -218,7 +218,7 @@ def test_a_reader_that_has_seen_enough(args, status):
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
-    command = [sys.executable, "-m", "ee_tuning", "inspect", "x"]
+    command = [sys.executable, "-m", "ee_tuning", "inspect", str(tmp_path)]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # Of a test run in the background of a shell, processes ignore Ctrl-C unless told otherwise.

@@ -78,15 +78,17 @@ def test_layers_without_linear_matrices_are_refused():
 
 
 @pytest.mark.parametrize("precision", ["torchao-int8", "bnb-4bit"])
-def test_a_missing_package_is_named_before_anything_is_read(precision, monkeypatch, capsys):
+def test_a_missing_package_is_named_before_anything_is_read(
+    precision, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     config = TuneConfig(data=["a.jsonl"], layers="4", backbone_precision=precision)
     with pytest.raises(UserError, match=f"{precision} needs: pip install {PACKAGES[precision]}"):
         check(config)
     with pytest.raises(UserError, match="--optimizer adamw-8bit needs: pip install torchao"):
         check(TuneConfig(data=["a.jsonl"], layers="4", optimizer="adamw-8bit"))
-    flags = "--model no/where --layers 1 --data nowhere.jsonl --out x --backbone-precision"
+    flags = f"--model no/where --layers 1 --data nowhere.jsonl --out {tmp_path}/x"
     with pytest.raises(SystemExit) as stopped:
-        main(["tune", *flags.split(), precision])
+        main(["tune", *flags.split(), "--backbone-precision", precision])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
