@@ -140,9 +140,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     speeds = Table(
         title="thresholds: mean depth, agreement with full depth (next token, text), speed",
         caption=f"greedy, batch 1, {result['tokens_per_prompt']} new tokens; median (least–most); "
-        "speculative: its speed-up, and texts equal to full depth's",
+        "drafting: speed-up of mode speculative",
     )
-    for column in ("threshold", "depth", "next", "text", "tok/s", "speed-up", "speculative"):
+    for column in ("threshold", "depth", "next", "text", "tok/s", "speed-up", "drafting"):
         speeds.add_column(column, justify="right", no_wrap=True)
     for row in result["threshold_rows"]:
         speeds.add_row(
@@ -152,18 +152,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{row['text_agreement']:.1%}",
             speed_text(row["speed"]),
             f"{row['speedup']:.2f}×",
-            _speculative(row, result["prompts"]),
+            f"{row['speculative']['speedup']:.2f}×" if row["speculative"] else "",
         )
     theirs = result["transformers"]
     speeds.add_row(
         "transformers", "", "", "", speed_text(theirs["speed"]), f"{theirs['speedup']:.2f}×"
     )
     return [exits, speeds]
-
-
-def _speculative(row: dict[str, Any], prompts: int) -> str:
-    found = row["speculative"]
-    return f"{found['speedup']:.2f}× ({found['identical_texts']}/{prompts})" if found else ""
 
 
 def speed_text(speed: dict[str, float]) -> str:
