@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -138,7 +139,7 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
     saved = read_exit_config(folder)
     config, model = saved_exits(saved), source.model
     if not isinstance(model, PreTrainedModel):
-        model = _look_up(source, saved, config, share)
+        model = _look_up(source, folder, saved, config, share)
     check_same(saved["backbone"]["config"], config_values(model.config), source.exits)
     network = kind(model, config, share.stage)
     hashes = saved["backbone"]["tensors"]
@@ -151,11 +152,11 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
 
 
 def _look_up(
-    source: Saved, saved: dict[str, Any], config: ExitConfig, share: Share
+    source: Saved, folder: Path, saved: dict[str, Any], config: ExitConfig, share: Share
 ) -> PreTrainedModel:
     """The backbone of saved exits, from where the caller or the exits say that it is."""
     assert not isinstance(source.model, PreTrainedModel)
-    path = base_of(find_exits(source.exits), saved, source.model)
+    path = base_of(folder, saved, source.model)
     if not path:
         raise UserError(f"{source.exits} does not name its backbone: give it with --model")
     if share.slices and saved.get("vocab_size"):
