@@ -151,6 +151,36 @@ def test_what_ends_a_text_may_fail_too():
     assert engine.busy == 0
 
 
+def test_a_request_with_a_seed_of_its_own_says_the_same_beside_others():
+    """Whatever else is sampled, before and meanwhile."""
+
+    def sampling(seed, ids):
+        chooser = Chooser(sample=True)
+        chooser.source.seed = seed
+        return Request(ids, Full(DEPTH), 20, chooser)
+
+    engine, found = Engine(early_exit(), [1], slots=3, capacity=64), []
+    for others in range(3):
+        request = sampling(7, prompt(4))
+        for one in (*(sampling(None, prompt(5, i)) for i in range(others)), request):
+            engine.submit(one)
+        found.append(tokens_of(run(engine), request))
+    assert found[0] == found[1] == found[2]
+    other = sampling(8, prompt(4))
+    engine.submit(other)
+    assert tokens_of(run(engine), other) != found[0]
+
+
+def test_rejected_drafts_come_with_the_token_in_their_place():
+    """Drafts of a first exit that knows nothing, and how many of them there were."""
+    engine = Engine(early_exit(), [1], slots=1, capacity=64, max_pending=3)
+    request = Request(prompt(5), Speculative(DEPTH, {1: 0.0}, max_pending=3), 40)
+    tokens = [token for _, token in engine.stream([request])]
+    assert any(token.rejected for token in tokens)
+    assert not any(token.rejected for token in tokens if token.exit_layer != DEPTH)
+    assert all(token.rejected[0] != token.id for token in tokens if token.rejected)
+
+
 def test_a_cancelled_request_says_no_more_and_frees_its_slot():
     """Whether it is in progress or still waits."""
     engine = Engine(early_exit(), [1], slots=1, capacity=64)

@@ -56,6 +56,7 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
                 drafts, kept = row.drafts, choice.kept
                 row.keep(kept, choice.token)
                 own = Token(choice.token, layer, said[kept].confidence)
+                own.rejected = [draft.id for draft in drafts[kept:]]
                 settled.append(_settled(row, choice, [*drafts[:kept], own]))
                 if row.pace is not None:
                     row.pace.learn(len(drafts), kept)
@@ -77,6 +78,7 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             drafts, kept = row.drafts, choice.kept
             row.keep(kept, choice.token)
             own = Token(choice.token, row.policy.end, said[kept].confidence)
+            own.rejected = [draft.id for draft in drafts[kept:]]
             settled.append(_settled(row, choice, [*drafts[:kept], own]))
             assert row.pace is not None
             row.pace.learn(len(drafts), kept)

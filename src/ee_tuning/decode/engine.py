@@ -186,8 +186,8 @@ class Engine:
             if not self._waiting:
                 break
             request = self._waiting.popleft()
-            self._generators = self._generators or Generators(self.passes.device)
-            if request.chooser.sample:
+            if request.chooser.sample and request.chooser.source.seed is None:
+                self._generators = self._generators or Generators(self.passes.device)
                 self._generators.give(request.chooser.source)
             row = self.sequences.enter(request, slot)
             if row.policy.verifies:

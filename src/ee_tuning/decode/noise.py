@@ -29,9 +29,9 @@ class Source:
 class Generators:
     """Sources for the samples of a stream's rows.
 
-    The first row that samples has torch's own, so that a single prompt is continued as by
-    transformers. Each of the others has one for itself: no row's samples depend on how fast another
-    one is.
+    A row that has a seed keeps it. Of the others the first has torch's own, so that a single prompt
+    is continued as by transformers. Each of the rest has one for itself: no row's samples depend on
+    how fast another one is.
     """
 
     def __init__(self, device: torch.device) -> None:

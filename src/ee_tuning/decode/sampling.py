@@ -35,13 +35,14 @@ ALIKE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogits
 class Token:
     """A token of a sequence, the layer at which it was predicted, and the confidence there.
 
-    ends: it is the last one of its text.
+    ends: it is the last one of its text. rejected: the drafts in whose place it came.
     """
 
     id: int
     exit_layer: int
     confidence: float
     ends: bool = False
+    rejected: Sequence[int] = ()
     probabilities: Tensor | None = None  # (V,), of a sampled token, until it is settled
 
 

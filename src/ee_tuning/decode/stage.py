@@ -161,7 +161,7 @@ class Stage:
             self._mail.tell_next(Message(Kind.PROMPT, [News(slot)]))
             return
         row = self.sequences.enter(request, slot)
-        if request.chooser.sample:
+        if request.chooser.sample and request.chooser.source.seed is None:
             self._generators.give(request.chooser.source)
         if row.through:
             (((_, read),),) = self.sequences.read([row], hidden)

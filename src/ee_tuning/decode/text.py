@@ -17,13 +17,21 @@ from ee_tuning.errors import UserError, first_line
 class TextStream:
     """The text of one sequence, piece by piece: a character of several tokens comes when whole."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> None:
+    BEFORE = 6  # tokens that decide how the text after them begins: with a space or without
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        skip_special_tokens: bool,
+        after: Sequence[int] = (),
+    ) -> None:
+        """after: tokens that come before the text and are none of it."""
         self._tokenizer, self._skips = tokenizer, skip_special_tokens
         # Tokenizers written in Python have none.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._ids: list[int] = []
-        self._given = 0
+        self._ids = list(after)[-self.BEFORE :]
+        self._stream = DecodeStream(self._ids, skip_special_tokens=skip_special_tokens)
+        self._given = len(self._whole()) if self._ids else 0
 
     def put(self, ids: Sequence[int]) -> str:
         """What these tokens add to the text."""
@@ -31,7 +39,11 @@ class TextStream:
         if self._backend is None:
             text = self._whole()
             return "" if text.endswith("\ufffd") else self._new(text[self._given :])
-        pieces = [self._stream.step(self._backend, token) for token in ids]
+        try:
+            pieces = [self._stream.step(self._backend, token) for token in ids]
+        except Exception:  # bytes that change what the text before them is: begin with it anew
+            self._stream = DecodeStream(self._ids, skip_special_tokens=self._skips)
+            return self._new(self._whole()[self._given :])
         return self._new("".join(piece for piece in pieces if piece))
 
     def end(self) -> str:
