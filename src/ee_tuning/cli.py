@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from ee_tuning import config as settings
 from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError
 from ee_tuning.regenerate.config import RegenerateConfig
+from ee_tuning.serve.config import ServeConfig
 
 COMMANDS: dict[str, type] = {
     "init": settings.InitConfig,
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type] = {
     "export": settings.ExportConfig,
     "inspect": settings.InspectConfig,
     "regenerate": RegenerateConfig,
+    "serve": ServeConfig,
 }
 
 

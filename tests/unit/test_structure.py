@@ -29,7 +29,7 @@ FLOORS = [
     ["commands", "parsing"],
     ["__init__"],
     ["api"],
-    ["regenerate", "tune", "evaluate", "plan", "decode"],
+    ["regenerate", "serve", "tune", "evaluate", "plan", "decode"],
     ["share", "export"],
     ["adapter"],
     ["parallel"],

@@ -110,6 +110,12 @@ class Engine:
         """Give a request up: there are no more tokens of it."""
         request.cancelled = True
 
+    def clear(self) -> None:
+        """Give up everything, in progress or not."""
+        self.sequences.clear()
+        self._waiting.clear()
+        self._end()
+
     def step(self) -> list[Event]:
         """The events of one round: prompts, if there are new ones for free slots, or tokens.
 
@@ -160,10 +166,8 @@ class Engine:
             if mistake is not None:
                 raise mistake
         finally:
-            self.sequences.clear()
-            self._waiting.clear()
             self.streams = False
-            self._end()
+            self.clear()
 
     def _fill(self, waiting: Iterator[Request]) -> UserError | None:
         """Submit a request for each free slot; the mistake in one, after which there is no more."""

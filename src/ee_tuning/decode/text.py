@@ -81,8 +81,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
     return torch.tensor([[tokenizer.bos_token_id]])
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Tensor:
-    """Token ids (1, P) of a chat that the assistant is to go on with.
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool = True
+) -> Tensor:
+    """Token ids (1, P) of a chat, with the words with which the assistant is to go on.
+
+    generation: whether it is; False leaves these words out.
 
     Raises:
         UserError: a turn is no text in UTF-8, or the chat template is missing or fails.
@@ -95,7 +99,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         )
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, add_generation_prompt=generation, return_tensors="pt", return_dict=True
         )
     except TemplateError as error:
         raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error

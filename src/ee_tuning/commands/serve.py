@@ -1,0 +1,83 @@
+"""`ee-tuning serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+import sys
+import time
+import warnings
+from typing import Any
+
+from ee_tuning.errors import Notice, UserError
+from ee_tuning.serve.config import ServeConfig
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C; a line of JSON on standard output for each request.
+
+    Raises:
+        UserError: packages are missing, the address cannot be had, or see
+            `ee_tuning.serve.load.served`.
+    """
+    try:
+        import uvicorn
+
+        from ee_tuning.serve.app import make_app
+        from ee_tuning.serve.guard import Guard
+        from ee_tuning.serve.load import check_settings, served
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serve needs the package {error.name}: pip install 'ee-tuning[serve]'"
+        ) from error
+    check_settings(config)
+    if not config.api_key and not _is_loopback(config.host):
+        warnings.warn(
+            f"anyone who reaches {config.host} can use this server: give --api-key",
+            Notice,
+            stacklevel=1,
+        )
+    with _listening(config) as listener, served(config, _log) as found:
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{found.name}: http://{shown}:{port}", file=sys.stderr, flush=True)
+        settings = uvicorn.Config(
+            Guard(make_app(found), config.api_key, _log),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(config.grace)),
+        )
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _log(line: dict[str, Any]) -> None:
+    print(json.dumps({"time": round(time.time(), 3), **line}), flush=True)
+
+
+def _listening(config: ServeConfig) -> socket.socket:
+    """A socket at the address, before a model is loaded in vain.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; see --host and --port"
+        ) from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

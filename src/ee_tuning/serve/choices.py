@@ -1,0 +1,169 @@
+"""One text of a request, from what the engine settles to what its client gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ee_tuning.decode import Request, Token
+from ee_tuning.decode.text import TextStream
+from ee_tuning.serve.processors import Likely, Seen
+
+
+class Stops:
+    """Strings that end a text: what may be the beginning of one is held back."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self.strings, self._held = strings, ""
+
+    def put(self, new: str, ends: bool = True) -> tuple[str, bool]:
+        """What is safe to show after `new` text, and whether the text has ended.
+
+        ends: whether it may.
+        """
+        if not self.strings or not new:
+            return new, False
+        text = self._held + new
+        found = [place for stop in self.strings if (place := text.find(stop)) >= 0]
+        if found and ends:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max(self._tail(text, stop) for stop in self.strings)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _tail(text: str, stop: str) -> int:
+        """How long the end of the text is that a stop string may begin with."""
+        for length in range(min(len(stop) - 1, len(text)), 0, -1):
+            if stop.startswith(text[len(text) - length :]):
+                return length
+        return 0
+
+
+@dataclass
+class Delta:
+    """What a choice has more of: text, and the tokens that the engine settled meanwhile.
+
+    seen: per token, if its log probability is wanted. rounds: of drafts that ended, how many there
+    were and how many were kept. finish: why the text has ended; ee: how it was decoded, with that.
+    error: why it failed.
+    """
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    seen: list[Likely] = field(default_factory=list)
+    rounds: list[tuple[int, int]] = field(default_factory=list)
+    finish: str | None = None
+    error: Exception | None = None
+    ee: dict[str, Any] | None = None
+
+
+class Choice:
+    """One text that is written. All of it but `request` belongs to the engine's thread.
+
+    index: among those of its job. prompt: number of its prompt. started, first, ended: when it got
+    a slot, its first token, its last.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stops: Sequence[str] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        least: int = 0,
+        seen: Seen | None = None,
+        auto: bool = False,
+    ) -> None:
+        """stop_ids: tokens that end it, and are not in its text. least: tokens before it may end.
+        auto: the server says whether it is speculative.
+        """
+        self.index, self.request, self.auto = index, request, auto
+        self.stop_ids, self.least, self.seen = stop_ids, least, seen
+        self.stops = Stops(stops)
+        self.stream = TextStream(tokenizer, skip_special_tokens=True, after=request.ids)
+        self.layers: list[int] = []
+        self.drafted = self.kept = 0
+        self.started = self.first = self.ended = 0.0
+        self.finish: str | None = None
+        self._run = 0  # drafts kept since the last token of the end's own
+
+    def put(self, token: Token) -> Delta:
+        """What a settled token brings. Not called any more once `finish` is said."""
+        self.ended = time.perf_counter()
+        self.first = self.first or self.ended
+        self.layers.append(token.exit_layer)
+        delta = Delta(self.index, tokens=[token], rounds=self._round(token))
+        if self.seen is not None:
+            position = len(self.request.ids) + len(self.layers) - 1
+            delta.seen = [self.seen.take(position, token.id)]
+        if token.id in self.stop_ids:
+            self.finish = "stop"
+        else:
+            new = self.stream.put([token.id])
+            delta.text, ended = self.stops.put(new, len(self.layers) >= self.least)
+            self.finish = "stop" if ended else "length" if token.ends else None
+            if ended:
+                return self._end(delta)
+        if self.finish is None:
+            return delta
+        rest, ended = self.stops.put(self.stream.end())
+        delta.text += rest + ("" if ended else self.stops.rest())
+        return self._end(delta)
+
+    def _round(self, token: Token) -> list[tuple[int, int]]:
+        """The round of drafts that this token ends, if it does."""
+        policy = self.request.policy
+        if not policy.verifies:
+            return []
+        if token.exit_layer != policy.end:
+            self._run += 1
+            return []
+        drafts, kept = self._run + len(token.rejected), self._run
+        self.drafted, self.kept, self._run = self.drafted + drafts, self.kept + kept, 0
+        return [(drafts, kept)] if drafts else []
+
+    def _end(self, delta: Delta) -> Delta:
+        delta.finish, delta.ee = self.finish, self.report()
+        return delta
+
+    def report(self) -> dict[str, Any]:
+        """Where the tokens left, for the client."""
+        seconds = self.ended - self.started
+        return {
+            "mean_depth": round(sum(self.layers) / max(1, len(self.layers)), 3),
+            "exit_layers": self.layers,
+            "drafted": self.drafted,
+            "kept": self.kept,
+            "tokens_per_second": round(len(self.layers) / seconds, 2) if seconds > 0 else 0.0,
+        }
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Those of one choice, in a row, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    last = deltas[-1]
+    return Delta(
+        last.index,
+        "".join(one.text for one in deltas),
+        [token for one in deltas for token in one.tokens],
+        [seen for one in deltas for seen in one.seen],
+        [ended for one in deltas for ended in one.rounds],
+        last.finish,
+        last.error,
+        last.ee,
+    )

@@ -1,0 +1,331 @@
+"""From a request's body to the texts that it asks for."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import (
+    MinPLogitsWarper,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.logits_process import LogitsProcessorList
+
+from ee_tuning.config import Leaving
+from ee_tuning.data.chats import REFUSALS
+from ee_tuning.decode import Chooser, Policy, Request
+from ee_tuning.decode.settings import make_policy
+from ee_tuning.decode.text import encode_chat, encode_prompt
+from ee_tuning.errors import UserError, first_line
+from ee_tuning.exit_config import DRAFT
+from ee_tuning.model import Network
+from ee_tuning.serve.bodies import (
+    MOST,
+    ChatBody,
+    CompletionBody,
+    Generation,
+    Messages,
+    TokenizeBody,
+)
+from ee_tuning.serve.choices import Choice
+from ee_tuning.serve.errors import Refused
+from ee_tuning.serve.pieces import Pieces
+from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
+
+COMPLETION = 16  # tokens of a completion that says nothing else, as with OpenAI
+COLDEST = 0.01  # a temperature below it would be 0 to fp32
+
+
+@dataclass
+class Asked:
+    """What a body comes to: prompts, and the texts after them, `n` for each prompt in turn.
+
+    top: likeliest tokens wanted with each, None for no log probabilities. prompt_scores: those of
+    the prompts, too.
+    """
+
+    prompts: list[list[int]]
+    choices: list[Choice]
+    policy: Policy
+    n: int
+    top: int | None
+    echo: bool
+    prompt_scores: bool
+
+
+class Reader:
+    """Reads bodies for a model. Slow ones: not in the thread that serves everybody."""
+
+    def __init__(
+        self,
+        model: Network,
+        tokenizer: PreTrainedTokenizerBase,
+        exit_layers: Sequence[int],
+        leaving: Leaving,
+        mode: str,
+        capacity: int,
+    ) -> None:
+        """exit_layers: those there are. leaving, mode: of requests that say nothing else.
+        capacity: tokens of a text at most.
+        """
+        self.model, self.leaving, self.mode, self.capacity = model, leaving, mode, capacity
+        depth = model.backbone.num_layers
+        self.exit_layers, self.drafting = exit_layers, [k for k in exit_layers if k != depth]
+        self.tokenizer = tokenizer
+        self.own = copy.deepcopy(tokenizer)  # for the engine's thread
+        self.pieces = Pieces(tokenizer)
+        self.device = model.backbone.device
+        self.size = model.backbone.config.vocab_size
+        self.ends = _ends(model, tokenizer)
+
+    def check_defaults(self) -> None:
+        """Refuse settings with which no request could be decoded.
+
+        Raises:
+            UserError: says which.
+        """
+        try:
+            self._policy(Generation())
+        except Refused as error:
+            raise UserError(error.message) from error
+
+    def completion(self, body: CompletionBody) -> Asked:
+        """Raises: Refused, UserError: it cannot be had."""
+        given = body.prompt
+        if isinstance(given, str):
+            prompts: list[Any] = [given]
+        elif isinstance(given[0], int):
+            prompts = [given]
+        else:
+            prompts = list(given)
+        n = body.n or 1
+        if len(prompts) * n > MOST:
+            raise Refused(f"n: {len(prompts)} prompts × {n} are more than {MOST} texts", "n")
+        ids = [self.ids(prompt) for prompt in prompts]
+        most = COMPLETION if body.max_tokens is None else body.max_tokens
+        if most == 0 and not body.echo:
+            raise Refused("max_tokens: 0 is possible with echo only", "max_tokens")
+        echo, top = bool(body.echo), body.logprobs
+        return self._asked(body, ids, most, top, echo)
+
+    def chat(self, body: ChatBody) -> Asked:
+        """Raises: Refused, UserError: it cannot be had."""
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refused("top_logprobs: needs logprobs: true", "top_logprobs")
+        given = (
+            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        )
+        if given == 0:
+            raise Refused("max_tokens: give 1 or more", "max_tokens")
+        ids = self.chat_ids(body.messages)
+        most = max(1, self.capacity - len(ids)) if given is None else given
+        return self._asked(body, [ids], most, (body.top_logprobs or 0) if body.logprobs else None)
+
+    def tokens(self, body: TokenizeBody) -> list[int]:
+        """Raises: Refused, UserError: it cannot be had."""
+        if (body.prompt is None) == (body.messages is None):
+            raise Refused("prompt: give either prompt or messages", "prompt")
+        if body.messages is not None:
+            return self.chat_ids(body.messages, body.add_generation_prompt)
+        assert body.prompt is not None
+        self._check_length(body.prompt, "prompt")
+        encoded: Any = self.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)
+        return encoded.input_ids
+
+    def text(self, tokens: list[int]) -> str:
+        """Of tokens, special ones, too."""
+        self._check_ids(tokens, "tokens")
+        return str(self.tokenizer.decode(tokens))
+
+    def ids(self, prompt: str | list[int]) -> list[int]:
+        """Of one prompt."""
+        if not isinstance(prompt, str):
+            self._check_ids(prompt, "prompt")
+            return prompt
+        self._check_length(prompt, "prompt")
+        try:
+            return encode_prompt(self.tokenizer, prompt)[0].tolist()
+        except UserError as error:
+            raise Refused(f"prompt: {error}", "prompt") from error
+
+    def chat_ids(self, messages: Messages, generation: bool = True) -> list[int]:
+        """Of a chat."""
+        if not self.tokenizer.chat_template:
+            raise Refused("messages: this model has no chat template: give a prompt", "messages")
+        turns = [message.plain() for message in messages]
+        for turn in turns:
+            self._check_length(turn["content"], "messages")
+        try:
+            return encode_chat(self.tokenizer, turns, generation)[0].tolist()
+        except REFUSALS as error:
+            raise Refused(f"messages: {first_line(error)}", "messages") from error
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Refuse what is too long whatever its tokens are, before these are made."""
+        if len(text) > self.capacity * self.pieces.longest:
+            raise self._too_long(f"{len(text)} characters", field)
+
+    def _too_long(self, what: str, field: str) -> Refused:
+        return Refused(
+            f"{field}: {what} are more than the {self.capacity} tokens that a text may have with "
+            "its prompt: shorten it, or ask for fewer tokens",
+            field,
+            code="context_length_exceeded",
+        )
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        if ids and max(ids) >= self.size:
+            raise Refused(
+                f"{field}: token {max(ids)} is not in the vocabulary of {self.size}", field
+            )
+
+    def _asked(
+        self,
+        body: Generation,
+        prompts: list[list[int]],
+        most: int,
+        top: int | None,
+        echo: bool = False,
+    ) -> Asked:
+        if body.stream_options is not None and not body.stream:
+            raise Refused("stream_options: needs stream: true", "stream_options")
+        for ids in prompts:
+            if len(ids) + most > self.capacity:
+                field = "prompt" if isinstance(body, CompletionBody) else "messages"
+                field = field if len(ids) >= self.capacity else "max_tokens"
+                raise self._too_long(f"{len(ids)} tokens of the prompt and {most} new ones", field)
+        n, auto, policy = body.n or 1, *self._policy(body)
+        seed = body.seed
+        choices = [
+            self._choice(body, ids, policy, most, index, None if seed is None else seed + copy, top)
+            for index, (ids, copy) in enumerate((ids, k) for ids in prompts for k in range(n))
+        ]
+        for choice in choices:
+            choice.auto = auto
+        return Asked(
+            prompts, choices if most else [], policy, n, top, echo, echo and top is not None
+        )
+
+    def _policy(self, body: Generation) -> tuple[bool, Policy]:
+        """Whether the server may decide, and where tokens leave.
+
+        Raises:
+            Refused: names the field that the mistake is in.
+        """
+        own = {field.name for field in fields(Leaving)} & body.model_fields_set
+        given = {name: getattr(body, name) for name in own if getattr(body, name) is not None}
+        mode = given.pop("mode", self.mode)
+        if mode not in ("auto", "full") and not self.exit_layers:
+            raise Refused(f"mode: {mode} needs exits, and this model has none", "mode")
+        # A seed is to give the same text whatever the server takes to be faster.
+        auto = mode == "auto" and not (body.seed is not None and temperature_of(body))
+        leaving = {**vars(self.leaving), **given, "mode": mode}
+        if mode == "auto":
+            auto = auto and bool(self.drafting)
+            leaving["mode"] = "speculative" if auto else "full"
+            if auto and not leaving["exit_layers"] and DRAFT not in self.drafting:
+                leaving["exit_layers"] = self.drafting
+        if leaving["threshold"] == "calibrated":
+            raise Refused("threshold: these exits are not calibrated", "threshold")
+        try:
+            return auto, make_policy(self.model, Leaving(**leaving))
+        except UserError as error:
+            named = [name for name in (*given, "mode") if name in str(error)]
+            field = named[0] if named else next(iter(given), "mode")
+            raise Refused(f"{field}: {error}", field) from error
+
+    def _choice(
+        self,
+        body: Generation,
+        ids: list[int],
+        policy: Policy,
+        most: int,
+        index: int,
+        seed: int | None,
+        top: int | None,
+    ) -> Choice:
+        ends = frozenset(() if body.ignore_eos else self.ends) | {*(body.stop_token_ids or ())}
+        self._check_ids([*ends], "stop_token_ids")
+        seen = None if top is None else Seen(top)
+        temperature = temperature_of(body)
+        processors = self._processors(body, ids, ends, seen, temperature)
+        chooser = Chooser(LogitsProcessorList(processors), sample=temperature > 0)
+        chooser.source.seed = secrets.randbits(62) if seed is None else seed % 2**63
+        request = Request(ids, policy, len(ids) + most, chooser)
+        stops = [body.stop] if isinstance(body.stop, str) else (body.stop or [])
+        least = body.min_tokens or 0
+        if least > most:
+            raise Refused(f"min_tokens: {least} are more than max_tokens, {most}", "min_tokens")
+        return Choice(index, request, self.own, stops=stops, stop_ids=ends, least=least, seen=seen)
+
+    def _processors(
+        self,
+        body: Generation,
+        ids: list[int],
+        ends: frozenset[int],
+        seen: Seen | None,
+        temperature: float,
+    ) -> list[Any]:
+        """In transformers' order: what depends on the text, then what samples are drawn from."""
+        found: list[Any] = [] if seen is None else [seen]
+        penalty = body.repetition_penalty
+        if penalty is not None and penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(penalty))
+        presence, frequency = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
+        if presence or frequency:
+            found.append(Penalties(len(ids), presence, frequency))
+        if body.logit_bias:
+            found.append(Bias(self._bias(body.logit_bias), self.device))
+        if body.min_tokens and ends:
+            found.append(NotYet(len(ids) + body.min_tokens, sorted(ends), self.device))
+        if not temperature:
+            return found
+        if temperature != 1:
+            found.append(TemperatureLogitsWarper(temperature))
+        if (body.top_k or 0) > 0:
+            found.append(TopKLogitsWarper(min(body.top_k or 0, self.size)))
+        if body.top_p is not None and body.top_p < 1:
+            found.append(TopPLogitsWarper(body.top_p))
+        if body.min_p:
+            found.append(MinPLogitsWarper(body.min_p))
+        return found
+
+    def _bias(self, given: dict[str, float]) -> dict[int, float]:
+        found = {}
+        for name, value in given.items():
+            if not (name.isascii() and name.isdigit() and len(name) < 10):
+                raise Refused(f"logit_bias: {name!r} is no token id", "logit_bias")
+            found[int(name)] = float(value)
+        self._check_ids([*found], "logit_bias")
+        return found
+
+
+def temperature_of(body: Generation) -> float:
+    """0 for the likeliest tokens.
+
+    Raises:
+        Refused: it is too small to divide by.
+    """
+    found = 1.0 if body.temperature is None else float(body.temperature)
+    if 0 < found < COLDEST:
+        raise Refused(
+            f"temperature: {found} is too small: give 0 for the likeliest tokens, or at least "
+            f"{COLDEST}",
+            "temperature",
+        )
+    return found
+
+
+def _ends(model: Network, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a text."""
+    said = getattr(model.backbone.model.generation_config, "eos_token_id", None)
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    own = tokenizer.eos_token_id
+    return sorted({*ends, *([] if own is None else [own])})

@@ -1,0 +1,311 @@
+"""The thread that owns the engine: it admits texts, steps, and hands out what is settled."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ee_tuning.decode import Engine, Full, Request
+from ee_tuning.errors import UserError, first_line
+from ee_tuning.serve.choices import Choice, Delta
+from ee_tuning.serve.errors import Refused
+from ee_tuning.serve.jobs import Job, too_late
+from ee_tuning.serve.metrics import Metrics
+from ee_tuning.serve.speed import Faster
+
+PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
+FAILURES = 3  # steps in a row that fail: the engine is taken for dead
+
+Log = Callable[[dict[str, Any]], None]
+
+
+class Worker:
+    """Feeds an engine, in a thread of its own.
+
+    state: ``warming up``, ``ready``, ``stopped``, or why the engine is dead.
+    """
+
+    def __init__(
+        self, engine: Engine, max_queue: int, seconds: float, metrics: Metrics, log: Log
+    ) -> None:
+        """max_queue: jobs that may wait. seconds: a job may take."""
+        self.engine, self.max_queue, self.seconds = engine, max_queue, seconds
+        self.metrics, self.log, self.state = metrics, log, "warming up"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Job, Choice]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._live: dict[Request, tuple[Job, Choice]] = {}
+        self._faster, self._failures, self._stopping = Faster(), 0, False
+        self._admitted = False  # in the last step
+
+    # -- in the thread of the clients --------------------------------------------------------------
+
+    def start(self, measures: list[str]) -> None:
+        """Warm up and begin; clients are told in the running loop. measures: see `warm_up`."""
+        self._loop, self._measures = asyncio.get_running_loop(), measures
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give up what there is, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=10)
+
+    def submit(self, job: Job) -> None:
+        """Let its texts have slots in turn.
+
+        Raises:
+            Refused: too many wait already, or the engine is dead.
+        """
+        with self._changed:
+            self._refuse_if_full()
+            self._waiting += [(job, choice) for choice in job.choices]
+            self._changed.notify()
+
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """What a function that uses the model gives, called between two steps.
+
+        Raises:
+            Refused: as for `submit`.
+        """
+        assert self._loop is not None
+        future = self._loop.create_future()
+        with self._changed:
+            self._refuse_if_full()
+            self._calls.append((function, future))
+            self._changed.notify()
+        return await asyncio.wait_for(future, self.seconds)
+
+    def give_up(self, job: Job) -> None:
+        """Nobody waits for it any more: its slots are free from the next step on."""
+        with self._changed:
+            job.given_up = True
+            for choice in job.choices:
+                self.engine.cancel(choice.request)
+            if any(other is job for other, _ in self._waiting):
+                self._waiting = deque(one for one in self._waiting if one[0] is not job)
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        """Texts that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Texts that have one."""
+        return len(self._live)
+
+    def _refuse_if_full(self) -> None:
+        if self.state not in ("warming up", "ready"):
+            raise Refused(f"the engine is {self.state}", status=503)
+        jobs = {id(job) for job, _ in self._waiting if not job.begun}
+        if len(jobs) + len(self._calls) >= self.max_queue:
+            raise Refused(
+                f"{self.max_queue} requests are waiting: try again later",
+                status=429,
+                code="queue_full",
+                retry=min(60, 1 + len(jobs) // self.engine.passes.slots),
+            )
+
+    # -- in the engine's thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self.engine.warm_up(self._measures)
+            self.state = "ready"
+            while self._wait():
+                self._call()
+                self._step()
+        except Exception as error:
+            self._die(error)
+        self._end("stopped" if self._stopping else self.state)
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False: to stop."""
+        with self._changed:
+            while not (self._stopping or self._waiting or self._calls or self.engine.busy):
+                self._changed.wait()
+            return not self._stopping
+
+    def _call(self) -> None:
+        """Run one function that was asked for."""
+        with self._changed:
+            if not self._calls:
+                return
+            function, future = self._calls.popleft()
+        if future.cancelled():
+            return
+        try:
+            with self.engine.turn:
+                found = function()
+        except Exception as error:
+            self._log_error(error)
+            self._tell(_fail, future, error)
+        else:
+            self._tell(_answer, future, found)
+
+    def _step(self) -> None:
+        try:
+            self._admitted = self._admit()
+            events = self.engine.step()
+            self._failures = 0
+        except Exception as error:
+            self._failed(error)
+            return
+        news: dict[Job, list[Delta]] = {}
+        for request, token in events:
+            found = self._live.get(request)
+            if found is None or request.cancelled:
+                continue
+            job, choice = found
+            try:
+                if token is None:
+                    raise request.error or RuntimeError("a text failed without a reason")
+                delta = choice.put(token)
+            except Exception as error:  # of this text: it ends alone
+                delta = Delta(choice.index, error=self._explained(error))
+            news.setdefault(job, []).append(delta)
+            self._count(job, choice, delta)
+        if news:
+            self._tell(_hand_out, news)
+        self._look_at_the_clock()
+
+    def _admit(self) -> bool:
+        """Hand the next texts to the engine, if there are slots; not twice without a round."""
+        live = sum(not row.request.cancelled for row in self.engine.sequences.live)
+        if live and self._admitted:
+            return False
+        free, tokens = self.engine.passes.slots - live, 0
+        with self._changed:
+            while self._waiting and free and tokens < PROMPTS:
+                job, choice = self._waiting.popleft()
+                if choice.auto and self._faster.mode(len(self._live)) == "full":
+                    choice.request.policy = Full(self.engine.passes.backbone.num_layers)
+                self.engine.submit(choice.request)
+                job.begun, choice.started = True, time.perf_counter()
+                self._live[choice.request] = job, choice
+                self.metrics.began(choice, job.submitted)
+                free, tokens = free - 1, tokens + len(choice.request.ids)
+        return tokens > 0
+
+    def _count(self, job: Job, choice: Choice, delta: Delta) -> None:
+        """Take in what a text has become."""
+        if len(choice.layers) == 1 and delta.tokens:
+            self.metrics.said_first(choice, job.submitted)
+        self.metrics.settled(delta)
+        if delta.error is None and delta.finish is None:
+            return
+        self.engine.cancel(choice.request)  # it may end before the engine knows
+        self._live.pop(choice.request, None)
+        if delta.error is not None:
+            self.metrics.gave_up("error")
+            return
+        self.metrics.ended(choice, job.submitted)
+        if choice.auto and len(choice.layers) > 8:
+            speed = (len(choice.layers) - 1) / max(1e-9, choice.ended - choice.first)
+            self._faster.learn(choice.request.policy.mode, len(self._live), speed)
+
+    def _look_at_the_clock(self) -> None:
+        """Give up what takes too long, and forget what was given up."""
+        now = time.perf_counter()
+        for request, (job, _) in list(self._live.items()):
+            if job.deadline < now and not job.given_up:
+                self._tell(job.give, too_late(self.seconds))
+                self.give_up(job)
+                self.metrics.gave_up("deadline")
+            elif job.given_up:
+                self.metrics.gave_up("abort")
+            if job.given_up:
+                del self._live[request]
+        with self._changed:
+            late = [job for job, _ in self._waiting if job.deadline < now]
+        for job in dict.fromkeys(late):
+            self._tell(job.give, too_late(self.seconds))
+            self.give_up(job)
+            self.metrics.gave_up("deadline")
+
+    def _failed(self, error: Exception) -> None:
+        """A step failed: with it all that was in progress. Others may go on, if the device does."""
+        self._failures += 1
+        self._fail_live(error)
+        self.engine.clear()
+        if self._failures >= FAILURES:
+            raise error
+        if self.engine.passes.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _die(self, error: Exception) -> None:
+        """There is nothing more to be had of the engine."""
+        self.state = f"dead: {first_line(error)}"
+        self._fail_live(error)
+
+    def _fail_live(self, error: Exception) -> None:
+        explained = self._explained(error)
+        for job in dict.fromkeys(job for job, _ in self._live.values()):
+            self._tell(job.give, explained)
+            self.give_up(job)
+            self.metrics.gave_up("error")
+        self._live.clear()
+
+    def _end(self, state: str) -> None:
+        """Nobody waits in vain."""
+        self.state = state
+        refused = Refused(f"the engine is {state}", status=503)
+        with self._changed:
+            jobs = [job for job, _ in (*self._waiting, *self._live.values())]
+            calls = [future for _, future in self._calls]
+            self._waiting.clear()
+            self._calls.clear()
+        for job in dict.fromkeys(jobs):
+            self._tell(job.give, refused)
+        for future in calls:
+            self._tell(_fail, future, refused)
+
+    def _explained(self, error: Exception) -> Exception:
+        """What a client is told of a mistake; if it is none of its own, it is logged whole."""
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, UserError):
+            return Refused(str(error))
+        self._log_error(error)
+        return Refused(f"the request failed: {first_line(error)}", status=500)
+
+    def _log_error(self, error: Exception) -> None:
+        lines = traceback.format_exception(error)
+        self.log({"event": "error", "error": first_line(error), "traceback": "".join(lines)})
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function in the thread of the clients."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+
+def _hand_out(news: dict[Job, list[Delta]]) -> None:
+    for job, deltas in news.items():
+        job.give(deltas)
+
+
+def _answer(future: asyncio.Future[Any], found: Any) -> None:
+    if not future.done():
+        future.set_result(found)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
