@@ -42,12 +42,19 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks becomes a ?
             stream.reconfigure(errors="replace")
+    with ends_in_a_line(debug), contextlib.nullcontext() if debug else _own_lines_alone():
+        _run(args)
+
+
+@contextlib.contextmanager
+def ends_in_a_line(debug: bool = False) -> Iterator[None]:
+    """Inside, a user's mistake ends the process with one line and exit status 2; so does what else
+    is nobody's fault, with another status."""
     try:
-        with contextlib.nullcontext() if debug else _own_lines_alone():
-            try:
-                _run(args)
-            finally:
-                sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         _fail(str(error), debug, 2)
     except ProcessFailed as error:

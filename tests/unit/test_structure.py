@@ -24,7 +24,7 @@ from ee_tuning.tune.step import Tuner
 
 # From the top. A room imports rooms of its own floor and of those below.
 FLOORS = [
-    ["__main__"],
+    ["__main__", "lm_eval"],
     ["cli"],
     ["commands", "parsing"],
     ["__init__"],
