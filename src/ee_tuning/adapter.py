@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ee_tuning.certificate import Certificate
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import ExitConfig, exit_name
 from ee_tuning.files import filling, read_json, write_json, write_text
-from ee_tuning.fingerprint import config_values
+from ee_tuning.fingerprint import config_values, exit_hash
 from ee_tuning.folders import signed
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
@@ -30,6 +31,7 @@ from ee_tuning.slices import SplitParameter, read_part
 FORMAT_VERSION = 1
 CONFIG_NAME = "exit_config.json"
 WEIGHTS_NAME = "exits.safetensors"
+CALIBRATION_NAME = "calibration.json"
 CHECKPOINTS = "checkpoints"  # of a run, in its folder
 HERE = "."  # the backbone of exits that lie in the same folder as it
 
@@ -80,7 +82,8 @@ def save(
     dtype: torch.dtype | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write ``exits.safetensors``, ``exit_config.json`` and a model card, if there is none.
+    """Write ``exits.safetensors``, ``exit_config.json`` and a model card, if there is none; and
+    what calibration found of these exits.
 
     All are written before the first one takes the place of what may be there already.
 
@@ -96,6 +99,8 @@ def save(
         save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         config = saved_config(network)
         write_json(staging / CONFIG_NAME, config)
+        if network.calibration is not None and not changed_exits(network, network.calibration):
+            write_json(staging / CALIBRATION_NAME, network.calibration.to_json())
         if not (folder / "README.md").exists():
             write_text(staging / "README.md", model_card(config))
 
@@ -302,6 +307,29 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
             f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"
         )
     return saved
+
+
+def read_calibration(folder: Path) -> Certificate | None:
+    """What calibration found of the exits in a folder, if they were calibrated.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / CALIBRATION_NAME
+    return Certificate.from_json(read_json(path), str(path)) if path.exists() else None
+
+
+def save_calibration(network: Network, folder: Path, found: Certificate) -> None:
+    """Write what calibration found of the exits that were read from `folder` beside them."""
+    write_json(folder / CALIBRATION_NAME, found.to_json())
+    network.calibration = found
+
+
+def changed_exits(network: Network, found: Certificate) -> list[int]:
+    """The layers of those exits here, of the ones calibrated, whose weights are others now."""
+    own = {layer: network.exits[str(layer)] for layer in found.exits if str(layer) in network.exits}
+    now = {layer: exit_hash(exit) for layer, exit in own.items()}
+    return [layer for layer, value in now.items() if value not in (None, found.exits[layer])]
 
 
 def _lacking(found: Any, names: set[str]) -> list[str]:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 
 from ee_tuning import config as settings
+from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.serve.config import ServeConfig
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type] = {
     "plan": settings.PlanConfig,
     "generate": settings.GenerateConfig,
     "evaluate": settings.EvaluateConfig,
+    "calibrate": CalibrateConfig,
     "export": settings.ExportConfig,
     "inspect": settings.InspectConfig,
     "regenerate": RegenerateConfig,

@@ -326,6 +326,9 @@ class GenerateConfig(Leaving, SamplingConfig):
     prompt: str | None = option(
         None, "the prompt; - reads standard input, '' begins with the tokenizer's BOS token"
     )
+    calibrated: bool = option(
+        False, "the thresholds that calibrate saved with the exits, and their settings"
+    )
     do_sample: bool = option(False, "sample instead of taking the likeliest token")
     temperature: float = option(1.0, "sampling temperature")
     top_k: int = option(50, "sample among the k likeliest tokens; 0: all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +75,26 @@ def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> N
                 f"the exits in {where} were made for another backbone: "
                 f"{key} is {other!r} here and {value!r} there"
             )
+
+
+_SEEN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def exit_hash(exit: nn.Module) -> str | None:
+    """A hash of all of an exit's weights as they are now, in their dtype; None if other processes
+    have parts of them.
+
+    Those that were hashed before and did not change since are not hashed again.
+    """
+    if any(isinstance(p, SplitParameter) for p in exit.parameters()):
+        return None
+    tensors = {name: p.detach() for name, p in exit.named_parameters()}
+    tensors |= {f"buffer {name}": value for name, value in exit.named_buffers()}
+    state = tuple((one.data_ptr(), one._version) for one in tensors.values())
+    if exit not in _SEEN or _SEEN[exit][0] != state:
+        digest = hashlib.sha256()
+        for name, one in sorted(tensors.items()):
+            digest.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())
+            digest.update(one.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        _SEEN[exit] = state, digest.hexdigest()[:32]
+    return _SEEN[exit][1]

@@ -281,6 +281,7 @@ _FILES: dict[str, Callable[[Path], bool]] = {
     "run.yaml": _begins("# ee-tuning "),
     "metrics.jsonl": _are_metrics,
     "evaluation.json": _holds("exit_rows", "threshold_rows"),
+    "calibration.json": _holds("thresholds", "epsilon", "delta"),
     "report.html": _begins("<title>Early exits of "),
     "trace.json": _is_trace,
     "trace.png": _begins("ee-tuning"),

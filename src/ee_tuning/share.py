@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ee_tuning.adapter import (
     base_of,
     find_exits,
+    read_calibration,
     read_exit_config,
     read_weights,
     saved_exits,
@@ -148,6 +149,7 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
     check_same(hashes, network.tensor_hashes, source.exits)
     network.exits.to(share.exit_dtype or network.dtype)
     read_weights(network, folder)
+    network.calibration = read_calibration(folder)
     return network
 
 

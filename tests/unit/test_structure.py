@@ -29,7 +29,7 @@ FLOORS = [
     ["commands", "parsing"],
     ["__init__"],
     ["api"],
-    ["regenerate", "serve", "tune", "evaluate", "plan", "decode"],
+    ["calibrate", "regenerate", "serve", "tune", "evaluate", "plan", "decode"],
     ["share", "export"],
     ["adapter"],
     ["parallel"],
@@ -37,7 +37,7 @@ FLOORS = [
     ["model"],
     ["exits", "backbone", "loading", "fingerprint", "gguf"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
-    ["config", "exit_config", "files", "folders", "hub"],
+    ["config", "exit_config", "files", "folders", "hub", "certificate"],
     ["twin", "errors", "settings", "version"],
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

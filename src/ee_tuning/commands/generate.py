@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning import decode
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import GenerateConfig
 from ee_tuning.data.chats import with_template
 from ee_tuning.decode.arguments import to_requests
@@ -90,6 +91,10 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
     """
     if config.stage_layers and config.pp == 1:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
+    if config.calibrated:
+        if config.threshold != GenerateConfig.threshold:
+            raise UserError("threshold and calibrated are both given: leave one out")
+        config = replace(config, threshold=CALIBRATED)
     check_stages(config.mode, config.pp)
     mesh = Mesh(tp=config.tp, pp=config.pp)
     with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):

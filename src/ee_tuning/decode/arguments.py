@@ -18,10 +18,12 @@ from transformers import (
     StopStringCriteria,
 )
 
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import Leaving
+from ee_tuning.decode.certified import holds_for
 from ee_tuning.decode.sampling import Chooser
 from ee_tuning.decode.sequences import Request
-from ee_tuning.decode.settings import make_policy
+from ee_tuning.decode.settings import Full, make_policy
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.model import Network
 
@@ -138,7 +140,8 @@ def to_requests(
     Raises:
         UserError: what transformers says against them, or an argument that cannot be had here.
     """
-    policy = make_policy(model, read_leaving(leaving, kwargs))
+    leaving = read_leaving(leaving, kwargs)
+    policy, calibrated = make_policy(model, leaving), leaving.threshold == CALIBRATED
     for name in ("max_length", "min_length") if padded else ():  # they count padding
         value = _holds(model, kwargs, name)
         if value:
@@ -155,9 +158,12 @@ def to_requests(
         _check_mode(config)
         stops = _stops(prepared["stopping_criteria"], input_ids.device)
         length = min(lengths, default=config.max_length)
+        own = policy
         for row in input_ids.tolist():
             chooser = Chooser(prepared["logits_processor"], config.do_sample)
-            requests.append(Request(row, policy, length, chooser, stops))
+            if calibrated and not holds_for(model, chooser.scores, length - len(row)):
+                own = Full(model.backbone.num_layers)
+            requests.append(Request(row, own, length, chooser, stops))
         padding = _padding(config)
         return input_ids
 

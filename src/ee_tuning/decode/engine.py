@@ -35,7 +35,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.drafts import first_tokens, next_round
 from ee_tuning.decode.noise import Generators
-from ee_tuning.decode.pace import Pace
+from ee_tuning.decode.pace import Pace, Steady
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
@@ -196,7 +196,8 @@ class Engine:
             row = self.sequences.enter(request, slot)
             if row.policy.verifies:
                 cost = self._draft_costs[min(row.policy.exit_layers)]
-                row.pace = Pace(row.policy.max_pending, cost)
+                kind = Steady if row.policy.steady else Pace
+                row.pace = kind(row.policy.max_pending, cost)
             new.append(row)
         return new
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from ee_tuning.decode.arguments import (
     to_requests,
     warn_ignored,
 )
+from ee_tuning.decode.certified import with_certified
 from ee_tuning.decode.engines import ROOM, AnyEngine, engine_for, engines_of
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
-from ee_tuning.decode.settings import active_layers, check_pending, make_policy
+from ee_tuning.decode.settings import Policy, active_layers, check_pending, make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 
@@ -41,6 +42,16 @@ class GenerateOutput(ModelOutput):
     confidences: Tensor | None = None
 
 
+class Watcher(Protocol):
+    """Who looks on: see `ee_tuning.calibrate.audit.Audit`."""
+
+    def policy(self, policy: Policy) -> Policy:
+        """That of a new request, or one in its place."""
+
+    def take(self, request: Request, token: Token) -> None:
+        """A token of a request is settled."""
+
+
 def generate(
     model: Network,
     input_ids: Tensor,
@@ -48,6 +59,7 @@ def generate(
     *,
     attention_mask: Tensor | None = None,
     compile: bool | None = None,
+    audit: Watcher | None = None,
     on_token: Callable[[int, Token], None] | None = None,
     streamer: Any = None,
     return_dict_in_generate: bool | None = None,
@@ -66,6 +78,7 @@ def generate(
         padding tokens, unless they may end a text.
     compile: layers and exits, and capture passes as CUDA graphs; default: on CUDA. The first calls
         compile; `warm_up` does it ahead.
+    audit: of calibrated thresholds.
     on_token: called with the row and each settled `Token` before the streamer gets it.
     streamer: as in transformers, for one text.
     return_dict_in_generate: False, here or in ``generation_config``, gives the sequences alone.
@@ -85,12 +98,12 @@ def generate(
             raise UserError("a streamer takes one text: leave it out, or use on_token for a batch")
         # A length with the prompt is one with its padding, as transformers has it.
         room = min(request.max_length - len(request.ids) for request in requests)
-        for request in requests:
+        for request in _audited(requests, audit):
             request.max_length = len(request.ids) + room
         with engine_for(model, requests, compile) as engine:
             if streamer is not None:
                 streamer.put(input_ids.cpu())
-            tokens = _texts(engine, requests, on_token, streamer)
+            tokens = _texts(engine, requests, audit, on_token, streamer)
     if streamer is not None:
         streamer.end()
     given = input_ids.repeat_interleave(len(requests) // len(prompts), 0)
@@ -100,16 +113,34 @@ def generate(
     return output["sequences"] if return_dict_in_generate is False else output
 
 
+def _audited(requests: list[Request], audit: Watcher | None) -> list[Request]:
+    """`requests`, some of them with another policy."""
+    for request in requests if audit is not None else ():
+        request.policy = audit.policy(request.policy)  # type: ignore[union-attr]
+    return requests
+
+
+def _watched(
+    tokens: Iterator[tuple[Request, Token]], audit: Watcher | None
+) -> Iterator[tuple[Request, Token]]:
+    """`tokens`, of each of which `audit` is told first."""
+    for request, token in tokens:
+        if audit is not None:
+            audit.take(request, token)
+        yield request, token
+
+
 def _texts(
     engine: AnyEngine,
     requests: list[Request],
+    audit: Watcher | None,
     on_token: Callable[[int, Token], None] | None,
     streamer: Any,
 ) -> list[list[Token]]:
     """The new tokens of all requests, which have a slot each."""
     rows = {request: row for row, request in enumerate(requests)}
     tokens: list[list[Token]] = [[] for _ in requests]
-    for request, token in engine.stream(requests):
+    for request, token in _watched(engine.stream(requests), audit):
         tokens[rows[request]].append(token)
         if on_token:
             on_token(rows[request], token)
@@ -126,6 +157,7 @@ def generate_batch(
     slots: int = 16,
     capacity: int | None = None,
     compile: bool | None = None,
+    audit: Watcher | None = None,
     **kwargs: Any,
 ) -> Iterator[tuple[int, GenerateOutput]]:
     """Generate from any number of prompts, `slots` at a time: (number, output) as each text ends.
@@ -138,8 +170,8 @@ def generate_batch(
     capacity: tokens of a prompt with its text at most; default: the backbone's context. Where
         rotary frequencies change at a length (longrope), default: that; with more, all texts have
         those of long ones.
-    leaving, kwargs: as for `generate`, for all prompts. Their `exit_layers` and `max_pending` bound
-        those of the single prompts.
+    leaving, audit, kwargs: as for `generate`, for all prompts. Their `exit_layers` and
+        `max_pending` bound those of the single prompts.
 
     Raises:
         UserError: as `generate`. A prompt that cannot be had is refused by its number when its turn
@@ -150,8 +182,7 @@ def generate_batch(
     if not capacity:
         raise UserError("the backbone's config has no context length: give capacity")
     common = read_leaving(leaving, kwargs)
-    exits, bound = active_layers(model, common.exit_layers), common.max_pending
-    check_pending(bound)
+    exits, bound = _widest(model, common)
     size: dict[str, Any] = {"slots": slots, "capacity": capacity, "max_pending": bound}
     numbers: dict[Request, tuple[int, list[Token]]] = {}
 
@@ -160,7 +191,7 @@ def generate_batch(
             own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
             try:
                 found = _prompt_requests(model, own, common, kwargs)
-                for request in found:
+                for request in _audited(found, audit):
                     engine.check(request, capacity)
             except UserError as error:
                 raise UserError(f"prompt {number}: {error}") from error
@@ -169,13 +200,20 @@ def generate_batch(
                 yield request
 
     with engines_of(model).lend(model, exits, **size, compile=compile) as engine:
-        for request, token in engine.stream(requests()):
+        for request, token in _watched(engine.stream(requests()), audit):
             number, tokens = numbers[request]
             tokens.append(token)
             if token.ends:
                 del numbers[request]
                 prompt = torch.tensor([request.ids])
                 yield number, _output(prompt, [tokens], 0, model.backbone.device)
+
+
+def _widest(model: Network, leaving: Leaving) -> tuple[list[int], int]:
+    """The exits and the bound of pending tokens that those of single prompts are within."""
+    leaving = with_certified(model, leaving)
+    check_pending(leaving.max_pending)
+    return active_layers(model, leaving.exit_layers), leaving.max_pending
 
 
 def _prompt_requests(

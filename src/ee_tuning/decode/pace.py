@@ -48,6 +48,14 @@ class Pace:
         return found
 
 
+class Steady(Pace):
+    """As many drafts as may be, whether that pays or not."""
+
+    def drafts(self, room: int, clock: Clock | None = None) -> int:
+        """See `Pace`."""
+        return max(0, min(self.longest, room - 1))
+
+
 class Clock:
     """How long rounds took lately, by the number of their drafts.
 

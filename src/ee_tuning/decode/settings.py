@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from ee_tuning.config import MEASURES, Leaving
+from ee_tuning.decode.certified import with_certified
 from ee_tuning.decode.passes import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, Layers, parse_layers, parse_threshold
@@ -33,6 +34,7 @@ class Policy:
     needs_exits: ClassVar[bool] = True
     final: ClassVar[bool] = True  # the final exit predicts at the end, not an exit there
     verifies: ClassVar[bool] = False  # what left is a draft; the next that gets to the end verifies
+    steady: ClassVar[bool] = False  # drafts are as many as may leave, whether that pays or not
 
     @classmethod
     def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
@@ -118,6 +120,13 @@ class Speculative(Policy):
         return policy if policy.thresholds else Full.read(leaving, {}, depth)
 
 
+class Audited(Speculative):
+    """As `Threshold` leaves: a text at full depth, of which each draft is a token that would have
+    left, and each that is rejected one that would have been another. See `ee_tuning.calibrate`."""
+
+    steady = True
+
+
 POLICIES = {kind.mode: kind for kind in (Full, Fixed, Threshold, Speculative)}
 
 
@@ -127,6 +136,7 @@ def make_policy(model: Network, leaving: Leaving) -> Policy:
     Raises:
         UserError: an unknown mode, measure or exit, or thresholds that are not those of the exits.
     """
+    leaving = with_certified(model, leaving)
     mode, measure, least = leaving.mode, leaving.measure, leaving.min_depth
     if mode not in POLICIES:
         raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(POLICIES)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,14 @@ class Prompt:
     tokens: np.ndarray | None = None
     whole: bool = False
     problem: str = ""
+
+
+class Reading(Protocol):
+    """The settings that say what is taken of a record."""
+
+    text_field: str
+    prompt_tokens: int
+    system: str
 
 
 def shares_of(config: RegenerateConfig, sources: Sequence[Source]) -> list[float]:
@@ -82,7 +90,7 @@ def prompts(config: RegenerateConfig, sources: Sequence[Source], chats: bool) ->
             continue
         record, source = next(records[place]), sources[place].name
         try:
-            yield _prompt(number, source, record, config, chats)
+            yield prompt_of(number, source, record, config, chats)
         except BadRecord as error:
             problem = str(error) if record.problem else f"{record.where}: {error}"
             if not config.skip_bad_records:
@@ -102,9 +110,14 @@ def _again(source: Source, seed: int) -> Iterator[Record]:
             raise UserError(f"data {source.name} has no records: name a source with prompts in it")
 
 
-def _prompt(
-    number: int, source: str, record: Record, config: RegenerateConfig, chats: bool
-) -> Prompt:
+def prompt_of(number: int, source: str, record: Record, config: Reading, chats: bool) -> Prompt:
+    """What a text goes on from, of a record.
+
+    chats: it is a user's words, where it is not a document.
+
+    Raises:
+        BadRecord: it is malformed.
+    """
     if record.problem:
         raise BadRecord(record.problem)
     if record.tokens is not None:

@@ -1,0 +1,68 @@
+"""What calibration found: thresholds with the guarantee that they have, and what it depends on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ee_tuning.errors import UserError
+
+CALIBRATED = "calibrated"  # as a threshold: those of the certificate
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """With probability 1 − `delta`, the `risk` of `thresholds` is at most `epsilon`.
+
+    thresholds: by exit layer, 1 where the exit is off. test: that passed with p-value `p` on `n`
+    prompts, whose mean loss was `tested`; beside: p-values of other tests. report: risk, low, high,
+    n and mean depth on prompts that neither chose nor tested. exits: a hash of each exit's weights.
+    data: a hash of the prompts. path: what was tested, from careful to bold. The others are the
+    settings that it holds for.
+    """
+
+    thresholds: dict[int, float]
+    risk: str
+    epsilon: float
+    delta: float
+    n: int
+    p: float | None
+    test: str
+    tested: float
+    report: dict[str, Any]
+    exits: dict[int, str]
+    dtype: str
+    measure: Any
+    max_pending: int
+    max_new_tokens: int
+    data: str
+    machine: str = ""
+    beside: dict[str, float] = field(default_factory=dict)
+    path: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def exit_layers(self) -> list[int | str]:
+        """The active exits, by depth."""
+        return sorted(self.thresholds)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is written to ``calibration.json``."""
+        return {"format_version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, saved: Any, where: str) -> Certificate:
+        """What `to_json` gave.
+
+        Raises:
+            UserError: it is no such thing, or of another version; `where` it was read.
+        """
+        needed = {one.name for one in fields(cls)}
+        lacking = sorted(needed - saved.keys()) if isinstance(saved, dict) else ["everything"]
+        if lacking or saved.get("format_version") != VERSION:
+            reason = f"lacks {', '.join(lacking)}" if lacking else "is of another version"
+            raise UserError(f"{where} {reason}: calibrate again")
+        values = {name: saved[name] for name in needed}
+        for name in ("thresholds", "exits"):
+            values[name] = {int(layer): value for layer, value in values[name].items()}
+        return cls(**values)

@@ -1,0 +1,177 @@
+"""`ee-tuning calibrate` and `generate --calibrated` on a tiny model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers.commands import fails
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.calibrate.risks import Along, full_texts, look
+from ee_tuning.cli import main
+from ee_tuning.errors import Notice
+
+WORDS = ["alpha", "beta", "gamma", "delta", "total", "value", "item", "return", "print", "function"]
+EPSILON = 0.45
+
+
+def write_prompts(path, number, seed):
+    random = np.random.default_rng(seed)
+    texts = [f"{n} " + " ".join(random.choice(WORDS, 9)) for n in range(number)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory):
+    """Exits whose model hardly changes what they see, and prompts."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    shutil.copytree(base, folder / "base")
+    model = EarlyExitModel.from_base(str(folder / "base"), ExitConfig([2, 3], arch="norm"))
+    for layer in list(model.backbone.layers)[2:]:
+        for p in layer.parameters():
+            p.data.mul_(0.3 if p.dim() >= 2 else 1)
+    model.model.save_pretrained(folder / "base")
+    model = EarlyExitModel.from_base(str(folder / "base"), ExitConfig([2, 3], arch="norm"))
+    model.save_pretrained(folder / "exits")
+    write_prompts(folder / "prompts.jsonl", 60, 0)
+    return folder
+
+
+def arguments(folder, **changes):
+    values = {
+        "exits": folder / "exits", "data": folder / "prompts.jsonl", "epsilon": EPSILON,
+        "delta": 0.1, "prompt-tokens": 8, "max-new-tokens": 8, "device": "cpu",
+    } | changes  # fmt: skip
+    flags = [(f"--{name}", str(value)) for name, value in values.items() if value is not None]
+    return ["calibrate", *(word for flag in flags for word in flag)]
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    main(arguments(folder))
+    return json.loads((folder / "exits" / "calibration.json").read_text())
+
+
+def test_what_is_saved(saved, folder):
+    assert {*saved["thresholds"]} == {"2", "3"}
+    assert (saved["risk"], saved["epsilon"], saved["delta"]) == ("next-token", EPSILON, 0.1)
+    assert (saved["n"], saved["report"]["n"]) == (24, 12)
+    assert 0 < saved["p"] <= 0.1
+    assert saved["path"][0]["p"] <= 0.1
+    assert all(step["p"] <= 0.1 for step in saved["path"][:-1])
+    passed = [step for step in saved["path"] if step["p"] <= 0.1]
+    assert passed[-1]["thresholds"] == saved["thresholds"]
+    report = saved["report"]
+    assert report["low"] <= report["risk"] <= report["high"]
+    assert report["depth"] < 4
+    assert (saved["dtype"], saved["measure"], saved["max_pending"]) == ("float32", "probability", 8)
+
+
+def test_the_certified_threshold_holds_on_fresh_prompts(saved, folder, tokenizer):
+    model = EarlyExitModel.from_pretrained(str(folder / "exits"))
+    write_prompts(folder / "fresh.jsonl", 60, 1)
+    lines = (folder / "fresh.jsonl").read_text().splitlines()
+    prompts = [tokenizer(json.loads(line)["text"]).input_ids[:8] for line in lines]
+    texts = full_texts(model, prompts, 8, 16, False, lambda more: None)
+    risk = Along(look(model, [2, 3], prompts, texts, "probability"), 8)
+    found = risk.measure(model.calibration.thresholds, np.arange(60))
+    assert 0 < found.losses.mean() <= EPSILON
+
+
+def test_generate_uses_it(saved, folder, capsys):
+    command = [
+        "generate", "--exits", str(folder / "exits"), "--prompt", "alpha beta gamma", "--device",
+        "cpu", "--max-new-tokens", "6",
+    ]  # fmt: skip
+    capsys.readouterr()
+    main([*command, "--calibrated"])
+    own = capsys.readouterr()
+    thresholds = ",".join(f"{layer}:{value}" for layer, value in saved["thresholds"].items())
+    main([*command, "--threshold", thresholds])
+    given = capsys.readouterr()
+    assert own.out.splitlines()[:2] == given.out.splitlines()[:2]
+    assert own.err == ""
+    with pytest.warns(Notice, match="does not hold: it is of max_pending 8, now 2"):
+        main([*command, "--calibrated", "--max-pending", "2"])
+    assert "layer  4 (100%)" in capsys.readouterr().out
+    line = fails(capsys, *command, "--calibrated", "--threshold", "0.5")
+    assert "leave one out" in line
+
+
+@pytest.mark.parametrize("risk", ["nll", "text"])
+def test_other_risks(folder, risk, tmp_path):
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    main(arguments(folder, risk=risk, exits=tmp_path / "exits", order="pareto", prompts=30))
+    saved = json.loads((tmp_path / "exits" / "calibration.json").read_text())
+    assert saved["risk"] == risk
+    assert saved["path"]
+    model = EarlyExitModel.from_pretrained(str(tmp_path / "exits"))
+    out = model.generate(torch.tensor([[5, 6, 7]]), threshold="calibrated", max_new_tokens=4)
+    assert out.sequences.shape == (1, 7)
+
+
+def test_a_task(folder, tmp_path):
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    random, files = np.random.default_rng(0), {}
+    full = (random.random(300) < 0.8).astype(float)
+    for threshold, lost in (("1", 0), ("0.9", 0.01), ("0.8", 0.03), ("0.5", 0.5)):
+        scores = full * (random.random(300) >= lost)
+        lines = [
+            {"doc_id": n, "metrics": ["exact_match"], "exact_match": score}
+            for n, score in enumerate(scores)
+        ]
+        files[threshold] = tmp_path / f"{threshold}.jsonl"
+        files[threshold].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = [f"{threshold}={path}" for threshold, path in files.items()]
+    command = arguments(folder, data=None, exits=tmp_path / "exits", epsilon=0.1, risk="task")
+    main([*command, "--samples", *samples])
+    saved = json.loads((tmp_path / "exits" / "calibration.json").read_text())
+    assert saved["thresholds"] == {"2": 0.8, "3": 0.8}
+    assert (saved["test"], saved["n"]) == ("binomial", 240)
+
+
+def test_where_nothing_passes_the_answer_is_1(folder, tmp_path, capsys):
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    full, bad = tmp_path / "full.jsonl", tmp_path / "bad.jsonl"
+    for path, score in ((full, 1.0), (bad, 0.0)):
+        lines = [{"doc_id": n, "metrics": ["acc"], "acc": score} for n in range(50)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = arguments(folder, data=None, exits=tmp_path / "exits", epsilon=0.1, risk="task")
+    main([*command, "--samples", f"1={full}", f"0.9={bad}"])
+    assert "the answer is 1" in capsys.readouterr().out
+    model = EarlyExitModel.from_pretrained(str(tmp_path / "exits"))
+    assert model.calibration.thresholds == {2: 1.0, 3: 1.0}
+    out = model.generate(torch.tensor([[5, 6, 7]]), threshold="calibrated", max_new_tokens=4)
+    assert out.exit_layers.tolist() == [[4] * 4]
+
+
+def test_refusals(folder, tmp_path, capsys):
+    def refused(*more, **changes):
+        return fails(capsys, *arguments(folder, **({"exits": tmp_path / "exits"} | changes)), *more)
+
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    (tmp_path / "exits" / "calibration.json").unlink(missing_ok=True)
+    assert "takes 308 prompts" in (line := refused(epsilon=0.01, delta=0.05))
+    assert "770 in all, and there are 60" in line
+    assert "epsilon 1.5 is not between 0 and 1" in refused(epsilon=1.5)
+    assert "delta 0 is not between 0 and 1" in refused(delta=0)
+    assert "no data given" in refused(data=None)
+    assert "needs lm-eval's sample files" in refused(risk="task", data=None)
+    assert "for --risk task" in refused("--samples", "1=a", "0.9=b")
+    assert "leave --data out" in refused("--samples", "1=a", "0.9=b", risk="task")
+    assert "prompt_tokens is 0" in refused(**{"prompt-tokens": 0})
+    run = {"data": [str(folder / "prompts.jsonl")]}
+    (tmp_path / "exits" / "run.yaml").write_text(json.dumps(run))
+    assert "60 of 60 prompts are in" in refused()
+    assert not (tmp_path / "exits" / "calibration.json").exists()
+
+
+def test_prompts_are_taken_once_and_of_all_sources(folder, tmp_path, capsys):
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    double = tmp_path / "double.jsonl"
+    double.write_text((folder / "prompts.jsonl").read_text() * 2)
+    main(arguments(folder, exits=tmp_path / "exits", data=double))
+    assert "60 records are left out: there before" in capsys.readouterr().err
