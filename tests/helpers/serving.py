@@ -93,10 +93,11 @@ def as_a_process(*flags: Any, key: str = "") -> Iterator[Running]:
     assert process.stdout is not None
     assert process.stderr is not None
     try:
-        address = ""
+        address, said = "", ""
         while "http://" not in address:
             address = process.stderr.readline()
-            assert address, "the server did not start"
+            said += address
+            assert address, f"the server did not start: {said}"
         running = Running(address.split(": ")[-1].strip(), key, process=process)
         threading.Thread(target=_read, args=(process.stdout, running.log), daemon=True).start()
         while process.poll() is None and not _is_ready(running.url):

@@ -26,7 +26,14 @@ class ServeConfig(ActiveExits, Settings):
         "faster one as measured: both give the same text",
     )
     threshold: str | float | dict[int, float] = option(
-        0.8, "confidence from which a token leaves, or is a draft; per exit: 8:0.9,16:0.7"
+        0.8,
+        "confidence from which a token leaves, or is a draft; per exit: 8:0.9,16:0.7; or "
+        "calibrated: mode auto is threshold then",
+    )
+    audit: int = option(
+        100,
+        "of texts with calibrated thresholds, one in so many is verified, and the risk among the "
+        "metrics; 0: none",
     )
     slots: int = option(16, "sequences at a time")
     capacity: int = option(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 
+from ee_tuning.calibrate.audit import Audit
 from ee_tuning.data.chats import with_template
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
@@ -49,7 +50,11 @@ def served(config: ServeConfig, log: Log) -> Iterator[Served]:
         compile=config.compiled(),
     ) as engine:
         assert isinstance(engine, Engine)
-        worker = Worker(engine, config.max_queue, config.deadline, Metrics(name), log)
+        found = model.calibration
+        audited = config.audit and found is not None and found.risk == "next-token"
+        audit = Audit(model, config.audit) if audited else None
+        metrics = Metrics(name, audit)
+        worker = Worker(engine, config.max_queue, config.deadline, metrics, log, audit)
         yield Served(name, model, reader, worker, [config.measure])
 
 
@@ -63,7 +68,13 @@ def check_settings(config: ServeConfig) -> None:
         raise UserError("nothing to serve: name exits with --exits, or a backbone with --model")
     if not config.exits and config.mode not in ("auto", "full"):
         raise UserError(f"mode {config.mode} needs exits: give them with --exits")
-    for name, least in (("slots", 1), ("capacity", 0), ("max_queue", 1), ("port", 0)):
+    for name, least in (
+        ("slots", 1),
+        ("capacity", 0),
+        ("max_queue", 1),
+        ("port", 0),
+        ("audit", 0),
+    ):
         if getattr(config, name) < least:
             raise UserError(f"{name} is {getattr(config, name)}: give {least} or more")
     if config.port > 65535:

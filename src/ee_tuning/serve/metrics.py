@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ee_tuning.calibrate.audit import Audit
 from ee_tuning.exit_config import exit_name
 from ee_tuning.serve.choices import Choice, Delta
 
@@ -16,8 +17,16 @@ WHOLE = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 class Metrics:
     """Counters of one server, in a registry of their own."""
 
-    def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
+    def __init__(self, model_name: str, audit: Audit | None = None) -> None:
+        """audit: whose risk is to be told."""
+        self.registry, self._audit = CollectorRegistry(), audit
+        if audit is not None:
+            self.risk = self._gauge("audit_risk", "Mean loss of the texts that were verified")
+            self.low = self._gauge("audit_risk_low", "What the risk is at least")
+            self.texts = self._gauge("audit_texts", "Texts that were verified")
+            self.epsilon = self._gauge(
+                "audit_epsilon", "What the risk was calibrated to stay below"
+            )
         self._name, self._depth, self._tokens = model_name, 0, 0
         self.running = self._gauge("num_requests_running", "Texts that are written")
         self.waiting = self._gauge("num_requests_waiting", "Texts that wait for a slot")
@@ -80,6 +89,13 @@ class Metrics:
         """All of it, as Prometheus reads it."""
         self.running.labels(self._name).set(running)
         self.waiting.labels(self._name).set(waiting)
+        if self._audit is not None:
+            found = self._audit.found()
+            for gauge, value in (
+                (self.risk, found.risk), (self.low, found.low), (self.texts, found.texts),
+                (self.epsilon, found.epsilon),
+            ):  # fmt: skip
+                gauge.labels(self._name).set(value)
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, said: str) -> Gauge:

@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import Leaving
 from ee_tuning.data.chats import REFUSALS
-from ee_tuning.decode import Chooser, Policy, Request
+from ee_tuning.decode import Chooser, Full, Policy, Request
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.decode.text import encode_chat, encode_prompt
 from ee_tuning.errors import UserError, first_line
@@ -40,6 +41,7 @@ from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 
 COMPLETION = 16  # tokens of a completion that says nothing else, as with OpenAI
+POLICIES = 256  # settings of exits that are remembered
 COLDEST = 0.01  # a temperature below it would be 0 to fp32
 
 
@@ -84,6 +86,7 @@ class Reader:
         self.device = model.backbone.device
         self.size = model.backbone.config.vocab_size
         self.ends = _ends(model, tokenizer)
+        self._policies: dict[str, Policy] = {}
 
     def check_defaults(self) -> None:
         """Refuse settings with which no request could be decoded.
@@ -222,6 +225,9 @@ class Reader:
         own = {field.name for field in fields(Leaving)} & body.model_fields_set
         given = {name: getattr(body, name) for name in own if getattr(body, name) is not None}
         mode = given.pop("mode", self.mode)
+        threshold = given.get("threshold", self.leaving.threshold)
+        if mode == "auto" and threshold == CALIBRATED:
+            mode = "threshold"
         if mode not in ("auto", "full") and not self.exit_layers:
             raise Refused(f"mode: {mode} needs exits, and this model has none", "mode")
         # A seed is to give the same text whatever the server takes to be faster.
@@ -232,14 +238,23 @@ class Reader:
             leaving["mode"] = "speculative" if auto else "full"
             if auto and not leaving["exit_layers"] and DRAFT not in self.drafting:
                 leaving["exit_layers"] = self.drafting
-        if leaving["threshold"] == "calibrated":
-            raise Refused("threshold: these exits are not calibrated", "threshold")
+        if leaving["mode"] == "full" and threshold == CALIBRATED:
+            leaving["threshold"] = 1.0
         try:
-            return auto, make_policy(self.model, Leaving(**leaving))
+            return auto, self._made(leaving)
         except UserError as error:
             named = [name for name in (*given, "mode") if name in str(error)]
             field = named[0] if named else next(iter(given), "mode")
             raise Refused(f"{field}: {error}", field) from error
+
+    def _made(self, leaving: dict[str, Any]) -> Policy:
+        """The policy of these settings: the same for the same ones, of which there are few."""
+        key = repr(leaving)
+        if key not in self._policies:
+            if len(self._policies) >= POLICIES:
+                self._policies.clear()
+            self._policies[key] = make_policy(self.model, Leaving(**leaving))
+        return self._policies[key]
 
     def _choice(
         self,
@@ -257,6 +272,9 @@ class Reader:
         temperature = temperature_of(body)
         processors = self._processors(body, ids, ends, seen, temperature)
         chooser = Chooser(LogitsProcessorList(processors), sample=temperature > 0)
+        policy = self._certain(
+            body, policy, bool(temperature or len(processors) > (top is not None))
+        )
         chooser.source.seed = secrets.randbits(62) if seed is None else seed % 2**63
         request = Request(ids, policy, len(ids) + most, chooser)
         stops = [body.stop] if isinstance(body.stop, str) else (body.stop or [])
@@ -264,6 +282,25 @@ class Reader:
         if least > most:
             raise Refused(f"min_tokens: {least} are more than max_tokens, {most}", "min_tokens")
         return Choice(index, request, self.own, stops=stops, stop_ids=ends, least=least, seen=seen)
+
+    def _certain(self, body: Generation, policy: Policy, changes: bool) -> Policy:
+        """Full depth in place of calibrated thresholds, where their calibration says nothing.
+
+        changes: there is more to the choice of a token than the likeliest one.
+
+        Raises:
+            Refused: the request itself asks for these.
+        """
+        threshold = self.leaving.threshold if body.threshold is None else body.threshold
+        if threshold != CALIBRATED or not changes or policy.verifies:
+            return policy
+        if body.threshold is not None:
+            raise Refused(
+                "threshold: calibrated is of the likeliest tokens: give temperature 0, and "
+                "neither penalties nor a bias",
+                "threshold",
+            )
+        return Full(self.model.backbone.num_layers)
 
     def _processors(
         self,

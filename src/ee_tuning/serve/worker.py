@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ee_tuning.calibrate.audit import Audit
 from ee_tuning.decode import Engine, Full, Request
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.serve.choices import Choice, Delta
@@ -33,11 +34,17 @@ class Worker:
     """
 
     def __init__(
-        self, engine: Engine, max_queue: int, seconds: float, metrics: Metrics, log: Log
+        self,
+        engine: Engine,
+        max_queue: int,
+        seconds: float,
+        metrics: Metrics,
+        log: Log,
+        audit: Audit | None = None,
     ) -> None:
-        """max_queue: jobs that may wait. seconds: a job may take."""
+        """max_queue: jobs that may wait. seconds: a job may take. audit: of some texts."""
         self.engine, self.max_queue, self.seconds = engine, max_queue, seconds
-        self.metrics, self.log, self.state = metrics, log, "warming up"
+        self.metrics, self.log, self.audit, self.state = metrics, log, audit, "warming up"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._changed = threading.Condition()
@@ -174,6 +181,9 @@ class Worker:
                 if token is None:
                     raise request.error or RuntimeError("a text failed without a reason")
                 delta = choice.put(token)
+                token.ends = token.ends or choice.finish is not None
+                if self.audit is not None:
+                    self.audit.take(request, token)
             except Exception as error:  # of this text: it ends alone
                 delta = Delta(choice.index, error=self._explained(error))
             news.setdefault(job, []).append(delta)
@@ -193,6 +203,8 @@ class Worker:
                 job, choice = self._waiting.popleft()
                 if choice.auto and self._faster.mode(len(self._live)) == "full":
                     choice.request.policy = Full(self.engine.passes.backbone.num_layers)
+                if self.audit is not None:
+                    choice.request.policy = self.audit.policy(choice.request.policy)
                 self.engine.submit(choice.request)
                 job.begun, choice.started = True, time.perf_counter()
                 self._live[choice.request] = job, choice

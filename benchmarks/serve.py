@@ -1,0 +1,272 @@
+"""Requests and tokens per second of a server, and how long clients wait, beside transformers serve.
+
+Each number of clients asks in turn, on this machine, every client for one streamed completion after
+another: greedy, as many tokens each, for so many seconds at most. The servers are started one after
+another, as processes of their own; both run the same model at full depth. What the engine alone
+does with as many prompts at a time (`generate_batch`) is measured in this process.
+
+python benchmarks/serve.py
+python benchmarks/serve.py --shape smollm2-135m --new-tokens 128
+python benchmarks/serve.py --shape llama2-7b --new-tokens 128 --clients 16 64 --seconds 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES, build
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.files import write_json
+from ee_tuning.loading import load_tokenizer
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+PROMPT = "def function_{0}(value):\n    total = {0}\n    for item in value:\n        total"
+
+
+@contextmanager
+def server(command: list[str], port: int, health: str) -> Iterator[str]:
+    """The URL of a server, as long as it is needed."""
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(6000):
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+            try:
+                with urlopen(url + health, timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+async def complete(port: int, body: dict[str, Any]) -> tuple[list[float], int]:
+    """Seconds from a request to each of its chunks with text, and how many tokens they were."""
+    start = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body | {"stream": True}).encode()
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
+    )
+    times, tokens = [], 0
+    while line := await reader.readline():
+        if not line.startswith(b"data: {"):
+            continue
+        chunk = json.loads(line[6:])
+        if chunk.get("error"):
+            raise RuntimeError(chunk["error"])
+        if any(choice.get("text") for choice in chunk["choices"]):
+            times.append(time.perf_counter() - start)
+        tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
+    writer.close()
+    return times, tokens
+
+
+async def load(port: int, body: dict[str, Any], clients: int, seconds: float) -> dict[str, Any]:
+    """What `clients` see in so many seconds, after which none begins again."""
+    first, between, tokens, numbers = [], [], 0, iter(range(10**9))
+    start = time.perf_counter()
+
+    async def client() -> None:
+        nonlocal tokens
+        while time.perf_counter() - start < seconds:
+            prompt = PROMPT.format(next(numbers) % 97)
+            times, own = await complete(port, body | {"prompt": prompt})
+            assert own, "a reply says nothing of its tokens"
+            first.append(times[0])
+            between.extend(b - a for a, b in pairwise(times))
+            tokens += own
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    took = time.perf_counter() - start
+    return {
+        "clients": clients,
+        "requests": len(first),
+        "requests_per_second": len(first) / took,
+        "tokens_per_second": tokens / took,
+        "first_token_ms": quantiles(first),
+        "between_chunks_ms": quantiles(between),
+    }
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """The middle and the slowest hundredth, in milliseconds."""
+    found = sorted(seconds) or [0.0]
+    return {
+        name: 1000 * found[min(len(found) - 1, round(share * (len(found) - 1)))]
+        for name, share in (("p50", 0.5), ("p99", 0.99))
+    }
+
+
+def measure(
+    command: list[str], health: str, body: dict[str, Any], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A server under every number of clients, after a few requests that do not count."""
+    port, rows = free_port(), []
+    with server(command, port, health):
+        asyncio.run(load(port, body, 2, args.seconds / 10))
+        for clients in args.clients:
+            rows.append(asyncio.run(load(port, body, clients, args.seconds)))
+            rows[-1]["load_average"] = os.getloadavg()[0]
+    return rows
+
+
+def engine_alone(model: Path, clients: list[int], args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of `generate_batch` with as many prompts at a time."""
+    device = pick_device(args.device)
+    found = EarlyExitModel.from_base(
+        str(model), ExitConfig("1/1", "embedding", head="shared"),
+        dtype=pick_dtype("auto", device), device=str(device),
+    ).eval()  # fmt: skip
+    tokenizer, speeds = load_tokenizer(str(model)), {}
+    for number in clients:
+        count = max(number, min(4 * number, 128))
+        prompts = [tokenizer(PROMPT.format(i % 97)).input_ids for i in range(count)]
+        settings = {
+            "slots": args.slots, "capacity": args.capacity, "mode": "full", "do_sample": False,
+            "max_new_tokens": args.new_tokens, "eos_token_id": None,
+        }  # fmt: skip
+        list(found.generate_batch(prompts[:2], **settings | {"max_new_tokens": 2}))
+        start = time.perf_counter()
+        # As many at a time as there are clients: the next begins when one has ended.
+        list(found.generate_batch(prompts, **settings | {"slots": number}))
+        speeds[str(number)] = count * args.new_tokens / (time.perf_counter() - start)
+    return speeds
+
+
+def make(args: argparse.Namespace, folder: Path) -> Path:
+    """The backbone to serve, as a folder."""
+    if not args.shape:
+        return Path(args.model)
+    device = pick_device(args.device)
+    exits = ExitConfig("1/1", "embedding", head="shared")
+    model = build(args.shape, exits, device, pick_dtype("auto", device), fp8=False)
+    model.backbone.model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder)
+    return folder
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table for the terminal."""
+    table = Table(title=result["hardware"], caption=result["versions"])
+    for column in ("server", "clients", "requests/s", "tokens/s", "first token, ms p50 / p99",
+                   "between chunks, ms p50 / p99"):  # fmt: skip
+        table.add_column(column)
+    for name, rows in result["servers"].items():
+        for row in rows:
+            first, between = row["first_token_ms"], row["between_chunks_ms"]
+            table.add_row(
+                name, str(row["clients"]), f"{row['requests_per_second']:.2f}",
+                f"{row['tokens_per_second']:.0f}", f"{first['p50']:.0f} / {first['p99']:.0f}",
+                f"{between['p50']:.1f} / {between['p99']:.1f}",
+            )  # fmt: skip
+    for clients, speed in result["engine"].items():
+        table.add_row("generate_batch", clients, "", f"{speed:.0f}", "", "")
+    Console().print(table)
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(DEMO))
+    parser.add_argument("--shape", choices=SHAPES, default="")
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=0, help="default: as many as clients")
+    parser.add_argument("--capacity", type=int, default=512)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--alone", action="store_true", help="without transformers serve")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args()
+    args.slots = args.slots or max(args.clients)
+    return args
+
+
+def main() -> None:
+    """Measure, show, write."""
+    args = arguments()
+    device = pick_device(args.device)
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model = make(args, Path(folder))
+        ours = [
+            sys.executable, "-m", "ee_tuning", "serve", "--model", str(model),
+            "--slots", str(args.slots), "--capacity", str(args.capacity),
+            "--device", device.type, "--max-queue", "256",
+        ]  # fmt: skip
+        theirs = [
+            str(Path(sys.executable).parent / "transformers"), "serve", str(model),
+            "--device", device.type,
+        ]  # fmt: skip
+        body = {"max_tokens": args.new_tokens, "temperature": 0}
+        own = body | {"ignore_eos": True, "stream_options": {"include_usage": True}}
+        settings = {"eos_token_id": None, "do_sample": False}
+        other = body | {"model": str(model), "generation_config": json.dumps(settings)}
+        result: dict[str, Any] = {
+            "hardware": hardware(device),
+            "versions": versions(),
+            "settings": vars(args),
+            "servers": {"ee-tuning serve": measure(ours, "/health", own, args)},
+        }
+        if not args.alone:
+            peers = {"transformers serve": [], "continuous batching": ["--continuous-batching"]}
+            for name, more in peers.items():
+                try:
+                    found = measure([*theirs, *more], "/health", other, args)
+                except (RuntimeError, AssertionError, OSError) as error:
+                    print(f"{name}: {error}", file=sys.stderr)
+                    found = []
+                result["servers"][name] = found
+        torch.manual_seed(0)
+        result["engine"] = engine_alone(model, args.clients, args)
+    show(result)
+    if args.out:
+        write_json(Path(args.out), result)
+
+
+if __name__ == "__main__":
+    main()

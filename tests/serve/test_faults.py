@@ -1,0 +1,238 @@
+"""Load, clients that leave, and what fails: the others are served as if nothing had been."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from helpers.families import tiny
+from helpers.serving import in_a_thread
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.serve.choices import Choice
+
+LONG = {"prompt": [5, 9], "max_tokens": 10_000, "ignore_eos": True, "temperature": 0}
+SHORT = {"prompt": [7, 8], "max_tokens": 3, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def long_exits(tmp_path_factory, tokenizer):
+    """A tiny model whose texts may have more than 10,000 tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    tiny("llama", vocab_size=300, max_position_embeddings=10_240).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = EarlyExitModel.from_base(str(folder / "base"), ExitConfig("2", arch="norm"))
+    model.save_pretrained(folder / "exits")
+    return str(folder / "exits")
+
+
+@pytest.fixture
+def long_server(long_exits):
+    with in_a_thread(exits=long_exits, slots=2, capacity=10_240, max_queue=2) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def asking(running, body, length=None):
+    """A connection on which a request was sent, and nothing read; length: it says to have."""
+    address = urlsplit(running.url)
+    data = json.dumps(body).encode()
+    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (length or len(data), data)
+        )
+        yield connection
+
+
+def wait_for(what):
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def status_of(running, **body):
+    with pytest.raises(HTTPError) as failed:
+        running.complete(**body)
+    return failed.value.code, json.load(failed.value)["error"], failed.value.headers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot_within_one_step(long_server, stream):
+    engine = long_server.served.worker.engine
+    step, seen = engine.step, []
+
+    def watched():
+        given_up = [row.request for row in engine.sequences.live if row.request.cancelled]
+        found = step()
+        seen.append((given_up, [row.request for row in engine.sequences.live]))
+        return found
+
+    engine.step = watched
+    with asking(long_server, LONG | {"stream": stream}) as connection:
+        wait_for(lambda: long_server.served.worker.running)
+        if stream:
+            assert connection.recv(100)
+    left = time.monotonic()
+    wait_for(lambda: not engine.busy)
+    assert time.monotonic() - left < 5
+    assert any(given_up for given_up, _ in seen)
+    assert not any(set(given_up) & set(after) for given_up, after in seen)
+    assert len(long_server.complete(**SHORT)["choices"][0]["ee"]["exit_layers"]) == 3
+    wait_for(lambda: len(long_server.log) == 2)
+    statuses = sorted(line["status"] for line in long_server.log)
+    assert statuses == [200, 200 if stream else 499]
+
+
+def test_clients_that_lose_patience_leave_nothing_behind(long_exits):
+    """200 of them, with 10,000 tokens each; then a short text has its slot at once."""
+    with in_a_thread(exits=long_exits, slots=4, capacity=10_240, max_queue=256) as running:
+        with contextlib.ExitStack() as stack:
+            for i in range(200):
+                stack.enter_context(asking(running, LONG | {"stream": i % 2 == 0}))
+            wait_for(lambda: running.served.worker.running == 4)
+            time.sleep(0.5)
+        start = time.monotonic()
+        running.ask("/v1/completions", SHORT, timeout=30)
+        assert time.monotonic() - start < 5
+        wait_for(lambda: not running.served.worker.running + running.served.worker.waiting)
+
+
+def test_a_full_queue_says_when_to_come_back(long_server):
+    with contextlib.ExitStack() as stack:
+        worker = long_server.served.worker
+        for running, waiting in ((1, 0), (2, 0), (2, 1), (2, 2)):
+            stack.enter_context(asking(long_server, LONG))
+            wait_for(lambda: (worker.running, worker.waiting) == (running, waiting))  # noqa: B023
+        status, error, headers = status_of(long_server, **SHORT)
+        assert (status, error["code"], headers["Retry-After"]) == (429, "queue_full", "2")
+        assert long_server.ask("/health") == {"status": "ready"}
+    wait_for(lambda: not worker.running)
+    assert long_server.complete(**SHORT)["usage"]["completion_tokens"] == 3
+
+
+def test_what_does_not_fit_is_refused_before_it_waits(long_server):
+    status, error, _ = status_of(long_server, prompt=[5] * 300, max_tokens=10_000)
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    with asking(long_server, {}, length=9_000_000) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+    assert status_of(long_server, prompt="x" * 7_000_000)[0] == 400
+
+
+def test_a_request_has_a_deadline(long_exits):
+    with in_a_thread(exits=long_exits, slots=1, capacity=10_240, deadline=0.5) as running:
+        status, error, _ = status_of(running, **LONG)
+        assert (status, error["type"]) == (504, "timeout_error")
+        with asking(running, LONG | {"stream": True}) as connection, asking(running, SHORT) as late:
+            said = read(connection)
+            assert read(late).startswith(b"HTTP/1.1 504")
+        events = [line[6:] for line in said.split(b"\n") if line.startswith(b"data: ")]
+        assert json.loads(events[-2])["error"]["code"] == "deadline_exceeded"
+        assert events[-1].strip() == b"[DONE]"
+        assert running.complete(**SHORT)["usage"]["completion_tokens"] == 3
+
+
+def read(connection):
+    """All of a reply, whose chunks come line by line."""
+    said = b""
+    while not said.endswith((b"0\r\n\r\n", b"}")):
+        said += connection.recv(65_536)
+    return said
+
+
+# -- what fails ------------------------------------------------------------------------------------
+
+
+def test_a_text_that_fails_fails_alone(tiny_server, monkeypatch):
+    put = Choice.put
+
+    def failing(self, token):
+        if self.request.ids == [6] and len(self.layers) == 2:
+            raise RuntimeError("a mistake of this one")
+        return put(self, token)
+
+    monkeypatch.setattr(Choice, "put", failing)
+    with ThreadPoolExecutor(3) as pool:
+        good = [pool.submit(tiny_server.complete, **SHORT | {"max_tokens": 20}) for _ in range(2)]
+        status, error, _ = status_of(tiny_server, prompt=[6], ignore_eos=True)
+    assert (status, "a mistake of this one" in error["message"]) == (500, True)
+    assert [one.result()["usage"]["completion_tokens"] for one in good] == [20, 20]
+    assert tiny_server.ask("/health") == {"status": "ready"}
+    (line,) = [line for line in tiny_server.log if line["event"] == "error"]
+    assert "Traceback" in line["traceback"]
+
+
+def test_a_step_that_fails_ends_what_was_in_progress_alone(tiny_exits, monkeypatch):
+    """And three of them in a row the engine, which health says."""
+    with in_a_thread(exits=tiny_exits) as running:
+        engine, failing = running.served.worker.engine, [True]
+        step = engine.step
+
+        def sometimes():
+            if engine._waiting and failing.pop():
+                raise torch.OutOfMemoryError("no room for a pass")
+            return step()
+
+        monkeypatch.setattr(engine, "step", sometimes)
+        status, error, _ = status_of(running, **SHORT)
+        assert (status, "no room for a pass" in error["message"]) == (500, True)
+        failing += [False]
+        assert running.complete(**SHORT)["usage"]["completion_tokens"] == 3
+        failing += [True] * 3
+        for _ in range(3):
+            assert status_of(running, **SHORT)[0] == 500
+        wait_for(lambda: running.served.worker.state.startswith("dead"))
+        assert status_of(running, **SHORT)[0] == 503
+        with pytest.raises(HTTPError) as failed:
+            running.ask("/health")
+        assert failed.value.code == 503
+        assert "no room" in json.load(failed.value)["status"]
+
+
+def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
+    warm = threading.Event()
+    monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", lambda *_: float(warm.wait(30)))
+    states = []
+
+    def look():
+        worker = servers[0].served.worker if servers else None
+        states.append(worker.state if worker else None)
+
+    servers = []
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: _serve(tiny_exits, servers))
+        time.sleep(0.2)
+        look()
+        warm.set()
+        assert waiting.result(60) == "ready"
+    assert states[0] in (None, "warming up")
+
+
+def _serve(exits, servers):
+    with in_a_thread(exits=exits) as running:
+        servers.append(running)
+        return running.served.worker.state
+
+
+def test_many_requests_leave_no_trace(tiny_server):
+    """No thread, no slot and no object of one is left."""
+    worker = tiny_server.served.worker
+
+    def round_(number):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: tiny_server.complete(**SHORT | {"seed": i}), range(number)))
+        wait_for(lambda: not worker.running)
+        return threading.active_count()
+
+    before = round_(40)
+    assert round_(200) <= before
+    assert not worker._live
+    assert not worker._waiting
+    wait_for(lambda: not worker.engine.busy)

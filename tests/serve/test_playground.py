@@ -1,0 +1,124 @@
+"""The playground in a browser, as someone uses it."""
+
+import shutil
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, process):
+    """The page of a server that asks for a key, and what it complains of."""
+    size = {"width": 400, "height": 800}
+    # Playwright's own questions are not let through by the page's policy.
+    page = browser.new_page(viewport=size, color_scheme="dark", bypass_csp=True)
+    page.set_default_timeout(60_000)
+    complaints, asked = [], []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(process.url)
+    page.fill("#key", process.key)
+    page.keyboard.press("Tab")
+    page.wait_for_function("model !== null")
+    # That the first look without a key was turned down is what Chromium calls an error.
+    assert all("401" in complaint for complaint in complaints)
+    complaints.clear()
+    yield page
+    assert complaints == []
+    assert all(url.startswith((process.url, "data:")) for url in asked)
+    page.close()
+
+
+def move(page, value):
+    page.eval_on_selector(
+        "#threshold", f"e => {{ e.value = {value}; e.dispatchEvent(new Event('input')) }}"
+    )
+
+
+def layers(page):
+    return page.eval_on_selector_all("#text-0 .token sub", "all => all.map(e => e.textContent)")
+
+
+def colours(page):
+    return page.eval_on_selector_all(
+        "#text-0 .token", "all => [...new Set(all.map(e => e.style.background))]"
+    )
+
+
+def wait_for(page, number):
+    page.wait_for_function(f"document.querySelectorAll('#text-0 .token').length === {number}")
+    page.wait_for_function("document.getElementById('go').disabled === false")
+
+
+def test_a_moved_threshold_changes_colours(page):
+    page.fill("#prompt", "def add(a, b):\n    ")
+    page.uncheck("#chat")
+    page.fill("#tokens", "12")
+    page.select_option("#mode", "threshold")
+    move(page, 1)
+    page.keyboard.press("Control+Enter")
+    wait_for(page, 12)
+    assert set(layers(page)) == {"16"}
+    before = colours(page)
+    move(page, 0)
+    page.wait_for_function(
+        "[...document.querySelectorAll('#text-0 sub')].at(-1)?.innerText === '4'"
+    )
+    wait_for(page, 12)
+    assert {"4"} < set(layers(page))
+    assert len(colours(page)) > len(before)
+    assert page.inner_text("#count-0") == page.inner_text("#count-1") == "12"
+    assert float(page.inner_text("#speed-0")) > 0
+    assert page.inner_text("#depth-1") == "16.0 of 16"
+    assert "layer 4" in page.inner_text("#legend")
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+
+
+def test_a_token_tells_what_every_exit_says(page):
+    page.fill("#prompt", "import os\n")
+    page.uncheck("#chat")
+    page.fill("#tokens", "6")
+    page.select_option("#mode", "full")
+    page.click("#go")
+    wait_for(page, 6)
+    page.locator("#text-0 .token").nth(2).hover()
+    page.wait_for_selector("#lens table")
+    rows = page.eval_on_selector_all("#lens tr", "all => all.map(e => e.cells[0].textContent)")
+    assert rows == ["layer", "4", "8", "12", "16, full depth"]
+    # What full depth is said to say is what it said, token by token, by keyboard.
+    page.focus("#text-0")
+    for place, key in enumerate(["Home", *["ArrowRight"] * 5]):
+        page.keyboard.press(key)
+        first = page.inner_text("#lens tr:last-child td:nth-child(3) code")
+        token = page.evaluate(f"visible(shown.tokens[{place}].text)")
+        assert first.strip() == token.strip()
+
+
+def test_stop_and_curl(page, process):
+    page.fill("#prompt", "a = ")
+    page.uncheck("#chat")
+    page.fill("#tokens", "900")
+    page.select_option("#mode", "full")
+    page.click("#go")
+    page.wait_for_function("document.querySelectorAll('#text-0 .token').length > 3")
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.getElementById('stop').disabled")
+    assert 3 < len(layers(page)) < 900
+    command = page.evaluate("curl()")
+    assert command.startswith(f"curl '{process.url}/v1/completions'")
+    assert '"mode":"full"' in command

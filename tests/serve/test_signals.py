@@ -1,0 +1,75 @@
+"""How a server ends."""
+
+import signal
+import socket
+import threading
+import time
+from urllib.error import URLError
+from urllib.parse import urlsplit
+
+import pytest
+from helpers.serving import as_a_process
+
+
+def streaming(running, texts, prompt):
+    """A thread that reads a stream; `texts` gets its last line."""
+
+    def read():
+        try:
+            for chunk in running.openai.completions.create(
+                model=running.ask("/v1/models")["data"][0]["id"], prompt=prompt, max_tokens=100,
+                temperature=0, stream=True, extra_body={"ignore_eos": True},
+            ):  # fmt: skip
+                texts.append(chunk.choices[0])
+        except Exception as error:
+            texts.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not texts:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return thread
+
+
+def listens(address):
+    try:
+        socket.create_connection((address.hostname, address.port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_after_sigterm_what_is_in_progress_ends_and_nothing_new_begins(demo):
+    with as_a_process("--exits", demo / "exits", "--grace", 60) as running:
+        texts, address = [], urlsplit(running.url)
+        thread = streaming(running, texts, "def f(x):")
+        assert running.process is not None
+        running.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while listens(address):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        thread.join(60)
+        assert texts[-1].finish_reason == "length"
+        assert running.process.wait(20) in (0, -signal.SIGTERM)
+        assert running.process.stderr is not None
+        assert "Traceback" not in running.process.stderr.read()
+        assert [line["path"] for line in running.log][-1] == "/v1/completions"
+
+
+@pytest.mark.slow
+def test_a_killed_server_is_started_again_at_its_port(tiny_exits):
+    """At once, whatever was in progress."""
+    port = 0
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        with as_a_process("--exits", tiny_exits, *(["--port", port] if port else [])) as running:
+            port = urlsplit(running.url).port
+            assert running.complete(prompt="a", max_tokens=2, ignore_eos=True)["choices"]
+            assert running.process is not None
+            running.process.send_signal(end)
+            assert running.process.wait(20) in (0, -end)
+            with pytest.raises(URLError):
+                running.ask("/health", timeout=5)

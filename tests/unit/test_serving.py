@@ -1,0 +1,118 @@
+"""What serving is made of, without a server."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from ee_tuning.decode.text import TextStream
+from ee_tuning.serve.choices import Stops
+from ee_tuning.serve.pieces import Pieces
+from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
+from ee_tuning.serve.speed import Faster
+
+
+def first_stop(text: str, stops: list[str]) -> int:
+    """Where the text ends: the stop that is whole first, and of these the one that begins first."""
+    for end in range(len(text) + 1):
+        places = [text[:end].find(stop) for stop in stops]
+        if found := [place for place in places if place >= 0]:
+            return min(found)
+    return -1
+
+
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_is_shown_up_to_a_stop_string_and_never_taken_back(pieces, stops):
+    """Whatever pieces it comes in, one character at a time or many."""
+    for parts in ("".join(pieces), pieces):
+        held, shown, ended = Stops(stops), "", False
+        for piece in parts:
+            new, ended = held.put(piece)
+            shown += new
+            if ended:
+                break
+        whole = "".join(pieces)
+        if not ended:
+            assert not any(stop in whole for stop in stops)
+            assert shown + held.rest() == whole
+            continue
+        assert not any(stop in shown for stop in stops)
+        assert any(whole[len(shown) :].startswith(stop) for stop in stops)
+        if parts is not pieces:
+            assert len(shown) == first_stop(whole, stops)
+
+
+def test_what_may_begin_a_stop_string_alone_is_held_back():
+    held = Stops(["END", "\n\n"])
+    assert held.put("the E") == ("the ", False)
+    assert held.put("N") == ("", False)
+    assert held.put("T\n") == ("ENT", False)
+    assert held.put("x") == ("\nx", False)
+    assert held.put("END", ends=False) == ("END", False)
+    assert held.put("a\n\nb") == ("a", True)
+
+
+def test_penalties_and_bias_are_openais():
+    ids, scores = torch.tensor([[3, 3, 5, 5, 6]]), torch.zeros(1, 9)
+    found = Penalties(2, presence=0.5, frequency=0.25)(ids, scores)[0].tolist()
+    counts = Counter([5, 5, 6])  # what the prompt has does not count
+    assert found == [-(0.5 + 0.25 * counts[i]) if i in counts else 0 for i in range(9)]
+    assert torch.equal(Penalties(5, 1, 1)(ids, scores), scores)
+    biased = Bias({2: 1.5, 4: -100}, scores.device)(ids, scores)[0].tolist()
+    assert biased == [0, 0, 1.5, 0, -100, 0, 0, 0, 0]
+    early = NotYet(6, [1, 2], scores.device)(ids, scores)[0]
+    assert [i for i in range(9) if early[i] == -math.inf] == [1, 2]
+    assert torch.equal(NotYet(5, [1], scores.device)(ids, scores), scores)
+
+
+def test_the_last_that_was_said_of_a_place_counts():
+    """A draft's distribution makes way for what the end says."""
+    seen, ids = Seen(2), torch.zeros(1, 4, dtype=torch.int64)
+    for row in ([5.0, 0, 0], [0, 1.0, 2.0]):
+        seen(ids, torch.tensor([row]))
+    found = seen.take(4, 1)
+    expected = torch.tensor([0, 1.0, 2.0]).log_softmax(-1)
+    assert found.logprob == pytest.approx(expected[1].item())
+    assert [token for token, _ in found.top] == [2, 1]
+
+
+def test_the_faster_mode_is_taken_and_the_other_looked_at():
+    faster = Faster()
+    assert {faster.mode(3), faster.mode(3)} == {"speculative", "full"}
+    for speculative, full in ((50.0, 40.0), (10.0, 40.0)):
+        for _ in range(20):
+            faster.learn("speculative", 3, speculative)
+            faster.learn("full", 3, full)
+        taken = Counter(faster.mode(3) for _ in range(96))
+        best = "speculative" if speculative > full else "full"
+        assert taken[best] == 92
+    assert {faster.mode(9), faster.mode(9)} == {"speculative", "full"}  # nothing is known there
+
+
+def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerBase):
+    text = "def ünï(🎉): 日本"
+    ids, pieces = tokenizer(text).input_ids, Pieces(tokenizer)
+    assert b"".join(map(pieces.bytes, ids)) == text.encode()
+    torn = [token for token in ids if pieces.text(token).startswith("bytes:\\x")]
+    assert torn
+    assert len({pieces.text(token) for token in torn}) == len(set(torn))
+    assert pieces.text(tokenizer.eos_token_id) == "<eos>"
+
+
+@given(st.text(max_size=12), st.data())
+def test_a_stream_says_what_the_whole_text_is(tokenizer, text, data):
+    """Wherever the prompt before it ends between characters."""
+    ids = tokenizer(text).input_ids
+    cut = data.draw(st.integers(0, len(ids)))
+    before = tokenizer.decode(ids[:cut])
+    if before.endswith("\ufffd"):
+        return
+    stream = TextStream(tokenizer, skip_special_tokens=True, after=ids[:cut])
+    assert before + "".join(stream.put([token]) for token in ids[cut:]) + stream.end() == text
