@@ -33,8 +33,10 @@ class NewExitsConfig(Settings):
         "--mode speculative alone",
         fixed=True,
     )
-    init: Init = option(
-        "copy", "copy the backbone's own modules, or random; fitted: a draft's maps to the data"
+    init: Literal["auto"] | Init = option(
+        "auto",
+        "copy the backbone's own modules, random, or fitted: a copy that tune fits to the data in "
+        "closed form; auto: fitted where tune runs the whole backbone (not --loss ce), else copy",
     )
     head: str | list[str] = option(
         "auto",
@@ -52,7 +54,12 @@ class NewExitsConfig(Settings):
     def exit_config(self) -> ExitConfig:
         """The exits these settings describe."""
         sources = self.draft_sources or None
-        return ExitConfig(self.layers, self.arch, self.init, self.head, self.seed, sources)
+        return ExitConfig(self.layers, self.arch, self.start, self.head, self.seed, sources)
+
+    @property
+    def start(self) -> Init:
+        """How new exits begin."""
+        return "copy" if self.init == "auto" else self.init
 
 
 @dataclass
@@ -224,6 +231,20 @@ class TuneConfig(
     # A function takes the base of this that has the settings it uses.
     out: str = option("", "folder for the exits, checkpoints and metrics", path=True)
     seed: int = option(0, "seed of the data order and of random initialisation", fixed=True)
+
+    @property
+    def start(self) -> Init:
+        """How new exits begin: fitted, where the final exit is there to be fitted to."""
+        archs = self.arch.split(",") if isinstance(self.arch, str) else self.arch
+        draft = "draft" in archs
+        whole = self.pp == 1 and (self.loss != "ce" or draft)
+        can_be = whole and not (draft and self.shard_backbone)
+        return "fitted" if self.init == "auto" and can_be else super().start
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether the layers deeper than the deepest exit are needed, too."""
+        return self.loss != "ce" or (self.start == "fitted" and not self.exits)
 
     def fixed(self) -> dict[str, Any]:
         """What may not change between a run and its continuation.
