@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning import losses as losses_module
-from ee_tuning.config import Schedule, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.costs import draft_cost, work
 from ee_tuning.exits.draft import before
 from ee_tuning.losses import Objective, cross_entropy, rejection
@@ -21,6 +21,7 @@ from ee_tuning.tune.drafts import measure_drafts
 from ee_tuning.tune.fitted import fit
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Tuner
+from ee_tuning.tune_config import Schedule
 
 STEPS, DECAY = 3, 0.9
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 0, 1, 2, 3, 4]])

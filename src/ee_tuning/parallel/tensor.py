@@ -174,9 +174,7 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -
         as_buffers(exit.output.picked)
 
 
-def _split_sequence(
-    model: Network, runs: range, plan: dict[str, str], part: SequencePart
-) -> None:
+def _split_sequence(model: Network, runs: range, plan: dict[str, str], part: SequencePart) -> None:
     """Let layers and exits of `model`, which are split, work on parts of the sequence."""
     model.chain.on_part(part)
     for number in runs:

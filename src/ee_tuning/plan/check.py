@@ -7,12 +7,13 @@ import dataclasses
 import torch
 from torch import nn
 
-from ee_tuning.config import PlanConfig, Precision, TuneConfig
+from ee_tuning.config import PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
 from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
+from ee_tuning.tune_config import Precision
 from ee_tuning.vocabulary import check_number
 
 

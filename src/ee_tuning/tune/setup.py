@@ -16,7 +16,7 @@ import torch
 
 from ee_tuning import varlen
 from ee_tuning.backbone import Backbone
-from ee_tuning.config import Layout, ObjectiveConfig, Precision, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.data import (
     Rows,
     collate,
@@ -40,6 +40,7 @@ from ee_tuning.quantise.packages import compiles
 from ee_tuning.share import Share, load, source_of
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
+from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision
 from ee_tuning.vocabulary import most_frequent
 
 IDENTIFYING_ROWS = 16
