@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,6 +16,7 @@ from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits
+from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.evaluate.report import _pieces as text_pieces
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import _speedup, take_prompts
@@ -132,6 +134,41 @@ def test_generated_text_by_threshold(run):
         assert drafted is None or drafted["identical_texts"] == run[0]["prompts"]
 
 
+def test_intervals_are_of_what_is_measured(run):
+    for row in run[0]["exit_rows"]:
+        for key in ("loss", "agreement"):
+            low, high = row[f"{key}_interval"]
+            assert low <= row[key] <= high
+    for row in run[0]["threshold_rows"]:
+        for key in ("next_token", "text"):
+            low, high = row[f"{key}_interval"]
+            assert low <= row[f"{key}_agreement"] <= high
+        assert len(row["speedup_interval"]) == 2
+
+
+def test_intervals_cover_a_share_of_texts_that_differ():
+    """As often as they say: not if tokens of a text were taken for independent ones."""
+    random, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        kinds = random.beta(6, 2, 60)
+        right = random.binomial(50, kinds)
+        low, high = bootstrap(right, np.full(60, 50))
+        held += low <= 0.75 <= high
+        assert high - low > 2 * 1.96 * (0.75 * 0.25 / 3000) ** 0.5
+    assert 0.88 < held / 200 < 0.99
+    assert bootstrap([3.0], [4.0]) == [0.75, 0.75]
+    assert bootstrap([0.0], [0.0]) == []
+
+
+def test_page_follows_the_colours_of_who_reads_it(run):
+    """And no plot has a colour of its own for words and lines, nor a background."""
+    page = (run[1] / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    assert page.count("currentColor") > 20
+    assert "#1b2733" not in page
+    assert not re.search(r"<svg.*?fill: #(fff|000)", page, re.DOTALL)
+
+
 def test_speedup_is_the_median_of_ratios_within_rounds():
     assert _speedup([1.0, 10.0, 2.0], [1.0, 2.0, 2.0]) == 1
     assert _speedup([4.0, 8.0, 12.0], [2.0, 2.0, 2.0]) == 4
@@ -152,7 +189,7 @@ def test_files_and_tables(run):
 
 def test_page_needs_nothing_from_outside(run):
     page = (run[1] / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert not re.search(r'(src|href)="(?!#)', page)
     assert not re.search(r"<(script|link|img|iframe)\b|@import|url\((?!#)", page)
     assert re.search(r'title="layer \d, confidence 0\.\d\d"', page)

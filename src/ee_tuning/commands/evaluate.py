@@ -55,6 +55,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         measured |= measure_thresholds(model, prompts, thresholds, config)
     for row, next_token in zip(measured["threshold_rows"], measured.pop("next_token"), strict=True):
         row["next_token_agreement"] = next_token["agreement"]
+        row["next_token_interval"] = next_token["interval"]
         row["next_token_depth"] = next_token["mean_depth"]
     result = {
         "base_model": model.backbone.model.name_or_path,

@@ -12,18 +12,19 @@ from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import Rows, micro_batches
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
+from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import Network
 
 
 @dataclass
 class Predictions:
-    """What one exit says of the labelled tokens: its summed loss, of how many the exits know, and
-    per batch (N,) each the likeliest tokens and their confidences, on the CPU."""
+    """What one exit says of the labelled tokens: per batch its summed loss, of how many that the
+    exits know, and (N,) each the likeliest tokens and their confidences, on the CPU."""
 
     layer: int
-    loss: float = 0.0
-    known: int = 0
+    losses: list[float] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     confidences: list[Tensor] = field(default_factory=list)
 
@@ -33,8 +34,8 @@ class Predictions:
         measure: of confidence.
         """
         loss = cross_entropy(logits, known)
-        self.loss += loss.total.item()
-        self.known += int(loss.count)
+        self.losses.append(loss.total.item())
+        self.known.append(int(loss.count))
         labelled = logits[:, :-1][labels[:, 1:] != IGNORED]
         self.tokens.append(labelled.argmax(-1).cpu())
         self.confidences.append(confidence(labelled, measure).cpu())
@@ -47,10 +48,10 @@ def measure_exits(
     """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
 
     Returns ``exit_rows`` (layer, loss in nats per token, top-1 agreement with the final exit,
-    mean confidence), ``unknown_targets``, the share of tokens that a reduced vocabulary of the
-    exits lacks, whose losses are left out of every row, and ``next_token``: per threshold, what
-    would happen to each token if the text before it were the data's: agreement with the final exit
-    and mean depth.
+    mean confidence; the first two with an interval over batches), ``unknown_targets``, the share of
+    tokens that a reduced vocabulary of the exits lacks, whose losses are left out of every row, and
+    ``next_token``: per threshold, what would happen to each token if the text before it were the
+    data's: agreement with the final exit, its interval and mean depth.
 
     Raises:
         UserError: an active exit does not exist, or no token of these rows has a label.
@@ -60,13 +61,14 @@ def measure_exits(
     taken = torch.cat(final.tokens)
     if not len(taken):
         raise UserError("the data that were read have no labels: raise --max-tokens")
-    rows = [_exit_row(found, taken) | {"final": found is final} for found in (*exits, final)]
+    sizes = [len(tokens) for tokens in final.tokens]
+    rows = [_exit_row(one, taken, sizes) | {"final": one is final} for one in (*exits, final)]
     inner = [found for found in exits if found.layer in active]
     return {
         "data_tokens": len(taken),
         "exit_rows": rows,
-        "unknown_targets": 1 - final.known / len(taken),
-        "next_token": [_leave(inner, taken, final.layer, t) for t in thresholds],
+        "unknown_targets": 1 - sum(final.known) / len(taken),
+        "next_token": [_leave(inner, taken, final.layer, t, sizes) for t in thresholds],
     }
 
 
@@ -109,26 +111,39 @@ def _predict(
     return exits, final
 
 
-def _exit_row(found: Predictions, final: Tensor) -> dict[str, Any]:
-    """One exit's figures; `final` (N,) is what the final exit takes."""
+def _exit_row(found: Predictions, final: Tensor, sizes: list[int]) -> dict[str, Any]:
+    """One exit's figures; `final` (N,) is what the final exit takes, in batches of `sizes`."""
+    same = torch.cat(found.tokens) == final
     return {
         "layer": found.layer,
-        "loss": found.loss / max(1, found.known),
-        "agreement": _share(torch.cat(found.tokens) == final),
+        "loss": sum(found.losses) / max(1, sum(found.known)),
+        "loss_interval": bootstrap(found.losses, found.known),
+        "agreement": _share(same),
+        "agreement_interval": _interval(same, sizes),
         "confidence": torch.cat(found.confidences).mean().item(),
     }
 
 
 def _leave(
-    exits: list[Predictions], final: Tensor, depth: int, threshold: float
-) -> dict[str, float]:
+    exits: list[Predictions], final: Tensor, depth: int, threshold: float, sizes: list[int]
+) -> dict[str, Any]:
     """Every token leaves at its first exit that is sure enough; threshold 1 switches exits off."""
     taken, depths = final.clone(), torch.full(final.shape, float(depth))
     for found in reversed(exits) if threshold < 1 else ():
         leaves = torch.cat(found.confidences) >= threshold
         taken[leaves] = torch.cat(found.tokens)[leaves]
         depths[leaves] = found.layer
-    return {"agreement": _share(taken == final), "mean_depth": depths.mean().item()}
+    same = taken == final
+    return {
+        "agreement": _share(same),
+        "interval": _interval(same, sizes),
+        "mean_depth": depths.mean().item(),
+    }
+
+
+def _interval(mask: Tensor, sizes: list[int]) -> list[float]:
+    """Of the share of (N,), over batches of `sizes`."""
+    return bootstrap([part.sum().item() for part in mask.split(sizes)], sizes)
 
 
 def _share(mask: Tensor) -> float:

@@ -14,6 +14,7 @@ from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput, generate
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import active_exits
+from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import Network
@@ -60,34 +61,32 @@ def measure_thresholds(
     """
     inputs = [torch.tensor([ids], device=model.backbone.device) for ids in prompts]
     methods = _methods(model, thresholds, config)
-    # Where passes are compiled, all sizes that come are so before the clock starts.
-    first = inputs if inputs[0].is_cuda else inputs[:1]
-    for method in methods.values():
-        for ids in first:
-            method(ids)
-    seconds: dict[Any, list[float]] = {name: [] for name in methods}
-    outputs: dict[Any, list[Any]] = {}
-    for _ in range(config.rounds):
-        for name, method in methods.items():
-            outputs[name], taken = _timed(method, inputs)
-            seconds[name].append(taken)
+    outputs, taken = _in_rounds(methods, inputs, config.rounds)
+    seconds = {name: [sum(own) for own in rounds] for name, rounds in taken.items()}
     total = len(inputs) * config.max_new_tokens
     speeds = {name: speed(times, total) for name, times in seconds.items()}
     speedups = {name: _speedup(seconds["full"], times) for name, times in seconds.items()}
     theirs = seconds["transformers"]
+    each = {name: _middles(rounds) for name, rounds in taken.items()}
 
     def drafted(threshold: float) -> dict[str, Any] | None:
         name = ("speculative", threshold)
         if name not in methods:
             return None
         texts = _identical_texts(outputs[name], outputs["full"])
-        return {"speed": speeds[name], "speedup": speedups[name], "identical_texts": texts}
+        return {
+            "speed": speeds[name],
+            "speedup": speedups[name],
+            "speedup_interval": bootstrap(each["full"], each[name]),
+            "identical_texts": texts,
+        }
 
     rows = [
         _row(model, outputs, threshold)
         | {
             "speed": speeds[threshold],
             "speedup": speedups[threshold],
+            "speedup_interval": bootstrap(each["full"], each[threshold]),
             "speedup_over_transformers": _speedup(theirs, seconds[threshold]),
             "speculative": drafted(threshold),
         }
@@ -103,13 +102,39 @@ def measure_thresholds(
     }
 
 
-def _timed(method: Method, inputs: list[Tensor]) -> tuple[list[Any], float]:
-    """The outputs for all prompts and the seconds they took."""
-    _wait(inputs[0])
-    start = time.perf_counter()
-    outputs = [method(ids) for ids in inputs]
-    _wait(inputs[0])
-    return outputs, time.perf_counter() - start
+def _in_rounds(
+    methods: dict[Any, Method], inputs: list[Tensor], rounds: int
+) -> tuple[dict[Any, list[Any]], dict[Any, list[list[float]]]]:
+    """By method, the outputs for all prompts, and seconds, by round and prompt."""
+    # Where passes are compiled, all sizes that come are so before the clock starts.
+    first = inputs if inputs[0].is_cuda else inputs[:1]
+    for method in methods.values():
+        for ids in first:
+            method(ids)
+    outputs: dict[Any, list[Any]] = {}
+    taken: dict[Any, list[list[float]]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, method in methods.items():
+            outputs[name], own = _timed(method, inputs)
+            taken[name].append(own)
+    return outputs, taken
+
+
+def _timed(method: Method, inputs: list[Tensor]) -> tuple[list[Any], list[float]]:
+    """The outputs for all prompts and the seconds that each took."""
+    outputs, seconds = [], []
+    for ids in inputs:
+        _wait(ids)
+        start = time.perf_counter()
+        outputs.append(method(ids))
+        _wait(ids)
+        seconds.append(time.perf_counter() - start)
+    return outputs, seconds
+
+
+def _middles(rounds: list[list[float]]) -> list[float]:
+    """Of each prompt, the median over the rounds."""
+    return [statistics.median(own) for own in zip(*rounds, strict=True)]
 
 
 def _wait(tensor: Tensor) -> None:
@@ -157,6 +182,7 @@ def _row(model: Network, outputs: dict[Any, list[Any]], threshold: float) -> dic
         "shares": {layer: (layers == layer).double().mean().item() for layer in places},
         "mean_depth": layers.double().mean().item(),
         "text_agreement": torch.cat(same).double().mean().item(),
+        "text_interval": bootstrap([one.sum().item() for one in same], [len(one) for one in same]),
         "identical_texts": _identical_texts(out, outputs["full"]),
     }
 
