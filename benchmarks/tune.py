@@ -21,7 +21,7 @@ from shapes import SHAPES, build
 from torch.nn import functional
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.config import FrozenPrecision, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.costs import work
 from ee_tuning.devices import GIB, hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
@@ -30,6 +30,7 @@ from ee_tuning.model import Descent
 from ee_tuning.tune.optimizers import build_optimizers, clip_gradients
 from ee_tuning.tune.setup import prepare
 from ee_tuning.tune.step import Tuner
+from ee_tuning.tune_config import FrozenPrecision
 
 
 def timed(

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ee_tuning.adapter import CONFIG_NAME, save
-from ee_tuning.config import FrozenPrecision
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import ExitConfig
@@ -23,6 +22,7 @@ from ee_tuning.files import read_json, write_json
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.share import New, Saved, Share, load
+from ee_tuning.tune_config import FrozenPrecision
 
 # Pipelines take any model, but log an error if its class is not listed. This list is of models that
 # wrap another one.

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from ee_tuning.config import Precision
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.quantise.fp8 import has_fp8
+from ee_tuning.tune_config import Precision
 from ee_tuning.version import __version__
 
 GIB = 2**30  # bytes

@@ -50,8 +50,8 @@ class ExitConfig:
         ``"every:4"``, or one string with commas between them. A draft exit's is 0, which need not
         be given where it is the only one.
     arch: one of `ARCHS` for all exits, or one per exit.
-    init: ``copy`` from the backbone's own modules, or ``random``. ``fitted``, of a draft exit: a
-        copy, whose maps `tune` fits to its data before the first step.
+    init: ``copy`` from the backbone's own modules, or ``random``. ``fitted``: a copy that `tune`
+        fits to its data before the first step; see `ee_tuning.tune.fitted`.
     head: ``own`` trainable head per exit or the backbone's frozen one, ``shared``; ``auto``: a
         draft exit shares, others have their own. One for all exits or one per exit.
     seed: seed of the random initialisation.
@@ -82,11 +82,6 @@ class ExitConfig:
         heads = [a if a != "auto" else b for a, b in zip(given, default, strict=True)]
         if self.init not in get_args(Init):
             raise UserError(f"init {self.init!r} is unknown: use copy or random, or fitted")
-        if self.init == "fitted" and archs != ["draft"]:
-            raise UserError(
-                "init fitted is for a draft exit alone, whose maps it fits to the data: use copy "
-                "or random for others"
-            )
         for layer, arch in zip(layers, archs, strict=True):
             _check_draft(layer, arch)
         specs = [

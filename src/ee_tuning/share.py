@@ -20,7 +20,7 @@ from ee_tuning.adapter import (
     saved_exits,
 )
 from ee_tuning.backbone import in_memory
-from ee_tuning.config import FrozenPrecision, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import ExitConfig
@@ -30,6 +30,7 @@ from ee_tuning.model import Network
 from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
 from ee_tuning.quantise import check_installed, nothing_to_quantise, quantise
 from ee_tuning.quantise.fp8 import freeze_in_fp8
+from ee_tuning.tune_config import FrozenPrecision
 from ee_tuning.vocabulary import Vocabulary
 
 Kind = TypeVar("Kind", bound=Network)

@@ -14,6 +14,8 @@ VARIANTS = {
     "kl-tp": (2, {"tp": 2}, {"loss": "mixed", "kl_temperature": 2.0}),
     "kl-tp-sequence": (2, {"tp": 2, "sequence_parallel": True}, {"loss": "mixed"}),
     "kl-dp": (2, {"dp": 2}, {"loss": "kl"}),
+    "fitted-sequence": (2, {"tp": 2, "sequence_parallel": True}, {"init": "fitted",
+        "layers": "2,4", "arch": "mlp,layer", "head": "own,shared"}),
     "random": (4, {"tp": 2, "pp": 2}, {"init": "random"}),
     "no-exit": (4, {"pp": 4, "stage_layers": [1, 1, 1, 2]}, {"layers": "2,5", **ODD}),
     "one-stage": (2, {"pp": 2}, {"layers": "4,5", "arch": "norm", "head": "own"}),

@@ -8,11 +8,11 @@ import torch
 from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.config import Schedule
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Tuner
+from ee_tuning.tune_config import Schedule
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -81,15 +81,17 @@ def test_drafts_that_cannot_be(config, message):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_copied_draft_is_the_last_layer_once_more_on_the_normalised_high_state(family):
-    """Of the token before; exactly, but for the products with zeros and ones."""
+def test_a_copied_draft_is_the_last_layer_on_the_normalised_high_state_and_token(family):
+    """The state of the token before; exactly, but for the products with zeros and ones."""
     model = EarlyExitModel.from_base(tiny(family), ExitConfig("", "draft"))
     backbone, draft = model.backbone, model.draft
     found = model(IDS, output_exit_logits=True).exit_logits[0]
     high = model.chain.descend(IDS).to(0).sources[-1]
     shifted = torch.cat([torch.zeros_like(high[:, :1]), high[:, :-1]], 1)
     positions = torch.arange(11).expand(2, -1)
-    last = backbone.segment(3, 4)(draft.source_norms[-1](shifted), positions).hidden
+    token = draft.embed_norm(backbone.embedding()(IDS, positions).hidden)
+    entering = token + draft.source_norms[-1](shifted)
+    last = backbone.segment(3, 4)(entering, positions).hidden
     assert torch.allclose(found, backbone.final_logits(last), atol=1e-4)
     norms = draft.embed_norm, draft.chain_norm, *draft.source_norms
     assert all(torch.equal(norm(high), norms[0](high)) for norm in norms)

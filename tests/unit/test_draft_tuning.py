@@ -12,15 +12,16 @@ from transformers import DynamicCache
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning import losses as losses_module
-from ee_tuning.config import Schedule, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.costs import draft_cost, work
 from ee_tuning.exits.draft import before
 from ee_tuning.losses import Objective, cross_entropy, rejection
 from ee_tuning.plan.check import check_model
 from ee_tuning.tune.drafts import measure_drafts
-from ee_tuning.tune.fitted import fit_draft
+from ee_tuning.tune.fitted import fit
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Tuner
+from ee_tuning.tune_config import Schedule
 
 STEPS, DECAY = 3, 0.9
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 0, 1, 2, 3, 4]])
@@ -217,7 +218,7 @@ def test_fitted_maps_are_those_of_least_squares(family):
     """Row after row, from transformers' own hidden states; tolerance: products in fp32."""
     model = EarlyExitModel.from_base(tiny(family), ExitConfig("", "draft", init="fitted"))
     draft, size = model.draft, 32
-    fit_draft(model, batches())
+    fit(Tuner(model, {}), batches())
     for linear in (draft.first, draft.later):
         read, wanted = [], []
         for batch in batches():
@@ -238,7 +239,9 @@ def test_fitted_maps_are_those_of_least_squares(family):
                         read.append(x[0, place])
                         wanted.append(enters[0, place])
         x, y = torch.stack(read).double(), torch.stack(wanted).double()
-        x = torch.cat([x, (1e-3 * len(x)) ** 0.5 * torch.eye(x.shape[1])])
+        scale = x.square().mean(-1, keepdim=True).sqrt()
+        x, y = x / scale, y / scale
+        x = torch.cat([x, torch.diag((1e-3 * x.square().sum(0)).sqrt())])
         y = torch.cat([y, torch.zeros(x.shape[1], size)])
         expected = torch.linalg.lstsq(x, y).solution.T.float()
         torch.testing.assert_close(linear.weight.data, expected, rtol=1e-2, atol=2e-3)
@@ -248,7 +251,7 @@ def test_a_fitted_start_is_better_than_a_copied_one():
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", "draft"))
     tuner = Tuner(model, {})
     copied = measure_drafts(tuner, batches()).agreement[1]
-    fit_draft(model, batches())
+    fit(tuner, batches())
     assert measure_drafts(tuner, batches()).agreement[1] > copied + 0.3
 
 

@@ -37,7 +37,7 @@ FLOORS = [
     ["model"],
     ["exits", "backbone", "loading", "fingerprint", "gguf"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
-    ["config", "exit_config", "files", "folders", "hub", "certificate"],
+    ["config", "tune_config", "exit_config", "files", "folders", "hub", "certificate"],
     ["twin", "errors", "settings", "version"],
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

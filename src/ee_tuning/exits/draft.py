@@ -40,7 +40,9 @@ class DraftExit(NormExit):
     and by what the weight of each is less than that of the one before.
 
     It begins as the backbone's last layer, run once more on the normalised state after the highest
-    source at the token before, then on its own output: the maps let nothing else through.
+    source at the token before, then on its own output, each with the normalised token added: the
+    maps let nothing else through. (Nothing but zeros at a text's first token would have gradients
+    that grow with the number of norms.)
     """
 
     segment: Segment
@@ -174,12 +176,13 @@ def _place(position_ids: Tensor) -> Tensor:
 
 
 def _passing(number: int, hidden: int, backbone: Backbone) -> nn.Linear:
-    """A map of `number` states, (…, number·H) → (…, H), that lets the last one through."""
+    """A map of `number` states, (…, number·H) → (…, H), that adds the first and the last."""
     kind: dict[str, Any] = {"device": backbone.device, "dtype": backbone.dtype}
     linear = nn.Linear(number * hidden, hidden, bias=False, **kind)
     with torch.no_grad():
         linear.weight.zero_()
-        linear.weight[:, -hidden:].fill_diagonal_(1)
+        for part in (linear.weight[:, :hidden], linear.weight[:, -hidden:]):
+            part.fill_diagonal_(1)
     return linear
 
 

@@ -137,7 +137,9 @@ def split_model(
     gather: bool = False,
     sequence: bool = False,
 ) -> None:
-    """Split layers, exits and heads of `model`, in place; teacher: the backbone's head too.
+    """Split layers, exits and heads of `model`, in place.
+
+    teacher: the backbone's head, too, and the layers that are deeper than the exits.
 
     gather: heads give the logits of all parts, which is too much for training. sequence: between
     what is split, split the sequence.
@@ -153,14 +155,14 @@ def split_model(
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher or any(exit.output.shared for exit in exits):
         split_linear(backbone.head, "the head", head, tp)
-    for number in model.stage:
-        layer = backbone.layers[number]
-        _split_by_plan(layer, plan, tp)
+    runs = range(model.stage.start, backbone.num_layers if teacher else model.stage.stop)
+    for number in runs:
+        _split_by_plan(backbone.layers[number], plan, tp)
     for exit in exits:
         _split_exit(exit, plan, tp, head)
         exit.output.softmax = SplitSoftmax(tp, exit.output.size)
     if sequence:
-        _split_sequence(model, plan, SequencePart(tp))
+        _split_sequence(model, runs, plan, SequencePart(tp))
 
 
 def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -> None:
@@ -172,10 +174,10 @@ def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -
         as_buffers(exit.output.picked)
 
 
-def _split_sequence(model: Network, plan: dict[str, str], part: SequencePart) -> None:
+def _split_sequence(model: Network, runs: range, plan: dict[str, str], part: SequencePart) -> None:
     """Let layers and exits of `model`, which are split, work on parts of the sequence."""
     model.chain.on_part(part)
-    for number in model.stage:
+    for number in runs:
         _gather_in(model.backbone.layers[number], plan, part)
     for exit in (model.exit(layer) for layer in model.exit_layers):
         exit.sequence = part

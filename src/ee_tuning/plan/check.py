@@ -7,12 +7,13 @@ import dataclasses
 import torch
 from torch import nn
 
-from ee_tuning.config import PlanConfig, Precision, TuneConfig
+from ee_tuning.config import PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
 from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
+from ee_tuning.tune_config import Precision
 from ee_tuning.vocabulary import check_number
 
 
@@ -89,14 +90,17 @@ def check_settings(config: TuneConfig) -> None:
     for key in ("lr", "eps", "kl_temperature"):
         if not getattr(config, key) > 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
-    if config.init == "fitted" and config.shard_backbone:
-        raise UserError(
-            "init fitted cannot be had with --shard-backbone: it runs whole layers; use --init copy"
-        )
+    if config.exits and config.init != "auto":
+        raise UserError(f"init is {config.init}: it is for new exits, not for those in --exits")
     if config.pp > 1 and config.loss != "ce":
         raise UserError(
             f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
             "from the last stage only; use --loss ce or --pp 1"
+        )
+    if config.pp > 1 and config.start == "fitted" and not config.exits:
+        raise UserError(
+            f"init fitted cannot be had with pp {config.pp}: what exits are fitted to is at the "
+            "end of the last stage; use --init copy or --pp 1"
         )
     check_parallel(config)
     if config.global_batch_size < config.dp:
@@ -158,6 +162,11 @@ def check_model(model: Network, config: TuneConfig) -> None:
         raise UserError(
             f"a draft exit cannot be tuned with tp {config.tp} and pp {config.pp}: it reads states "
             "of the whole backbone; use --tp 1 --pp 1, with --dp"
+        )
+    if model.draft and config.shard_backbone and config.start == "fitted" and not config.exits:
+        raise UserError(
+            "a draft exit cannot be fitted with --shard-backbone: it runs whole layers; use "
+            "--init copy"
         )
     linear = any(type(m) is nn.Linear for layer in backbone.layers for m in layer.modules())
     if config.backbone_precision != "same" and not linear:

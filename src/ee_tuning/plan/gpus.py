@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ee_tuning.config import Precision
 from ee_tuning.quantise.packages import PACKAGES
+from ee_tuning.tune_config import Precision
 
 
 @dataclass(frozen=True)

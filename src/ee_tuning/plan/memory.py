@@ -5,13 +5,14 @@ Memory is counted; where kernels need room of their own, the largest known is ta
 
 from __future__ import annotations
 
-from ee_tuning.config import ObjectiveConfig, Precision, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.costs import Account, ExitWork, Work, runs_side_by_side, state_bytes
 from ee_tuning.devices import GIB
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import LOGITS
 from ee_tuning.quantise.packages import BYTES
 from ee_tuning.stages import cut_stages
+from ee_tuning.tune_config import Precision
 
 
 def largest_stage(account: Account, config: TuneConfig) -> dict[str, float]:
@@ -90,8 +91,8 @@ def _tuned(exits: list[ExitWork], tp: int) -> list[float]:
     return [exit.whole.values / tp for exit in exits]
 
 
-def _layers(account: Account, config: ObjectiveConfig, stage: range) -> list[Work]:
-    deep = len(account.layers) if config.loss != "ce" else stage.stop
+def _layers(account: Account, config: TuneConfig, stage: range) -> list[Work]:
+    deep = len(account.layers) if config.runs_whole else stage.stop
     return account.layers[stage.start : deep]
 
 

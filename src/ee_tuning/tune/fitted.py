@@ -1,78 +1,168 @@
-"""A start for a draft exit: its maps fitted in closed form to what the backbone does.
+"""A start for new exits, fitted in closed form to what the backbone does at its end.
 
-Ridge regression, as for a tuned lens (arXiv 2303.08112): `first` from what it reads to the hidden
-state that enters the backbone's last layer at the same token, of which the block is a copy; then
-`later` to the same, from the token and the first draft's output at the token before.
+Ridge regression, as for a tuned lens (arXiv 2303.08112), over one pass through some of the data:
+
+* Of an exit with a head of its own, W: a map A from its features to the final exit's at the same
+  token. The head becomes W·A, so that nothing is added to the exit.
+* Of one that shares the backbone's head: a factor for each of the features, which its norm takes.
+* Of a draft exit: `first` from what it reads to the hidden state that enters the backbone's last
+  layer at the same token, of which the block is a copy; then `later` to the same, from the token
+  and the first draft's output at the token before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ee_tuning.exits import DraftExit
+from ee_tuning.backbone import Segment
+from ee_tuning.exit_config import DRAFT
+from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.exits.draft import before
 from ee_tuning.losses import IGNORED, next_tokens
 from ee_tuning.model import Network
-from ee_tuning.tune.step import Batch, to_device
+from ee_tuning.tune.optimizers import working_copies
+from ee_tuning.tune.step import Batch, Tuner
 
-TOKENS = 2**16  # to fit to, at most: some twenty for each of the values that `first` reads
-RIDGE = 1e-3  # penalty, in mean squares of a value that is read
+TOKENS = 100_000  # to fit to, at most
+TOKENS_PER_VALUE = 100  # that a map reads, at most
+RIDGE = 1e-3  # penalty, in mean squares of each value that is read
 
-Rows = Callable[[Batch], tuple[Tensor, Tensor]]
+Rows = tuple[Tensor, Tensor]
+
+
+def tokens_to_fit(model: Network) -> int:
+    """How many tokens of the data are enough for the exits of `model`."""
+    reads = 1 + len(model.draft.sources) if model.draft else 1
+    return min(TOKENS, TOKENS_PER_VALUE * reads * model.config.hidden_size)
 
 
 @torch.no_grad()
-def fit_draft(model: Network, batches: Iterable[Batch]) -> None:
-    """Fit the maps of the draft exit of `model`, in place, to the labelled tokens of `batches`.
+def fit(tuner: Tuner, batches: Sequence[Batch]) -> None:
+    """Fit the exits of a model, in place, to the labelled tokens of `batches`, on the host.
 
-    The backbone has its layers in memory, and the exit is as it was copied.
+    The exits are as they were copied, and all layers are in memory. Of several data-parallel ranks
+    each brings its share of the batches, and all find the same maps.
     """
-    draft, batches = model.draft, [*batches]
-    assert draft is not None
-
-    def first(batch: Batch) -> tuple[Tensor, Tensor]:
-        states, target = _states(model, batch)
-        return draft.first_input(batch["input_ids"], states, batch["position_ids"]), target
-
-    def later(batch: Batch) -> tuple[Tensor, Tensor]:
-        ids, positions = batch["input_ids"], batch["position_ids"]
-        states, target = _states(model, batch)
-        h = before(draft.first_step(ids, states, positions), positions)
-        return draft.later_input(ids, h, positions), target
-
-    for linear, rows in ((draft.first, first), (draft.later, later)):
-        linear.weight.copy_(_ridge(rows, batches, draft))
+    _fit_heads(tuner, batches)
+    if tuner.model.draft:
+        _fit_draft(tuner, tuner.model.draft, batches)
 
 
-def _states(model: Network, batch: Batch) -> tuple[Tensor, Tensor]:
+class _Squares:
+    """Sums over tokens of products of what a map reads, (R, N), and of what it is to give."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, read: Tensor, wanted: Tensor) -> None:
+        """More rows: (R, N) and (R, M)."""
+        read, wanted = read.float(), wanted.float()
+        # All tokens count alike, also those whose states are a hundred times larger.
+        scale = read.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+        x, y = read * scale, wanted * scale
+        found = (x.T @ torch.cat([x, y], dim=1)).double()
+        self.sums = found if self.sums is None else self.sums.add_(found)
+
+    def factors(self, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """Of least squares, where what is read stands for itself times a factor: (N,) fp32."""
+        assert self.sums is not None
+        squares, products = total(self.sums).chunk(2, dim=1)
+        return (products.diagonal() / squares.diagonal().clamp(min=1e-12)).float()
+
+    def map(self, total: Callable[[Tensor], Tensor]) -> Tensor:
+        """The map of least squares, (M, N) fp32. total: sums over processes."""
+        assert self.sums is not None
+        sums = total(self.sums)
+        size = len(sums)
+        squares = sums[:, :size]
+        squares.diagonal().mul_(1 + RIDGE).add_(1e-12)
+        return torch.linalg.solve(squares, sums[:, size:]).T.float()
+
+
+def _fit_heads(tuner: Tuner, batches: Sequence[Batch]) -> None:
+    """Fold maps of features into the exits' own heads, or factors into their norms."""
+    model, backbone = tuner.model, tuner.model.backbone
+    fitted = [layer for layer in model.exit_layers if layer != DRAFT]
+    squares = {layer: _Squares() for layer in fitted}
+    for batch in batches if fitted else ():
+        placed, rows = tuner.place(batch), {}
+        asked = next_tokens(placed["labels"]) != IGNORED
+        with tuner.cast():
+            descent = tuner.transport.enter(model, placed)
+            final = descent.ahead(backbone.num_layers)
+            final = model.chain.part.gather(final) if model.chain.part else final
+            wanted = backbone.norm(final)[asked]
+            for layer in fitted:
+                exit = model.exit(layer)
+                with working_copies(exit, tuner.autocast):
+                    rows[layer] = exit.features(descent.to(layer))[asked]
+        for layer, features in rows.items():
+            bias = shared_bias(model.exit(layer))
+            squares[layer].add(features - bias, wanted - bias)
+    tuner.transport.settle()
+    for layer in fitted:
+        exit = model.exit(layer)
+        if not exit.output.shared:
+            weight: Tensor = exit.head.weight  # type: ignore[assignment]
+            weight.copy_(weight.float() @ squares[layer].map(tuner.transport.total))
+        elif exit.norm is not None:
+            scale_norm(exit.norm, squares[layer].factors(tuner.transport.total))
+
+
+def shared_bias(exit: Exit) -> Tensor | float:
+    """What an exit's norm adds that stays as it is: (H,), or 0."""
+    bias = getattr(exit.norm, "bias", None) if exit.output.shared else None
+    return 0.0 if bias is None else bias
+
+
+def scale_norm(norm: nn.Module, factors: Tensor) -> None:
+    """Let a norm give each of its values (H,) times a factor, but for its bias."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None:
+        return  # there are norms without
+    kept = weight.clone()
+    weight.zero_()
+    given = norm(torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device))
+    # Some families multiply by 1 + weight.
+    one = float((given if bias is None else given - bias).abs().max() > 0)
+    weight.copy_((kept + one) * factors - one)
+
+
+def _fit_draft(tuner: Tuner, draft: DraftExit, batches: Sequence[Batch]) -> None:
+    """Fit `first`, then `later`, to the state that enters the last layer."""
+    enters = tuner.model.backbone.num_layers - 1
+    segments = tuner.model.segments([], sources=sorted({*draft.sources, enters} - {0}))
+
+    def first(placed: Batch, states: Tensor) -> Tensor:
+        return draft.first_input(placed["input_ids"], states, placed["position_ids"])
+
+    def later(placed: Batch, states: Tensor) -> Tensor:
+        ids, positions = placed["input_ids"], placed["position_ids"]
+        h = draft.first_step(ids, states, positions, boundaries=placed.get("boundaries"))
+        return draft.later_input(ids, before(h, positions), positions)
+
+    for name, read in (("first", first), ("later", later)):
+        squares = _Squares()
+        for batch in batches:
+            placed = tuner.place(batch)
+            asked = next_tokens(placed["labels"]) != IGNORED
+            with tuner.cast(), working_copies(draft, tuner.autocast):
+                states, wanted = _states(draft, segments, placed, enters)
+                rows = read(placed, states)[asked], wanted[asked]
+            squares.add(*rows)
+        linear: nn.Linear = getattr(draft, name)
+        linear.weight.copy_(squares.map(tuner.transport.total))
+
+
+def _states(draft: DraftExit, segments: list[Segment], placed: Batch, enters: int) -> Rows:
     """What the first draft is given, (B, T, n·H), and what enters the last layer, (B, T, H)."""
-    draft, enters = model.draft, model.backbone.num_layers - 1
-    assert draft is not None
-    hidden, kept = batch["input_ids"], {}
-    for segment in model.segments([], sources=sorted({*draft.sources, enters} - {0})):
-        hidden = segment(hidden, batch["position_ids"]).hidden
+    hidden, kept = placed["input_ids"], {0: placed["input_ids"]}
+    for segment in segments:
+        given = hidden, placed["position_ids"]
+        hidden = segment(*given, boundaries=placed.get("boundaries")).hidden
         kept[segment.stop] = hidden
     states = torch.cat([kept[layer] for layer in draft.sources], dim=-1)
-    return before(states, batch["position_ids"]), kept[enters]
-
-
-def _ridge(rows: Rows, batches: Iterable[Batch], draft: DraftExit) -> Tensor:
-    """The map of least squares, (H, N), from the rows of all batches, (R, N) to (R, H)."""
-    products: Tensor | None = None
-    number = 0
-    for batch in batches:
-        batch = {name: to_device(batch[name], draft.first.weight.device) for name in batch}
-        read, target = rows(batch)
-        asked = next_tokens(batch["labels"]) != IGNORED
-        x, y = read[asked].float(), target[asked].float()
-        found = (x.T @ torch.cat([x, y], dim=1)).double()
-        products = found if products is None else products.add_(found)
-        number += len(x)
-    assert products is not None
-    size = len(products)
-    squares = products[:, :size]
-    squares.diagonal().add_(RIDGE * max(1, number))
-    return torch.linalg.solve(squares, products[:, size:]).T
+    return before(states, placed["position_ids"]), kept[enters]

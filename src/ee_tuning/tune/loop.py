@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from ee_tuning.plan.memory import largest_parts
 from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
 from ee_tuning.tune.drafts import measure_drafts
+from ee_tuning.tune.fitted import fit, tokens_to_fit
 from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay, Speed
 from ee_tuning.tune.optimizers import learning_rate, loss_weights, set_learning_rate
 from ee_tuning.tune.setup import SetUp, digest, set_up
@@ -163,6 +165,8 @@ class Run:
         """Every step from the first, or the last checkpoint's, to the end."""
         config = self.config
         first = self._resume() if config.resume else 0
+        if not first:
+            self._fit()
         self.mesh.on_main(self._begin)
         log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
         before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
@@ -220,6 +224,21 @@ class Run:
             )
         return first
 
+    def _fit(self) -> None:
+        """Give new exits the start that is wanted, from no more data than the run is tuned on."""
+        config, train = self.config, self.made.train
+        if config.exits or config.start != "fitted":
+            return
+        most = config.steps * config.global_batch_size
+        rows = train.count(min(most, max(1, tokens_to_fit(self.model) // config.seq_length)))
+        batches = list(micro_batches(train, range(rows), config.micro_batch_size))
+        self.mesh.doing = "fitting the exits"
+        started = time.perf_counter()
+        fit(self.tuner, deal_batches(batches, self.mesh))
+        took = time.perf_counter() - started
+        tokens = rows * config.seq_length
+        self.display.say(f"exits fitted to {tokens:,} tokens in closed form, {took:.0f} s")
+
     def step(self, step: int, log: MetricsLog | NoLog, stop: bool) -> None:
         """One optimizer step, counted from 0. stop: this process was asked to stop."""
         config = self.config
@@ -276,7 +295,7 @@ class Run:
         for layer, loss in losses.items():
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss of exit {layer} is {loss} before the first step: "
+                    f"the loss of exit {exit_name(layer)} is {loss} before the first step: "
                     f"{_without_numbers(self.model) or 'the data or the precision are at fault'}"
                 )
 
@@ -285,7 +304,7 @@ class Run:
             if not math.isfinite(losses[layer] + norms[layer]):
                 advice = _without_numbers(self.model.model) or "try a lower --lr"
                 raise UserError(
-                    f"the loss of exit {layer} is {losses[layer]} with gradient norm "
+                    f"the loss of exit {exit_name(layer)} is {losses[layer]} with gradient norm "
                     f"{norms[layer]} at step {step + 1}: stopped before it could be saved, "
                     f"checkpoints in {self.checkpoints} are good; {advice}"
                 )

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.config import Schedule
 from ee_tuning.exits import Exit
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import ShardedParameter
 from ee_tuning.slices import whole
+from ee_tuning.tune_config import Schedule
 
 WAITING = 2**29  # bytes of a gradient that may wait for a second one
 

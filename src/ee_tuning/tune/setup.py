@@ -16,7 +16,7 @@ import torch
 
 from ee_tuning import varlen
 from ee_tuning.backbone import Backbone
-from ee_tuning.config import Layout, ObjectiveConfig, Precision, TuneConfig
+from ee_tuning.config import TuneConfig
 from ee_tuning.data import (
     Rows,
     collate,
@@ -38,9 +38,9 @@ from ee_tuning.parallel.tensor import split_model
 from ee_tuning.quantise.fp8 import tune_in_fp8
 from ee_tuning.quantise.packages import compiles
 from ee_tuning.share import Share, load, source_of
-from ee_tuning.tune.fitted import TOKENS, fit_draft
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
+from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision
 from ee_tuning.vocabulary import most_frequent
 
 IDENTIFYING_ROWS = 16
@@ -90,8 +90,6 @@ def set_up(
     say(describe(train, config.steps * config.global_batch_size))
     if config.exit_vocab:
         reduce_vocabulary(model, train, valid, config, say)
-    if config.init == "fitted" and not config.exits:
-        fit(model, train, config, mesh)
     prepare(model, config, mesh)
     pipeline = Pipeline(mesh)
     transport: Transport = pipeline if mesh.size > 1 or config.trace else Alone()
@@ -99,19 +97,6 @@ def set_up(
     rest: dict[str, Any] = {"clip": config.clip, "autocast": autocast, "transport": transport}
     tuner = Tuner(model, build_optimizers(model, config, config.seed), objective(config), **rest)
     return SetUp(tuner, train, valid, pipeline)
-
-
-def fit(model: Network, train: Rows, config: TuneConfig, mesh: Mesh) -> None:
-    """Fit the maps of a draft exit to the first of the data, the same on every rank.
-
-    To no more of them than the run is tuned on.
-    """
-    most = config.steps * config.global_batch_size
-    number = train.count(min(most, max(1, TOKENS // config.seq_length)))
-    fit_draft(model, micro_batches(train, range(number), config.micro_batch_size))
-    if mesh.dp > 1 and model.draft:  # ranks may round differently
-        for linear in (model.draft.first, model.draft.later):
-            linear.weight.data = mesh.sum_over("dp", linear.weight.data / mesh.dp)
 
 
 def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Network:
@@ -122,7 +107,7 @@ def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Net
     Raises:
         UserError: see `split_model` and `check_fp8`.
     """
-    split_model(model, mesh, teacher=config.loss != "ce", sequence=config.sequence_parallel)
+    split_model(model, mesh, teacher=config.runs_whole, sequence=config.sequence_parallel)
     cast_exits(model, DTYPES[config.master_weights])
     if model.draft:
         model.draft.steps, model.draft.decay = config.draft_steps, config.draft_decay
@@ -175,7 +160,7 @@ def load_share(
             backbones.
     """
     share = Share(
-        whole=config.loss != "ce",
+        whole=config.runs_whole,
         stage=stage,
         # Rows of a head are picked from all of it.
         slices=Slices(mesh.axis("tp"), head=not config.exit_vocab) if config.tp > 1 else None,
