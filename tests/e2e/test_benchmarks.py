@@ -9,6 +9,7 @@ import decode
 import pytest
 import regenerate
 import savings
+import serve
 import speedup
 import table
 import tune
@@ -89,3 +90,15 @@ def test_texts_in_waves_and_the_work_of_the_host(tmp_path, monkeypatch):
         found = run(regenerate, monkeypatch, tmp_path / "found.json", flags + more)
         assert found["tokens_per_second"] > 0
         assert found["settings"]["ahead"] == 8
+
+
+@pytest.mark.slow
+def test_a_server_under_load(base, tmp_path, monkeypatch):
+    flags = f"--model {base} --device cpu --clients 1 3 --seconds 0.5 --new-tokens 4 --capacity 128"
+    found = run(serve, monkeypatch, tmp_path / "serve.json", f"{flags} --alone")
+    (rows,) = found["servers"].values()
+    for row, clients in zip(rows, (1, 3), strict=True):
+        assert row["clients"] == clients
+        assert row["failed"] == 0 < row["requests"]
+        assert row["first_token_ms"]["p99"] >= row["first_token_ms"]["p50"] > 0
+    assert found["engine"].keys() == {"1", "3"}

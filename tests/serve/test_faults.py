@@ -153,10 +153,10 @@ def read(connection):
 def test_a_text_that_fails_fails_alone(tiny_server, monkeypatch):
     put = Choice.put
 
-    def failing(self, token):
+    def failing(self, settled):
         if self.request.ids == [6] and len(self.layers) == 2:
             raise RuntimeError("a mistake of this one")
-        return put(self, token)
+        return put(self, settled)
 
     monkeypatch.setattr(Choice, "put", failing)
     with ThreadPoolExecutor(3) as pool:

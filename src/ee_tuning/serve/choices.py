@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,6 +49,17 @@ class Stops:
         return 0
 
 
+class Settled(NamedTuple):
+    """A token of a choice, as the engine's thread hands it on.
+
+    seen: how likely it was, if that is wanted. time: when it came.
+    """
+
+    token: Token
+    seen: Likely | None
+    time: float
+
+
 @dataclass
 class Delta:
     """What a choice has more of: text, and the tokens that the engine settled meanwhile.
@@ -70,10 +80,13 @@ class Delta:
 
 
 class Choice:
-    """One text that is written. All of it but `request` belongs to the engine's thread.
+    """One text that is written.
 
-    index: among those of its job. prompt: number of its prompt. started, first, ended: when it got
-    a slot, its first token, its last.
+    The engine's thread sees `request`, `stop_ids` and `seen`; what becomes of the tokens is up to
+    the thread of the clients, which has time while the engine computes.
+
+    index: among those of its job. auto: the server says whether it is speculative. started, first,
+    ended: when it got a slot, its first token, its last.
     """
 
     def __init__(
@@ -88,28 +101,27 @@ class Choice:
         seen: Seen | None = None,
         auto: bool = False,
     ) -> None:
-        """stop_ids: tokens that end it, and are not in its text. least: tokens before it may end.
-        auto: the server says whether it is speculative.
-        """
+        """stop_ids: tokens that end it, and are not in its text. least: tokens before a string may
+        end it."""
         self.index, self.request, self.auto = index, request, auto
         self.stop_ids, self.least, self.seen = stop_ids, least, seen
         self.stops = Stops(stops)
         self.stream = TextStream(tokenizer, skip_special_tokens=True, after=request.ids)
         self.layers: list[int] = []
         self.drafted = self.kept = 0
+        self.written = 0  # tokens that the engine has settled
         self.started = self.first = self.ended = 0.0
         self.finish: str | None = None
         self._run = 0  # drafts kept since the last token of the end's own
 
-    def put(self, token: Token) -> Delta:
+    def put(self, settled: Settled) -> Delta:
         """What a settled token brings. Not called any more once `finish` is said."""
-        self.ended = time.perf_counter()
+        token, self.ended = settled.token, settled.time
         self.first = self.first or self.ended
         self.layers.append(token.exit_layer)
         delta = Delta(self.index, tokens=[token], rounds=self._round(token))
-        if self.seen is not None:
-            position = len(self.request.ids) + len(self.layers) - 1
-            delta.seen = [self.seen.take(position, token.id)]
+        if settled.seen is not None:
+            delta.seen = [settled.seen]
         if token.id in self.stop_ids:
             self.finish = "stop"
         else:

@@ -15,7 +15,7 @@ import torch
 from ee_tuning.calibrate.audit import Audit
 from ee_tuning.decode import Engine, Full, Request
 from ee_tuning.errors import UserError, first_line
-from ee_tuning.serve.choices import Choice, Delta
+from ee_tuning.serve.choices import Choice, Delta, Settled
 from ee_tuning.serve.errors import Refused
 from ee_tuning.serve.jobs import Job, too_late
 from ee_tuning.serve.metrics import Metrics
@@ -92,7 +92,10 @@ class Worker:
             self._refuse_if_full()
             self._calls.append((function, future))
             self._changed.notify()
-        return await asyncio.wait_for(future, self.seconds)
+        try:
+            return await asyncio.wait_for(future, self.seconds)
+        except asyncio.TimeoutError:
+            raise too_late(self.seconds) from None
 
     def give_up(self, job: Job) -> None:
         """Nobody waits for it any more: its slots are free from the next step on."""
@@ -113,6 +116,42 @@ class Worker:
     def running(self) -> int:
         """Texts that have one."""
         return len(self._live)
+
+    def _hand_out(self, news: list[tuple[Job, Choice, Settled | Exception]]) -> None:
+        """Make text of what a step has settled, while the next one computes."""
+        deltas: dict[Job, list[Delta]] = {}
+        for job, choice, settled in news:
+            if choice.finish is not None or job.given_up:
+                continue
+            try:
+                if isinstance(settled, Exception):
+                    raise settled
+                delta = choice.put(settled)
+                settled.token.ends = choice.finish is not None
+                if self.audit is not None:
+                    self.audit.take(choice.request, settled.token)
+                self._count(job, choice, delta)
+            except Exception as error:  # of this text: it ends alone
+                delta = Delta(choice.index, error=self._explained(error))
+                choice.finish = "error"
+                self.metrics.gave_up("error")
+            deltas.setdefault(job, []).append(delta)
+            if choice.finish is not None:
+                self.engine.cancel(choice.request)
+        for job, own in deltas.items():
+            job.give(own)
+
+    def _count(self, job: Job, choice: Choice, delta: Delta) -> None:
+        """Take in what a text has become."""
+        if len(choice.layers) == 1:
+            self.metrics.said_first(choice, job.submitted)
+        self.metrics.settled(delta)
+        if choice.finish is None:
+            return
+        self.metrics.ended(choice, job.submitted)
+        if choice.auto and len(choice.layers) > 8:
+            speed = (len(choice.layers) - 1) / max(1e-9, choice.ended - choice.first)
+            self._faster.learn(choice.request.policy.mode, len(self._live), speed)
 
     def _refuse_if_full(self) -> None:
         if self.state not in ("warming up", "ready"):
@@ -171,26 +210,29 @@ class Worker:
         except Exception as error:
             self._failed(error)
             return
-        news: dict[Job, list[Delta]] = {}
+        news: list[tuple[Job, Choice, Settled | Exception]] = []
+        now = time.perf_counter()
         for request, token in events:
             found = self._live.get(request)
             if found is None or request.cancelled:
                 continue
             job, choice = found
-            try:
-                if token is None:
-                    raise request.error or RuntimeError("a text failed without a reason")
-                delta = choice.put(token)
-                token.ends = token.ends or choice.finish is not None
-                if self.audit is not None:
-                    self.audit.take(request, token)
-            except Exception as error:  # of this text: it ends alone
-                delta = Delta(choice.index, error=self._explained(error))
-            news.setdefault(job, []).append(delta)
-            self._count(job, choice, delta)
+            if token is None:
+                assert request.error is not None
+                news.append((job, choice, request.error))
+                del self._live[request]
+                continue
+            choice.written += 1
+            seen = None
+            if choice.seen is not None:
+                seen = choice.seen.take(len(request.ids) + choice.written - 1, token.id)
+            news.append((job, choice, Settled(token, seen, now)))
+            if token.ends or token.id in choice.stop_ids:
+                self.engine.cancel(request)  # if it ends before the engine knows
+                del self._live[request]
         if news:
-            self._tell(_hand_out, news)
-        self._look_at_the_clock()
+            self._tell(self._hand_out, news)
+        self._look_at_the_clock(now)
 
     def _admit(self) -> bool:
         """Hand the next texts to the engine, if there are slots; not twice without a round."""
@@ -212,26 +254,8 @@ class Worker:
                 free, tokens = free - 1, tokens + len(choice.request.ids)
         return tokens > 0
 
-    def _count(self, job: Job, choice: Choice, delta: Delta) -> None:
-        """Take in what a text has become."""
-        if len(choice.layers) == 1 and delta.tokens:
-            self.metrics.said_first(choice, job.submitted)
-        self.metrics.settled(delta)
-        if delta.error is None and delta.finish is None:
-            return
-        self.engine.cancel(choice.request)  # it may end before the engine knows
-        self._live.pop(choice.request, None)
-        if delta.error is not None:
-            self.metrics.gave_up("error")
-            return
-        self.metrics.ended(choice, job.submitted)
-        if choice.auto and len(choice.layers) > 8:
-            speed = (len(choice.layers) - 1) / max(1e-9, choice.ended - choice.first)
-            self._faster.learn(choice.request.policy.mode, len(self._live), speed)
-
-    def _look_at_the_clock(self) -> None:
+    def _look_at_the_clock(self, now: float) -> None:
         """Give up what takes too long, and forget what was given up."""
-        now = time.perf_counter()
         for request, (job, _) in list(self._live.items()):
             if job.deadline < now and not job.given_up:
                 self._tell(job.give, too_late(self.seconds))
@@ -239,7 +263,7 @@ class Worker:
                 self.metrics.gave_up("deadline")
             elif job.given_up:
                 self.metrics.gave_up("abort")
-            if job.given_up:
+            if request.cancelled:
                 del self._live[request]
         with self._changed:
             late = [job for job, _ in self._waiting if job.deadline < now]
@@ -306,11 +330,6 @@ class Worker:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
-
-
-def _hand_out(news: dict[Job, list[Delta]]) -> None:
-    for job, deltas in news.items():
-        job.give(deltas)
 
 
 def _answer(future: asyncio.Future[Any], found: Any) -> None:
