@@ -196,8 +196,10 @@ class Bench:
         """What stands beside us, if it is wanted."""
         if not self.args.peers:
             return {}
-        ways = transformers_ways(self.plain, settings)
-        return ways | economize_ways(self.drafters, settings)
+        ways = transformers_ways(self.plain, settings) | economize_ways(self.drafters, settings)
+        # The slowest last: all of transformers' but the compiled one.
+        slow = {n for n in ways if n.startswith("transformers") and "compiled" not in n}
+        return dict(sorted(ways.items(), key=lambda item: item[0] in slow))
 
     def run(self, write: Callable[[], None]) -> None:
         """Every row of every batch and temperature, in this order."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ee_tuning.certificate import Certificate
 from ee_tuning.errors import Notice, UserError, first_line
-from ee_tuning.exit_config import ExitConfig, exit_name
+from ee_tuning.exit_config import DRAFTS, ExitConfig, exit_name
 from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.fingerprint import config_values, exit_hash
 from ee_tuning.folders import signed
@@ -137,7 +137,7 @@ def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
         exits=[(exit_name(layer), arch, head) for layer, arch, head in exits],
         drafts=int(bool(saved_config["sources"])),
         sources=saved_config["sources"],
-        mode="speculative" if {*saved_config["arch"]} == {"draft"} else "threshold",
+        mode="speculative" if {*saved_config["arch"]} <= {*DRAFTS} else "threshold",
     )
     return signed(card + "\n")
 

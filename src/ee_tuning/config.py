@@ -16,6 +16,7 @@ from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision, RecordConf
 
 Mode = Literal["full", "fixed", "threshold", "speculative"]
 Measure = Literal["probability", "margin", "entropy"]
+Eagle3Form = Literal["", "speculators", "sglang"]
 MODES: tuple[str, ...] = get_args(Mode)
 MEASURES: tuple[str, ...] = get_args(Measure)
 
@@ -29,7 +30,7 @@ class NewExitsConfig(Settings):
     arch: str | list[str] = option(
         "mlp",
         "embedding, norm, mlp or layer; one, or one per exit: mlp,layer; draft, at layer 0, for "
-        "--mode speculative alone",
+        "--mode speculative alone, or eagle3, a draft that export writes for engines",
         fixed=True,
     )
     init: Literal["auto"] | Init = option(
@@ -47,7 +48,9 @@ class NewExitsConfig(Settings):
     seed: int = option(0, "seed of the random initialisation")
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
     draft_sources: Layers = option(
-        "", "layers that a draft exit reads; default: 1/10,1/2,5/6,1/1", fixed=True
+        "",
+        "layers that a draft exit reads; default: 1/10,1/2,5/6,1/1, or of eagle3 three",
+        fixed=True,
     )
 
     def exit_config(self) -> ExitConfig:
@@ -127,7 +130,7 @@ class TuneConfig(
         archs = self.arch.split(",") if isinstance(self.arch, str) else self.arch
         draft = "draft" in archs
         whole = self.pp == 1 and (self.loss != "ce" or draft)
-        can_be = whole and not (draft and self.shard_backbone)
+        can_be = whole and not (draft and self.shard_backbone) and "eagle3" not in archs
         return "fitted" if self.init == "auto" and can_be else super().start
 
     @property
@@ -293,6 +296,7 @@ class ExportConfig(Settings):
     exits: str = option("", "folder or hub id of the exits", path=True)
     model: str = option("", "backbone; default: the one named in exit_config.json", path=True)
     layer: int = option(0, "the exit to save as a checkpoint of the backbone's own class")
+    eagle3: Eagle3Form = option("", "save the draft exit as these readers of EAGLE-3 want it")
     merge: bool = option(False, "save backbone and exits together instead")
     out: str = option("", "folder for the checkpoint", path=True)
     overwrite: bool = option(False, "replace what is in --out")

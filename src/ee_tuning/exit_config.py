@@ -9,13 +9,14 @@ from typing import Literal, get_args
 
 from ee_tuning.errors import UserError
 
-Arch = Literal["embedding", "norm", "mlp", "layer", "draft"]
+Arch = Literal["embedding", "norm", "mlp", "layer", "draft", "eagle3"]
 Init = Literal["copy", "random", "fitted"]
 Head = Literal["own", "shared", "auto"]
 Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
 DRAFT = 0  # the layer's number of a draft exit, which sits at none
+DRAFTS = ("draft", "eagle3")  # the architectures of draft exits
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ExitConfig:
         draft exit shares, others have their own. One for all exits or one per exit.
     seed: seed of the random initialisation.
     sources: layers whose states a draft exit reads; default: a low, a middle and a high one, and
-        the last.
+        of ``draft`` the last.
     """
 
     layers: Layers
@@ -74,7 +75,7 @@ class ExitConfig:
                 architecture or head, lists of different lengths, or a draft exit that sits at a
                 layer or reads one that is not there.
         """
-        alone = self.layers in ("", []) and self.arch in ("draft", ["draft"])
+        alone = drafts_alone(self.layers, self.arch)
         layers = parse_layers(DRAFT if alone else self.layers, num_layers, least=DRAFT)
         archs = _one_per_exit("arch", self.arch, ARCHS, len(layers))
         given = _one_per_exit("head", self.head, HEADS, len(layers))
@@ -82,10 +83,14 @@ class ExitConfig:
         heads = [a if a != "auto" else b for a, b in zip(given, default, strict=True)]
         if self.init not in get_args(Init):
             raise UserError(f"init {self.init!r} is unknown: use copy or random, or fitted")
+        if self.init == "fitted" and "eagle3" in archs:
+            raise UserError(
+                "init fitted is not for an eagle3 exit, whose map does not see the token: use copy"
+            )
         for layer, arch in zip(layers, archs, strict=True):
             _check_draft(layer, arch)
         specs = [
-            ExitSpec(*one, self._sources(num_layers) if one[0] == DRAFT else ())
+            ExitSpec(*one, self._sources(one[1], num_layers) if one[0] == DRAFT else ())
             for one in zip(layers, archs, heads, strict=True)
         ]
         if self.sources and DRAFT not in layers:
@@ -95,12 +100,19 @@ class ExitConfig:
             )
         return sorted(specs, key=lambda spec: depth_of(spec.layer))
 
-    def _sources(self, num_layers: int) -> tuple[int, ...]:
+    def _sources(self, arch: str, num_layers: int) -> tuple[int, ...]:
         """The layers that a draft exit reads, by depth."""
         if self.sources:
             return tuple(sorted(parse_layers(self.sources, num_layers, "source layer")))
-        places = num_layers // 10, num_layers // 2, 5 * num_layers // 6, num_layers
+        places = [num_layers // 10, num_layers // 2, 5 * num_layers // 6, num_layers]
+        if arch == "eagle3":  # where engines look, if nothing says otherwise
+            places = [min(2, num_layers), num_layers // 2, num_layers - 3]
         return tuple(sorted({max(1, layer) for layer in places}))
+
+
+def drafts_alone(layers: Layers, arch: str | list[str]) -> bool:
+    """Whether there is to be a draft exit alone, whose number need not be given."""
+    return layers in ("", []) and (arch if isinstance(arch, str) else "".join(arch)) in DRAFTS
 
 
 def depth_of(layer: int) -> float:
@@ -119,7 +131,7 @@ def _check_draft(layer: int, arch: str) -> None:
     Raises:
         UserError: says where it is to be.
     """
-    if (layer == DRAFT) == (arch == "draft"):
+    if (layer == DRAFT) == (arch in DRAFTS):
         return
     if layer == DRAFT:
         raise UserError(

@@ -116,3 +116,17 @@ def test_evaluate_measures_its_first_draft_beside_others(tuned, base, data, tmp_
     assert [row["layer"] for row in found["exit_rows"]] == [2, 0, 4]
     assert " draft " in capsys.readouterr().out
     assert (tmp_path / "both/report.html").exists()
+
+
+def test_an_eagle3_exit_is_tuned_and_exported(base, data, tmp_path):
+    """The token, of which a copied one reads nothing, is read after two steps."""
+    settings = DRAFT | {"arch": "eagle3", "draft_sources": "1,2,4", "steps": 2}
+    tune(base, data, tmp_path / "exits", **settings)
+    stored = load_file(tmp_path / "exits/exits.safetensors")
+    assert stored["0.block.self_attn.v_proj.weight"].chunk(2, dim=1)[0].abs().max() > 0
+    out = str(tmp_path / "out")
+    main(["export", "--exits", str(tmp_path / "exits"), "--eagle3", "speculators", "--out", out])
+    written = load_file(tmp_path / "out/model.safetensors")
+    v_proj = written["layers.0.self_attn.v_proj.weight"]
+    assert torch.equal(v_proj, stored["0.block.self_attn.v_proj.weight"].to(v_proj.dtype))
+    assert len(written["d2t"]) == 150

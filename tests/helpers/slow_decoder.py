@@ -146,7 +146,10 @@ def draft_loop(
         zeros = torch.zeros(1, 1, len(draft.sources) * model.backbone.config.hidden_size)
         states = torch.cat([zeros, _sources(model, text[:-1])], dim=1)
         cache = SegmentCache(model, draft.segment)
-        found = draft.first_step(torch.tensor([text]), states, _positions(0, len(text)), cache)
+        # Where no token looks back at the first one, it might as well not be there.
+        start = 0 if draft.sees_first else 1
+        settled, places = torch.tensor([text[start:]]), _positions(start, len(text))
+        found = draft.first_step(settled, states[:, start:], places, cache)
         hidden, sure = found[:, -1:], 1.0
         one = Round([], [], 0)
         while len(one.drafts) < min(longest, len(ids) + new - len(text) - 1):

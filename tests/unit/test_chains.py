@@ -22,8 +22,11 @@ from ee_tuning.exit_config import DRAFT
 def drafting(family: str = "llama", vocabulary: int = 0) -> EarlyExitModel:
     """A tiny model whose draft exit is right now and then: its layers change little.
 
-    vocabulary: how many tokens the exit knows; 0: all.
+    family: "eagle3" is a llama with an exit of that architecture, right where a text repeats
+    itself. vocabulary: how many tokens the exit knows; 0: all.
     """
+    if family == "eagle3":
+        return eagle3(vocabulary)
     model = EarlyExitModel.from_base(tiny(family), ExitConfig("0", arch="draft")).eval()
     for layer in [*model.backbone.layers, model.draft.block]:
         for p in layer.parameters():
@@ -34,6 +37,17 @@ def drafting(family: str = "llama", vocabulary: int = 0) -> EarlyExitModel:
         linear.weight.data[:, :32].fill_diagonal_(1.0)
     if vocabulary:
         model.reduce_vocabulary(torch.randperm(96, generator=generator)[:vocabulary].sort().values)
+    return model
+
+
+def eagle3(vocabulary):
+    config = ExitConfig("0", arch="eagle3", sources="1,2,4")
+    model = EarlyExitModel.from_base(tiny("llama"), config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for p in model.draft.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    if vocabulary:
+        model.reduce_vocabulary(torch.arange(96 - vocabulary, 96))
     return model
 
 
@@ -64,7 +78,9 @@ def rounds(monkeypatch):
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    family=st.sampled_from(["llama", "mistral", "gemma3", "opt", "gpt2", "qwen2", "gemma2"]),
+    family=st.sampled_from(
+        ["llama", "mistral", "gemma3", "opt", "gpt2", "qwen2", "gemma2", "eagle3", "eagle3"]
+    ),
     vocabulary=st.sampled_from([0, 40]),
     bar=st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.3]),
     longest=st.integers(1, 7),
@@ -76,6 +92,7 @@ def test_chains_are_those_of_a_plain_loop(
     rounds, family, vocabulary, bar, longest, new, length, measure
 ):
     """Draft for draft, with how sure each was, where a chain ends, and how many are kept."""
+    length += family == "eagle3"  # whose plain loop leaves out the first token
     model, ids = drafting(family, vocabulary), prompt(length, length)
     rounds.clear()
     out = model.generate(
@@ -93,7 +110,7 @@ def test_chains_are_those_of_a_plain_loop(
 
 def test_drafts_are_kept_and_rejected_in_these_tests(rounds):
     """Else the other tests would not try what they are about."""
-    for family in ("llama", "mistral", "gemma3"):
+    for family in ("llama", "mistral", "gemma3", "eagle3"):
         drafting(family).generate(
             torch.tensor([prompt(9)]), mode="speculative", threshold=0.0, max_new_tokens=40,
             max_pending=3, eos_token_id=None,

@@ -123,8 +123,9 @@ def test_a_merged_folder_needs_nothing_else(saved):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "either --layer"),
-        (["--layer", "2", "--merge"], "either --layer"),
+        ([], "give one of --layer"),
+        (["--layer", "2", "--merge"], "give one of --layer"),
+        (["--eagle3", "sglang", "--merge"], "give one of --layer"),
         (["--layer", "3"], "there is no exit at layer 3"),
         (["--layer", "1"], "embedding exit"),
         (["--layer", "2", "--out", "BASE"], "is what is being exported"),

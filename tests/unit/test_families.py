@@ -6,13 +6,13 @@ from helpers.families import FAMILIES, MOE, OTHERS, RECURRENT, REFUSED, UNDECODE
 from helpers.steps import exit_gradients
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.exit_config import ARCHS
+from ee_tuning.exit_config import ARCHS, DRAFTS
 
 ALL = [*FAMILIES, *MOE]
 DEPTH = 4
 
 
-AT_LAYERS = [arch for arch in ARCHS if arch != "draft"]  # which has tests of its own
+AT_LAYERS = [arch for arch in ARCHS if arch not in DRAFTS]  # which have tests of their own
 
 
 def archs_of(family):

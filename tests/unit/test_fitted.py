@@ -143,6 +143,7 @@ def test_tokens_are_no_more_than_the_maps_need():
         ({"init": "fitted"}, "fitted"),
         ({"arch": "draft"}, "fitted"),
         ({"arch": ["draft", "mlp"], "shard_backbone": True}, "copy"),
+        ({"arch": "eagle3", "loss": "acceptance"}, "copy"),
         ({"loss": "acceptance", "tp": 2}, "fitted"),
     ],
 )

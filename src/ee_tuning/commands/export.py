@@ -7,7 +7,7 @@ from pathlib import Path
 from ee_tuning.adapter import base_of, find_exits, read_exit_config, stored
 from ee_tuning.config import ExportConfig
 from ee_tuning.errors import UserError
-from ee_tuning.export import exit_checkpoint, save_exit, save_merged
+from ee_tuning.export import exit_checkpoint, save_eagle3, save_exit, save_merged
 from ee_tuning.folders import claim
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
@@ -19,13 +19,13 @@ def export(config: ExportConfig) -> None:
     """Write what `config` asks for to ``config.out``.
 
     Raises:
-        UserError: both or neither of `layer` and `merge`, an exit that is not there or cannot be
-            a checkpoint of its own, or a folder that is taken.
+        UserError: not one of `layer`, `eagle3` and `merge`, an exit that is not there or cannot
+            be a checkpoint of its own, or a folder that is taken.
     """
-    if bool(config.layer) == config.merge:
+    if bool(config.layer) + bool(config.eagle3) + config.merge != 1:
         raise UserError(
-            "give either --layer, for one exit as a checkpoint of its own, or --merge, for "
-            "backbone and exits in one folder"
+            "give one of --layer, for an exit as a checkpoint of its own, --eagle3, for a draft "
+            "exit in EAGLE-3's layout, and --merge, for backbone and exits in one folder"
         )
     found = find_exits(config.exits)
     base = base_of(found, read_exit_config(found), config.model or None)
@@ -33,18 +33,22 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"{config.out} is what is being exported: give another folder with --out")
     output = claim(config.out, config.overwrite)
     source = Saved(config.exits, config.model or None, config.trust_remote_code)
-    model = load(source, Share(whole=config.merge), Network)
+    model = load(source, Share(whole=not config.layer), Network)
     if is_own_code(model.config):
         raise UserError(
             f"{type(model.model).__name__} is code that came with {base}, which an export would "
             "lack: use the exits as they are"
         )
     tokenizer = load_tokenizer(base, trust=config.trust_remote_code)
-    exported = None if config.merge else exit_checkpoint(model, config.layer)
+    exported = exit_checkpoint(model, config.layer) if config.layer else None
     with output.filled() as folder:
-        if exported is None:
-            save_merged(model, tokenizer, folder, stored(found))
-        else:
+        if exported is not None:
+            what = f"exit {config.layer} as a checkpoint"
             save_exit(exported, tokenizer, folder, f"Exit {config.layer} of {base}")
-    what = "backbone and exits" if config.merge else f"exit {config.layer} as a checkpoint"
+        elif config.eagle3:
+            what = "the draft exit in EAGLE-3's layout"
+            save_eagle3(model, tokenizer, folder, base, config.eagle3)
+        else:
+            what = "backbone and exits"
+            save_merged(model, tokenizer, folder, stored(found))
     print(f"{what} saved in {config.out}")

@@ -215,9 +215,13 @@ class Chains:
 
     def _masks(self) -> Any:
         (layer,) = self.cache.slot_layers
-        if not layer.hides:
+        if not layer.hides and self.exit.sees_first:
             return None
-        return self.exit.segment.masks(lambda _: layer.mask(self._states.dtype))
+        mask = layer.mask(self._states.dtype)
+        if not self.exit.sees_first:  # of the texts' later tokens; there is no window then
+            later = (layer.place.positions > 0)[:, None, :, None]
+            mask[..., :1].masked_fill_(later, torch.finfo(mask.dtype).min)
+        return self.exit.segment.masks(lambda _: mask)
 
 
 def _first_draft(

@@ -46,12 +46,19 @@ class DraftExit(NormExit):
     """
 
     segment: Segment
+    # Whether tokens look back at the first one of their text, of which no state is before it.
+    sees_first = True
 
     def __init__(self, backbone: Backbone, spec: ExitSpec) -> None:
         """See `Exit`."""
         super().__init__(backbone, spec)
         self.sources = spec.sources
         self.steps, self.decay = 1, 1.0
+        self._make_maps(backbone)
+        self.embedding = backbone.embedding()
+
+    def _make_maps(self, backbone: Backbone) -> None:
+        """What makes one state of all, and the block that reads it."""
         hidden = backbone.config.hidden_size
         norms = [trainable(backbone.norm) for _ in range(len(self.sources) + 2)]
         for norm in norms:
@@ -62,7 +69,6 @@ class DraftExit(NormExit):
         self.later = _passing(2, hidden, backbone)
         self.block = trainable(backbone.layers[-1])
         self.segment = backbone.block(self.block)
-        self.embedding = backbone.embedding()
 
     def layer_parts(self) -> list[nn.Module]:
         """The block."""
@@ -118,11 +124,13 @@ class DraftExit(NormExit):
         return torch.cat([self._tokens(ids, position_ids), self.chain_norm(h)], dim=-1)
 
     def _tokens(self, ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.embed_norm(self._embedded(ids, position_ids))
+
+    @torch.no_grad()
+    def _embedded(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         # Any mask: no layer looks at it there, and the trunk makes none of its own.
         mask = torch.empty(1, 1, 1, 0, dtype=torch.int32, device=ids.device)
-        with torch.no_grad():
-            embedded = self.embedding(ids, position_ids, boundaries=mask).hidden
-        return self.embed_norm(embedded)
+        return self.embedding(ids, position_ids, boundaries=mask).hidden
 
     def hidden(self, state: State, cache: Cache | None) -> Tensor:
         """The first draft's output at every token."""
@@ -136,24 +144,32 @@ class DraftExit(NormExit):
         Each at the place of its newest token: those of step j at place t belong to the chain that
         began at t − j + 1, and are meaningless where that is before the text's beginning.
         """
-        assert state.ids is not None
         assert self.norm is not None
-        chains = _Chains(state, self.segment, self.first.weight.dtype)
+        return [self.norm(h) for h in self._unrolled(state, self.steps)]
+
+    def _unrolled(self, state: State, steps: int) -> list[Tensor]:
+        """The output (B, T, H) of each of so many steps."""
+        assert state.ids is not None
+        chains = _Chains(self, state)
         h, found = torch.cat(state.sources, dim=-1), []
-        for step in range(self.steps):
+        for step in range(steps):
             advance = self.later_step if step else self.first_step
             last = before(h, state.position_ids)
             h = advance(state.ids, last, state.position_ids, chains.cache, chains.mask(step))
-            found.append(self.norm(h))
+            found.append(h)
         return found
 
     def targets(self, labels: Tensor, state: State) -> list[tuple[Tensor, float]]:
-        """The labels of places where a chain is, and the shares, which add up to 1."""
+        """The labels of places where a chain is, and the shares, which add up to 1.
+
+        No chain begins at a first token that no other sees: the exit is never asked there.
+        """
         weights = [self.decay**step for step in range(self.steps)]
         # The label of a place's prediction is one place on.
         earlier = F.pad(_place(state.position_ids)[:, :-1], (1, 0))
+        least = 0 if self.sees_first else 1
         return [
-            (labels.masked_fill(earlier < step, IGNORED), weight / sum(weights))
+            (labels.masked_fill(earlier < step + least, IGNORED), weight / sum(weights))
             for step, weight in enumerate(weights)
         ]
 
@@ -192,10 +208,9 @@ class _Chains:
     cache: for the block, gathers K/V of the steps done.
     """
 
-    def __init__(self, state: State, segment: Segment, dtype: torch.dtype) -> None:
-        """dtype: of masks."""
-        self._state, self._segment, self._dtype = state, segment, dtype
-        self._window = segment.windows()[0]
+    def __init__(self, exit: DraftExit, state: State) -> None:
+        self._exit, self._state = exit, state
+        self._window = exit.segment.windows()[0]
         self.cache = _StepCache(_Steps())
 
     def mask(self, step: int) -> Any:
@@ -204,22 +219,23 @@ class _Chains:
         Of the first step's keys those up to the chain's first token, and of each later step's the
         one of the same chain.
         """
-        if step == 0 and self._state.boundaries is not None:
+        if step == 0 and self._state.boundaries is not None and self._exit.sees_first:
             return self._state.boundaries
         positions = self._state.position_ids
         text = _begins(positions).cumsum(-1)
         index = torch.arange(positions.shape[1], device=positions.device)
         age = index[:, None] - index
         near = age < (self._window or len(index))
-        seen = torch.cat(
-            [near & (age >= step), *(near & (age == step - k) for k in range(1, step + 1))], dim=-1
-        )
-        same = (text[:, :, None] == text[:, None]).repeat(1, 1, step + 1)
-        hidden = ~(seen & same)[:, None]
-        lowest = torch.finfo(self._dtype).min
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
-        mask.masked_fill_(hidden, lowest)
-        return self._segment.masks(lambda _: mask)
+        settled = near & (age >= step)
+        if not self._exit.sees_first:
+            settled = settled & ((_place(positions) > 0)[:, None] | (age == 0))
+        chain = [near & (age == step - k) for k in range(1, step + 1)]
+        same = text[:, :, None] == text[:, None]
+        hidden = ~torch.cat([same & one for one in (settled, *chain)], dim=-1)[:, None]
+        dtype = self._exit.first.weight.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        return self._exit.segment.masks(lambda _: mask)
 
 
 class _Steps(CacheLayerMixin):

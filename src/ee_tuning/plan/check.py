@@ -9,6 +9,7 @@ from torch import nn
 
 from ee_tuning.config import PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import drafts_alone
 from ee_tuning.model import Network
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
@@ -74,7 +75,7 @@ def check_settings(config: TuneConfig) -> None:
     Raises:
         UserError: names the setting.
     """
-    new = bool(config.layers) or config.arch in ("draft", ["draft"])
+    new = bool(config.layers) or drafts_alone(config.layers, config.arch)
     if bool(config.exits) == new:
         raise UserError("give either --exits or --layers: one says which exits to tune")
     counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep", "log_every"

@@ -100,7 +100,7 @@ def save_exit(
     Raises:
         UserError: it cannot be written, or read back.
     """
-    with _staged(folder) as staging:
+    with staged(folder) as staging:
         exported.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_text(
@@ -126,7 +126,7 @@ def save_merged(
     Raises:
         UserError: it cannot be written, or read back.
     """
-    with _staged(folder) as staging:
+    with staged(folder) as staging:
         model.backbone.model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         save(model, staging, state=exits)
@@ -152,7 +152,7 @@ def _read_back(folder: Path, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path) -> Iterator[Path]:
     """A folder beside the final files, which move to `folder` at the end, ``config.json`` last.
 
     So an export that was cut off is never taken for a checkpoint. A list of them makes it known
