@@ -52,7 +52,7 @@ class Worker:
         self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._live: dict[Request, tuple[Job, Choice]] = {}
         self._faster, self._failures, self._stopping = Faster(), 0, False
-        self._admitted = False  # in the last step
+        self._read = 0  # tokens of prompts since the last round
 
     # -- in the thread of the clients --------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class Worker:
 
     def _step(self) -> None:
         try:
-            self._admitted = self._admit()
+            self._read = self._admit()
             events = self.engine.step()
             self._failures = 0
         except Exception as error:
@@ -234,14 +234,20 @@ class Worker:
             self._tell(self._hand_out, news)
         self._look_at_the_clock(now)
 
-    def _admit(self) -> bool:
-        """Hand the next texts to the engine, if there are slots; not twice without a round."""
+    def _admit(self) -> int:
+        """Hand the next texts to the engine, if there are slots, and not too much to read since the
+        last round. Gives how much there is now; 0 if there will be a round.
+
+        Passes that are not compiled read one prompt after another: whose was read hears of it
+        before the next one is.
+        """
+        passes, tokens = self.engine.passes, 0
         live = sum(not row.request.cancelled for row in self.engine.sequences.live)
-        if live and self._admitted:
-            return False
-        free, tokens = self.engine.passes.slots - live, 0
+        if live and self._read >= PROMPTS:
+            return 0
+        free = passes.slots - live if passes.compile else min(1, passes.slots - live)
         with self._changed:
-            while self._waiting and free and tokens < PROMPTS:
+            while self._waiting and free and self._read + tokens < PROMPTS:
                 job, choice = self._waiting.popleft()
                 if choice.auto and self._faster.mode(len(self._live)) == "full":
                     choice.request.policy = Full(self.engine.passes.backbone.num_layers)
@@ -252,7 +258,7 @@ class Worker:
                 self._live[choice.request] = job, choice
                 self.metrics.began(choice, job.submitted)
                 free, tokens = free - 1, tokens + len(choice.request.ids)
-        return tokens > 0
+        return self._read + tokens if tokens else 0
 
     def _look_at_the_clock(self, now: float) -> None:
         """Give up what takes too long, and forget what was given up."""
