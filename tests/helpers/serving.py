@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ def as_a_process(*flags: Any, key: str = "") -> Iterator[Running]:
         running = Running(address.split(": ")[-1].strip(), key, process=process)
         threading.Thread(target=_read, args=(process.stdout, running.log), daemon=True).start()
         while process.poll() is None and not _is_ready(running.url):
-            pass
+            time.sleep(0.05)
         yield running
     finally:
         process.kill()

@@ -4,20 +4,19 @@ import signal
 import socket
 import threading
 import time
-from urllib.error import URLError
 from urllib.parse import urlsplit
 
 import pytest
 from helpers.serving import as_a_process
 
 
-def streaming(running, texts, prompt):
+def streaming(running, texts, prompt, number=100):
     """A thread that reads a stream; `texts` gets its last line."""
 
     def read():
         try:
             for chunk in running.openai.completions.create(
-                model=running.ask("/v1/models")["data"][0]["id"], prompt=prompt, max_tokens=100,
+                model=running.ask("/v1/models")["data"][0]["id"], prompt=prompt, max_tokens=number,
                 temperature=0, stream=True, extra_body={"ignore_eos": True},
             ):  # fmt: skip
                 texts.append(chunk.choices[0])
@@ -61,15 +60,14 @@ def test_after_sigterm_what_is_in_progress_ends_and_nothing_new_begins(demo):
 
 
 @pytest.mark.slow
-def test_a_killed_server_is_started_again_at_its_port(tiny_exits):
-    """At once, whatever was in progress."""
-    port = 0
-    for end in (signal.SIGKILL, signal.SIGTERM):
-        with as_a_process("--exits", tiny_exits, *(["--port", port] if port else [])) as running:
-            port = urlsplit(running.url).port
-            assert running.complete(prompt="a", max_tokens=2, ignore_eos=True)["choices"]
-            assert running.process is not None
-            running.process.send_signal(end)
-            assert running.process.wait(20) in (0, -end)
-            with pytest.raises(URLError):
-                running.ask("/health", timeout=5)
+def test_a_killed_server_leaves_its_clients_an_error_and_its_port_free(demo, tiny_exits):
+    with as_a_process("--exits", demo / "exits") as running:
+        texts, port = [], urlsplit(running.url).port
+        thread = streaming(running, texts, "def f(x):", 900)
+        assert running.process is not None
+        running.process.send_signal(signal.SIGKILL)
+        thread.join(30)
+        assert isinstance(texts[-1], Exception)
+        assert running.process.wait(20) == -signal.SIGKILL
+    with as_a_process("--exits", tiny_exits, "--port", port) as running:
+        assert running.complete(prompt="a", max_tokens=2, ignore_eos=True)["choices"]

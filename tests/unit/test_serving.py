@@ -1,14 +1,17 @@
 """What serving is made of, without a server."""
 
 import math
+import socket
 from collections import Counter
 
 import pytest
 import torch
+from helpers.commands import fails
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from ee_tuning.commands.serve import _is_loopback
 from ee_tuning.decode.text import TextStream
 from ee_tuning.serve.choices import Stops
 from ee_tuning.serve.pieces import Pieces
@@ -116,3 +119,40 @@ def test_a_stream_says_what_the_whole_text_is(tokenizer, text, data):
         return
     stream = TextStream(tokenizer, skip_special_tokens=True, after=ids[:cut])
     assert before + "".join(stream.put([token]) for token in ids[cut:]) + stream.end() == text
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "nothing to serve: name exits with --exits, or a backbone with --model"),
+        (["--model", "BASE", "--mode", "threshold"], "mode threshold needs exits"),
+        (["--model", "BASE", "--slots", "0"], "slots is 0: give 1 or more"),
+        (["--model", "BASE", "--port", "70000"], "port is 70000: give 65535 or less"),
+        (["--model", "BASE", "--deadline", "0"], "deadline and grace are seconds"),
+        (["--model", "BASE", "--capacity", "129"], "the backbone's context 128: give that or less"),
+        (["--model", "BASE", "--threshold", "2"], "threshold 2.0 is outside [0, 1]"),
+        (["--model", "BASE", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(base, capsys, flags, said):
+    given = [base if flag == "BASE" else flag for flag in flags]
+    assert said in fails(capsys, "serve", "--port", "0", *given)
+
+
+def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(base, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = fails(capsys, "serve", "--model", base, "--port", port)
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in said
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("localhost", True), ("::1", True), ("127.3.2.1", True), ("0.0.0.0", False)]
+)
+def test_what_others_reach_is_known(host, local):
+    assert _is_loopback(host) is local
