@@ -117,9 +117,10 @@ class Network(nn.Module):
         exit_layers: Sequence[int] | None = None,
         last: int | None = None,
         sources: Sequence[int] = (),
+        change: Callable[[nn.Module], nn.Module] | None = None,
     ) -> list[Segment]:
         """The backbone from this stage's first layer to layer `last` (default: the backbone's
-        end), cut after each of `exit_layers` and `sources`.
+        end), cut after each of `exit_layers` and `sources`. change: what to do to each layer.
 
         Raises:
             UserError: one of `exit_layers` has no exit.
@@ -130,7 +131,8 @@ class Network(nn.Module):
         stops = sorted({*layers, *sources, last})
         records = [k in layers and self.exit(k).records_call for k in stops]
         starts = [self.stage.start, *stops[:-1]]
-        return [self.backbone.segment(*cut) for cut in zip(starts, stops, records, strict=True)]
+        cuts = zip(starts, stops, records, strict=True)
+        return [self.backbone.segment(*cut, change) for cut in cuts]
 
     def forward(
         self,

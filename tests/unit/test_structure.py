@@ -34,7 +34,7 @@ FLOORS = [
     ["adapter"],
     ["parallel"],
     ["stages", "costs"],
-    ["model"],
+    ["model", "invariant"],
     ["exits", "backbone", "loading", "fingerprint", "gguf"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
     ["config", "tune_config", "exit_config", "files", "folders", "hub", "certificate"],
@@ -146,12 +146,12 @@ def files_of_a_step():
 
 @pytest.fixture(scope="module")
 def files_of_8_tokens():
-    """What 8 tokens after a prompt's first one run, which leave at several layers."""
+    """What 8 tokens after a prompt's first two run, which leave at several layers."""
     engine = Engine(early_exit(), [1, 2, 3], capacity=64)
     policy = Threshold(4, dict.fromkeys([1, 2, 3], 0.02), max_pending=3)
     request = Request(prompt(5), policy, 30)
     stream, layers = engine.stream([request]), []
-    next(stream)
+    next(stream), next(stream)
     found = files_run(lambda: layers.extend(next(stream)[1].exit_layer for _ in range(8)))
     assert len(set(layers)) > 1
     stream.close()
@@ -163,8 +163,8 @@ def test_a_tuning_step_runs_few_files(files_of_a_step):
 
 
 def test_8_decoded_tokens_run_few_files(files_of_8_tokens):
-    """Five that decide, three that compute, and three of the exits."""
-    assert len(files_of_8_tokens) <= 11, sorted(files_of_8_tokens)
+    """Five that decide, five that compute, and three of the exits."""
+    assert len(files_of_8_tokens) <= 13, sorted(files_of_8_tokens)
 
 
 def listed(start, end):

@@ -5,6 +5,8 @@ Nothing here knows a model family, except for the few lines of `families`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -62,8 +64,14 @@ class Backbone(Body):
         if norm.calls != 1 or not torch.equal(after, hidden):
             raise UserError(f"{problem}: it changes hidden states outside of its layers")
 
-    def segment(self, start: int, stop: int, record: bool = False) -> Segment:
-        """The layers `start`..`stop`-1, counted from 0.
+    def segment(
+        self,
+        start: int,
+        stop: int,
+        record: bool = False,
+        change: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Segment:
+        """The layers `start`..`stop`-1, counted from 0. change: what to do to each.
 
         Raises:
             UserError: one of them was left out of memory.
@@ -72,7 +80,8 @@ class Backbone(Body):
         for number, layer in enumerate(layers, start + 1):
             if not in_memory(layer):
                 raise UserError(f"layer {number} is not in memory: load the whole backbone")
-        return Segment(self, layers, start, later=start > 0, record=record)
+        changed = layers if change is None else [change(layer) for layer in layers]
+        return Segment(self, changed, start, later=start > 0, record=record)
 
     def block(self, layer: nn.Module) -> Segment:
         """A segment that is one layer, standing where the backbone's last layer stands."""

@@ -52,6 +52,7 @@ class SlotLayer(CacheLayerMixin):
         self.window, self.slots = window, slots
         self.is_sliding = window is not None
         self.size = capacity if window is None else min(capacity, window + longest)
+        self.whole = False  # whether attention picks what its tokens see itself
         self.place: Place
         self.rows: Tensor
         self.places: Tensor | slice
@@ -70,7 +71,10 @@ class SlotLayer(CacheLayerMixin):
         self.lazy_initialization(other.keys, other.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        """Write K and V (n, heads, T, head dim); gives what their queries may look at."""
+        """Write K and V (n, heads, T, head dim); gives what their queries may look at.
+
+        That is of all slots, if it is `whole`.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         seen = self._write(self.keys, key_states), self._write(self.values, value_states)
@@ -89,6 +93,8 @@ class SlotLayer(CacheLayerMixin):
     def hides(self) -> bool:
         """Whether something is hidden from a query of the pass, so that it needs a mask."""
         place = self.place
+        if self.whole:
+            return True
         alone = place.start is not None and place.positions.shape[1] == 1
         return not alone or place.reach > (self.window or place.reach)
 
@@ -98,12 +104,26 @@ class SlotLayer(CacheLayerMixin):
             kept[0, :, self.places] = new
         else:
             kept[self.rows, :, self.places] = new[:, :, -self.size :].transpose(1, 2)
+        if self.whole:
+            return kept[:, :, : place.reach]
         if place.in_order:
             return kept[: len(place.slots), :, : place.reach]
         return kept[:, :, : place.reach][place.slots]
 
+    def seen(self, slot: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V (heads, L, head dim) of a slot's positions from `first` to `last`, in order."""
+        places: Tensor | slice = slice(first, last + 1)
+        if self.window is not None:
+            places = torch.arange(first, last + 1, device=self.keys.device) % self.size
+        return self.keys[slot][:, places], self.values[slot][:, places]
+
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """What the queries of the pass see of `update`'s K/V: (n, 1, T, K), to be added."""
+        """What the queries of the pass see of `update`'s K/V: (n, 1, T, K), to be added.
+
+        If it is `whole`, attention does not ask; a trunk that is given anything makes no mask.
+        """
+        if self.whole:
+            return self.place.positions[:, None, :, None]
         queries = self.place.positions[..., None]
         places = torch.arange(min(self.size, self.place.reach), device=queries.device)
         age = (queries - places) % self.size

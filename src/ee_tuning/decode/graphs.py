@@ -7,7 +7,12 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch._inductor.config
 
+# Of the compiler: that how sums are cut does not depend on timings, nor on how many there are.
+SAME_SUMS = [
+    name for name in ("deterministic", "batch_invariant") if hasattr(torch._inductor.config, name)
+]
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
@@ -44,6 +49,11 @@ class Sizes:
         number, busy = _next(len(slots), self._rows), set(slots)
         idle = [slot for slot in range(self._rows[-1]) if slot not in busy]
         return sorted([*slots, *idle[: number - len(slots)]])
+
+    @property
+    def together(self) -> int:
+        """Prompts that are read in one pass at most: of more, the compiler cuts sums otherwise."""
+        return max(rows for rows in self._rows if rows * CHUNK < 1024 or rows == 1)
 
     def length(self, number: int) -> int:
         """Tokens of a window for so many."""
@@ -107,12 +117,15 @@ class Graphs:
     def run(self, key: Hashable, function: Callable[[], Any], tune: bool) -> Any:
         """What `function` gives, which does the same each time for a key.
 
-        tune: take the time to look for the fastest kernels.
+        tune: take the time to look for the fastest kernels, which then add up in an order of their
+        own for each key; else sums have one order for all keys.
         """
         if key not in self._kept:
+            options = {"coordinate_descent_tuning": tune}
+            options |= dict.fromkeys(SAME_SUMS, not tune)
             with (
                 torch._dynamo.config.patch(recompile_limit=VERSIONS),
-                torch._inductor.config.patch(coordinate_descent_tuning=tune),
+                torch._inductor.config.patch(options),
             ):
                 self._kept[key] = self._captured(function)
         return self._kept[key]()

@@ -8,7 +8,7 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.backbone import Backbone, Segment, State
+from ee_tuning.backbone import Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws, drawn
@@ -24,6 +24,7 @@ from ee_tuning.decode.graphs import Graphs, Sizes
 from ee_tuning.decode.wanted import IDLE, Rows, Wanted, Window
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.exits import Exit
+from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
 
@@ -117,23 +118,25 @@ class Passes:
         self.longest = longest = self.sizes.longest
         most = self.backbone.end or max(capacity, self.backbone.context or 0)
         self.limit = most - 1  # for padding: no position more
-        stage = range(self.backbone.num_layers) if stage is None else stage
+        stage = stage or range(self.backbone.num_layers)
         self.is_first, self.is_last = stage.start == 0, stage.stop == self.backbone.num_layers
         self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}
-        self.segments = model.segments(list(self.exits), last=stage.stop)
+        self.segments = model.segments(list(self.exits), stage.stop)
         draft = model.draft if DRAFT in exit_layers else None
         self.caches, self.exit_caches = self._make_caches(draft)
-        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        size = (slots, 2 * longest, self.backbone.config.hidden_size)
         # One before each segment, and behind the last one where a stage follows.
         rings = len(self.segments) + (0 if self.is_last else 1)
-        self._rings = [torch.zeros(size, **like) for _ in range(rings)]
+        size = (rings, slots, 2 * longest, self.backbone.config.hidden_size)
+        self._rings = torch.zeros(size, device=self.device, dtype=self.dtype).unbind()
         self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self.draws = Draws(slots, self.device)
-        self._steps, self._predict = self.segments, _predict
+        self.invariant = Invariant(self.backbone, compile)
+        cuts = list(self.exits), stage.stop
+        self._steps = model.segments(*cuts, change=self.invariant.layer)
+        self.invariant.attach(self._steps, self.caches)
+        self._final, self._predict = self.invariant.final(self.backbone), _predict
         self.graphs = Graphs(self.device)
         if compile:
-            self._steps = model.segments(list(self.exits), last=stage.stop)
             for segment, cache in zip(self._steps, self.caches, strict=True):
                 segment.compile(cache)
             self._predict = torch.compile(_predict, dynamic=False)
@@ -166,7 +169,8 @@ class Passes:
         if self.chains is not None and self.segments[last].stop == self.backbone.num_layers:
             self.chains.prompt(slots, ids, positions, states)
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
-        found = _predict(self.backbone, exit, state, self._exit_cache(last), rows, wanted)
+        final = self.backbone.final_logits
+        found = _predict(final, exit, state, self._exit_cache(last), rows, wanted)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
 
@@ -288,9 +292,9 @@ class Passes:
         """`_forward` of these arguments, as a graph where there are graphs."""
         if not self.compile:
             return self._forward(*key)
-        # So products of one token become reductions, which use more of the memory's bandwidth. For
-        # more tokens it takes long to compile and gains little.
-        return self.graphs.run(key, lambda: self._forward(*key), tune=key[1:3] == (1, 1))
+        # So torch's products of one token become reductions, which use more of the bandwidth.
+        tune = key[1:3] == (1, 1) and self.invariant.missing is not None
+        return self.graphs.run(key, lambda: self._forward(*key), tune)
 
     def _forward(
         self, i: int, rows: int, length: int, reach: int, in_order: bool, wanted: Wanted
@@ -317,7 +321,7 @@ class Passes:
         if wanted.after == "nothing" and cache is None:
             return None
         table = Rows(slots, positions, counts, self.draws.table)
-        return self._predict(self.backbone, exit, state, cache, table, wanted)
+        return self._predict(self._final, exit, state, cache, table, wanted)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
         if not any(layer.hides for layer in cache.slot_layers):
@@ -360,7 +364,7 @@ def logits_of(found: Sequence[Prediction]) -> Tensor:
 
 
 def _predict(
-    backbone: Backbone,
+    final: Callable[[Tensor], Tensor],
     exit: Exit | None,
     state: State,
     cache: SlotCache | None,
@@ -370,23 +374,20 @@ def _predict(
     """logits (n, A, V), and (2, n, A): the likeliest tokens, or those drawn (exact in fp32 up to
     2²⁴), and the confidence in the likeliest.
 
-    A `layer` exit always keeps its K/V of all tokens.
+    final: the final exit's logits of hidden states. A `layer` exit always keeps its K/V of all.
     """
     features = state.hidden
     if exit is not None and (cache is not None or not wanted.final):
         features = exit.features(state, cache)
     if wanted.after == "nothing":
         return None
-    features = backbone.norm(state.hidden) if wanted.final else features
+    features = state.hidden if wanted.final else features
     positions = rows.positions
     if wanted.after == "last":
         last = (rows.counts - 1).clamp(min=0)
         at = torch.arange(len(last), device=last.device), last
         features, positions = features[at][:, None], positions[at][:, None]
-    if wanted.final:
-        logits = backbone.final_output(inputs_embeds=features).logits.float()
-    else:
-        logits = exit.logits(features).float()  # type: ignore[union-attr]
+    logits = (final if wanted.final or exit is None else exit.logits)(features).float()
     found = logits.argmax(-1)
     if wanted.samples:
         found = drawn(logits, found, rows.draws[rows.slots], positions, wanted.samples > 1)

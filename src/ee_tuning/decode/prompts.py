@@ -32,7 +32,10 @@ def read(
             short[slot] = inputs
         else:
             yield [passes.prompt(slot, inputs, last, wanted)]
-    yield from _in_chunks(passes, short, last, wanted, starts)
+    every, together = list(short), passes.sizes.together
+    for first in range(0, len(every), together):
+        some = {slot: short[slot] for slot in every[first : first + together]}
+        yield from _in_chunks(passes, some, last, wanted, starts)
 
 
 def _in_chunks(

@@ -1,0 +1,100 @@
+"""Layers of a backbone with the products and the attention of this package for their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ee_tuning.backbone import Backbone, Segment, attention_name
+from ee_tuning.errors import UserError
+from ee_tuning.invariant.attention import NAME
+from ee_tuning.invariant.products import can_multiply, products
+from ee_tuning.twin import twin
+
+# What the families call linear layers that are given the same input.
+TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+
+
+class Invariant:
+    """Twins of a backbone's layers whose results for a token do not depend on what is beside it.
+
+    missing: why that cannot be had, None where it can.
+    """
+
+    def __init__(self, backbone: Backbone, compiled: bool = False) -> None:
+        """compiled: whether the twins will be."""
+        self.missing = _missing(backbone, compiled)
+
+    def layer(self, layer: nn.Module) -> nn.Module:
+        """The twin of a layer, or the layer where that cannot be had."""
+        return layer if self.missing else _twin(layer)
+
+    def final(self, backbone: Backbone) -> Callable[[Tensor], Tensor]:
+        """As `Backbone.final_logits`."""
+        if self.missing:
+            return backbone.final_logits
+        output = backbone.output(products([backbone.head])[0])
+        return lambda hidden: output(inputs_embeds=backbone.norm(hidden)).logits
+
+    def attach(self, segments: Sequence[Segment], caches: Sequence[Any]) -> None:
+        """Let the attention of twins look at its K/V: of each segment a cache of `slot_layers`."""
+        for segment, cache in zip(segments, caches, strict=True) if not self.missing else ():
+            for layer, own in zip(segment.layers, cache.slot_layers, strict=True):
+                own.whole = True
+                for module in layer.modules():
+                    if hasattr(module, "kept"):
+                        module.kept = own
+
+
+def _missing(backbone: Backbone, compiled: bool) -> str | None:
+    device, dtype = backbone.device, backbone.dtype
+    if not can_multiply(device, dtype):
+        return f"{dtype} on this {device.type} has no product of one order"
+    if compiled and device.type == "cpu":
+        return "layers are compiled for a CPU"
+    if not getattr(backbone.model, "_supports_attention_backend", False):
+        return f"{type(backbone.model).__name__} attends by itself"
+    if not _is_linear(backbone.head):
+        return f"the head is a {type(backbone.head).__name__}"
+    for layer in backbone.layers:
+        try:
+            attention = layer.get_submodule(attention_name(layer))
+        except UserError:
+            return f"{type(layer).__name__} has no attention of a known kind"
+        if not hasattr(attention, "config"):
+            return f"{type(attention).__name__} attends by itself"
+        for module in layer.modules():
+            own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+            if own and not _is_linear(module):
+                return f"{type(module).__name__} multiplies in its own way"
+    return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer, and all that it does is that."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in (nn.Linear, Conv1D) and not hooks
+
+
+def _twin(layer: nn.Module) -> nn.Module:
+    linears = {path: module for path, module in layer.named_modules() if _is_linear(module)}
+    parts: dict[str, nn.Module] = {}
+    for path in linears:
+        if path in parts:
+            continue
+        parent, _, name = path.rpartition(".")
+        alike = next((names for names in TOGETHER if name in names), (name,))
+        paths = [f"{parent}.{one}" if parent else one for one in alike]
+        if not all(one in linears for one in paths):
+            paths = [path]
+        parts |= zip(paths, products([linears[one] for one in paths]), strict=True)
+    name = attention_name(layer)
+    attention = twin(layer.get_submodule(name), {})
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = NAME  # type: ignore[union-attr]
+    attention.kept = None  # type: ignore[assignment]
+    return twin(layer, {name: attention, **parts})

@@ -1,0 +1,140 @@
+"""Products with frozen weights, in which a row does not depend on how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+try:  # comes with torch for CUDA alone
+    from ee_tuning.invariant import kernels
+except ImportError:
+    kernels = None  # type: ignore[assignment]
+
+ONEDNN = "_linear_pointwise"  # torch's name for oneDNN's product
+SHARED = 8  # tokens of a product that oneDNN's order of the weights is chosen for
+
+# What was made of layers before: engines of a model share it.
+_made: WeakKeyDictionary[nn.Module, tuple[Any, Weights]] = WeakKeyDictionary()
+
+
+def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is such a product: by Triton on CUDA, by oneDNN on a CPU that has the dtype."""
+    if device.type == "cuda":
+        halves = (torch.float16, torch.bfloat16)
+        return kernels is not None and dtype in (*halves, torch.float32)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    mkldnn: Any = torch.ops.mkldnn
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    }
+    return hasattr(mkldnn, ONEDNN) and dtype in supported and bool(supported[dtype]())
+
+
+def matrix(linear: Any) -> Tensor:
+    """The weights of a linear layer as (N, K), of which GPT-2's layers have the transpose."""
+    weight: Tensor = linear.weight.detach()
+    return weight if isinstance(linear, nn.Linear) else weight.t().contiguous()
+
+
+class Weights:
+    """The weights (N, K) of linear layers that are given the same input, for one product.
+
+    sizes: N of each layer.
+
+    On CUDA the layers' own weights are laid side by side in memory, their values as they were; on a
+    CPU there is a copy in the order that oneDNN reads.
+    """
+
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
+        matrices = [matrix(linear) for linear in linears]
+        biases: list[Any] = [linear.bias for linear in linears]
+        self.sizes = [len(one) for one in matrices]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            like = matrices[0]
+            self.bias = torch.cat([
+                like.new_zeros(size) if bias is None else bias.detach()
+                for size, bias in zip(self.sizes, biases, strict=True)
+            ])  # fmt: skip
+        whole = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        self.on_cpu = whole.device.type == "cpu"
+        if self.on_cpu:
+            whole = torch.ops.mkldnn._reorder_linear_weight(whole, SHARED)
+        elif len(matrices) > 1 and all(type(linear) is nn.Linear for linear in linears):
+            for linear, part in zip(linears, whole.split(self.sizes), strict=True):
+                linear.weight.data = part
+        self.matrix = whole
+
+    def times(self, x: Tensor) -> Tensor:
+        """x (…, T, K) → (…, T, N); T: how many tokens are of one text."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.on_cpu:
+            # A product of one row is another one.
+            both = torch.cat([rows, rows]) if len(rows) == 1 else rows
+            y = torch.ops.mkldnn._linear_pointwise(both, self.matrix, self.bias, "none", [], "")
+            return y[: len(rows)].view(*x.shape[:-1], -1)
+        parts = kernels.product(rows.contiguous(), self.matrix, x.shape[-2])
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        if self.bias is not None:
+            total = total + self.bias
+        return total.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Product(nn.Module):
+    """In place of a linear layer.
+
+    Of several that share `weights` the first to be called computes all of them; `place` is this
+    one's among them.
+    """
+
+    def __init__(self, weights: Weights, place: int, others: list[Any]) -> None:
+        """others: what was computed for layers that have not asked yet, shared by them: the input,
+        and the results by place."""
+        super().__init__()
+        self.weights, self.place, self.others = weights, place, others
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, T, K) → (…, T, N)."""
+        sizes = self.weights.sizes
+        if len(sizes) == 1:
+            return self.weights.times(x)
+        if self.others and self.others[0] is x and self.others[1][self.place] is not None:
+            results = self.others[1]
+        else:
+            results = list(self.weights.times(x).split(sizes, -1))
+            self.others[:] = [x, results]
+        found, results[self.place] = results[self.place], None
+        if not any(one is not None for one in results):
+            self.others.clear()
+        return found
+
+
+def products(linears: Sequence[nn.Module]) -> list[nn.Module]:
+    """Stand-ins for linear layers that are given the same input, or for one."""
+    others: list[Any] = []
+    weights = _weights(linears)
+    return [Product(weights, place, others) for place in range(len(linears))]
+
+
+@torch.no_grad()
+def _weights(linears: Sequence[nn.Module]) -> Weights:
+    """Those of layers; made anew where theirs lie elsewhere or have changed since."""
+    kept = _made.get(linears[0])
+    if kept is None or kept[0] != _state(linears):
+        weights = Weights(linears)
+        kept = _made[linears[0]] = (_state(linears), weights)
+    return kept[1]
+
+
+def _state(linears: Sequence[Any]) -> list[tuple[Any, ...]]:
+    weights = [linear.weight for linear in linears]
+    return [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
