@@ -19,8 +19,8 @@ GPT2_SIZES = {"n_embd": 64, "n_inner": 128}
 
 def wide(family: str, dtype: torch.dtype, device: str = "cpu", **overrides) -> EarlyExitModel:
     """A tiny model whose sizes are multiples of 64."""
-    sizes = GPT2_SIZES if family == "gpt2" else SIZES
-    base = tiny(family, seed=1, **sizes, **overrides).to(device, dtype)
+    sizes = (GPT2_SIZES if family == "gpt2" else SIZES) | overrides
+    base = tiny(family, seed=1, **sizes).to(device, dtype)
     return EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
 
 
