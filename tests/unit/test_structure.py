@@ -146,12 +146,13 @@ def files_of_a_step():
 
 @pytest.fixture(scope="module")
 def files_of_8_tokens():
-    """What 8 tokens after a prompt's first two run, which leave at several layers."""
+    """What 8 tokens run which leave at several layers, after some have been at each."""
     engine = Engine(early_exit(), [1, 2, 3], capacity=64)
     policy = Threshold(4, dict.fromkeys([1, 2, 3], 0.02), max_pending=3)
     request = Request(prompt(5), policy, 30)
     stream, layers = engine.stream([request]), []
-    next(stream), next(stream)
+    for _ in range(8):
+        next(stream)
     found = files_run(lambda: layers.extend(next(stream)[1].exit_layer for _ in range(8)))
     assert len(set(layers)) > 1
     stream.close()

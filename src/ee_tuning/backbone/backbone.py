@@ -94,12 +94,13 @@ class Backbone(Body):
         """
         return Segment(self, [], 0, later=False, record=False)
 
-    def output(self, head: nn.Module) -> nn.Module:
+    def output(self, head: nn.Module, norm: nn.Module | None = None) -> nn.Module:
         """The model's own way from normalised hidden states to logits, through `head`.
 
-        Call it with ``inputs_embeds=hidden``; scalings and soft-capping are the model's.
+        Call it with ``inputs_embeds=hidden``; scalings and soft-capping are the model's. norm: for
+        hidden states that are not normalised.
         """
-        return twin(self.model, {self.anatomy.trunk: Passthrough(), self.anatomy.head: head})
+        return twin(self.model, {self.anatomy.trunk: Passthrough(norm), self.anatomy.head: head})
 
     def logits(self, features: Tensor) -> Tensor:
         """The final exit's head: normalised (B, T, H) → (B, T, V)."""

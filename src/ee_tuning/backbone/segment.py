@@ -251,8 +251,12 @@ class _TrunkOutput(BaseModelOutputWithPast):
 
 
 class Passthrough(nn.Module):
-    """In place of the trunk: hands `inputs_embeds` on to the head."""
+    """In place of the trunk: hands `inputs_embeds` on to the head, through a norm, if any."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
         """The hidden states as a trunk's output."""
-        return _TrunkOutput(last_hidden_state=inputs_embeds)
+        return _TrunkOutput(last_hidden_state=self.norm(inputs_embeds))

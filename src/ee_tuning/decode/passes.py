@@ -8,13 +8,13 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ee_tuning.backbone import Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
@@ -169,8 +169,7 @@ class Passes:
         if self.chains is not None and self.segments[last].stop == self.backbone.num_layers:
             self.chains.prompt(slots, ids, positions, states)
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
-        final = self.backbone.final_logits
-        found = _predict(final, exit, state, self._exit_cache(last), rows, wanted)
+        found = _predict(self._final, exit, state, self._exit_cache(last), rows, wanted)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
 
@@ -364,7 +363,7 @@ def logits_of(found: Sequence[Prediction]) -> Tensor:
 
 
 def _predict(
-    final: Callable[[Tensor], Tensor],
+    final: nn.Module,
     exit: Exit | None,
     state: State,
     cache: SlotCache | None,
@@ -374,7 +373,7 @@ def _predict(
     """logits (n, A, V), and (2, n, A): the likeliest tokens, or those drawn (exact in fp32 up to
     2²⁴), and the confidence in the likeliest.
 
-    final: the final exit's logits of hidden states. A `layer` exit always keeps its K/V of all.
+    final: see `Invariant.final`. A `layer` exit always keeps its K/V of all tokens.
     """
     features = state.hidden
     if exit is not None and (cache is not None or not wanted.final):
@@ -387,7 +386,8 @@ def _predict(
         last = (rows.counts - 1).clamp(min=0)
         at = torch.arange(len(last), device=last.device), last
         features, positions = features[at][:, None], positions[at][:, None]
-    logits = (final if wanted.final or exit is None else exit.logits)(features).float()
+    own = None if exit is None or wanted.final else exit.logits(features)
+    logits = (final(inputs_embeds=features).logits if own is None else own).float()
     found = logits.argmax(-1)
     if wanted.samples:
         found = drawn(logits, found, rows.draws[rows.slots], positions, wanted.samples > 1)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ee_tuning.backbone import Backbone, Segment, attention_name
@@ -33,12 +33,10 @@ class Invariant:
         """The twin of a layer, or the layer where that cannot be had."""
         return layer if self.missing else _twin(layer)
 
-    def final(self, backbone: Backbone) -> Callable[[Tensor], Tensor]:
-        """As `Backbone.final_logits`."""
-        if self.missing:
-            return backbone.final_logits
-        output = backbone.output(products([backbone.head])[0])
-        return lambda hidden: output(inputs_embeds=backbone.norm(hidden)).logits
+    def final(self, backbone: Backbone) -> nn.Module:
+        """The final exit; call it with ``inputs_embeds=hidden``, as `Backbone.output`."""
+        head = backbone.head if self.missing else products([backbone.head])[0]
+        return backbone.output(head, backbone.norm)
 
     def attach(self, segments: Sequence[Segment], caches: Sequence[Any]) -> None:
         """Let the attention of twins look at its K/V: of each segment a cache of `slot_layers`."""
