@@ -75,9 +75,6 @@ class EarlyExitModel(Network):
     ) -> EarlyExitModel:
         """Saved exits (a folder or a hub id) on their backbone, looked up if not given.
 
-        In bf16, in which many backbones are stored, rounding may decide between tokens that are all
-        but equally likely: greedy texts of mode ``speculative`` are exactly full depth's in fp32.
-
         whole, dtype, exit_dtype, device, backbone_precision: see `ee_tuning.share.Share`. mesh,
         stage_layers: what this process of several needs to decode with the others; see
         `ee_tuning.decode.load_part`. trust_remote_code: code that comes with the backbone may run.

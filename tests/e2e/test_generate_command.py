@@ -108,3 +108,15 @@ def test_what_makes_no_sense_is_refused(exits, args, message, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("ee-tuning: ")
     assert message in line
+
+
+def test_where_rounding_may_change_a_speculative_text_it_is_said(exits, monkeypatch, capsys):
+    args = run(exits, "--prompt", "def a", "--mode", "speculative")
+    main(args)
+    assert "rounding" not in capsys.readouterr().out
+    monkeypatch.setattr("ee_tuning.invariant.layers.can_multiply", lambda *_: False)
+    main(args)
+    line = (
+        "as at full depth but for rounding: torch.float32 on this cpu has no product of one order"
+    )
+    assert line in capsys.readouterr().out.replace("\n", " ")

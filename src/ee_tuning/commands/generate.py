@@ -23,11 +23,12 @@ from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.sampling import Token
-from ee_tuning.decode.settings import check_stages
+from ee_tuning.decode.settings import POLICIES, check_stages
 from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import exit_name
+from ee_tuning.invariant import Invariant
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
@@ -143,6 +144,10 @@ class Speaker:
         self.arguments["tokenizer"] = tokenizer
         mesh.doing = "decoding"
         torch.manual_seed(config.seed)
+        compiled = engines_of(model).will_compile(model, config.compiled())
+        missing = Invariant(model.backbone, compiled).missing
+        if POLICIES[config.mode].verifies and missing:
+            console.print(f"as at full depth but for rounding: {missing}", style="dim")
 
     def answer(self, input_ids: torch.Tensor, shows_prompt: bool = True) -> str:
         """Print, and give, what follows token ids (1, P); the prompt before it if it is shown."""

@@ -67,8 +67,9 @@ def generate(
 ) -> GenerateOutput | Tensor:
     """Generate from prompts (B, P); `kwargs`: those of `leaving` and of transformers' ``generate``.
 
-    Every row decides for itself, and its tokens do not depend on its neighbours (in fp32: rounding
-    may decide between tokens that are all but equally likely). A model that
+    Every row decides for itself, and its tokens do not depend on its neighbours, nor greedy ones of
+    mode ``speculative`` on the drafts (where `ee_tuning.invariant.Invariant` says that this cannot
+    be had, rounding may decide between tokens that are all but equally likely). A model that
     several processes have parts of, see `ee_tuning.decode.load_part`, is called on all of them
     alike, and gives the same on each. Calls from several threads take turns, one whole call after
     another.
