@@ -126,7 +126,7 @@ def main() -> None:
                 head=args.head, init=init, loss=args.loss, data=[args.data],
                 valid_data=[args.valid_data], steps=args.steps, seq_length=args.seq_length,
                 micro_batch_size=args.batch, global_batch_size=args.batch, lr=args.lr,
-                min_lr=args.lr / 10, warmup=0.1, eval_batches=8, compile="off",
+                min_lr=args.lr / 10, warmup=0.1, eval_batches=8, compile="off", exit_vocab=0,
             )  # fmt: skip
             result["runs"][arch][name] = tune_from(init, following, config)
             print(f"{arch}, {name}: {result['runs'][arch][name]}", flush=True)

@@ -159,7 +159,7 @@ def measure(model: EarlyExitModel, config: TuneConfig, args: argparse.Namespace)
             one.step()
             one.zero_grad()
 
-    flop = work(model, config.seq_length, config.exit_vocab).flop()
+    flop = work(model, config.seq_length, config.known_tokens).flop()
     rate = speed(seconds, ids.numel())
     backbone = median(timed(layers, device, 3))
     step_parts = {

@@ -115,6 +115,7 @@ def saved_config(network: Network) -> dict[str, Any]:
         "base_model_path": str(Path(path).resolve()) if path and Path(path).exists() else None,
         **asdict(network.exit_config),
         "vocab_size": len(network.vocabulary.tokens) if network.vocabulary else None,
+        "vocab_coverage": network.vocabulary.coverage if network.vocabulary else None,
         "layers": [spec.layer for spec in specs],
         "arch": [spec.arch for spec in specs],
         "head": [spec.head for spec in specs],

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ee_tuning.exit_config import ExitConfig, Init, Layers
+from ee_tuning.exit_config import DRAFTS, ExitConfig, Init, Layers
 from ee_tuning.settings import Settings, option
 from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision, RecordConfig, Schedule
 
@@ -127,11 +127,24 @@ class TuneConfig(
     @property
     def start(self) -> Init:
         """How new exits begin: fitted, where the final exit is there to be fitted to."""
-        archs = self.arch.split(",") if isinstance(self.arch, str) else self.arch
-        draft = "draft" in archs
-        whole = self.pp == 1 and (self.loss != "ce" or draft)
-        can_be = whole and not (draft and self.shard_backbone) and "eagle3" not in archs
+        archs = self._archs()
+        whole = self.pp == 1 and (self.loss != "ce" or self.drafts)
+        can_be = whole and not (self.drafts and self.shard_backbone) and "eagle3" not in archs
         return "fitted" if self.init == "auto" and can_be else super().start
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a draft exit is among the new exits."""
+        return any(arch in DRAFTS for arch in self._archs())
+
+    def _archs(self) -> list[str]:
+        return self.arch.split(",") if isinstance(self.arch, str) else self.arch
+
+    @property
+    def picks_vocabulary(self) -> bool:
+        """Whether the data say how many tokens the exits know."""
+        new = self.exit_vocab == "auto" and not self.exits and self.tp == 1
+        return new and (self.drafts or self.loss == "acceptance")
 
     @property
     def runs_whole(self) -> bool:

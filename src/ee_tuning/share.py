@@ -150,6 +150,8 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
     check_same(hashes, network.tensor_hashes, source.exits)
     network.exits.to(share.exit_dtype or network.dtype)
     read_weights(network, folder)
+    if network.vocabulary:
+        network.vocabulary.coverage = saved.get("vocab_coverage")
     network.calibration = read_calibration(folder)
     return network
 

@@ -78,13 +78,21 @@ class Precision:
     exit_precision: MatrixPrecision = option(
         "same", "fp8: the exits' products in fp8 while tuning; same: as --precision"
     )
-    exit_vocab: int = option(
-        0, "exits know only so many tokens, the most frequent of the data; 0: all", fixed=True
+    exit_vocab: int | Literal["auto"] = option(
+        "auto",
+        "exits know only so many tokens, the most frequent of the data; 0: all; auto: 99% of the "
+        "data's for new exits that are tuned to draft (--loss acceptance, --arch draft), else all",
+        fixed=True,
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile layers and exits; auto: on a GPU without --tp"
     )
     device: str = option("auto", "cpu, cuda or auto")
+
+    @property
+    def known_tokens(self) -> int:
+        """How many tokens exits know, as far as that is said before the data are read; 0: all."""
+        return 0 if self.exit_vocab == "auto" else self.exit_vocab
 
 
 @dataclass

@@ -14,12 +14,18 @@ from torch import Tensor
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED
 
+COVERAGE = 0.99  # of the data's tokens that exits know, where nobody says how many they know
+LEAST = 8192  # tokens of a vocabulary that is worth reducing
+
 
 class Vocabulary:
-    """The token ids (N,) int64, ascending, that the exits of a model know, of `size` in all."""
+    """The token ids (N,) int64, ascending, that the exits of a model know, of `size` in all.
 
-    def __init__(self, tokens: Tensor, size: int) -> None:
-        self.tokens, self.size = tokens.cpu(), size
+    coverage: the share of held-out targets that are among them, where it was measured.
+    """
+
+    def __init__(self, tokens: Tensor, size: int, coverage: float | None = None) -> None:
+        self.tokens, self.size, self.coverage = tokens.cpu(), size, coverage
         self.places = torch.full((size,), IGNORED)
         self.places[self.tokens] = torch.arange(len(tokens))
 
@@ -42,17 +48,32 @@ def check_number(number: int, size: int) -> None:
         raise UserError(f"exit_vocab is {number}: it must be between 1 and {size}, the vocabulary")
 
 
-def most_frequent(batches: Iterable[dict[str, Tensor]], number: int, size: int) -> Tensor:
-    """The `number` tokens that occur most often among the labels of `batches`, ascending.
+def count_tokens(batches: Iterable[dict[str, Tensor]], size: int) -> Tensor:
+    """How often each token of a vocabulary of `size` is a label of `batches`: (size,) int64."""
+    counts = torch.zeros(size, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.bincount(batch["labels"][batch["labels"] != IGNORED], minlength=size)
+    return counts
+
+
+def most_frequent(counts: Tensor, number: int) -> Tensor:
+    """The `number` tokens that occur most often, ascending; counts: (V,), see `count_tokens`.
 
     Ties, and tokens that never occur, by their id.
 
     Raises:
         UserError: see `check_number`.
     """
-    check_number(number, size)
-    counts = torch.zeros(size, dtype=torch.int64)
-    for batch in batches:
-        counts += torch.bincount(batch["labels"][batch["labels"] != IGNORED], minlength=size)
+    check_number(number, len(counts))
     order = counts.sort(descending=True, stable=True).indices
     return order[:number].sort().values
+
+
+def enough(counts: Tensor) -> int:
+    """The smallest multiple of 64 of tokens that are `COVERAGE` of all; 0, for all tokens, where
+    that is more than half of them or the vocabulary is small."""
+    size = len(counts)
+    covered = counts.sort(descending=True).values.cumsum(0)
+    number = int((covered < COVERAGE * covered[-1]).sum()) + 1
+    number += -number % 64
+    return number if size >= LEAST and number <= size // 2 else 0

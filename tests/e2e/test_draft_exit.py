@@ -43,6 +43,28 @@ def test_files_and_metrics(tuned):
     assert 'mode="speculative"' in card
 
 
+def test_by_default_they_know_what_the_data_say(base, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ee_tuning.vocabulary.LEAST", 300)
+    monkeypatch.setattr("ee_tuning.vocabulary.COVERAGE", 0.8)
+    tune(base, data, tmp_path / "new", **DRAFT | {"exit_vocab": None, "steps": 2})
+    said = " ".join(capsys.readouterr().err.split())
+    saved = json.loads((tmp_path / "new/exit_config.json").read_text())
+    assert saved["vocab_size"] in (64, 128)
+    known = f"know {saved['vocab_size']} of 300 tokens"
+    assert f"exits {known}: " in said
+    assert f", {saved['vocab_coverage']:.2%} of the held-out targets" in said
+    main(["inspect", str(tmp_path / "new")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{known}, {saved['vocab_coverage']:.2%} of held-out targets" in shown
+    # Exits that go on keep theirs.
+    more = {"layers": None, "arch": None, "loss": "acceptance", "steps": 2}
+    tune(base, data, tmp_path / "more", exits=tmp_path / "new", **more)
+    assert (
+        json.loads((tmp_path / "more/exit_config.json").read_text())["vocab_coverage"]
+        == (saved["vocab_coverage"])
+    )
+
+
 def test_saved_drafts_are_loaded(tuned):
     model = EarlyExitModel.from_pretrained(str(tuned))
     assert model.draft.sources == (1, 4)

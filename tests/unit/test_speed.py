@@ -18,7 +18,7 @@ from ee_tuning.losses import Objective
 from ee_tuning.quantise.fp8 import Fp8Linear, freeze_in_fp8, quantise, tune_in_fp8
 from ee_tuning.tune import optimizers, step
 from ee_tuning.tune.setup import prepare
-from ee_tuning.vocabulary import most_frequent
+from ee_tuning.vocabulary import count_tokens, enough, most_frequent
 
 NO_FP8 = "has no fp8 matrix units"
 
@@ -254,7 +254,38 @@ def test_reduced_vocabulary_of_a_shared_fp8_head():
 
 def test_most_frequent_tokens():
     labels = torch.tensor([[7, 7, 7, 2, 2, -100, 5, 1]])
-    assert most_frequent([{"labels": labels}], 4, 10).tolist() == [1, 2, 5, 7]
-    assert most_frequent([{"labels": labels}], 5, 10).tolist() == [0, 1, 2, 5, 7]
+    counts = count_tokens([{"labels": labels}], 10)
+    assert most_frequent(counts, 4).tolist() == [1, 2, 5, 7]
+    assert most_frequent(counts, 5).tolist() == [0, 1, 2, 5, 7]
     with pytest.raises(UserError, match="between 1 and 10"):
-        most_frequent([], 11, 10)
+        most_frequent(counts, 11)
+
+
+def test_as_many_tokens_as_cover_99_percent_in_steps_of_64():
+    counts = torch.zeros(10_000, dtype=torch.int64)
+    counts[200:400], counts[:100] = 98, 4  # 98% of 20,000
+    assert enough(counts) == 256
+    counts[200:400], counts[:100] = 100, 0  # 198 would do
+    assert enough(counts) == 256
+    counts[200:392], counts[392:400] = 125, 0  # 191
+    assert enough(counts) == 192
+    assert enough(counts[:8191]) == 0, "a small vocabulary is worth nothing"
+    assert enough(torch.ones(10_000, dtype=torch.int64)) == 0, "nearly all would be needed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "picks", "known"),
+    [
+        ({}, False, 0),
+        ({"loss": "kl"}, False, 0),
+        ({"loss": "acceptance"}, True, 0),
+        ({"loss": "acceptance", "exit_vocab": 0}, False, 0),
+        ({"loss": "acceptance", "exit_vocab": 64}, False, 64),
+        ({"loss": "acceptance", "tp": 2}, False, 0),
+        ({"loss": "acceptance", "exits": "old"}, False, 0),
+        ({"arch": "draft,mlp"}, True, 0),
+    ],
+)
+def test_exits_that_draft_know_what_the_data_say(settings, picks, known):
+    config = TuneConfig(**settings)
+    assert (config.picks_vocabulary, config.known_tokens) == (picks, known)

@@ -54,7 +54,9 @@ def _exits_table(path: str) -> Table:
         table.add_column(column, justify="right")
     if saved["vocab_size"]:
         total = saved["backbone"]["config"]["vocab_size"]
-        notes.append(f"the exits know {saved['vocab_size']:,} of {total:,} tokens")
+        known = f"the exits know {saved['vocab_size']:,} of {total:,} tokens"
+        share = saved.get("vocab_coverage")
+        notes.append(known if share is None else f"{known}, {share:.2%} of held-out targets")
     table.caption = "\n".join(notes) or None
     sizes = count_parameters(folder)
     for layer, arch, head in zip(*(saved[k] for k in ("layers", "arch", "head")), strict=True):

@@ -177,11 +177,11 @@ def check_model(model: Network, config: TuneConfig) -> None:
 
 
 def _check_vocabulary(model: Network, config: TuneConfig) -> None:
-    known = len(model.vocabulary.tokens) if model.vocabulary else config.exit_vocab
+    known = len(model.vocabulary.tokens) if model.vocabulary else config.known_tokens
     if not known:
         return
     check_number(known, model.backbone.config.vocab_size)
-    if config.exit_vocab not in (0, known):
+    if config.known_tokens not in (0, known):
         raise UserError(
             f"exit_vocab is {config.exit_vocab}: the exits in {config.exits} know {known} tokens "
             "already; leave --exit-vocab out"
@@ -205,7 +205,7 @@ def check_parallel(config: TuneConfig) -> None:
     eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
     scales = "scales are those of rows or blocks of a whole matrix"
-    reduced = bool(config.exit_vocab) and config.loss != "ce"
+    reduced = bool(config.known_tokens) and config.loss != "ce"
     split = "each rank has the final exit's logits of other tokens than its exits know"
     refused = [
         (tp, kept, scales),

@@ -19,4 +19,4 @@ def shapes_of(config: TuneConfig) -> Network:
 
 def account_of(model: Network, config: TuneConfig) -> Account:
     """What the parts of the model that `config` tunes weigh; see `ee_tuning.costs.work`."""
-    return work(model, config.seq_length, config.exit_vocab, config.draft_steps)
+    return work(model, config.seq_length, config.known_tokens, config.draft_steps)

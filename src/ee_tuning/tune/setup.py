@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ee_tuning import varlen
 from ee_tuning.backbone import Backbone
@@ -41,7 +42,7 @@ from ee_tuning.share import Share, load, source_of
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision
-from ee_tuning.vocabulary import most_frequent
+from ee_tuning.vocabulary import count_tokens, enough, most_frequent
 
 IDENTIFYING_ROWS = 16
 COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
@@ -88,7 +89,7 @@ def set_up(
     model = load_share(config, mesh, device, dtype, stage)
     train, valid = load_data(config, model, mesh)
     say(describe(train, config.steps * config.global_batch_size))
-    if config.exit_vocab:
+    if config.known_tokens or config.picks_vocabulary:
         reduce_vocabulary(model, train, valid, config, say)
     prepare(model, config, mesh)
     pipeline = Pipeline(mesh)
@@ -163,7 +164,7 @@ def load_share(
         whole=config.runs_whole,
         stage=stage,
         # Rows of a head are picked from all of it.
-        slices=Slices(mesh.axis("tp"), head=not config.exit_vocab) if config.tp > 1 else None,
+        slices=Slices(mesh.axis("tp"), head=not config.known_tokens) if config.tp > 1 else None,
         shard=mesh.group("dp") if config.shard_backbone else None,
         precision=config.backbone_precision,
         dtype=dtype,
@@ -240,21 +241,30 @@ def reduce_vocabulary(
     config: TuneConfig,
     say: Callable[[str], None],
 ) -> None:
-    """Let the exits know only the most frequent tokens of the data, and say what is lost."""
+    """Let the exits know only the most frequent tokens of the data, and say what is lost.
+
+    How many is said by `config`, or by the data, for heads of which rows can be picked.
+    """
 
     def batches(data: Rows) -> Iterator[Batch]:
         rows = data.count(max(1, COUNTED_TOKENS // config.seq_length))
         return micro_batches(data, range(rows), 64)
 
     size = model.backbone.config.vocab_size
-    tokens = most_frequent(batches(train), config.exit_vocab, size)
+    counts = count_tokens(batches(train), size)
+    rows = isinstance(model.backbone.head, nn.Linear)
+    number = config.known_tokens or (enough(counts) if rows else 0)
+    if not number:
+        return
+    tokens = most_frequent(counts, number)
     model.reduce_vocabulary(tokens)
     vocabulary = model.vocabulary
     assert vocabulary is not None
     labels = torch.cat([batch["labels"].flatten() for batch in batches(valid)])
     lost = (vocabulary.known(labels) == IGNORED).sum() - (labels == IGNORED).sum()
-    share = lost / (labels != IGNORED).sum().clamp(min=1)
+    vocabulary.coverage = 1 - float(lost / (labels != IGNORED).sum().clamp(min=1))
     say(
-        f"exits know {len(tokens):,} of {size:,} tokens; {share:.2%} of the held-out targets "
-        "are others, which no exit is tuned on or measured with"
+        f"exits know {len(tokens):,} of {size:,} tokens: {counts[tokens].sum() / counts.sum():.2%} "
+        f"of the data's, {vocabulary.coverage:.2%} of the held-out targets; no exit is tuned on or "
+        "measured with others"
     )

@@ -100,8 +100,8 @@ def seconds(
         exits = ExitConfig([1], spec.arch, head=spec.head)
         share = Share(precision=config.backbone_precision)
         model = load(New(backbone, exits), share, Network)
-    if config.exit_vocab:
-        model.reduce_vocabulary(torch.arange(config.exit_vocab))
+    if config.known_tokens:
+        model.reduce_vocabulary(torch.arange(config.known_tokens))
     prepare(model, alone)
     size = (config.micro_batch_size, config.seq_length)
     ids = torch.zeros(size, dtype=torch.int64)
