@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter as Tokens
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ee_tuning.calibrate.audit import Audit
@@ -27,7 +29,9 @@ class Metrics:
             self.epsilon = self._gauge(
                 "audit_epsilon", "What the risk was calibrated to stay below"
             )
-        self._name, self._depth, self._tokens = model_name, 0, 0
+        self._name = model_name
+        # Tokens by layer, all and those that the counters have: there are many, and few questions.
+        self._left, self._told = Tokens[int](), Tokens[int]()
         self.running = self._gauge("num_requests_running", "Texts that are written")
         self.waiting = self._gauge("num_requests_waiting", "Texts that wait for a slot")
         self.mean_depth = self._gauge("mean_depth", "Layers per token, of all tokens so far")
@@ -51,12 +55,7 @@ class Metrics:
 
     def settled(self, delta: Delta) -> None:
         """Tokens came."""
-        for token in delta.tokens:
-            self.layers.labels(self._name, exit_name(token.exit_layer)).inc()
-            self._depth += token.exit_layer
-        self._tokens += len(delta.tokens)
-        self.generated.labels(self._name).inc(len(delta.tokens))
-        self.mean_depth.labels(self._name).set(self._depth / max(1, self._tokens))
+        self._left.update(token.exit_layer for token in delta.tokens)
         for drafts, kept in delta.rounds:
             self.drafts.labels(self._name).inc()
             self.drafted.labels(self._name).inc(drafts)
@@ -87,6 +86,13 @@ class Metrics:
 
     def text(self, running: int, waiting: int) -> bytes:
         """All of it, as Prometheus reads it."""
+        for layer, number in self._left.items():
+            counter = self.layers.labels(self._name, exit_name(layer))
+            counter.inc(number - self._told[layer])
+            self.generated.labels(self._name).inc(number - self._told[layer])
+            self._told[layer] = number
+        depth = sum(layer * number for layer, number in self._told.items())
+        self.mean_depth.labels(self._name).set(depth / max(1, self._told.total()))
         self.running.labels(self._name).set(running)
         self.waiting.labels(self._name).set(waiting)
         if self._audit is not None:
