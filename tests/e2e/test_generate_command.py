@@ -116,7 +116,5 @@ def test_where_rounding_may_change_a_speculative_text_it_is_said(exits, monkeypa
     assert "rounding" not in capsys.readouterr().out
     monkeypatch.setattr("ee_tuning.invariant.layers.can_multiply", lambda *_: False)
     main(args)
-    line = (
-        "as at full depth but for rounding: torch.float32 on this cpu has no product of one order"
-    )
-    assert line in capsys.readouterr().out.replace("\n", " ")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "but for rounding: torch.float32 on this cpu has no product of one order" in said
