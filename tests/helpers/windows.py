@@ -41,7 +41,7 @@ def logits(
     for count in cuts:
         some = ids[start : start + count]
         windows = [
-            Window(row, count, [i + 1 if row < rows - 1 else i for i in some])
+            Window(row, count, [(i + 1) % 96 if row < rows - 1 else i for i in some])
             for row in range(rows)
         ]
         said = passes.window(0, windows, [start] * rows, Wanted("each", True))

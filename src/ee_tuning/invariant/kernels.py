@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-TOKENS = 16  # of a launch's tile; matrix units take no fewer
 KEYS = 64  # that one program looks at
 CHUNK = 64  # tokens of a window from which on it is cut in larger tiles
 GROUP = 16  # of programs whose results are added up at a time
@@ -144,7 +143,7 @@ def _gather(
 
 
 def tiles(rows: int, width: int, tokens: int) -> tuple[dict[str, int], int]:
-    """How a product with weights (rows, width) is cut along `width`, whatever `tokens` is.
+    """How a product of M tokens with weights (rows, width) is cut: along `width` always alike.
 
     Gives the kernel's constants, and in how many parts `width` is added up: enough to keep the
     multiprocessors busy, found by a search on an H100 over the shapes of 135 M and 7 B parameters.
@@ -155,7 +154,7 @@ def tiles(rows: int, width: int, tokens: int) -> tuple[dict[str, int], int]:
         cut = {"ROWS": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 3}
     tiles = triton.cdiv(rows, cut["ROWS"])
     parts = 1 if tiles >= 264 else 2 if tiles >= 132 else 4
-    cut["TOKENS"] = 16 if tokens < CHUNK else 64
+    cut["TOKENS"] = min(max(16, triton.next_power_of_2(tokens)), 64)
     return cut, parts
 
 
@@ -165,13 +164,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton_op("ee_tuning::product", mutates_args={})
-def product(x: Tensor, weight: Tensor, window: int) -> Tensor:
-    """x (M, K) times weight (N, K): (S, M, N) fp32, to be added up over S parts of K.
-
-    window: how many of the M tokens are of one text.
-    """
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (M, K) times weight (N, K): (S, M, N) fp32, to be added up over S parts of K."""
     (tokens, width), rows = x.shape, weight.shape[0]
-    cut, parts = tiles(rows, width, window)
+    cut, parts = tiles(rows, width, tokens)
     share = triton.cdiv(triton.cdiv(width, parts), cut["WIDTH"]) * cut["WIDTH"]
     y = torch.empty((parts, tokens, rows), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(rows, cut["ROWS"]), triton.cdiv(tokens, cut["TOKENS"]), parts)

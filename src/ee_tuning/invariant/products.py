@@ -73,14 +73,14 @@ class Weights:
         self.matrix = whole
 
     def times(self, x: Tensor) -> Tensor:
-        """x (…, T, K) → (…, T, N); T: how many tokens are of one text."""
+        """x (…, K) → (…, N)."""
         rows = x.reshape(-1, x.shape[-1])
         if self.on_cpu:
             # A product of one row is another one.
             both = torch.cat([rows, rows]) if len(rows) == 1 else rows
             y = torch.ops.mkldnn._linear_pointwise(both, self.matrix, self.bias, "none", [], "")
             return y[: len(rows)].view(*x.shape[:-1], -1)
-        parts = kernels.product(rows.contiguous(), self.matrix, x.shape[-2])
+        parts = kernels.product(rows.contiguous(), self.matrix)
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -103,7 +103,7 @@ class Product(nn.Module):
         self.weights, self.place, self.others = weights, place, others
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, T, K) → (…, T, N)."""
+        """x (…, K) → (…, N)."""
         sizes = self.weights.sizes
         if len(sizes) == 1:
             return self.weights.times(x)
