@@ -186,6 +186,14 @@ def test_power():
     assert passed["betting"] >= passed["hoeffding-bentkus"]
 
 
+@pytest.mark.parametrize("n", [400, 1600])
+def test_how_far_below_the_limit_a_mean_has_to_be(n):
+    """As the docs say, where losses hardly differ."""
+    need = math.log(1 / DELTA) / n
+    for share, passes in ((0.9, False), (1.15, True)):
+        assert (betting_p(np.full(n, EPSILON - share * need), EPSILON, DELTA) <= DELTA) == passes
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_intervals_hold(binary):
     random, missed, mean = np.random.default_rng(4), 0, 0.1

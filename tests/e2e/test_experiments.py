@@ -1,0 +1,47 @@
+"""`benchmarks/experiments.py` on a tiny model: its tables, and that nothing is run twice."""
+
+import json
+import sys
+from pathlib import Path
+
+import experiments
+import pytest
+
+
+@pytest.fixture(scope="module")
+def flags(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("experiments")
+    return [
+        "--model", base, "--data", data, "--valid-data", data, "--layers", "1,2,3", "--steps", "4",
+        "--seq-length", "32", "--batch", "2", "--out", str(out),
+    ]  # fmt: skip
+
+
+def run(monkeypatch, flags, *more):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", *flags, *more])
+    experiments.main()
+    return (Path(flags[-1]) / "tables.md").read_text()
+
+
+def test_exits_tuned_together_are_those_tuned_alone(flags, monkeypatch):
+    tables = run(monkeypatch, flags, "--only", "independence", "--no-speeds")
+    (row,) = [line for line in tables.splitlines() if line.startswith("| 2 ")]
+    assert row.endswith("| yes | 0 |")
+
+
+def test_what_is_there_is_not_run_again(flags, monkeypatch):
+    run(monkeypatch, flags, "--only", "independence", "--no-speeds")
+    monkeypatch.setattr(experiments, "tune", lambda config: pytest.fail("it was there"))
+    assert "## independence" in run(monkeypatch, flags, "--only", "independence", "--no-speeds")
+    saved = json.loads((Path(flags[-1]) / "results.json").read_text())
+    assert len(saved) == 2
+
+
+@pytest.mark.slow
+def test_losses_and_depths(flags, monkeypatch):
+    monkeypatch.setattr(experiments, "ARCHS", ("norm", "embedding"))
+    monkeypatch.setattr(experiments, "LOSSES", {"ce": {"loss": "ce"}, "kl": {"loss": "kl"}})
+    tables = run(monkeypatch, flags, "--only", "depths", "losses")
+    assert tables.count("| `norm` |") == 3
+    assert "| kl |" in tables
+    assert (Path(flags[-1]) / "depths.svg").exists()
