@@ -89,6 +89,20 @@ def test_products_of_layers_that_are_given_different_inputs_are_their_own():
             assert torch.allclose(product(given), layer(given), atol=1e-5)
 
 
+def test_without_room_for_copies_products_are_the_same(monkeypatch):
+    """Only the order in which the weights lie is another."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64), nn.Linear(64, 128)]
+    x = torch.randn(2, 3, 64)
+    monkeypatch.setattr("ee_tuning.invariant.products.free_memory", lambda _: 1)
+    with torch.inference_mode():
+        for layer, product in zip(layers, products(layers), strict=True):
+            assert product.weights.matrix.data_ptr() == layer.weight.data_ptr()
+            whole = product(x)
+            assert torch.allclose(whole, layer(x), atol=1e-5)
+            assert torch.equal(product(x[:1, 1:2]), whole[:1, 1:2])
+
+
 def test_weights_that_changed_are_read_anew():
     layer, x = nn.Linear(64, 64), torch.randn(3, 64)
     with torch.inference_mode():

@@ -9,12 +9,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ee_tuning.devices import free_memory
+
 try:  # comes with torch for CUDA alone
     from ee_tuning.invariant import kernels
 except ImportError:
     kernels = None  # type: ignore[assignment]
 
 ONEDNN = "_linear_pointwise"  # torch's name for oneDNN's product
+MOST_ROOM = 4  # times what is copied must be free: twice that, and as much for the rest
 SHARED = 8  # tokens of a product that oneDNN's order of the weights is chosen for
 
 # What was made of layers before: engines of a model share it.
@@ -65,7 +68,7 @@ class Weights:
             ])  # fmt: skip
         whole = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         self.on_cpu = whole.device.type == "cpu"
-        if self.on_cpu:
+        if self.on_cpu and has_room(matrices):
             whole = torch.ops.mkldnn._reorder_linear_weight(whole, SHARED)
         elif len(matrices) > 1 and all(type(linear) is nn.Linear for linear in linears):
             for linear, part in zip(linears, whole.split(self.sizes), strict=True):
@@ -121,8 +124,21 @@ class Product(nn.Module):
 def products(linears: Sequence[nn.Module]) -> list[nn.Module]:
     """Stand-ins for linear layers that are given the same input, or for one."""
     others: list[Any] = []
+    if not has_room([linear.weight for linear in linears]):
+        return [Product(_weights([linear]), 0, []) for linear in linears]
     weights = _weights(linears)
     return [Product(weights, place, others) for place in range(len(linears))]
+
+
+def has_room(matrices: Sequence[Any]) -> bool:
+    """Whether a CPU has memory for two copies of these, one of them for a while; elsewhere always.
+
+    On CUDA the second one replaces the first.
+    """
+    if matrices[0].device.type != "cpu":
+        return True
+    free = free_memory(matrices[0].device)
+    return free is None or free > MOST_ROOM * sum(one.nbytes for one in matrices)
 
 
 @torch.no_grad()
