@@ -20,6 +20,7 @@ from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.serve.config import ServeConfig
+from ee_tuning.suggest.config import SuggestConfig
 
 COMMANDS: dict[str, type] = {
     "init": settings.InitConfig,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type] = {
     "inspect": settings.InspectConfig,
     "regenerate": RegenerateConfig,
     "serve": ServeConfig,
+    "suggest": SuggestConfig,
 }
 
 

@@ -29,6 +29,7 @@ FLOORS = [
     ["commands", "parsing"],
     ["__init__"],
     ["api"],
+    ["suggest"],
     ["calibrate", "regenerate", "serve", "tune", "evaluate", "plan", "decode"],
     ["share", "export"],
     ["adapter"],

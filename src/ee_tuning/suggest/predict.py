@@ -1,0 +1,94 @@
+"""How long a text takes whose tokens leave where an exit is sure, from what rounds cost.
+
+The text is known, the backbone's own, and so is what the exit says before each of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ee_tuning.decode.pace import Pace
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What an exit says before each token of a text but its first: how sure it is of the likeliest
+    token, and whether that is the one that follows."""
+
+    sure: list[float]
+    right: list[bool]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of decoding with an exit.
+
+    rounds: by the number of tokens that leave in one and whether the exit was asked once more, in
+    vain, before one goes to the end. prompt: of reading the prompt.
+    """
+
+    rounds: Mapping[tuple[int, bool], float]
+    prompt: float
+
+    def round(self, number: int, asked: bool) -> float:
+        """Of a round in which so many tokens leave: on the line between what was measured."""
+        known = sorted(n for n, was_asked in self.rounds if was_asked == asked)
+        low = max((n for n in known if n <= number), default=known[0])
+        high = min((n for n in known if n >= number), default=known[-1])
+        a, b = self.rounds[low, asked], self.rounds[high, asked]
+        return a if low == high else a + (b - a) * (number - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What becomes of texts. tokens: generated. seconds: that they take. ends: tokens that went to
+    the end. agreement: share of the tokens that are the backbone's own."""
+
+    tokens: int
+    seconds: float
+    ends: int
+    agreement: float
+
+
+def drafted(
+    texts: Sequence[Heard], threshold: float, longest: int, cost: float, costs: Costs
+) -> Told:
+    """Mode ``speculative``: rounds of drafts, as long as `Pace` lets them be.
+
+    cost: of a draft, as `ee_tuning.costs.draft_cost` has it.
+    """
+    seconds, tokens, ends = 0.0, 0, 0
+    for text in texts:
+        pace, at, number = Pace(longest, cost), 0, len(text.sure)
+        seconds, tokens, ends = seconds + costs.prompt, tokens + number + 1, ends + 1
+        while at < number:
+            most = pace.drafts(number - at)
+            drafts = _run(text.sure, at, threshold, most)
+            kept = _run([float(right) for right in text.right], at, 1.0, drafts)
+            seconds += costs.round(drafts, asked=drafts < most)
+            pace.learn(drafts, kept)
+            at, ends = at + kept + 1, ends + 1
+    return Told(tokens, seconds, ends, 1.0)
+
+
+def left(texts: Sequence[Heard], threshold: float, longest: int, costs: Costs) -> Told:
+    """Mode ``threshold``: what leaves stays, and is taken to change nothing of what follows."""
+    seconds, tokens, ends, wrong = 0.0, 0, 0, 0
+    for text in texts:
+        at, number = 0, len(text.sure)
+        seconds, tokens, ends = seconds + costs.prompt, tokens + number + 1, ends + 1
+        while at < number:
+            run = _run(text.sure, at, threshold, longest)
+            wrong += text.right[at : at + run].count(False)
+            seconds += costs.round(run, asked=run < longest)
+            at, ends = at + run + 1, ends + 1
+    return Told(tokens, seconds, ends, 1 - wrong / max(1, tokens))
+
+
+def _run(values: Sequence[float], at: int, least: float, most: int) -> int:
+    """How many of `values` from place `at` on are at least `least`, up to `most`."""
+    run = 0
+    while run < most and at + run < len(values) and values[at + run] >= least:
+        run += 1
+    return run

@@ -1,0 +1,164 @@
+"""What `suggest` predicts is what decoding does, and it says so when nothing pays."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.commands import fails
+from helpers.families import tiny
+from helpers.models import early_exit, good_exit
+from helpers.prompts import prompt
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.cli import main
+from ee_tuning.commands.suggest import advice
+from ee_tuning.costs import draft_cost
+from ee_tuning.decode import Engine, Request
+from ee_tuning.suggest.config import SuggestConfig
+from ee_tuning.suggest.predict import Costs, Heard, drafted, left
+from ee_tuning.suggest.probes import heard, tuned, written
+from ee_tuning.suggest.rounds import DraftedPattern, Pattern, measure, measure_full
+from ee_tuning.suggest.run import Candidate, Suggestion
+
+FREE = Costs({(0, False): 1.0, (0, True): 1.0, (8, False): 1.0, (8, True): 1.0}, prompt=0.0)
+
+
+def spoken(model, number=3, length=6, new=24):
+    return written(model, [prompt(length, seed) for seed in range(number)], new)
+
+
+def test_written_texts_are_the_backbones_own():
+    model = early_exit()
+    texts = spoken(model)
+    for seed, text in enumerate(texts):
+        ids = torch.tensor([prompt(6, seed)])
+        out = model.model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        assert out[0].tolist() == text
+    samples = written(model, [[3]] * 20, 5, seed=1, seconds=0)
+    assert len(samples) == 16  # those after the first ones are not begun any more
+    assert len({tuple(ids) for ids in samples}) > 4
+
+
+@pytest.mark.parametrize("threshold", [0.015, 0.02, 0.03])
+@pytest.mark.parametrize("longest", [1, 3, 8])
+def test_drafts_go_to_the_end_as_often_as_predicted(monkeypatch, threshold, longest):
+    """Rounds are counted as decoding has them: its pace included."""
+    model = good_exit("llama")
+    monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", draft_cost)
+    texts = spoken(model)
+    said = heard(model, texts, 6)[2]
+    assert [len(one.sure) for one in said] == [23] * 3
+    told = drafted(said, threshold, longest, draft_cost(model, 2), FREE)
+    ends, kept = 0, 0
+    for text in texts:
+        out = model.generate(
+            torch.tensor([text[:6]]), mode="speculative", threshold=threshold, exit_layers=[2],
+            max_pending=longest, max_new_tokens=24, min_new_tokens=24, do_sample=False,
+        )  # fmt: skip
+        assert out.sequences[0].tolist() == text
+        ends += (out.exit_layers == 4).sum().item()
+        kept += (out.exit_layers == 2).sum().item()
+    assert (told.ends, told.tokens) == (ends, ends + kept)
+    assert told.agreement == 1
+    assert told.seconds == told.ends - 3  # a round each, but for the prompts' tokens
+
+
+def test_tokens_that_leave_for_good_are_counted():
+    sure, right = [0.9, 0.1, 0.9, 0.9, 0.9], [True, True, False, True, True]
+    told = left([Heard(sure, right)], 0.5, 2, FREE)
+    # The prompt's token; one leaves, one does not; two leave, which is all that may.
+    assert (told.tokens, told.ends, told.seconds) == (6, 3, 2)
+    assert told.agreement == pytest.approx(5 / 6)
+    assert left([Heard(sure, right)], 0.95, 2, FREE).ends == 6
+
+
+def test_costs_between_measured_ones_lie_on_a_line():
+    costs = Costs({(0, False): 1.0, (4, False): 3.0, (0, True): 2.0, (4, True): 2.0}, 0.0)
+    assert [costs.round(n, asked=False) for n in (0, 1, 4, 9)] == [1.0, 1.5, 3.0, 3.0]
+    assert costs.round(3, asked=True) == 2.0
+
+
+@pytest.mark.parametrize("kind", [Pattern, DraftedPattern])
+@pytest.mark.parametrize(("number", "asked"), [(0, False), (0, True), (2, False), (2, True)])
+def test_rounds_that_are_timed_have_so_many_tokens_that_leave(monkeypatch, kind, number, asked):
+    model = early_exit(arch="norm")
+    monkeypatch.setattr("ee_tuning.decode.sampling.Chooser.verify", all_kept)
+    policy = kind(4, {2: 0.5}, max_pending=8, number=number, asked=asked)
+    engine = Engine(model, [2], capacity=64)
+    request = Request(prompt(5), policy, 40)
+    engine.submit(request)
+    engine.step()
+    (row,) = engine.sequences.live
+    row.pace, row.limit = None, number + asked
+    layers = [token.exit_layer for _ in range(12) for _, token in engine.step()][:9]
+    assert layers == ([2] * number + [4]) * (9 // (number + 1))
+
+
+def all_kept(chooser, ids, said, drafts):
+    return len(drafts), said[-1].token
+
+
+def test_costs_are_measured():
+    model = early_exit(arch="norm")
+    full = measure_full(model, prompt(5))
+    found = measure(model, 2, prompt(5), True, full)
+    assert found.prompt == full.prompt > 0
+    assert len(found.rounds) == 7
+    assert all(seconds > 0 for seconds in found.rounds.values())
+
+
+def test_probes_learn():
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="layer"))
+    texts = written(model, [[3]] * 8, 24, seed=0)
+    before = share(heard(model, texts, 1)[1])
+    assert tuned(model, texts, seconds=3.0) > 3
+    assert share(heard(model, texts, 1)[1]) > before
+
+
+def share(said):
+    places = [right for text in said for right in text.right]
+    return sum(places) / len(places)
+
+
+def test_the_command_on_a_tiny_model(base, tmp_path, capsys, monkeypatch):
+    for name, value in (("LENGTH", 24), ("TUNED", 12), ("ASKED", 4)):
+        monkeypatch.setattr(f"ee_tuning.suggest.run.{name}", value)
+    monkeypatch.setattr("ee_tuning.suggest.rounds.TIMES", 1)
+    out = tmp_path / "found.json"
+    flags = ["--minutes", "0.02", "--prompt-length", "4", "--max-new-tokens", "8"]
+    main(["suggest", "--model", base, *flags, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert {(one["layer"], one["arch"]) for one in found["candidates"]} == {
+        (layer, arch) for layer in (1, 2, 3) for arch in ("norm", "layer")
+    }
+    assert all(one["measured"] and one["speedup"] > 0 for one in found["candidates"])
+    assert found["full"] > 0
+    text = capsys.readouterr().out
+    assert "drafting" in text
+    assert "Probes had" in text
+
+
+def test_it_says_whether_anything_pays():
+    def said(speedup, leaving=None):
+        one = Candidate(8, "layer", 0.7, speedup, 0.6, 4, 1.8, leaving, True)
+        found = Suggestion([one], 100.0, {"norm": 30}, 60.0)
+        return "\n".join(advice(SuggestConfig(model="m"), found))
+
+    assert "no exit will pay here: the best promises 0.93×" in said(0.93)
+    assert "--layers 8 --arch layer" not in said(0.93)
+    text = said(1.4, (1.6, 0.8, 0.97))
+    assert "1.40× full depth's speed (140 tokens/s)" in text
+    assert "--threshold 0.6 --max-pending 4" in text
+    assert "--mode threshold --threshold 0.8, a layer exit after layer 8 promises 1.60×" in text
+
+
+def test_mistakes(base, tmp_path, capsys):
+    for flags, words in (
+        ([], "no backbone given"),
+        (["--model", base, "--minutes", "0"], "minutes 0 is no time"),
+        (["--model", base, "--prompt-length", "1"], "prompt_length 1 is too small"),
+        (["--model", base, "--max-new-tokens", "120"], "do not fit into the context of 128"),
+    ):
+        assert words in fails(capsys, "suggest", *flags)
