@@ -125,7 +125,8 @@ def share(said):
 def test_the_command_on_a_tiny_model(base, tmp_path, capsys, monkeypatch):
     for name, value in (("LENGTH", 24), ("TUNED", 12), ("ASKED", 4)):
         monkeypatch.setattr(f"ee_tuning.suggest.run.{name}", value)
-    monkeypatch.setattr("ee_tuning.suggest.rounds.TIMES", 1)
+    for name in ("ROUNDS", "TIMES"):
+        monkeypatch.setattr(f"ee_tuning.suggest.rounds.{name}", 1)
     out = tmp_path / "found.json"
     flags = ["--minutes", "0.02", "--prompt-length", "4", "--max-new-tokens", "8"]
     main(["suggest", "--model", base, *flags, "--out", str(out)])
