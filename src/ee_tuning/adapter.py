@@ -116,6 +116,7 @@ def saved_config(network: Network) -> dict[str, Any]:
         **asdict(network.exit_config),
         "vocab_size": len(network.vocabulary.tokens) if network.vocabulary else None,
         "vocab_coverage": network.vocabulary.coverage if network.vocabulary else None,
+        "vocab_names": network.vocabulary.names if network.vocabulary else None,
         "layers": [spec.layer for spec in specs],
         "arch": [spec.arch for spec in specs],
         "head": [spec.head for spec in specs],

@@ -152,6 +152,7 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
     read_weights(network, folder)
     if network.vocabulary:
         network.vocabulary.coverage = saved.get("vocab_coverage")
+        network.vocabulary.names = saved.get("vocab_names")
     network.calibration = read_calibration(folder)
     return network
 

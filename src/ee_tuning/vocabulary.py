@@ -6,10 +6,12 @@ some tokens predict among these; a token they do not know is left to the final e
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.errors import UserError
 from ee_tuning.losses import IGNORED
@@ -21,11 +23,15 @@ LEAST = 8192  # tokens of a vocabulary that is worth reducing
 class Vocabulary:
     """The token ids (N,) int64, ascending, that the exits of a model know, of `size` in all.
 
-    coverage: the share of held-out targets that are among them, where it was measured.
+    coverage: the share of held-out targets that are among them, where it was measured. names: a
+    hash of what their tokenizer calls them, where it is known.
     """
 
-    def __init__(self, tokens: Tensor, size: int, coverage: float | None = None) -> None:
-        self.tokens, self.size, self.coverage = tokens.cpu(), size, coverage
+    coverage: float | None = None
+    names: str | None = None
+
+    def __init__(self, tokens: Tensor, size: int) -> None:
+        self.tokens, self.size = tokens.cpu(), size
         self.places = torch.full((size,), IGNORED)
         self.places[self.tokens] = torch.arange(len(tokens))
 
@@ -36,6 +42,29 @@ class Vocabulary:
     def known(self, labels: Tensor) -> Tensor:
         """Labels (B, T) on the CPU with `IGNORED` in place of those that are not in `tokens`."""
         return torch.where(self.to_places(labels) == IGNORED, IGNORED, labels)
+
+
+def names_of(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what `tokenizer` calls `tokens` (N,)."""
+    names = tokenizer.convert_ids_to_tokens(tokens.tolist())
+    return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+
+def check_names(
+    vocabulary: Vocabulary | None, tokenizer: PreTrainedTokenizerBase, exits: str
+) -> None:
+    """Refuse to read with `tokenizer` for exits whose tokens are another one's.
+
+    Raises:
+        UserError: it calls the tokens that they know otherwise.
+    """
+    if vocabulary is None or vocabulary.names is None:
+        return
+    if names_of(vocabulary.tokens, tokenizer) != vocabulary.names:
+        raise UserError(
+            f"{exits} knows {len(vocabulary.tokens):,} tokens of another tokenizer than "
+            f"{tokenizer.name_or_path}: give the one that it was tuned with"
+        )
 
 
 def check_number(number: int, size: int) -> None:

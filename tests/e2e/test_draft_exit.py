@@ -1,6 +1,7 @@
 """A draft exit as a user tunes it: files, metrics, resuming, and what it is not for."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,24 @@ def test_by_default_they_know_what_the_data_say(base, data, tmp_path, capsys, mo
     )
 
 
+def test_tokens_of_another_tokenizer_are_refused(tuned, base, data, tmp_path, capsys):
+    """Tuning and decoding; nothing is written."""
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    text = json.loads((other / "tokenizer.json").read_text())
+    names = text["model"]["vocab"]
+    a, b = sorted(names, key=names.get)[100:102]
+    names[a], names[b] = names[b], names[a]
+    (other / "tokenizer.json").write_text(json.dumps(text))
+    more = {"layers": None, "arch": None, "model": None, "exits": tuned, "tokenizer": other}
+    line = fails(capsys, "tune", *arguments(base, data, tmp_path / "out", **more))
+    message = f"{tuned} knows 150 tokens of another tokenizer than {other}"
+    assert message in line
+    assert not any((tmp_path / "out").rglob("*"))
+    line = fails(capsys, "generate", "--exits", tuned, "--model", other, "--prompt", "def")
+    assert message in line
+
+
 def test_saved_drafts_are_loaded(tuned):
     model = EarlyExitModel.from_pretrained(str(tuned))
     assert model.draft.sources == (1, 4)
@@ -124,6 +143,25 @@ def test_it_serves_speculative_decoding_alone(tuned, tmp_path, capsys):
     line = fails(capsys, "export", "--exits", tuned, "--layer", "0", "--out", tmp_path / "out")
     assert "give one of --layer" in line
     main([*map(str, given), "--mode", "full"])
+
+
+def test_beside_exits_at_layers_it_drafts_and_tokens_leave_at_them(base, data, tmp_path):
+    """One run, one adapter, two modes."""
+    archs = {"layers": "0,2,3", "arch": "draft,layer,norm", "loss": "acceptance"}
+    tune(base, data, tmp_path / "both", **archs, exit_vocab=150)
+    losses = [line["loss"] for line in records(tmp_path / "both") if "loss" in line]
+    assert all(line.keys() == {"0", "2", "3"} for line in losses)
+    model = EarlyExitModel.from_pretrained(str(tmp_path / "both"))
+    ids, rest = torch.tensor([[5, 9, 7, 40]]), {"max_new_tokens": 24, "eos_token_id": None}
+    full = model.generate(ids, mode="full", **rest)
+    drafted = model.generate(ids, mode="speculative", threshold=0.0, **rest)
+    assert torch.equal(drafted.sequences, full.sequences)
+    assert set(drafted.exit_layers[0].tolist()) == {0, 4}
+    left = model.generate(ids, mode="threshold", threshold=0.0, **rest)
+    assert set(left.exit_layers[0].tolist()) <= {2, 4}
+    assert 2 in left.exit_layers[0].tolist()
+    layers = model.generate(ids, mode="speculative", threshold=0.0, exit_layers="2,3", **rest)
+    assert torch.equal(layers.sequences, full.sequences)
 
 
 def test_evaluate_measures_its_first_draft_beside_others(tuned, base, data, tmp_path, capsys):

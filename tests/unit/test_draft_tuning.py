@@ -284,6 +284,31 @@ def test_tokens_that_exits_do_not_know_are_rejected():
     assert found.item() == pytest.approx((1 - shared)[labelled].mean().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("known", [None, KNOWN])
+@pytest.mark.parametrize("arch", ["embedding", "norm", "mlp", "layer"])
+def test_acceptance_and_its_gradients_are_the_formulas(arch, known, monkeypatch):
+    """Chunk by chunk; weight · (1 − Σ min(p, q)) − (1 − weight) · Σ p log q, p over all tokens."""
+    monkeypatch.setattr(losses_module, "LOGITS", 2 * 2 * 70)
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2", arch))
+    if known is not None:
+        model.reduce_vocabulary(known)
+    found = exit_gradients(model, batches(), Objective("acceptance", acceptance_weight=0.6))[2]
+    ours = {name: p.grad.clone() for name, p in model.exits.named_parameters()}
+    model.zero_grad()
+    total, count = 0.0, 0
+    for batch in batches():
+        out = model(batch["input_ids"], None, POSITIONS, True, True)
+        labelled = model.known_labels(batch["labels"])[:, 1:] != -100
+        p, q = out.logits.softmax(-1)[:, :-1], out.exit_logits[2].softmax(-1)[:, :-1]
+        log_q = torch.where(q > 0, q, 1).log()
+        losses = 0.6 * (1 - torch.minimum(p, q).sum(-1)) - 0.4 * (p * log_q).sum(-1)
+        total, count = total + losses[labelled].sum(), count + int(labelled.sum())
+    (total / count).backward()
+    torch.testing.assert_close(found, (total / count).detach(), rtol=1e-5, atol=1e-6)
+    for name, p in model.exits.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("arch", ["embedding", "norm", "mlp", "layer", "draft"])
 def test_every_architecture_is_tuned_for_acceptance(arch):
     layers = "" if arch == "draft" else "2"

@@ -20,6 +20,12 @@ REFUSED = [
     ({"tp": 2, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--tp", "blocks"]),
     ({"tp": 2, "compile": "on"}, ["--compile on", "--tp", "do not compile"]),
     ({"tp": 2, "exit_vocab": 9, "loss": "kl"}, ["--exit-vocab", "--loss kl", "--tp", "logits of"]),
+    (
+        {"tp": 2, "exit_vocab": 9, "loss": "acceptance"},
+        ["--exit-vocab", "--loss acceptance", "--tp", "logits of"],
+    ),
+    ({"pp": 2, "init": "fitted"}, ["init fitted", "pp 2", "the last stage"]),
+    ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
     ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
     ({"dp": 2, "shard": True, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--shard", "blocks"]),
     ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),

@@ -18,6 +18,7 @@ from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import check_splits, split_model
 from ee_tuning.share import Kind, Saved, Share, load, shapes
 from ee_tuning.stages import cut_layers
+from ee_tuning.vocabulary import check_names
 
 
 def load_part(
@@ -55,7 +56,9 @@ def load_for_decoding(
     model = load_part(source, share, Network, mesh or Mesh(), stage_layers)
     backbone = model.backbone
     path, rows = backbone.model.name_or_path, backbone.config.vocab_size
-    return model, load_tokenizer(path, rows, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, rows, config.trust_remote_code)
+    check_names(model.vocabulary, tokenizer, config.exits)
+    return model, tokenizer
 
 
 def _own_stage(source: Saved, mesh: Mesh, numbers: Sequence[int]) -> range:

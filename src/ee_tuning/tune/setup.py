@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ee_tuning import varlen
-from ee_tuning.backbone import Backbone
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import (
     Rows,
@@ -42,7 +42,7 @@ from ee_tuning.share import Share, load, source_of
 from ee_tuning.tune.optimizers import build_optimizers
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision
-from ee_tuning.vocabulary import count_tokens, enough, most_frequent
+from ee_tuning.vocabulary import check_names, count_tokens, enough, most_frequent, names_of
 
 IDENTIFYING_ROWS = 16
 COMPARED_ROWS = 1024  # between processes, at least, where a data set has so many
@@ -199,15 +199,26 @@ def load_data(config: TuneConfig, model: Network, mesh: Mesh) -> tuple[Rows, Row
     Raises:
         UserError: no data, or other data than another process has.
     """
-    both = mesh.on_all(lambda: _pack(config, model.backbone))
+    both = mesh.on_all(lambda: _pack(config, model))
     mesh.check_same("data", digest(*map(_sample, both)))
     return both
 
 
-def _pack(config: TuneConfig, backbone: Backbone) -> tuple[Rows, Rows]:
+def read_tokenizer(config: TuneConfig, model: Network) -> PreTrainedTokenizerBase:
+    """That of the run, or the backbone's.
+
+    Raises:
+        UserError: there is none, or `model` has exits that know tokens of another one.
+    """
+    path = config.tokenizer or model.backbone.model.name_or_path
+    tokenizer = load_tokenizer(path, model.config.vocab_size, config.trust_remote_code)
+    check_names(model.vocabulary, tokenizer, config.exits)
+    return tokenizer
+
+
+def _pack(config: TuneConfig, model: Network) -> tuple[Rows, Rows]:
     """See `load_data`."""
-    path = config.tokenizer or backbone.model.name_or_path
-    tokenizer = load_tokenizer(path, backbone.config.vocab_size, config.trust_remote_code)
+    tokenizer = read_tokenizer(config, model)
     load = (tokenizer, config.seq_length, config.seed, config)
     packed = load_packed(config.data, *load)
     if config.valid_data:
@@ -260,6 +271,7 @@ def reduce_vocabulary(
     model.reduce_vocabulary(tokens)
     vocabulary = model.vocabulary
     assert vocabulary is not None
+    vocabulary.names = names_of(tokens, read_tokenizer(config, model))
     labels = torch.cat([batch["labels"].flatten() for batch in batches(valid)])
     lost = (vocabulary.known(labels) == IGNORED).sum() - (labels == IGNORED).sum()
     vocabulary.coverage = 1 - float(lost / (labels != IGNORED).sum().clamp(min=1))
