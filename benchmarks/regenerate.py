@@ -24,6 +24,7 @@ from shapes import SHAPES, build
 from ee_tuning import ExitConfig
 from ee_tuning.decode import Engine, Full
 from ee_tuning.decode.draws import Warp
+from ee_tuning.decode.grouped import use_grouped
 from ee_tuning.decode.whole import AHEAD, Text, whole_texts
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
@@ -64,6 +65,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = pick_device(args.device)
     exits, dtype = ExitConfig("1/1", "embedding", head="shared"), pick_dtype("auto", device)
     model = build(args.shape, exits, device, dtype, fp8=False)
+    use_grouped(model)
     capacity = args.prompt_tokens + args.new_tokens
     compile = device.type == "cuda" or args.host  # with --host for the sizes of passes alone
     engine = Engine(model, [], slots=args.slots, capacity=capacity, compile=compile)

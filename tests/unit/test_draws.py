@@ -30,6 +30,7 @@ WARPS = [
     Warp(1.0, min_p=0.1),
     Warp(0.9, top_k=20, top_p=0.95, min_p=0.05),
 ]
+ALL = Warp(top_k=1, top_p=0.5, min_p=0.5).samples  # what a pass does if rows ask for everything
 
 
 def processors(warp):
@@ -41,8 +42,8 @@ def processors(warp):
     return LogitsProcessorList(found)
 
 
-def drawn(logits, draws, positions, cuts):
-    return drawing.drawn(logits, logits.argmax(-1), draws, positions, cuts)
+def drawn(logits, draws, positions, samples):
+    return drawing.drawn(logits, logits.argmax(-1), draws, positions, samples)
 
 
 def table(seeds, warps):
@@ -62,7 +63,7 @@ def test_samples_of_a_batch_have_the_distribution_that_transformers_gives(warp):
     expected = scores.softmax(-1).double() * rows * places
     found = drawn(
         logits.expand(rows, places, -1), table(range(rows), [warp] * rows),
-        torch.arange(places).expand(rows, -1), cuts=True,
+        torch.arange(places).expand(rows, -1), warp.samples,
     )  # fmt: skip
     counts, kept = found.flatten().bincount(minlength=40).double(), scores.isfinite()
     assert counts[~kept].sum() == 0
@@ -79,7 +80,7 @@ def test_the_tokens_left_out_are_those_of_transformers(warp):
     logits = 3 * torch.randn(200, 1, 50, generator=torch.Generator().manual_seed(4))
     kept = processors(warp)(torch.zeros(200, 1).long(), logits[:, 0].clone()).isfinite()
     places = torch.arange(200).expand(200, -1)
-    found = drawn(logits.expand(-1, 200, -1), table(range(200), [warp] * 200), places, cuts=True)
+    found = drawn(logits.expand(-1, 200, -1), table(range(200), [warp] * 200), places, warp.samples)
     assert kept.gather(1, found).all()
 
 
@@ -87,7 +88,7 @@ def test_every_row_has_its_own_temperature_and_some_take_the_likeliest():
     logits = torch.randn(3, 1, 50, generator=torch.Generator().manual_seed(4)).expand(-1, 500, -1)
     places = torch.arange(500).expand(3, -1)
     rows = table([1, 2, None], [Warp(0.01), Warp(5.0), None])
-    found = drawn(logits, rows, places, cuts=False)
+    found = drawn(logits, rows, places, samples=1)
     assert (found[0] == logits[0, 0].argmax()).float().mean() > 0.95
     assert len(found[1].unique()) > 40
     assert (found[2] == logits[2, 0].argmax()).all()
@@ -97,9 +98,9 @@ def test_what_a_row_draws_depends_on_its_seed_and_position_alone():
     logits = torch.randn(6, 1, 50, generator=torch.Generator().manual_seed(4))
     places = torch.tensor([[5], [6], [5], [9], [5], [70]])
     warps = [Warp(2.0)] * 6
-    together = drawn(logits, table(range(6), warps), places, cuts=False)
+    together = drawn(logits, table(range(6), warps), places, samples=1)
     for row in range(6):
-        alone = drawn(logits[row, None], table([row], warps[:1]), places[row, None], cuts=True)
+        alone = drawn(logits[row, None], table([row], warps[:1]), places[row, None], ALL)
         assert alone.item() == together[row].item()
 
 

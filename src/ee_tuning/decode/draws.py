@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.noise import STEP, spread
+from ee_tuning.decode.noise import STEP, mixed, spread
 
 SEEDS = 2**53  # a table of fp64 has them exactly
+ANY, TOP_K, TOP_P, MIN_P = 1, 2, 4, 8  # what a pass does to draw, as bits
 BITS = 30  # of a probability as an integer: up to 1.0, which is 0x3f800000
 
 
@@ -29,8 +30,9 @@ class Warp:
 
     @property
     def samples(self) -> int:
-        """What a pass does to draw a token: 1 from all of them, 2 among some."""
-        return 2 if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else 1
+        """What a pass does to draw a token, as bits: `ANY`, and what is left out before."""
+        cuts = (self.top_k > 0, TOP_K), (self.top_p < 1, TOP_P), (self.min_p > 0, MIN_P)
+        return ANY | sum(bit for wanted, bit in cuts if wanted)
 
 
 class Draws:
@@ -60,37 +62,46 @@ class Draws:
 
 
 def drawn(
-    logits: Tensor, likeliest: Tensor, draws: Tensor, positions: Tensor, cuts: bool
+    logits: Tensor, likeliest: Tensor, draws: Tensor, positions: Tensor, samples: int
 ) -> Tensor:
     """A token for each of logits (n, A, V) fp32: (n, A) int64.
 
     likeliest: (n, A), for rows that take it. draws: (n, 5), rows of `Draws`. positions: (n, A), of
-    the tokens that these logits follow. cuts: whether any row leaves tokens out.
+    the tokens that these logits follow. samples: of all rows, see `Warp.samples`.
     """
     seed, temperature, top_k, top_p, min_p = draws[:, None, :].unbind(-1)  # (n, 1) each
     greedy = temperature == 0
     scores = logits / torch.where(greedy, 1, temperature).float()[..., None]
     weights = scores.softmax(-1)
-    if cuts:
-        weights = _among_few(weights, top_k, top_p, min_p)
-    sums = weights.cumsum(-1)
-    lots = spread(seed.long() + positions * (STEP - 2**64))  # as a signed integer
-    limit = lots[..., None] * sums[..., -1:]
-    size = logits.shape[-1]
-    numbers = torch.arange(size, device=logits.device, dtype=torch.int32)
-    # The weight itself is looked at, too: sums that are added up in parts may rise by rounding.
-    chosen = torch.where((sums >= limit) & (weights > 0), numbers, size).amin(-1)
-    return torch.where(greedy, likeliest, chosen.clamp(max=size - 1).long())
+    if samples > ANY:
+        weights = _among_few(weights, top_k, top_p, min_p, samples)
+    lots = mixed(seed.long() + positions * (STEP - 2**64))[..., None]  # as a signed integer
+    numbers = torch.arange(logits.shape[-1], device=logits.device)
+    # A race: exponentially distributed times, divided by weights, are least at each token as often
+    # as its weight says. No sums along the vocabulary: those do not compile for few rows.
+    times = -spread(lots + numbers).log() / weights
+    return torch.where(greedy, likeliest, times.argmin(-1))
 
 
-def _among_few(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Probabilities (n, A, V), 0 for those left out; top_k, top_p, min_p: (n, 1) fp64."""
+def _among_few(
+    weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, samples: int
+) -> Tensor:
+    """Probabilities (n, A, V), 0 for those left out; top_k, top_p, min_p: (n, 1) fp64.
+
+    What no row asks for, by `samples`, is not computed: top-k and top-p look at all of them 30
+    times.
+    """
     bits = weights.view(torch.int32)  # in the same order, none is negative
-    weights = weights.where(bits >= _least(bits, None, top_k), 0)
-    share = top_p * weights.sum(-1, dtype=torch.float64)
-    least = torch.where(top_p[..., None] < 1, _least(bits, weights, share), 0)
-    weights = weights.where(bits >= least, 0)
-    return weights.where(weights >= min_p[..., None].float() * weights.amax(-1, keepdim=True), 0)
+    if samples & TOP_K:
+        weights = weights.where(bits >= _least(bits, None, top_k), 0)
+    if samples & TOP_P:
+        share = top_p * weights.sum(-1, dtype=torch.float64)
+        least = torch.where(top_p[..., None] < 1, _least(bits, weights, share), 0)
+        weights = weights.where(bits >= least, 0)
+    if samples & MIN_P:
+        least = min_p[..., None].float() * weights.amax(-1, keepdim=True)
+        weights = weights.where(weights >= least, 0)
+    return weights
 
 
 def _least(bits: Tensor, weights: Tensor | None, wanted: Tensor) -> Tensor:

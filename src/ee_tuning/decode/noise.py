@@ -107,10 +107,14 @@ def _numbers(sources: Sequence[Source], count: int, device: torch.device) -> Ten
 
 def spread(x: Tensor) -> Tensor:
     """Numbers between 0 and 1, neither included, fp32, of states, int64 of any shape."""
+    return (_shifted(mixed(x), 64 - BITS).float() + 0.5) / 2**BITS
+
+
+def mixed(x: Tensor) -> Tensor:
+    """States, int64 of any shape, each turned into one that looks like no other."""
     x = (x ^ _shifted(x, 30)) * _signed(FIRST)
     x = (x ^ _shifted(x, 27)) * _signed(SECOND)
-    bits = _shifted(x ^ _shifted(x, 31), 64 - BITS)
-    return (bits.float() + 0.5) / 2**BITS
+    return x ^ _shifted(x, 31)
 
 
 def _mixed(x: int) -> int:

@@ -390,7 +390,7 @@ def _predict(
     logits = (final(inputs_embeds=features).logits if own is None else own).float()
     found = logits.argmax(-1)
     if wanted.samples:
-        found = drawn(logits, found, rows.draws[rows.slots], positions, wanted.samples > 1)
+        found = drawn(logits, found, rows.draws[rows.slots], positions, wanted.samples)
     return logits, torch.stack([found.float(), confidence(logits, wanted.measure)])
 
 

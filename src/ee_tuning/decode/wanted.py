@@ -31,7 +31,7 @@ class Wanted:
     after: ``nothing``, ``last`` (what follows the last token of each window) or ``each``.
     final: by the final exit, not by the one that may sit at the same layer. measure: of
     confidence, see `ee_tuning.losses.confidence`. samples: in place of the likeliest tokens some
-    are drawn, as `Passes.draws` says: not at all, from all tokens (1) or among some (2).
+    are drawn, as `Passes.draws` says: what that takes, see `draws.Warp.samples`; 0: nothing.
     """
 
     after: str

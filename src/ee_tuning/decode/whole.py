@@ -11,6 +11,8 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from ee_tuning.decode.draws import Warp
 from ee_tuning.decode.engine import Engine
@@ -108,7 +110,8 @@ class Wave:
         return self._take([*zip(*(tokens for tokens, _ in found), strict=True)])
 
     def _wanted(self) -> Wanted:
-        samples = max(text.warp.samples if text.seed is not None else 0 for _, text in self.rows)
+        drawn = [text.warp.samples for _, text in self.rows if text.seed is not None]
+        samples = reduce(or_, drawn, 0)
         return Wanted("last", True, samples=samples)
 
     def _take(self, tokens: Sequence[Sequence[float]]) -> list[tuple[Text, list[int]]]:

@@ -20,6 +20,7 @@ from ee_tuning.data.chats import with_template
 from ee_tuning.data.sources import contents, parse_source
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.grouped import use_grouped
 from ee_tuning.devices import free_memory, pick_device, pick_dtype
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.exit_config import ExitConfig
@@ -254,6 +255,7 @@ def load_backbone(
         config.model, ExitConfig("1/1", "embedding", head="shared"), config.trust_remote_code
     )
     model = load(source, Share(dtype=pick_dtype(config.precision, device), device=device), Network)
+    use_grouped(model)
     rows = model.backbone.config.vocab_size
     tokenizer = load_tokenizer(config.model, rows, config.trust_remote_code)
     return model.eval(), with_template(tokenizer, config.chat_template)
