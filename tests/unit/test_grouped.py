@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ee_tuning.decode.grouped import attend
+from ee_tuning.grouped import attend
 
 
 class Module(torch.nn.Module):

@@ -37,7 +37,17 @@ FLOORS = [
     ["stages", "costs"],
     ["model", "invariant"],
     ["exits", "backbone", "loading", "fingerprint", "gguf"],
-    ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
+    [
+        "quantise",
+        "data",
+        "vocabulary",
+        "varlen",
+        "grouped",
+        "devices",
+        "losses",
+        "slices",
+        "own_code",
+    ],
     ["config", "tune_config", "exit_config", "files", "folders", "hub", "certificate"],
     ["twin", "errors", "settings", "version"],
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ee_tuning import grouped
 from ee_tuning.backbone import Backbone, Segment, attention_name
 from ee_tuning.errors import UserError
 from ee_tuning.invariant.attention import NAME
@@ -54,6 +55,8 @@ def _missing(backbone: Backbone, compiled: bool) -> str | None:
         return f"{dtype} on this {device.type} has no product of one order"
     if compiled and device.type == "cpu":
         return "layers are compiled for a CPU"
+    if getattr(backbone.config, "_attn_implementation", None) == grouped.NAME:
+        return "it attends so that many texts are written fast"
     if not getattr(backbone.model, "_supports_attention_backend", False):
         return f"{type(backbone.model).__name__} attends by itself"
     if not _is_linear(backbone.head):

@@ -20,10 +20,10 @@ from ee_tuning.data.chats import with_template
 from ee_tuning.data.sources import contents, parse_source
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
-from ee_tuning.decode.grouped import use_grouped
 from ee_tuning.devices import free_memory, pick_device, pick_dtype
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.exit_config import ExitConfig
+from ee_tuning.grouped import use_grouped
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh

@@ -2,7 +2,8 @@
 
 transformers repeats K and V for the heads that share them wherever a compiled layer is given a
 mask: three times what there is to read for a model with three heads to a group. Here such heads are
-the queries of one head.
+the queries of one head. It is for data, where speed counts: how sums are rounded may depend on how
+many texts are written together, which `ee_tuning.invariant` prevents elsewhere.
 """
 
 from __future__ import annotations
