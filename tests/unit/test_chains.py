@@ -253,6 +253,16 @@ def beside_others() -> EarlyExitModel:
     return EarlyExitModel.from_base(tiny("llama"), ExitConfig("0,2", arch="draft,norm")).eval()
 
 
+def test_any_number_of_prompts_are_drafted_for():
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("0", arch="draft"))
+    prompts = [prompt(5 + seed, seed) for seed in range(5)]
+    more = {"slots": 2, "max_new_tokens": 9, "do_sample": False}
+    drafted = dict(model.generate_batch(prompts, mode="speculative", threshold=0.0, **more))
+    full = dict(model.generate_batch(prompts, mode="full", **more))
+    assert all(torch.equal(drafted[i].sequences, full[i].sequences) for i in range(5))
+    assert any((drafted[i].exit_layers == DRAFT).any() for i in range(5))
+
+
 def test_a_draft_exit_beside_others():
     """Alone it drafts where no exit is named; the others serve every mode as ever."""
     model, common = beside_others(), {"max_new_tokens": 12, "eos_token_id": None}

@@ -68,6 +68,13 @@ def test_greedy_texts_are_those_of_lm_evals_own_model(exits, theirs, settings, b
     assert texts_of(ours) == texts_of(theirs)
 
 
+def test_a_draft_exit_drafts(base, theirs, tmp_path):
+    folder = str(tmp_path / "exits")
+    ee_tuning(["init", "--model", base, "--layers", "0", "--arch", "draft", "--out", folder])
+    ours = EarlyExitLM(exits=folder, mode="speculative", threshold=0, batch_size=3)
+    assert texts_of(ours) == texts_of(theirs)
+
+
 def test_texts_stop_where_those_of_lm_evals_own_model_do(exits, theirs):
     """Rows of a batch have prompts of several lengths, and stop at several places."""
     whole = texts_of(theirs)

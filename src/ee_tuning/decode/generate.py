@@ -23,7 +23,7 @@ from ee_tuning.decode.certified import with_certified
 from ee_tuning.decode.engines import ROOM, AnyEngine, engine_for, engines_of
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
-from ee_tuning.decode.settings import Policy, active_layers, check_pending, make_policy
+from ee_tuning.decode.settings import POLICIES, Policy, active_layers, check_pending, make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 
@@ -183,7 +183,7 @@ def generate_batch(
     if not capacity:
         raise UserError("the backbone's config has no context length: give capacity")
     common = read_leaving(leaving, kwargs)
-    exits, bound = _widest(model, common)
+    exits, bound = widest(model, common)
     size: dict[str, Any] = {"slots": slots, "capacity": capacity, "max_pending": bound}
     numbers: dict[Request, tuple[int, list[Token]]] = {}
 
@@ -210,11 +210,12 @@ def generate_batch(
                 yield number, _output(prompt, [tokens], 0, model.backbone.device)
 
 
-def _widest(model: Network, leaving: Leaving) -> tuple[list[int], int]:
+def widest(model: Network, leaving: Leaving) -> tuple[list[int], int]:
     """The exits and the bound of pending tokens that those of single prompts are within."""
     leaving = with_certified(model, leaving)
     check_pending(leaving.max_pending)
-    return active_layers(model, leaving.exit_layers), leaving.max_pending
+    drafts = leaving.mode in POLICIES and POLICIES[leaving.mode].verifies
+    return active_layers(model, leaving.exit_layers, drafts), leaving.max_pending
 
 
 def _prompt_requests(

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ee_tuning.config import Leaving, SamplingConfig
-from ee_tuning.decode import generate_batch, warm_up
+from ee_tuning.decode import engines_of, generate_batch
+from ee_tuning.decode.generate import widest
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
@@ -200,13 +201,13 @@ class EarlyExitLM(HFLM):
         on_gpu = self.network.device.type == "cuda" and self.compile is not False
         if on_gpu and (slots > self._warm[0] or capacity > self._warm[1]):
             self._warm = max(slots, self._warm[0]), max(capacity, self._warm[1])
-            warm_up(
-                self.network,
-                self.leaving,
-                slots=self._warm[0],
-                capacity=self._warm[1],
-                compile=self.compile,
-            )
+            engines, (exits, pending) = engines_of(self.network), widest(self.network, self.leaving)
+            with engines.turn:
+                engine = engines.fitting(
+                    self.network, exits, slots=self._warm[0], capacity=self._warm[1],
+                    max_pending=pending, compile=self.compile,
+                )  # fmt: skip
+                engine.warm_up([self.policy.measure])
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
