@@ -99,8 +99,9 @@ def save(
         save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         config = saved_config(network)
         write_json(staging / CONFIG_NAME, config)
-        if network.calibration is not None and not changed_exits(network, network.calibration):
-            write_json(staging / CALIBRATION_NAME, network.calibration.to_json())
+        found = network.calibration if state is None else None  # of a run it is not known
+        if found is not None and not changed_exits(network, found):
+            write_json(staging / CALIBRATION_NAME, found.to_json())
         if not (folder / "README.md").exists():
             write_text(staging / "README.md", model_card(config))
 

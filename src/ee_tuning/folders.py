@@ -289,6 +289,6 @@ _FILES: dict[str, Callable[[Path], bool]] = {
 _FOLDERS = {
     "checkpoints": r"checkpoints/\.*step-\d+(\.\w+)?/(old/|\.(state|exit_config)\.json\.\w+/)?"
     r"((exit|optimizer)-\d+\.safetensors|common\.safetensors|(state|exit_config)\.json|new|"
-    r"evaluation\.json|report\.html)",
+    r"evaluation\.json|calibration\.json|report\.html)",
     "tensorboard": r"tensorboard/events\.out\.tfevents\..*",
 }
