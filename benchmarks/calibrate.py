@@ -4,7 +4,7 @@ python benchmarks/calibrate.py --exits demo/exits            # after make demo
 python benchmarks/calibrate.py --exits layers --data prompts.jsonl --model demo/smollm2
 
 Prompts are the beginnings of functions and classes, three of a file, of files that the demo's exits
-were not tuned on. What was found goes to --out.
+were not tuned on. Written to --out, which `python benchmarks/table.py` puts into the docs.
 """
 
 from __future__ import annotations

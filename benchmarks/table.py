@@ -233,7 +233,35 @@ def layouts() -> str:
     return table(best=3)
 
 
+def calibration() -> str:
+    """Every few steps of a calibration's walk, and what it found."""
+    result = json.loads((RESULTS / "calibrate-cpu.json").read_text())
+    found, settings = result["calibration"], result["settings"]
+    lines = [
+        "| threshold | mean depth | mean loss | p | Hoeffding–Bentkus |",
+        "|---" * 5 + "|",
+    ]
+    steps, few = found["path"], max(1, len(found["path"]) // 8)
+    for step in [*steps[:-2:few], *steps[-2:]]:
+        threshold = ", ".join(f"{value:.3f}" for value in step["thresholds"].values())
+        figures = f"{step['risk']:.4f} | {step['p']:.4f} | {step['hoeffding-bentkus']:.4f}"
+        lines.append(f"| {threshold} | {step['depth']:.1f} | {figures} |")
+    report = found["report"]
+    answer = ", ".join(f"{value:.3f}" for value in found["thresholds"].values())
+    lines += [
+        "",
+        f"Risk `{found['risk']}`, epsilon {found['epsilon']:g}, delta {found['delta']:g}, "
+        f"{found['n']} of {settings['prompts']:,} prompts test: the answer is {answer}. On "
+        f"{report['n']} prompts that had no part in it the risk is {report['risk']:.4f} "
+        f"({report['low']:.4f}–{report['high']:.4f}), the mean depth {report['depth']:.1f}. "
+        f"{found['machine']}; {found['max_new_tokens']} new tokens each; loading included it took "
+        f"{result['seconds_of_cores']:.0f} s of a core's time.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
+    "calibration.md": {"calibration": calibration},
     "efficiency.md": {
         "steps": steps,
         "savings": savings,
