@@ -4,6 +4,7 @@ import pytest
 from helpers.serving import in_a_thread
 
 pytest.importorskip("lm_eval")
+pytest.importorskip("tenacity")
 
 
 @pytest.mark.slow
