@@ -184,7 +184,8 @@ def test_a_sliding_window_is_refused():
 def saved(tmp_path, monkeypatch):
     """A backbone with a tokenizer, and a function that saves exits on it."""
     base = tmp_path / "base"
-    monkeypatch.setitem(FAMILIES, "big", ("llama", COMMON | {"vocab_size": 4096}))
+    big = COMMON | {"vocab_size": 4096, "tie_word_embeddings": True}
+    monkeypatch.setitem(FAMILIES, "big", ("llama", big))
     tiny("big").save_pretrained(base)
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(base)
 

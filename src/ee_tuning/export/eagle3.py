@@ -63,7 +63,11 @@ def eagle3_tensors(model: Network) -> dict[str, Tensor]:
         found["t2d"][tokens] = True
     dtype = model.dtype
     cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in found.items()}
-    return {name: tensor.cpu().contiguous() for name, tensor in cast.items()}
+    # Copies: a head may be the embedding, and a file has no tensor twice.
+    return {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in cast.items()
+    }
 
 
 def _exportable(model: Network) -> Eagle3Exit:
