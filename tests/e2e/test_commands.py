@@ -97,7 +97,7 @@ def test_evaluate_writes_numbers_that_fit(exits, data, capsys):
     assert always["shares"] == {"1": pytest.approx(5 / 6), "3": 0, "4": pytest.approx(1 / 6)}
     assert all(sum(row["shares"].values()) == pytest.approx(1) for row in rows.values())
     page = (exits / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert not re.search(r'(src|href)="https?:', page)
 
 
