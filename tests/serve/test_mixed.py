@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.prompts import prompt
+from helpers.serving import in_a_thread
 
-from ee_tuning import EarlyExitModel
+from ee_tuning import EarlyExitModel, ExitConfig
 
 WAYS = [
     {"mode": "full"},
@@ -83,3 +84,36 @@ def test_streams_of_torn_characters_say_what_whole_replies_say(tiny_server):
                 choice["finish_reason"]
             ]
             assert not any(stop in choice["text"] for stop in body.get("stop", []))
+
+
+@pytest.fixture(scope="module")
+def drafting(base, tmp_path_factory):
+    """Exits at layers, and one that drafts."""
+    folder = str(tmp_path_factory.mktemp("drafting") / "exits")
+    model = EarlyExitModel.from_base(base, ExitConfig("0,1,2", arch=["draft", "mlp", "mlp"]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_draft_exit_serves_beside_the_others(drafting):
+    """Speculative requests draft with it unless they name other exits."""
+    ways = [{"mode": "speculative", "threshold": 0.0}, {"mode": "full"},
+            {"mode": "speculative", "threshold": 0.0, "exit_layers": [1]},
+            {"mode": "threshold", "threshold": 0.02}, {}]  # fmt: skip
+    body = {"max_tokens": 20, "ignore_eos": True, "temperature": 0, "return_exits": True}
+    with in_a_thread(exits=drafting, slots=6) as running, ThreadPoolExecutor(15) as pool:
+        found = [
+            pool.submit(running.complete, prompt=prompt(4, i % 3), **body, **ways[i % 5])
+            for i in range(15)
+        ]
+        choices = [one.result()["choices"][0] for one in found]
+        layers = [{*choice["ee"]["exit_layers"]} for choice in choices]
+        for i, choice in enumerate(choices):
+            whole = choices[next(k for k in range(15) if k % 5 == 1 and k % 3 == i % 3)]
+            if i % 5 != 3:  # all but what leaves early is full depth's
+                assert choice["text"] == whole["text"]
+        assert all(own <= {0, 4} for own in layers[::5])
+        assert all(own <= {1, 4} for own in layers[2::5])
+        assert sum(choice["ee"]["drafted"] for choice in choices[::5]) > 0
+        assert all(own <= {1, 2, 4} for own in layers[3::5])
+        assert running.ask("/lens", {"tokens": [5, 6, 7], "first": 2})["places"]
