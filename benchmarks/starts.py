@@ -20,7 +20,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.exit_config import ARCHS, exit_name
-from ee_tuning.files import write_json
+from ee_tuning.files import read_json, write_json
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.tune.drafts import measure_drafts
@@ -57,7 +57,8 @@ def tune_from(init: str, following: bool, config: TuneConfig) -> dict[str, Any]:
         copy_next(model)
     started = time.perf_counter()
     if init == "fitted":
-        rows = made.train.count(tokens_to_fit(model) // config.seq_length)
+        most = config.steps * config.global_batch_size  # no more than the run is tuned on, as tune
+        rows = made.train.count(min(most, tokens_to_fit(model) // config.seq_length))
         fit(tuner, list(micro_batches(made.train, range(rows), size)))
     took = time.perf_counter() - started
     rows = made.valid.count(config.eval_batches * size)
@@ -98,7 +99,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Tune every architecture from every start; write the result after each."""
+    """Tune every architecture from every start; write the result after each.
+
+    Architectures that are not asked for stay as they are in --out.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/model")
     parser.add_argument("--layers", default="4,8,12")
@@ -116,11 +120,11 @@ def main() -> None:
     result: dict[str, Any] = {
         "hardware": hardware(pick_device("auto")), "versions": versions(), "runs": {},
     }  # fmt: skip
+    if args.out and args.out.exists():
+        result["runs"] = read_json(args.out)["runs"]
     for arch in args.archs.split(","):
         result["runs"][arch] = {}
         for name, (init, following) in STARTS.items():
-            if following and arch != "layer":
-                continue
             config = TuneConfig(
                 model=args.model, layers="" if arch == "draft" else args.layers, arch=arch,
                 head=args.head, init=init, loss=args.loss, data=[args.data],
@@ -128,6 +132,8 @@ def main() -> None:
                 micro_batch_size=args.batch, global_batch_size=args.batch, lr=args.lr,
                 min_lr=args.lr / 10, warmup=0.1, eval_batches=8, compile="off", exit_vocab=0,
             )  # fmt: skip
+            if following and (arch != "layer" or not config.runs_whole):
+                continue  # the next layer is in memory with the whole backbone alone
             result["runs"][arch][name] = tune_from(init, following, config)
             print(f"{arch}, {name}: {result['runs'][arch][name]}", flush=True)
         settings = asdict(config)

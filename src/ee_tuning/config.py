@@ -36,7 +36,8 @@ class NewExitsConfig(Settings):
     init: Literal["auto"] | Init = option(
         "auto",
         "copy the backbone's own modules, random, or fitted: a copy that tune fits to the data in "
-        "closed form; auto: fitted where tune runs the whole backbone (not --loss ce), else copy",
+        "closed form; auto: fitted where tune runs the whole backbone (not --loss ce), but for "
+        "layer exits, else copy",
     )
     head: str | list[str] = option(
         "auto",
@@ -130,7 +131,8 @@ class TuneConfig(
         archs = self._archs()
         whole = self.pp == 1 and (self.loss != "ce" or self.drafts)
         can_be = whole and not (self.drafts and self.shard_backbone) and "eagle3" not in archs
-        return "fitted" if self.init == "auto" and can_be else super().start
+        pays = {*archs} != {"layer"}
+        return "fitted" if self.init == "auto" and can_be and pays else super().start
 
     @property
     def drafts(self) -> bool:

@@ -11,6 +11,7 @@ import regenerate
 import savings
 import serve
 import speedup
+import starts
 import table
 import tune
 
@@ -55,6 +56,17 @@ def test_decoding_in_every_way(tmp_path, monkeypatch):
     assert all(way["tokens_per_second"]["median"] > 0 for way in found["decoding"].values())
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     assert table.decoding().count("| tiny |") == 9  # transformers' two ways, too
+
+
+def test_starts_of_exits_and_what_was_measured_before_is_kept(base, data, tmp_path, monkeypatch):
+    flags = f"--model {base} --layers 2 --steps 1 --seq-length 64 --batch 8 --data {data}"
+    flags += f" --valid-data {data}"
+    run(starts, monkeypatch, tmp_path / "starts.json", f"{flags} --archs norm")
+    found = run(starts, monkeypatch, tmp_path / "starts.json", f"{flags} --archs layer")
+    assert found["runs"].keys() == {"norm", "layer"}
+    assert found["runs"]["norm"].keys() == {"copied", "random", "fitted"}
+    assert found["runs"]["layer"].keys() == starts.STARTS.keys()
+    assert starts.table(found).count("\n| `") == 8
 
 
 def test_patterns_hold_their_shares():

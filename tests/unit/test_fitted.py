@@ -127,6 +127,14 @@ def test_fitting_one_exit_does_not_depend_on_the_others():
             assert torch.equal(together.exit_state()[name], p), name
 
 
+def test_an_architecture_may_stay_as_it_is():
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("0,1,3", "draft,norm,layer"))
+    before = {name: p.clone() for name, p in model.exit_state().items()}
+    fit(Tuner(model, {}), batches(), but="layer")
+    changed = {n for n, p in model.exit_state().items() if not torch.equal(p, before[n])}
+    assert changed == {"0.first.weight", "0.later.weight", "1.head.weight"}
+
+
 def test_tokens_are_no_more_than_the_maps_need():
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1"))
     assert tokens_to_fit(model) == 100 * 32
@@ -139,6 +147,9 @@ def test_tokens_are_no_more_than_the_maps_need():
     [
         ({}, "copy"),
         ({"loss": "kl"}, "fitted"),
+        ({"loss": "kl", "arch": "layer"}, "copy"),
+        ({"loss": "kl", "arch": "layer,norm"}, "fitted"),
+        ({"loss": "kl", "arch": "layer", "init": "fitted"}, "fitted"),
         ({"loss": "kl", "init": "random"}, "random"),
         ({"init": "fitted"}, "fitted"),
         ({"arch": "draft"}, "fitted"),

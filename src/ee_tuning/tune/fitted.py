@@ -40,13 +40,15 @@ def tokens_to_fit(model: Network) -> int:
 
 
 @torch.no_grad()
-def fit(tuner: Tuner, batches: Sequence[Batch]) -> None:
+def fit(tuner: Tuner, batches: Sequence[Batch], but: str = "") -> None:
     """Fit the exits of a model, in place, to the labelled tokens of `batches`, on the host.
 
     The exits are as they were copied, and all layers are in memory. Of several data-parallel ranks
-    each brings its share of the batches, and all find the same maps.
+    each brings its share of the batches, and all find the same maps. but: an architecture whose
+    exits stay as they are.
     """
-    _fit_heads(tuner, batches)
+    at_layers = [layer for layer in tuner.model.exit_layers if layer != DRAFT]
+    _fit_heads(tuner, [k for k in at_layers if tuner.model.exit(k).spec.arch != but], batches)
     if tuner.model.draft:
         _fit_draft(tuner, tuner.model.draft, batches)
 
@@ -82,10 +84,9 @@ class _Squares:
         return torch.linalg.solve(squares, sums[:, size:]).T.float()
 
 
-def _fit_heads(tuner: Tuner, batches: Sequence[Batch]) -> None:
+def _fit_heads(tuner: Tuner, fitted: list[int], batches: Sequence[Batch]) -> None:
     """Fold maps of features into the exits' own heads, or factors into their norms."""
     model, backbone = tuner.model, tuner.model.backbone
-    fitted = [layer for layer in model.exit_layers if layer != DRAFT]
     squares = {layer: _Squares() for layer in fitted}
     for batch in batches if fitted else ():
         placed, rows = tuner.place(batch), {}

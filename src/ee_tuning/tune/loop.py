@@ -234,7 +234,8 @@ class Run:
         batches = list(micro_batches(train, range(rows), config.micro_batch_size))
         self.mesh.doing = "fitting the exits"
         started = time.perf_counter()
-        fit(self.tuner, deal_batches(batches, self.mesh))
+        # By default a `layer` exit begins as a copy: see docs/tuning.md.
+        fit(self.tuner, deal_batches(batches, self.mesh), "layer" if config.init == "auto" else "")
         took = time.perf_counter() - started
         tokens = rows * config.seq_length
         self.display.say(f"exits fitted to {tokens:,} tokens in closed form, {took:.0f} s")
