@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -39,3 +40,36 @@ def logits_from_scratch(model: EarlyExitModel, ids: Tensor, layer: int) -> Tenso
     """Logits (1, V) after the last token, at exit `layer` or the final exit: no cache, one pass."""
     out = model(ids, output_exit_logits=True, output_logits=True)
     return (out.logits if layer == DEPTH else out.exit_logits[layer])[:, -1]
+
+
+@cache
+def drafting(family: str = "llama", vocabulary: int = 0) -> EarlyExitModel:
+    """A tiny model whose draft exit is right now and then: its layers change little.
+
+    family: "eagle3" is a llama with an exit of that architecture, right where a text repeats
+    itself. vocabulary: how many tokens the exit knows; 0: all.
+    """
+    if family == "eagle3":
+        return eagle3(vocabulary)
+    model = EarlyExitModel.from_base(tiny(family), ExitConfig("0", arch="draft")).eval()
+    for layer in [*model.backbone.layers, model.draft.block]:
+        for p in layer.parameters():
+            p.data.mul_(0.05 if p.dim() >= 2 else 1)
+    generator = torch.Generator().manual_seed(1)
+    for linear in (model.draft.first, model.draft.later):
+        linear.weight.data = 0.05 * torch.randn(linear.weight.shape, generator=generator)
+        linear.weight.data[:, :32].fill_diagonal_(1.0)
+    if vocabulary:
+        model.reduce_vocabulary(torch.randperm(96, generator=generator)[:vocabulary].sort().values)
+    return model
+
+
+def eagle3(vocabulary):
+    config = ExitConfig("0", arch="eagle3", sources="1,2,4")
+    model = EarlyExitModel.from_base(tiny("llama"), config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for p in model.draft.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator)
+    if vocabulary:
+        model.reduce_vocabulary(torch.arange(96 - vocabulary, 96))
+    return model

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from helpers.families import FAMILIES, tiny
-from helpers.models import DEPTH
+from helpers.models import DEPTH, drafting
 from helpers.prompts import padded, prompt
 from helpers.slow_decoder import draft_loop
 from hypothesis import HealthCheck, given, settings
@@ -16,39 +16,6 @@ from ee_tuning.decode import Engine, Full, Request, Speculative
 from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT
-
-
-@cache
-def drafting(family: str = "llama", vocabulary: int = 0) -> EarlyExitModel:
-    """A tiny model whose draft exit is right now and then: its layers change little.
-
-    family: "eagle3" is a llama with an exit of that architecture, right where a text repeats
-    itself. vocabulary: how many tokens the exit knows; 0: all.
-    """
-    if family == "eagle3":
-        return eagle3(vocabulary)
-    model = EarlyExitModel.from_base(tiny(family), ExitConfig("0", arch="draft")).eval()
-    for layer in [*model.backbone.layers, model.draft.block]:
-        for p in layer.parameters():
-            p.data.mul_(0.05 if p.dim() >= 2 else 1)
-    generator = torch.Generator().manual_seed(1)
-    for linear in (model.draft.first, model.draft.later):
-        linear.weight.data = 0.05 * torch.randn(linear.weight.shape, generator=generator)
-        linear.weight.data[:, :32].fill_diagonal_(1.0)
-    if vocabulary:
-        model.reduce_vocabulary(torch.randperm(96, generator=generator)[:vocabulary].sort().values)
-    return model
-
-
-def eagle3(vocabulary):
-    config = ExitConfig("0", arch="eagle3", sources="1,2,4")
-    model = EarlyExitModel.from_base(tiny("llama"), config).eval()
-    generator = torch.Generator().manual_seed(1)
-    for p in model.draft.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=generator)
-    if vocabulary:
-        model.reduce_vocabulary(torch.arange(96 - vocabulary, 96))
-    return model
 
 
 @pytest.fixture
@@ -215,7 +182,7 @@ def test_a_row_that_is_given_up_leaves_the_others_alone():
 def test_samples_have_the_full_models_distribution():
     """Three tokens of a vocabulary of 5 by exact enumeration, χ² over 4,000 draws.
 
-    A draft is always the likeliest token. The bound is the mean plus 5 standard deviations of χ².
+    The bound is the mean plus 5 standard deviations of χ².
     """
     torch.manual_seed(0)
     base = tiny("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)

@@ -155,9 +155,7 @@ def test_a_request_with_a_seed_of_its_own_says_the_same_beside_others():
     """Whatever else is sampled, before and meanwhile."""
 
     def sampling(seed, ids):
-        chooser = Chooser(sample=True)
-        chooser.source.seed = seed
-        return Request(ids, Full(DEPTH), 20, chooser)
+        return Request(ids, Full(DEPTH), 20, Chooser(sample=True, seed=seed))
 
     engine, found = Engine(early_exit(), [1], slots=3, capacity=64), []
     for others in range(3):

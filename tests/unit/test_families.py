@@ -76,18 +76,15 @@ def test_attach_step_save_load_generate(family, arch, tmp_path):
 
 @pytest.mark.parametrize("family", ALL)
 def test_full_depth_is_transformers_generate(family):
-    """τ = 1 and mode full: token for token transformers' own, greedy and sampled with a seed."""
+    """τ = 1 and mode full: token for token transformers' own."""
     model = tiny(family)
     early_exit = EarlyExitModel.from_base(model, ExitConfig("1,2,3", arch="norm"))
-    for sampling in ({"do_sample": False}, {"do_sample": True, "top_k": 8, "temperature": 0.9}):
-        kwargs = {"max_new_tokens": 20, **sampling}
-        torch.manual_seed(5)
-        expected = model.generate(prompt(), **kwargs)
-        for mode in ({"mode": "full"}, {"mode": "threshold", "threshold": 1.0}):
-            torch.manual_seed(5)
-            out = early_exit.generate(prompt(), **mode, **kwargs)
-            assert torch.equal(out.sequences, expected)
-            assert (out.exit_layers == DEPTH).all()
+    kwargs = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(prompt(), **kwargs)
+    for mode in ({"mode": "full"}, {"mode": "threshold", "threshold": 1.0}):
+        out = early_exit.generate(prompt(), **mode, **kwargs)
+        assert torch.equal(out.sequences, expected)
+        assert (out.exit_layers == DEPTH).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

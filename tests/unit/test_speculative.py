@@ -20,7 +20,6 @@ from transformers import (
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Chooser, Engine, Request, Speculative
-from ee_tuning.decode.noise import Source, exponential
 from ee_tuning.decode.pace import Pace
 from ee_tuning.loading import load_tokenizer
 
@@ -188,24 +187,6 @@ def test_rejected_drafts_leave_nothing_behind(family, arch):
         wrong += min(errors) > 1e-3
     assert len(chooser.seen) > 60
     assert not wrong
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_samples_are_those_that_torch_draws(device):
-    """One by one, from one generator."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    weights = torch.rand(50, 96, generator=torch.Generator().manual_seed(1)).to(device)
-    source, draws = Source(), []
-
-    def drawn(one):
-        return int((one / exponential([source], one[None])[0]).argmax())
-
-    for draw in (drawn, lambda one: int(torch.multinomial(one, 1))):
-        torch.manual_seed(2)
-        draws.append([draw(one) for one in weights])
-    assert draws[0] == draws[1]
-    assert len(set(draws[0])) > 20
 
 
 def test_an_end_token_within_a_draft_ends_it_as_at_full_depth():

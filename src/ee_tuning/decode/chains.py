@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ee_tuning.backbone import State
 from ee_tuning.decode.cache import Place, SlotCache
+from ee_tuning.decode.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes
 from ee_tuning.exits import DraftExit
 from ee_tuning.losses import confidence
@@ -40,6 +41,16 @@ class Link:
     limit: int = 0
 
 
+class Query(NamedTuple):
+    """How a draft is chosen: the measure of confidence, how it is drawn (see `draws`), and for n
+    rows, theirs of `Draws`, (n, 5), and the places (n, 1) in noise of what drafts follow."""
+
+    measure: str | None
+    samples: int
+    draws: Tensor
+    place: Tensor
+
+
 class Chains:
     """The draft exit's passes, for up to `slots` sequences at a time.
 
@@ -54,12 +65,14 @@ class Chains:
         sizes: Sizes,
         graphs: Graphs | None,
         control: Tensor,
+        draws: Tensor,
         limit: int,
     ) -> None:
         """cache: for the exit's block. graphs: where passes are compiled. control: what a pass of
-        the first segment is told, (slots, 3 + tokens), see `Passes`. limit: the last position."""
+        the first segment is told, (slots, 3 + tokens), see `Passes`. draws: the table of `Draws`.
+        limit: the last position."""
         self.exit, self.cache, self.sizes, self.graphs = exit, cache, sizes, graphs
-        self._control, self._limit = control, limit
+        self._control, self._draws, self._limit = control, draws, limit
         weight = exit.first.weight
         width, device = weight.shape[0], weight.device
         slots, size = len(control), 2 * sizes.longest
@@ -97,24 +110,25 @@ class Chains:
 
     def fill(self, links: Sequence[Link], starts: Sequence[int]) -> None:
         """K/V of settled tokens alone."""
-        self._advance(links, starts, 0, "")
+        self._advance(links, starts, 0, "", NOTHING)
 
     def draft(
-        self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str
+        self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str, samples: int
     ) -> tuple[list[int], Tensor]:
         """Chains of up to `count` drafts; gives the slots of the rows, and what the device says.
 
         That is (n, 1 + 2k) fp32 of k ≤ count drafts: how many a row has, the tokens, the
         confidences. The pass that verifies is told the last token of each window and the drafts.
-        starts: for every slot, how many tokens the first segment has computed.
+        starts: for every slot, how many tokens the first segment has computed. samples: how drafts
+        are drawn, see `draws`.
         """
-        slots, said = self._advance(links, starts, count, measure)
+        slots, said = self._advance(links, starts, count, measure, samples)
         assert said is not None
         return slots, said
 
     @torch.inference_mode()
     def _advance(
-        self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str
+        self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str, samples: int
     ) -> tuple[list[int], Tensor | None]:
         given = {link.slot: link for link in links}
         slots, length = sorted(given), max(len(link.ids) for link in links)
@@ -131,11 +145,13 @@ class Chains:
         in_order = self._in_order(slots)
         if self.graphs is None:
             reach = max(row[1] for row in table) + length
-            return slots, self._forward(len(slots), length, count, reach, in_order, measure)
-        key = (len(slots), length, count, self.sizes.reach(end), in_order, measure)
+            size = len(slots), length, count, reach
+            return slots, self._forward(*size, in_order, measure, samples)
+        size = len(slots), length, count, self.sizes.reach(end)
+        key = (*size, in_order, measure, samples)
         return slots, self._run(key)
 
-    def warm_up(self, counts: Iterable[int], measures: Sequence[str]) -> None:
+    def warm_up(self, counts: Iterable[int], measures: Sequence[str], samples: int) -> None:
         """Compile and capture every size; see `Passes.warm_up`."""
         self._table.zero_()
         self._table[:, 0] = torch.arange(len(self._table), device=self._table.device)
@@ -143,8 +159,8 @@ class Chains:
         for (rows, length, reach), measure in product(self.sizes.chains(), measures):
             in_order = self._in_order(list(range(rows)))
             for count in counts if length == self.sizes.windows[-1] else ():
-                self._run((rows, length, count, reach, in_order, measure))
-            self._run((rows, length, 0, reach, in_order, ""))
+                self._run((rows, length, count, reach, in_order, measure, min(samples, ALL)))
+            self._run((rows, length, 0, reach, in_order, "", NOTHING))
 
     def _run(self, key: tuple[Any, ...]) -> Any:
         assert self.graphs is not None
@@ -152,7 +168,14 @@ class Chains:
         return self.graphs.run(("chain", *key), lambda: self._forward(*key), tune=tune)
 
     def _forward(
-        self, rows: int, length: int, count: int, reach: int, in_order: bool, measure: str
+        self,
+        rows: int,
+        length: int,
+        count: int,
+        reach: int,
+        in_order: bool,
+        measure: str,
+        samples: int,
     ) -> Tensor | None:
         table = self._table[:rows, : 4 + length]
         slots, firsts, counts, limits = table[:, :4].unbind(1)
@@ -163,9 +186,12 @@ class Chains:
         states = states.masked_fill((earlier < 0)[..., None], 0)
         place = Place(slots, positions, reach, in_order)
         self._put(place, reach - length)
+        draws = self._draws[slots]
+        spots = places_of(draws, lasts[:, None]) if samples else lasts[:, None]
+        query = Query(measure if count else None, samples, draws, spots)
         found = self._first(
             self.exit, self.cache, (ids, states, positions.clamp(max=self._limit)),
-            self._masks(), counts, measure if count else None,
+            self._masks(), counts, query,
         )  # fmt: skip
         if found is None:
             return None
@@ -180,7 +206,7 @@ class Chains:
             self._put(Place(slots, at, reach, in_order), reach - 1)
             token, confidence, hidden = self._later(
                 self.exit, self.cache, (drafts[-1][:, None], hidden, at.clamp(max=self._limit)),
-                self._masks(), measure,
+                self._masks(), query._replace(place=places_of(draws, at) if samples else at),
             )  # fmt: skip
             certain = certain * confidence
             drafts.append(token)
@@ -230,7 +256,7 @@ def _first_draft(
     inputs: tuple[Tensor, Tensor, Tensor],
     masks: Any,
     counts: Tensor,
-    measure: str | None,
+    query: Query,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `_ask`, of the last token of windows of `counts` (n,) tokens; no measure: K/V alone.
 
@@ -238,10 +264,10 @@ def _first_draft(
     """
     ids, states, positions = inputs
     hidden = exit.first_step(ids, states, positions, cache, masks)
-    if measure is None:
+    if query.measure is None:
         return None
     rows = torch.arange(len(counts), device=counts.device)
-    return _ask(exit, hidden[rows, (counts - 1).clamp(min=0)][:, None], measure)
+    return _ask(exit, hidden[rows, (counts - 1).clamp(min=0)][:, None], query)
 
 
 def _later_draft(
@@ -249,17 +275,19 @@ def _later_draft(
     cache: SlotCache,
     inputs: tuple[Tensor, Tensor, Tensor],
     masks: Any,
-    measure: str,
+    query: Query,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `_ask`. inputs: drafts (n, 1), the exit's output at the tokens before, positions."""
-    return _ask(exit, exit.later_step(*inputs, cache, masks), measure)
+    return _ask(exit, exit.later_step(*inputs, cache, masks), query)
 
 
-def _ask(exit: DraftExit, hidden: Tensor, measure: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest tokens (n,) that follow, how sure, and hidden (n, 1, H), the exit's output."""
+def _ask(exit: DraftExit, hidden: Tensor, query: Query) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens (n,) that are drafted, how sure of the likeliest, and hidden (n, 1, H)."""
     assert exit.norm is not None
-    logits = exit.output.known_logits(exit.norm(hidden))[:, 0].float()
-    token = logits.argmax(-1)
-    if exit.output.tokens is not None:
-        token = exit.output.tokens[token]
-    return token, confidence(logits, measure), hidden
+    assert query.measure is not None
+    logits, tokens = exit.output.known_logits(exit.norm(hidden)).float(), exit.output.tokens
+    found = logits.argmax(-1)
+    if query.samples:
+        found = drawn(logits, found, query.draws, query.place, query.samples, tokens)
+    token, sure = found[:, 0], confidence(logits[:, 0], query.measure)
+    return token if tokens is None else tokens[token], sure, hidden

@@ -40,7 +40,6 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             asked = [Asked(row.request.chooser, row.ids, [found]) for row, found in leaving]
             for (row, found), choice in zip(leaving, choose(asked), strict=True):
                 token = Token(choice.token, layer, found.confidence)
-                token.probabilities = choice.probabilities
                 row.leave(token)
                 if choice.error is not None or not row.policy.verifies:
                     settled.append(_settled(row, choice, [token]))
@@ -67,7 +66,7 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
 def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     """The same with the draft exit: its chains for all `rows`, verified in a pass to the end.
 
-    The host waits for the device once, if texts are neither sampled nor processed.
+    The host waits for the device once, if passes can choose the texts' tokens.
     """
     settled: list[Settled] = []
     for measure in {row.policy.measure for row in rows}:
@@ -92,9 +91,11 @@ def _verified_chains(
     passes, starts = sequences.passes, sequences.starts(0)
     chains, count = passes.chains, max(1, *(row.limit for row in rows))
     assert chains is not None
-    slots, said = chains.draft([row.link() for row in rows], starts, count, measure)
+    samples = sequences.samples(rows)
+    links = [row.link() for row in rows]
+    slots, said = chains.draft(links, starts, count, measure, sequences.drawn(rows))
     count, said = said.shape[1] // 2, said.clone()  # the next captured pass may write over it
-    logits, answers = passes.verify(slots, count, starts, measure)
+    logits, answers = passes.verify(slots, count, starts, measure, samples)
     both = torch.cat([said.flatten(), answers.flatten()]).tolist()  # the one wait for the device
     first, (_, number, length) = said.numel(), answers.shape
     lists = [both[at : at + length] for at in range(first, len(both), length)]

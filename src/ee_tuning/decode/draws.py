@@ -1,22 +1,41 @@
 """Tokens drawn within a pass, for all of its rows by the same few operations.
 
-What a row draws at a position depends on its seed and the position alone, so there is no state to
-keep. Temperature, top-k, top-p and min-p are each row's own. `sampling` chooses what needs more:
-any of transformers' processors, drafts, torch's own generator.
+What a row draws at a position depends on its seed and the position alone, see `noise`, so there is
+no state to keep. Temperature, top-k, top-p and min-p are each row's own; for rows with any other of
+transformers' processors `sampling` draws with the same noise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from ee_tuning.decode.noise import STEP, mixed, spread
+from ee_tuning.decode.noise import SEEDS, gumbel, places
 
-SEEDS = 2**53  # a table of fp64 has them exactly
-ANY, TOP_K, TOP_P, MIN_P = 1, 2, 4, 8  # what a pass does to draw, as bits
+FEW = 128  # tokens that are looked at where top-k leaves half as many or fewer
 BITS = 30  # of a probability as an integer: up to 1.0, which is 0x3f800000
+# What a pass does to draw its tokens.
+NOTHING, ALL, AMONG_FEW = 0, 1, 2
+TOP_K, TOP_P, MIN_P = 4, 8, 16  # of all tokens, and what is left out before: bits that add up
+# transformers' names for the fields of a `Warp`, in its order.
+WARPERS = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
 
 
 @dataclass(frozen=True)
@@ -30,9 +49,33 @@ class Warp:
 
     @property
     def samples(self) -> int:
-        """What a pass does to draw a token, as bits: `ANY`, and what is left out before."""
+        """What a pass does to draw a token."""
         cuts = (self.top_k > 0, TOP_K), (self.top_p < 1, TOP_P), (self.min_p > 0, MIN_P)
-        return ANY | sum(bit for wanted, bit in cuts if wanted)
+        first = AMONG_FEW if 0 < self.top_k <= FEW // 2 else ALL
+        return first | sum(bit for wanted, bit in cuts if wanted)
+
+
+def read_warp(processors: Iterable[Any]) -> tuple[Warp, bool]:
+    """What transformers' `processors` do as far as a `Warp` can say it, and whether that is all."""
+    found: dict[str, Any] = {}
+    whole, names = True, list(WARPERS.values())
+    for one in processors:
+        name = WARPERS.get(type(one))
+        usual = getattr(one, "filter_value", -torch.inf) == -torch.inf
+        usual &= getattr(one, "min_tokens_to_keep", 1) == 1
+        if name is None or not usual or name in found:
+            whole = False
+            continue
+        whole &= not found or names.index(name) > names.index([*found][-1])
+        found[name] = getattr(one, name)
+    return Warp(**found), whole
+
+
+def samples_of(kinds: Iterable[int]) -> int:
+    """What one pass does for rows that each need one of these."""
+    found = reduce(or_, kinds, NOTHING)
+    # Few tokens are enough if they are for all rows.
+    return found & ~AMONG_FEW if found & ALL else found
 
 
 class Draws:
@@ -61,31 +104,45 @@ class Draws:
             self._told = True
 
 
-def drawn(
-    logits: Tensor, likeliest: Tensor, draws: Tensor, positions: Tensor, samples: int
-) -> Tensor:
-    """A token for each of logits (n, A, V) fp32: (n, A) int64.
+def places_of(draws: Tensor, positions: Tensor) -> Tensor:
+    """The places in noise (n, A) of tokens at positions (n, A), of rows (n, 5) of `Draws`."""
+    return places(draws[:, :1].long(), positions)
 
-    likeliest: (n, A), for rows that take it. draws: (n, 5), rows of `Draws`. positions: (n, A), of
-    the tokens that these logits follow. samples: of all rows, see `Warp.samples`.
+
+def drawn(
+    logits: Tensor,
+    likeliest: Tensor,
+    draws: Tensor,
+    place: Tensor,
+    samples: int,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """A token for each of logits (n, A, V) fp32, as its place among these: (n, A) int64.
+
+    likeliest: (n, A), for rows that take it. draws: (n, 5), rows of `Draws`. place: (n, A), see
+    `places_of`. samples: not `NOTHING`. tokens: (V,), where the logits are
+    of some tokens alone.
     """
-    seed, temperature, top_k, top_p, min_p = draws[:, None, :].unbind(-1)  # (n, 1) each
+    _, temperature, top_k, top_p, min_p = draws[:, None, :].unbind(-1)  # (n, 1) each
     greedy = temperature == 0
     scores = logits / torch.where(greedy, 1, temperature).float()[..., None]
-    weights = scores.softmax(-1)
-    if samples > ANY:
-        weights = _among_few(weights, top_k, top_p, min_p, samples)
-    lots = mixed(seed.long() + positions * (STEP - 2**64))[..., None]  # as a signed integer
-    numbers = torch.arange(logits.shape[-1], device=logits.device)
-    # A race: exponentially distributed times, divided by weights, are least at each token as often
-    # as its weight says. No sums along the vocabulary: those do not compile for few rows.
-    times = -spread(lots + numbers).log() / weights
-    return torch.where(greedy, likeliest, times.argmin(-1))
+    picked = None
+    if samples & AMONG_FEW and scores.shape[-1] > FEW:
+        scores, picked = scores.topk(FEW, dim=-1)
+    if samples > AMONG_FEW:
+        weights = _left_in(scores.softmax(-1), top_k, top_p, min_p, samples)
+        scores = scores.masked_fill(weights == 0, -torch.inf)
+    if picked is None:
+        ids = torch.arange(logits.shape[-1], device=logits.device) if tokens is None else tokens
+    else:
+        ids = picked if tokens is None else tokens[picked]
+    chosen = (scores + gumbel(place, ids)).argmax(-1)
+    if picked is not None:
+        chosen = picked.gather(-1, chosen[..., None])[..., 0]
+    return torch.where(greedy, likeliest, chosen)
 
 
-def _among_few(
-    weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, samples: int
-) -> Tensor:
+def _left_in(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, samples: int) -> Tensor:
     """Probabilities (n, A, V), 0 for those left out; top_k, top_p, min_p: (n, 1) fp64.
 
     What no row asks for, by `samples`, is not computed: top-k and top-p look at all of them 30

@@ -34,7 +34,7 @@ from typing import Any
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.drafts import first_tokens, next_round
-from ee_tuning.decode.noise import Generators
+from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Pace, Steady
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
@@ -81,7 +81,7 @@ class Engine:
         self.streams = False  # whether a stream is in progress
         self._draft_costs = {layer: draft_cost(model, layer) for layer in exit_layers}
         self._waiting: deque[Request] = deque()
-        self._generators: Generators | None = None  # while there is something to do
+        self._seeds: Seeds | None = None  # while there is something to do
 
     @property
     def busy(self) -> int:
@@ -114,7 +114,7 @@ class Engine:
         """Give up everything, in progress or not."""
         self.sequences.clear()
         self._waiting.clear()
-        self._end()
+        self._seeds = None
 
     def step(self) -> list[Event]:
         """The events of one round: prompts, if there are new ones for free slots, or tokens.
@@ -135,7 +135,7 @@ class Engine:
             settled = next_round(self.sequences, live) if live else []
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
         if not self.busy and not self._waiting and not self.streams:
-            self._end()
+            self._seeds = None
         return events
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
@@ -149,7 +149,7 @@ class Engine:
                 progress has ended; or what a request's processors raise, at once.
         """
         assert not self.streams, "an engine runs one stream at a time"
-        self.streams, self._generators = True, Generators(self.passes.device)
+        self.streams, self._seeds = True, Seeds()
         waiting, mistake = iter(requests), None
         try:
             while True:
@@ -190,10 +190,8 @@ class Engine:
             if not self._waiting:
                 break
             request = self._waiting.popleft()
-            if request.chooser.sample and request.chooser.source.seed is None:
-                self._generators = self._generators or Generators(self.passes.device)
-                self._generators.give(request.chooser.source)
-            row = self.sequences.enter(request, slot)
+            self._seeds = self._seeds or Seeds()
+            row = self.sequences.enter(request, slot, self._seeds)
             if row.policy.verifies:
                 cost = self._draft_costs[min(row.policy.exit_layers)]
                 kind = Steady if row.policy.steady else Pace
@@ -208,7 +206,6 @@ class Engine:
             for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
                 if request.cancelled:
                     return
-                token.probabilities = None  # a text may be kept for long
                 token.ends = length >= request.max_length or request.stops(row.ids[:length])
                 if token.ends:
                     self.sequences.free(row)
@@ -222,8 +219,3 @@ class Engine:
             self.sequences.free(row)
             request.finished = True
             yield request, None
-
-    def _end(self) -> None:
-        if self._generators is not None:
-            self._generators.close()
-            self._generators = None

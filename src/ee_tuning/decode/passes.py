@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ee_tuning.backbone import Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
-from ee_tuning.decode.draws import Draws, drawn
+from ee_tuning.decode.draws import Draws, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes
 from ee_tuning.decode.wanted import IDLE, Rows, Wanted, Window
 from ee_tuning.exit_config import DRAFT
@@ -33,8 +33,8 @@ from ee_tuning.model import Network
 class Predictions:
     """What follows the tokens of windows: after the last of each (A = 1), or after each.
 
-    logits: (n, A, V) fp32, good until the next pass. tokens, confidences: the likeliest token and
-    how sure, by row of `logits`, then token. rows: the row of each window.
+    logits: (n, A, V) fp32, good until the next pass. tokens, confidences: the likeliest token, or
+    one that was drawn, and how sure, by row of `logits`, then token. rows: the row of each window.
     """
 
     logits: Tensor
@@ -55,22 +55,23 @@ class Predictions:
 
 @dataclass
 class Prediction:
-    """What follows a token: the likeliest one, how sure, and on demand all logits."""
+    """What follows a token: the likeliest one, or one that was drawn, how sure, and on demand all
+    logits: those at `row` and `place` of `all` of the pass."""
 
     token: int
     confidence: float
-    _all: Predictions
-    _row: int
-    _place: int
+    all: Predictions
+    row: int
+    place: int
 
     @property
     def logits(self) -> Tensor:
         """(V,) fp32, good until the next pass."""
-        return self._all.logits[self._row, self._place]
+        return self.all.logits[self.row, self.place]
 
     def earlier(self, back: int) -> Prediction:
         """What follows the token that is `back` before, of the same window."""
-        return self._all.at(self._row, self._place - back)
+        return self.all.at(self.row, self.place - back)
 
 
 @dataclass
@@ -146,7 +147,7 @@ class Passes:
                 segment.keep(draft.sources)
             self.chains = Chains(
                 draft, self.exit_caches.pop(DRAFT), self.sizes, self.graphs if compile else None,
-                self._control, self.limit,
+                self._control, self.draws.table, self.limit,
             )  # fmt: skip
 
     @torch.inference_mode()
@@ -168,7 +169,7 @@ class Passes:
                 exit.features(state, self.exit_caches[segment.stop])
         if self.chains is not None and self.segments[last].stop == self.backbone.num_layers:
             self.chains.prompt(slots, ids, positions, states)
-        rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
+        rows = self._rows(slots, positions, positions[:, -1] + 1, wanted)
         found = _predict(self._final, exit, state, self._exit_cache(last), rows, wanted)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
@@ -243,7 +244,9 @@ class Passes:
         self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
 
     @torch.inference_mode()
-    def verify(self, slots: list[int], count: int, starts: Sequence[int], measure: str) -> Any:
+    def verify(
+        self, slots: list[int], count: int, starts: Sequence[int], measure: str, samples: int
+    ) -> Any:
         """Run all segments on what a chain left: a token and `count` drafts in each of `slots`.
 
         starts: for every slot, how many tokens are computed. Gives logits (n, T, V), and likeliest
@@ -256,7 +259,7 @@ class Passes:
         reach = self.sizes.reach(reach + length) if self.compile else reach + length
         in_order, last = self.in_order(slots), len(self.segments) - 1
         for i in range(last + 1):
-            wanted = Wanted("each", True, measure) if i == last else Wanted("nothing", False)
+            wanted = [Wanted("nothing", False), Wanted("each", True, measure, samples)][i == last]
             found = self._run((i, len(slots), length, reach, in_order, wanted))
         return found
 
@@ -266,10 +269,10 @@ class Passes:
         return places[0], places[1] % (2 * self.longest)
 
     @torch.inference_mode()
-    def warm_up(self, measures: Sequence[str] = ("probability",)) -> float:
+    def warm_up(self, measures: Sequence[str] = ("probability",), samples: int = 0) -> float:
         """Compile, and capture on CUDA, what decoding with all slots free will ask for.
 
-        A sequence must not be in progress. Gives the seconds it took, 0 where nothing compiles.
+        samples: see `draws`. A sequence must not be in progress. Gives the seconds that it took.
         """
         if not self.compile:
             return 0.0
@@ -280,9 +283,10 @@ class Passes:
         every = self.sizes.every(len(self._steps), self.is_first, self.is_last, drafts)
         for (i, rows, length, reach, after, final), measure in product(every, measures):
             in_order = self.in_order(list(range(rows)))
-            self._run((i, rows, length, reach, in_order, Wanted(after, final, measure)))
+            wanted = Wanted(after, final, measure, samples if after != "nothing" else 0)
+            self._run((i, rows, length, reach, in_order, wanted))
         if self.chains is not None:
-            self.chains.warm_up(range(1, self.most), measures)
+            self.chains.warm_up(range(1, self.most), measures, samples)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -319,8 +323,14 @@ class Passes:
             state = replace(state, boundaries=self._masks(exit.segment, cache))
         if wanted.after == "nothing" and cache is None:
             return None
-        table = Rows(slots, positions, counts, self.draws.table)
-        return self._predict(self._final, exit, state, cache, table, wanted)
+        found = self._rows(slots, positions, counts, wanted)
+        return self._predict(self._final, exit, state, cache, found, wanted)
+
+    def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor, wanted: Wanted) -> Rows:
+        draws = self.draws.table[slots]
+        if wanted.after == "last":
+            positions = positions.gather(1, (counts - 1).clamp(min=0)[:, None])
+        return Rows(counts, draws, places_of(draws, positions) if wanted.samples else positions)
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
         if not any(layer.hides for layer in cache.slot_layers):
@@ -353,15 +363,6 @@ class Passes:
         return whole and slots == list(range(len(slots)))
 
 
-def logits_of(found: Sequence[Prediction]) -> Tensor:
-    """Logits (N, V) fp32 of predictions of one pass; a copy."""
-    every = found[0]._all.logits
-    if len(found) == 1:
-        return found[0].logits[None].clone()
-    places = torch.tensor([[one._row, one._place] for one in found], device=every.device)
-    return every[places[:, 0], places[:, 1]]
-
-
 def _predict(
     final: nn.Module,
     exit: Exit | None,
@@ -381,16 +382,15 @@ def _predict(
     if wanted.after == "nothing":
         return None
     features = state.hidden if wanted.final else features
-    positions = rows.positions
     if wanted.after == "last":
         last = (rows.counts - 1).clamp(min=0)
         at = torch.arange(len(last), device=last.device), last
-        features, positions = features[at][:, None], positions[at][:, None]
+        features = features[at][:, None]
     own = None if exit is None or wanted.final else exit.logits(features)
     logits = (final(inputs_embeds=features).logits if own is None else own).float()
     found = logits.argmax(-1)
     if wanted.samples:
-        found = drawn(logits, found, rows.draws[rows.slots], positions, wanted.samples)
+        found = drawn(logits, found, rows.draws, rows.places, wanted.samples)
     return logits, torch.stack([found.float(), confidence(logits, wanted.measure)])
 
 

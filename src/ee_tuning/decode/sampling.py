@@ -1,9 +1,14 @@
 """Which token follows: chosen from logits as transformers does, drafts kept or not.
 
-A draft x, chosen with probability q(x), is kept with probability min(1, p(x)/q(x)), p being the
-final exit's; in place of the first that is not kept, a token is chosen from max(0, p − q),
-normalised. What comes out has the distribution p (speculative sampling: Leviathan et al., arXiv
-2211.17192, section 2.3). Both p and q are what transformers' logits processors make of the logits.
+A draft is kept if it is the token that the final exit gives in its place: its likeliest one, or
+where a text is sampled, the one that it draws. Both draw with the same noise (see `noise`), so a
+text that is sampled has the tokens that it has at full depth, whatever drafted them. A draft drawn
+from q, where the final exit draws from p, is kept with a probability of at least (1 − d) / (1 + d),
+where 1 − d = Σ min(p, q) is the most that is possible (Daliri, Musco, Suresh: Coupling without
+communication and drafter-invariant speculative decoding, arXiv 2408.07978).
+
+Passes choose themselves, by a `Warp`. What needs more, any other of transformers' processors, is
+asked here. What a text's own processors make of the logits is what p and q are.
 """
 
 from __future__ import annotations
@@ -11,24 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from ee_tuning.decode.noise import Source, exponential, uniform
-from ee_tuning.decode.passes import Prediction, logits_of
+from ee_tuning.decode.draws import NOTHING, read_warp
+from ee_tuning.decode.noise import gumbel, places
+from ee_tuning.decode.passes import Prediction
 from ee_tuning.errors import UserError
-
-# Processors that look at a row's logits alone: those with the same settings run as one.
-ALIKE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 @dataclass
@@ -43,28 +39,32 @@ class Token:
     confidence: float
     ends: bool = False
     rejected: Sequence[int] = ()
-    probabilities: Tensor | None = None  # (V,), of a sampled token, until it is settled
 
 
 class Chooser:
     """How the tokens of one sequence are chosen.
 
-    processors: of logits, transformers'. source: of the samples. same: equal for choosers with the
-    same processors, if these do not look at the text; else None.
+    processors: of logits, transformers'. seed: of the samples, below `noise.SEEDS`; None, until
+    the engine gives one. warp: what `processors` do, as far as passes can do it. in_passes: they
+    can do all of it, and what they found is the token that follows.
     """
 
-    def __init__(self, processors: Any = (), sample: bool = False) -> None:
-        self.processors, self.sample, self.source = processors, sample, Source()
-        plain = all(type(one) in ALIKE for one in processors)
-        self.same = repr([(type(one), vars(one)) for one in processors]) if plain else None
+    def __init__(self, processors: Any = (), sample: bool = False, seed: int | None = None) -> None:
+        self.processors, self.sample, self.seed = processors, sample, seed
+        self.warp, self.in_passes = read_warp(processors)
 
     @property
     def scores(self) -> bool:
         """Whether there is more to it than the likeliest token."""
         return self.sample or len(self.processors) > 0
 
+    @property
+    def samples(self) -> int:
+        """What a pass does to choose a token: see `draws`."""
+        return self.warp.samples if self.sample and self.in_passes else NOTHING
+
     def choose(self, ids: Sequence[int], found: Prediction) -> int:
-        """What follows `ids`, where the likeliest token does."""
+        """What follows `ids`, where a pass has found that."""
         check_evidence(found.confidence)
         return found.token
 
@@ -82,11 +82,6 @@ class Chooser:
                 return kept, token
         return len(drafts), self.choose(ids, said[-1])
 
-    def catch_up(self, drawn: int, like: Tensor) -> None:
-        """Leave out the samples before the `drawn`-th, of (V,) like these: others drew them."""
-        while self.sample and self.source.drawn < drawn:
-            exponential([self.source], like[None])
-
 
 @dataclass
 class Asked:
@@ -103,12 +98,10 @@ class Asked:
 
 @dataclass
 class Choice:
-    """The token that follows the first `kept` drafts, and the distribution (V,) that it was drawn
-    from, if there are no drafts; or why there is none."""
+    """The token that follows the first `kept` drafts, or why there is none."""
 
     token: int = -1
     kept: int = 0
-    probabilities: Tensor | None = None
     error: Exception | None = None
 
 
@@ -116,54 +109,34 @@ Pair = tuple[Asked, Choice]
 
 
 def choose(asked: Sequence[Asked]) -> list[Choice]:
-    """What follows texts by predictions of one pass: all samples in one wait for the device.
+    """What follows texts by predictions of one pass: at most one wait for the device.
 
     A mistake in what one of them has brought along is its own `error`.
     """
     pairs = [(one, Choice()) for one in asked]
     for one, choice in pairs:
-        if not one.chooser.scores:
+        if one.chooser.in_passes:
             try:
                 choice.kept, choice.token = one.chooser.verify(one.ids, one.said, one.drafts)
             except Exception as error:
                 choice.error = error
-    for sample, choose_from in ((True, _sampled), (False, _likeliest)):
-        alike = [p for p in pairs if p[0].chooser.scores and p[0].chooser.sample is sample]
-        if alike:
-            choose_from(alike, _scores(alike))
+    if others := [pair for pair in pairs if not pair[0].chooser.in_passes]:
+        _process(others)
     return [choice for _, choice in pairs]
 
 
-def _scores(pairs: Sequence[Pair]) -> Tensor:
-    """What the processors make of all that is said to each text, one after another: (N, V)."""
+def _process(pairs: Sequence[Pair]) -> None:
+    """Fill in the choices of texts with processors that passes do not know."""
     flat = [(one, choice, place) for one, choice in pairs for place in range(len(one.said))]
-    scores = logits_of([one.said[place] for one, _, place in flat])
-    groups: dict[str, list[int]] = {}
+    scores = _logits([one.said[place] for one, _, place in flat])
     for row, (one, choice, place) in enumerate(flat):
-        if one.chooser.same is not None:
-            groups.setdefault(one.chooser.same, []).append(row)
-            continue
         text = one.ids[: len(one.ids) - len(one.drafts) + place]
         try:
             ids = torch.tensor([text], device=scores.device)
             scores[row] = one.chooser.processors(ids, scores[row][None])[0]
         except Exception as error:
             choice.error = error
-    none = torch.empty((0, 0), dtype=torch.int64, device=scores.device)  # texts are not looked at
-    for rows in groups.values():
-        processors = flat[rows[0]][0].chooser.processors
-        if not len(processors):
-            continue
-        if len(rows) == len(flat):
-            return processors(none, scores)
-        places = torch.tensor(rows, device=scores.device)
-        scores[places] = processors(none, scores[places])
-    return scores
-
-
-def _likeliest(pairs: Sequence[Pair], scores: Tensor) -> None:
-    """Fill in the choices of texts that are not sampled; scores: see `_scores`."""
-    best = scores.max(-1)
+    best = _with_noise(flat, scores).max(-1)
     table = torch.stack([best.indices.float(), best.values.float()]).tolist()  # exact up to 2²⁴
     start = 0
     for one, choice in pairs:
@@ -176,63 +149,31 @@ def _likeliest(pairs: Sequence[Pair], scores: Tensor) -> None:
                 break
 
 
-def _sampled(pairs: Sequence[Pair], scores: Tensor) -> None:
-    """Fill in the choices of texts that are sampled; scores: see `_scores`.
-
-    A token is drawn as `torch.multinomial` draws it, which waits for the device twice to look at
-    the weights.
-    """
-    p = scores.softmax(-1)
-    weights, kept = p, torch.zeros(len(pairs), device=p.device)
-    if any(one.drafts for one, _ in pairs):
-        weights, kept = _verified(pairs, p)
-    sources = [one.chooser.source for one, _ in pairs]
-    tokens = (weights / exponential(sources, weights)).argmax(-1)
-    table = torch.stack([kept.float(), tokens.float(), weights.sum(-1)]).tolist()
-    for i, ((one, choice), own) in enumerate(zip(pairs, zip(*table, strict=True), strict=True)):
-        choice.kept = int(own[0])
-        choice.probabilities = None if one.drafts else weights[i]
-        _fill(choice, *own[1:])
+def _logits(found: Sequence[Prediction]) -> Tensor:
+    """Logits (N, V) fp32 of predictions of one pass; a copy."""
+    every = found[0].all.logits
+    if len(found) == 1:
+        return found[0].logits[None].clone()
+    places = torch.tensor([[one.row, one.place] for one in found], device=every.device)
+    return every[places[:, 0], places[:, 1]]
 
 
-def _verified(pairs: Sequence[Pair], p: Tensor) -> tuple[Tensor, Tensor]:
-    """Of R texts, the weights (R, V) to draw their next tokens from, and how many drafts are kept.
-
-    p: (N, V), the distributions of all that is said to each, one after another.
-    """
-    counts = [len(one.drafts) for one, _ in pairs]
-    firsts = list(accumulate(counts, initial=0))[:-1]  # of each text's drafts
-    drafts = [(row, place, draft) for row, (one, _) in enumerate(pairs)
-              for place, draft in enumerate(one.drafts)]  # fmt: skip
-    columns = [[row, place, firsts[row] + row + place, draft.id] for row, place, draft in drafts]
-    rows, places, said, ids = torch.tensor(columns, device=p.device).unbind(1)
-    q = torch.stack([_distribution(draft, p) for *_, draft in drafts])
-    lots = uniform([one.chooser.source for one, _ in pairs], counts, p.device)
-    right = torch.zeros_like(lots, dtype=torch.int64)
-    drawn = torch.arange(len(drafts), device=p.device)
-    right[rows, places] = (lots[rows, places] * q[drawn, ids] < p[said, ids]).long()
-    kept = right.cumprod(1).sum(1)
-    numbers, first = torch.tensor([counts, firsts], device=p.device)
-    own = p[first + torch.arange(len(pairs), device=p.device) + kept]
-    rest = (own - q[(first + kept).clamp(max=len(drafts) - 1)]).clamp(min=0)
-    rejected = (kept < numbers) & (rest.sum(-1) > 0)
-    return torch.where(rejected[:, None], rest, own), kept
-
-
-def _distribution(draft: Token, like: Tensor) -> Tensor:
-    """The one (V,) that a draft was drawn from; like: of as many tokens.
-
-    A draft that was not drawn would always be the same: the one that it is has all the weight.
-    """
-    if draft.probabilities is not None:
-        return draft.probabilities
-    return like.new_zeros(like.shape[-1]).index_fill(
-        0, torch.tensor(draft.id, device=like.device), 1.0
+def _with_noise(flat: Sequence[tuple[Asked, Choice, int]], scores: Tensor) -> Tensor:
+    """Scores (N, V) of texts with what sampled ones are drawn by; each follows a place."""
+    rows = [row for row, (one, _, _) in enumerate(flat) if one.chooser.sample]
+    if not rows:
+        return scores
+    sampled = [flat[row] for row in rows]
+    lasts = [len(one.ids) - len(one.drafts) + place - 1 for one, _, place in sampled]
+    table = torch.tensor(
+        [rows, [one.chooser.seed for one, _, _ in sampled], lasts], device=scores.device
     )
+    noise = gumbel(places(table[1], table[2]), torch.arange(scores.shape[1], device=scores.device))
+    return scores.index_add(0, table[0], noise.to(scores.dtype))
 
 
 def _fill(choice: Choice, token: float, evidence: float) -> None:
-    """Take a token; evidence: the score or weight that speaks for it."""
+    """Take a token; evidence: the score that speaks for it."""
     if choice.error is not None:
         return
     choice.token = int(token)
@@ -246,7 +187,7 @@ def check_evidence(value: float) -> None:
     """Refuse a token for which nothing speaks.
 
     Raises:
-        UserError: the score, weight or confidence is no number, or minus infinity.
+        UserError: the score or confidence is no number, or minus infinity.
     """
     if math.isnan(value) or value == -math.inf:
         raise UserError(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from torch import Tensor
 
 from ee_tuning.decode.chains import Link
+from ee_tuning.decode.draws import ALL, NOTHING, samples_of
+from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.passes import Passes, Prediction, Read
 from ee_tuning.decode.prompts import read as read_prompts
@@ -138,8 +140,8 @@ class Sequences:
         """Slots without a row."""
         return [slot for slot, row in enumerate(self.rows) if row is None]
 
-    def enter(self, request: Request, slot: int) -> Row:
-        """A row for a request, in a free slot."""
+    def enter(self, request: Request, slot: int, seeds: Seeds | None = None) -> Row:
+        """A row for a request, in a free slot; seeds: for its samples, if it brings none."""
         end = request.policy.end
         through = 0
         if end > self.passes.segments[0].start:
@@ -149,6 +151,11 @@ class Sequences:
         if row.policy.bar is not None:
             assert self.passes.chains is not None
             self.passes.chains.bars[slot] = row.policy.bar
+        chooser = request.chooser
+        if chooser.sample and chooser.seed is None:
+            assert seeds is not None
+            chooser.seed = seeds.next()
+        self.passes.draws.set(slot, chooser.seed if chooser.sample else None, chooser.warp)
         return row
 
     def free(self, row: Row) -> None:
@@ -171,6 +178,7 @@ class Sequences:
         def kind(row: Row) -> tuple[int, str, bool]:
             return row.through, row.policy.measure, row.policy.final
 
+        self.passes.draws.tell()
         for (through, measure, final), group in groupby(sorted(rows, key=kind), key=kind):
             alike = {row.slot: row for row in group}
             ends = through > 0 and next(iter(alike.values())).ends
@@ -178,7 +186,9 @@ class Sequences:
             inputs: dict[int, list[int] | Tensor] = {
                 slot: row.request.ids if hidden is None else hidden for slot, row in alike.items()
             }
-            wanted = Wanted("last" if ends else "nothing", ends and final, measure)
+            wanted = Wanted("nothing", False, measure)
+            if ends:
+                wanted = Wanted("last", final, measure, self.samples(alike.values()))
             for reads in read_prompts(self.passes, inputs, through - 1, wanted, self.starts):
                 yield [(alike[read.slot], read) for read in reads]
 
@@ -197,7 +207,9 @@ class Sequences:
             asked = [row.wanted(i, self.stops[i]) for row in alike]
             after = ("nothing", "last", "each")[min(max(asked), 2)]
             windows = [row.window(i) for row in alike]
-            found = self.passes.window(i, windows, self.starts(i), Wanted(after, final, measure))
+            samples = self.samples(alike) if max(asked) else NOTHING
+            wanted = Wanted(after, final, measure, samples)
+            found = self.passes.window(i, windows, self.starts(i), wanted)
             for row, window in zip(alike, windows, strict=True):
                 row.done[i] += window.count
                 row.door = i + 1
@@ -207,6 +219,15 @@ class Sequences:
                     for j, row in enumerate(alike)
                     if asked[j]
                 ]
+
+    def samples(self, rows: Iterable[Row]) -> int:
+        """What a pass of these does to choose their tokens; see `ee_tuning.decode.draws`."""
+        needed = {row.request.chooser.samples for row in rows}
+        return needed.pop() if len(needed) == 1 else samples_of(needed)
+
+    def drawn(self, rows: Iterable[Row]) -> int:
+        """What a chain of these does to choose drafts, which need not be of those that may come."""
+        return ALL if any(row.request.chooser.sample for row in rows) else NOTHING
 
     def clock(self, number: int) -> Clock:
         """How long rounds of so many rows with the draft exit take."""

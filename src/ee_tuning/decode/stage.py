@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ee_tuning.config import Leaving
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
-from ee_tuning.decode.noise import Generators
+from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.passes import Passes, Prediction
 from ee_tuning.decode.sampling import Asked, Token, choose
 from ee_tuning.decode.sequences import Request, Row, Sequences
@@ -59,7 +59,6 @@ class Stage:
         self.streams = False  # whether a stream is in progress
         backbone = model.backbone
         like = torch.empty((0, backbone.config.hidden_size), dtype=backbone.dtype)
-        self._any_token = torch.ones(backbone.config.vocab_size, device=backbone.device)
         # A row has `max_pending` tokens that left before this stage, one that asks, and an end.
         self._mail = Mail(mesh, slots * (max_pending + 2), like.to(backbone.device))
         # Fewer at a time, so that every stage has something to do.
@@ -87,7 +86,7 @@ class Stage:
         """As of an engine; every process has to be given the same requests."""
         assert not self.streams, "a stage runs one stream at a time"
         self._mistake, self._given_up = None, False
-        self.streams, self._generators = True, Generators(self.passes.device)
+        self.streams, self._seeds = True, Seeds()
         waiting = iter(requests)
         events = self._lead(waiting) if self.passes.is_first else self._follow(waiting)
         self._mail.open()
@@ -103,7 +102,6 @@ class Stage:
             raise
         finally:
             self.sequences.clear()
-            self._generators.close()
             self.streams = False
 
     def _lead(self, waiting: Iterator[Request]) -> Iterator[tuple[Request, Token]]:
@@ -160,9 +158,7 @@ class Stage:
         if request is None:  # the next stage will find the same mistake
             self._mail.tell_next(Message(Kind.PROMPT, [News(slot)]))
             return
-        row = self.sequences.enter(request, slot)
-        if request.chooser.sample and request.chooser.source.seed is None:
-            self._generators.give(request.chooser.source)
+        row = self.sequences.enter(request, slot, self._seeds)
         if row.through:
             (((_, read),),) = self.sequences.read([row], hidden)
             hidden = read.hidden
@@ -183,7 +179,6 @@ class Stage:
         request.finished = fate == Fate.ENDS
         if fate:
             self.sequences.free(row)
-            self._catch_up(row)
         if fate != Fate.GIVEN_UP:
             yield request, Token(item.id, item.exit_layer, item.confidence, request.finished)
 
@@ -220,7 +215,6 @@ class Stage:
 
     def _answer(self, row: Row, layer: int, found: Prediction) -> None:
         """What follows the newest token of a row is found."""
-        self._catch_up(row)
         (chosen,) = choose([Asked(row.request.chooser, row.ids, [found])])
         if chosen.error is not None:
             raise chosen.error
@@ -238,10 +232,6 @@ class Stage:
         if (self._answers or alive) and not self.passes.is_first:
             self._mail.tell_first(Message(Kind.TOKENS, self._answers))
             self._answers = []
-
-    def _catch_up(self, row: Row) -> None:
-        """Leave out the draws of the row's tokens that were chosen elsewhere."""
-        row.request.chooser.catch_up(len(row.ids) - len(row.request.ids), self._any_token)
 
     def _goes_beyond(self, row: Row) -> bool:
         return row.policy.end > self.sequences.stops[-1]

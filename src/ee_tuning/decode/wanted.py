@@ -31,7 +31,7 @@ class Wanted:
     after: ``nothing``, ``last`` (what follows the last token of each window) or ``each``.
     final: by the final exit, not by the one that may sit at the same layer. measure: of
     confidence, see `ee_tuning.losses.confidence`. samples: in place of the likeliest tokens some
-    are drawn, as `Passes.draws` says: what that takes, see `draws.Warp.samples`; 0: nothing.
+    are drawn, as `Passes.draws` and the numbers in `draws` say.
     """
 
     after: str
@@ -41,10 +41,9 @@ class Wanted:
 
 
 class Rows(NamedTuple):
-    """What a prediction is for: slots (n,), positions (n, T) of the windows' tokens, how many each
-    window has, (n,), and the table of `Draws`."""
+    """What a prediction is for: how many tokens each window has, (n,), and what they are drawn by:
+    rows (n, 5) of `Draws`, and the places (n, A) in noise of the tokens that are followed."""
 
-    slots: Tensor
-    positions: Tensor
     counts: Tensor
     draws: Tensor
+    places: Tensor

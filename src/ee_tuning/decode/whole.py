@@ -11,10 +11,8 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 
-from ee_tuning.decode.draws import Warp
+from ee_tuning.decode.draws import NOTHING, Warp, samples_of
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.prompts import read
 from ee_tuning.decode.sampling import check_evidence
@@ -110,8 +108,9 @@ class Wave:
         return self._take([*zip(*(tokens for tokens, _ in found), strict=True)])
 
     def _wanted(self) -> Wanted:
-        drawn = [text.warp.samples for _, text in self.rows if text.seed is not None]
-        samples = reduce(or_, drawn, 0)
+        samples = samples_of(
+            NOTHING if text.seed is None else text.warp.samples for _, text in self.rows
+        )
         return Wanted("last", True, samples=samples)
 
     def _take(self, tokens: Sequence[Sequence[float]]) -> list[tuple[Text, list[int]]]:

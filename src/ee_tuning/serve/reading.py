@@ -22,6 +22,7 @@ from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import Leaving
 from ee_tuning.data.chats import REFUSALS
 from ee_tuning.decode import Chooser, Full, Policy, Request
+from ee_tuning.decode.noise import SEEDS
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.decode.text import encode_chat, encode_prompt
 from ee_tuning.errors import UserError, first_line
@@ -271,11 +272,11 @@ class Reader:
         seen = None if top is None else Seen(top)
         temperature = temperature_of(body)
         processors = self._processors(body, ids, ends, seen, temperature)
-        chooser = Chooser(LogitsProcessorList(processors), sample=temperature > 0)
+        own = secrets.randbelow(SEEDS) if seed is None else seed % SEEDS
+        chooser = Chooser(LogitsProcessorList(processors), temperature > 0, own)
         policy = self._certain(
             body, policy, bool(temperature or len(processors) > (top is not None))
         )
-        chooser.source.seed = secrets.randbits(62) if seed is None else seed % 2**63
         request = Request(ids, policy, len(ids) + most, chooser)
         stops = [body.stop] if isinstance(body.stop, str) else (body.stop or [])
         least = body.min_tokens or 0
