@@ -110,12 +110,11 @@ class SlotLayer(CacheLayerMixin):
             return kept[: len(place.slots), :, : place.reach]
         return kept[:, :, : place.reach][place.slots]
 
-    def seen(self, slot: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """K and V (heads, L, head dim) of a slot's positions from `first` to `last`, in order."""
-        places: Tensor | slice = slice(first, last + 1)
-        if self.window is not None:
-            places = torch.arange(first, last + 1, device=self.keys.device) % self.size
-        return self.keys[slot][:, places], self.values[slot][:, places]
+    def seen(self, first: int, last: int) -> slice | Tensor:
+        """The places of positions from `first` to `last` in a slot, in this order."""
+        if self.window is None:
+            return slice(first, last + 1)
+        return torch.arange(first, last + 1, device=self.keys.device) % self.size
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What the queries of the pass see of `update`'s K/V: (n, 1, T, K), to be added.

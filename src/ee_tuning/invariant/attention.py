@@ -29,8 +29,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function for a pass of decoding: (n, T, heads, D).
 
-    query: (n, heads, T, E). key, value: those of all slots, up to where the pass looks. Which of
-    them a token sees, the cache of `module` says; the mask is not asked.
+    query: (n, heads, T, E). key, value: those of all slots, up to where the pass looks, or what the
+    layer makes of them. Which a token sees, the cache of `module` says; the mask is not asked.
     """
     place, window = module.kept.place, module.kept.window or ALL
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -41,7 +41,8 @@ def attend(
         for row, (slot, first) in enumerate(zip(slots, firsts, strict=True)):
             for token in range(query.shape[2]):
                 last = first + token
-                keys, values = module.kept.seen(slot, max(0, last - window + 1), last)
+                seen = module.kept.seen(max(0, last - window + 1), last)
+                keys, values = key[slot][:, seen], value[slot][:, seen]
                 asked = query[row, :, token]
                 y[row, token] = _alone(asked, keys, values, scale, softcap, s_aux)
         return y, None
