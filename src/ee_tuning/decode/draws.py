@@ -131,7 +131,7 @@ def drawn(
         scores, picked = scores.topk(FEW, dim=-1)
     if samples > AMONG_FEW:
         weights = _left_in(scores.softmax(-1), top_k, top_p, min_p, samples)
-        scores = scores.masked_fill(weights == 0, -torch.inf)
+        scores = weights.log()
     if picked is None:
         ids = torch.arange(logits.shape[-1], device=logits.device) if tokens is None else tokens
     else:
