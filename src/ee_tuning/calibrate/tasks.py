@@ -91,7 +91,7 @@ def read_scores(path: str, metric: str = "") -> dict[str, float]:
         UserError: no file, no scores, a sample twice, or a score outside [0, 1].
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"samples {path} cannot be read: {error.strerror}") from None
