@@ -35,7 +35,7 @@ def test_a_token_has_the_same_bits_in_every_window_and_beside_others(family, siz
 
 
 def test_speculative_texts_are_full_depths_in_half_precision():
-    model = good_exit("llama").to("cuda", torch.bfloat16)
+    model = good_exit.__wrapped__("llama").to("cuda", torch.bfloat16)
     for seed in range(40):
         ids = torch.tensor([prompt(6, seed)], device="cuda")
         common = {"max_new_tokens": 24, "eos_token_id": None}

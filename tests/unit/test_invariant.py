@@ -38,7 +38,7 @@ def test_the_order_of_sums_is_all_that_differs_from_transformers(family):
 
 
 def test_speculative_texts_are_full_depths_in_half_precision():
-    model = good_exit("llama").to(torch.bfloat16)
+    model = good_exit.__wrapped__("llama").to(torch.bfloat16)
     drafted = kept = 0
     for seed in range(40):
         ids = torch.tensor([prompt(6, seed)])
@@ -52,7 +52,7 @@ def test_speculative_texts_are_full_depths_in_half_precision():
 
 
 def test_texts_do_not_depend_on_their_neighbours_in_half_precision():
-    model = good_exit("llama").to(torch.bfloat16)
+    model = good_exit.__wrapped__("llama").to(torch.bfloat16)
     common = {"max_new_tokens": 16, "eos_token_id": None, "mode": "full"}
     prompts = [{"input_ids": prompt(3 + i, i)} for i in range(9)]
     alone = {
