@@ -12,19 +12,16 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from ee_tuning import attention
 
 NAME = "ee_tuning_grouped"
 
 
 def use_grouped(model: nn.Module) -> None:
     """Let every transformers module in `model` attend with `attend`, in place."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = NAME
+    attention.use(model, NAME)
 
 
 def attend(
@@ -51,5 +48,4 @@ def attend(
     return y.flatten(1, 2)[:, None], None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+attention.register(NAME, attend)

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from ee_tuning import attention
 
 NAME = "ee_tuning_varlen"
 
@@ -60,10 +61,7 @@ def can_use(model: PreTrainedModel) -> bool:
 
 def use_varlen(model: nn.Module) -> None:
     """Let every transformers module in `model` attend with `attend`, in place."""
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == "sdpa":
-            config._attn_implementation = NAME
+    attention.use(model, NAME)
 
 
 def attend(
@@ -118,5 +116,4 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> 
     return y.transpose(1, 2)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+attention.register(NAME, attend)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
+from ee_tuning.attention import register
 from ee_tuning.invariant.products import kernels
 
 NAME = "ee_tuning_invariant"
@@ -36,8 +35,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         slots, firsts = place.slots.tolist(), place.positions[:, 0].tolist()
-        y = torch.empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        y = y.to(query.dtype)
+        y = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         for row, (slot, first) in enumerate(zip(slots, firsts, strict=True)):
             for token in range(query.shape[2]):
                 last = first + token
@@ -70,5 +68,4 @@ def _alone(
     return (weights @ value).flatten(0, 1)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+register(NAME, attend)
