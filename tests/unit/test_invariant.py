@@ -103,6 +103,13 @@ def test_without_room_for_copies_products_are_the_same(monkeypatch):
             assert torch.equal(product(x[:1, 1:2]), whole[:1, 1:2])
 
 
+def test_products_are_made_once_however_little_room_is_left(monkeypatch):
+    layers = [nn.Linear(64, 64), nn.Linear(64, 128)]
+    before = products(layers)
+    monkeypatch.setattr("ee_tuning.invariant.products.free_memory", lambda _: 1)
+    assert [one.weights for one in products(layers)] == [one.weights for one in before]
+
+
 def test_weights_that_changed_are_read_anew():
     layer, x = nn.Linear(64, 64), torch.randn(3, 64)
     with torch.inference_mode():
@@ -113,7 +120,7 @@ def test_weights_that_changed_are_read_anew():
     with torch.inference_mode():
         after = products([layer])[0](x)
     assert torch.allclose(after, 2 * before, atol=1e-5)
-    assert Weights([layer]).sizes == [64]
+    assert Weights([layer], packed=True).sizes == [64]
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,13 @@ MOST_ROOM = 4  # times what is copied must be free: twice that, and as much for 
 SHARED = 8  # tokens of a product that oneDNN's order of the weights is chosen for
 
 # What was made of layers before: engines of a model share it.
-_made: WeakKeyDictionary[nn.Module, tuple[Any, Weights]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[nn.Module, tuple[Any, list[Weights]]] = WeakKeyDictionary()
 
 
 def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is such a product: by Triton on CUDA, by oneDNN on a CPU that has the dtype."""
     if device.type == "cuda":
-        halves = (torch.float16, torch.bfloat16)
-        return kernels is not None and dtype in (*halves, torch.float32)
+        return kernels is not None and dtype in (torch.float16, torch.bfloat16, torch.float32)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     mkldnn: Any = torch.ops.mkldnn
@@ -52,10 +51,10 @@ class Weights:
     sizes: N of each layer.
 
     On CUDA the layers' own weights are laid side by side in memory, their values as they were; on a
-    CPU there is a copy in the order that oneDNN reads.
+    CPU there is a copy in the order that oneDNN reads, if it is `packed`.
     """
 
-    def __init__(self, linears: Sequence[nn.Module]) -> None:
+    def __init__(self, linears: Sequence[nn.Module], packed: bool) -> None:
         matrices = [matrix(linear) for linear in linears]
         biases: list[Any] = [linear.bias for linear in linears]
         self.sizes = [len(one) for one in matrices]
@@ -68,7 +67,7 @@ class Weights:
             ])  # fmt: skip
         whole = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
         self.on_cpu = whole.device.type == "cpu"
-        if self.on_cpu and has_room(matrices):
+        if packed:
             whole = torch.ops.mkldnn._reorder_linear_weight(whole, SHARED)
         elif len(matrices) > 1 and all(type(linear) is nn.Linear for linear in linears):
             for linear, part in zip(linears, whole.split(self.sizes), strict=True):
@@ -123,32 +122,33 @@ class Product(nn.Module):
 
 def products(linears: Sequence[nn.Module]) -> list[nn.Module]:
     """Stand-ins for linear layers that are given the same input, or for one."""
-    others: list[Any] = []
-    if not has_room([linear.weight for linear in linears]):
-        return [Product(_weights([linear]), 0, []) for linear in linears]
-    weights = _weights(linears)
-    return [Product(weights, place, others) for place in range(len(linears))]
-
-
-def has_room(matrices: Sequence[Any]) -> bool:
-    """Whether a CPU has memory for two copies of these, one of them for a while; elsewhere always.
-
-    On CUDA the second one replaces the first.
-    """
-    if matrices[0].device.type != "cpu":
-        return True
-    free = free_memory(matrices[0].device)
-    return free is None or free > MOST_ROOM * sum(one.nbytes for one in matrices)
+    found: list[nn.Module] = []
+    for weights in _weights(linears):
+        others: list[Any] = []
+        found += [Product(weights, place, others) for place in range(len(weights.sizes))]
+    return found
 
 
 @torch.no_grad()
-def _weights(linears: Sequence[nn.Module]) -> Weights:
+def _weights(linears: Sequence[nn.Module]) -> list[Weights]:
     """Those of layers; made anew where theirs lie elsewhere or have changed since."""
     kept = _made.get(linears[0])
     if kept is None or kept[0] != _state(linears):
-        weights = Weights(linears)
+        weights = _together(linears)
         kept = _made[linears[0]] = (_state(linears), weights)
     return kept[1]
+
+
+def _together(linears: Sequence[Any]) -> list[Weights]:
+    """One for all layers; each one's own on a CPU without memory for two copies, one of which is
+    there for a while. On CUDA the one replaces the layers' own."""
+    device = linears[0].weight.device
+    if device.type != "cpu":
+        return [Weights(linears, packed=False)]
+    free = free_memory(device)
+    if free is None or free > MOST_ROOM * sum(linear.weight.nbytes for linear in linears):
+        return [Weights(linears, packed=True)]
+    return [Weights([linear], packed=False) for linear in linears]
 
 
 def _state(linears: Sequence[Any]) -> list[tuple[Any, ...]]:
