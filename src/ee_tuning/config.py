@@ -221,8 +221,18 @@ class Leaving(ActiveExits):
     )
 
 
+class Compiles:
+    """Settings among which is `compile`, of decoding."""
+
+    compile: Literal["auto", "on", "off"]
+
+    def compiled(self) -> bool | None:
+        """`compile` as `ee_tuning.decode.generate` takes it."""
+        return {"auto": None, "on": True, "off": False}[self.compile]
+
+
 @dataclass
-class SamplingConfig(Settings):
+class SamplingConfig(Compiles, Settings):
     """What `generate` and `evaluate` share."""
 
     exits: str = option("", "folder or hub id of the exits", path=True)
@@ -237,10 +247,6 @@ class SamplingConfig(Settings):
     )
     seed: int = option(0, "seed of the sampling")
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
-
-    def compiled(self) -> bool | None:
-        """`compile` as `ee_tuning.decode.generate` takes it."""
-        return {"auto": None, "on": True, "off": False}[self.compile]
 
 
 @dataclass

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ee_tuning.config import Compiles
 from ee_tuning.settings import Settings, option
 
 
 @dataclass
-class RegenerateConfig(Settings):
+class RegenerateConfig(Compiles, Settings):
     """Let a model write the data that its exits are tuned on."""
 
     model: str = option("", "backbone: a local folder or a hub id", path=True)

@@ -148,10 +148,10 @@ class _Run:
             self.display.say("there are as many tokens already: nothing was written")
             return Totals(**state.end["totals"])
         self._say_what()
-        engines, compile = engines_of(self.model), {"auto": None, "on": True, "off": False}
+        engines, compile = engines_of(self.model), config.compiled()
         size: dict[str, Any] = {"slots": state.slots, "capacity": self.capacity, "max_pending": 8}
         with (
-            engines.lend(self.model, [], **size, compile=compile[config.compile]) as engine,
+            engines.lend(self.model, [], **size, compile=compile) as engine,
             self.display.running(self.totals.tokens, int(config.tokens)),
         ):
             assert isinstance(engine, Engine)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ee_tuning.config import ActiveExits
+from ee_tuning.config import ActiveExits, Compiles
 from ee_tuning.settings import Settings, option
 
 
 @dataclass
-class ServeConfig(ActiveExits, Settings):
+class ServeConfig(Compiles, ActiveExits, Settings):
     """Serve a model with exits, or a backbone alone, to OpenAI's clients."""
 
     exits: str = option("", "folder or hub id of the exits", path=True)
@@ -53,7 +53,3 @@ class ServeConfig(ActiveExits, Settings):
         "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
     )
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
-
-    def compiled(self) -> bool | None:
-        """`compile` as `ee_tuning.decode.warm_up` takes it."""
-        return {"auto": None, "on": True, "off": False}[self.compile]
