@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ee_tuning.config import Leaving
 from ee_tuning.decode import engines_of, generate_batch
+from ee_tuning.decode.arguments import end_tokens
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.settings import Full
 from ee_tuning.decode.whole import Text, whole_texts
@@ -56,8 +57,7 @@ def full_texts(
 
     advance: told how many tokens were written.
     """
-    ended = model.backbone.model.generation_config.eos_token_id
-    ends = () if ended is None else tuple(torch.as_tensor(ended).flatten().tolist())
+    ends = end_tokens(model.backbone.model)
     capacity = max(map(len, prompts)) + new_tokens
     policy, found = Full(model.backbone.num_layers), {}
     texts = [Text(list(ids), policy, len(ids) + new_tokens, ends=ends) for ids in prompts]

@@ -14,6 +14,7 @@ from transformers import (
     EosTokenCriteria,
     GenerationConfig,
     MaxLengthCriteria,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -124,6 +125,13 @@ def _holds(model: Network, kwargs: Mapping[str, Any], name: str) -> Any:
 def _tokens(value: Any) -> list[int]:
     """The tokens that an argument names, in any of the forms that transformers takes."""
     return [] if value is None else torch.as_tensor(value).flatten().tolist()
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
+    """Tokens that end a text, as a causal LM's generation config and a tokenizer say."""
+    config = getattr(model, "generation_config", None)
+    ends = _tokens(getattr(config, "eos_token_id", None))
+    return {*ends, *_tokens(None if tokenizer is None else tokenizer.eos_token_id)}
 
 
 def to_requests(

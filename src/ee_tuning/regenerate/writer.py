@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ee_tuning.decode.arguments import end_tokens
 from ee_tuning.decode.draws import SEEDS, Warp
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import never
@@ -209,12 +210,10 @@ def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     Raises:
         UserError: there are none.
     """
-    config = getattr(model, "generation_config", None)
-    said = getattr(config, "eos_token_id", None)
-    ends = {*([said] if isinstance(said, int) else said or []), tokenizer.eos_token_id} - {None}
+    ends = end_tokens(model, tokenizer)
     if not ends:
         raise UserError(
             "neither the model nor the tokenizer has a token that ends a text: set eos_token in "
             "tokenizer_config.json"
         )
-    return {int(end) for end in ends if end is not None}
+    return ends

@@ -22,6 +22,7 @@ from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import Leaving
 from ee_tuning.data.chats import REFUSALS
 from ee_tuning.decode import Chooser, Full, Policy, Request
+from ee_tuning.decode.arguments import end_tokens
 from ee_tuning.decode.noise import SEEDS
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.decode.text import encode_chat, encode_prompt
@@ -86,7 +87,7 @@ class Reader:
         self.pieces = Pieces(tokenizer)
         self.device = model.backbone.device
         self.size = model.backbone.config.vocab_size
-        self.ends = _ends(model, tokenizer)
+        self.ends = sorted(end_tokens(model.backbone.model, tokenizer))
         self._policies: dict[str, Policy] = {}
 
     def check_defaults(self) -> None:
@@ -359,11 +360,3 @@ def temperature_of(body: Generation) -> float:
             "temperature",
         )
     return found
-
-
-def _ends(model: Network, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a text."""
-    said = getattr(model.backbone.model.generation_config, "eos_token_id", None)
-    ends = said if isinstance(said, list) else [] if said is None else [said]
-    own = tokenizer.eos_token_id
-    return sorted({*ends, *([] if own is None else [own])})
