@@ -82,6 +82,8 @@ def test_tokens_of_another_tokenizer_are_refused(tuned, base, data, tmp_path, ca
     assert not any((tmp_path / "out").rglob("*"))
     line = fails(capsys, "generate", "--exits", tuned, "--model", other, "--prompt", "def")
     assert message in line
+    line = fails(capsys, "serve", "--exits", tuned, "--model", other, "--port", "0")
+    assert message in line
 
 
 def test_saved_drafts_are_loaded(tuned):

@@ -14,6 +14,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.calibrate.config import CalibrateConfig
+from ee_tuning.data import cache
 from ee_tuning.data.forms import BadRecord
 from ee_tuning.data.readers import Record
 from ee_tuning.data.sources import Hub, Source, parse_source
@@ -85,8 +86,7 @@ def _in_turns(sources: Sequence[Source], seed: int) -> Iterator[tuple[Source, Re
 def key_of(prompt: Prompt) -> str:
     """The same for prompts that are made from the same record."""
     tokens = None if prompt.tokens is None else prompt.tokens.tolist()
-    content = repr((prompt.messages, prompt.text, tokens))
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return cache.key_of(prompt.messages, prompt.text, tokens)
 
 
 def check_not_tuned_on(prompts: Prompts, folder: Path, config: CalibrateConfig) -> str:

@@ -54,11 +54,22 @@ def load_for_decoding(
     share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
     source = Saved(config.exits, config.model or None, config.trust_remote_code)
     model = load_part(source, share, Network, mesh or Mesh(), stage_layers)
+    return model, tokenizer_of(model, config.exits, config.trust_remote_code)
+
+
+def tokenizer_of(
+    model: Network, exits: str, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model's backbone. exits: where they were read from.
+
+    Raises:
+        UserError: there is none, or the exits know the tokens of another one.
+    """
     backbone = model.backbone
     path, rows = backbone.model.name_or_path, backbone.config.vocab_size
-    tokenizer = load_tokenizer(path, rows, config.trust_remote_code)
-    check_names(model.vocabulary, tokenizer, config.exits)
-    return model, tokenizer
+    tokenizer = load_tokenizer(path, rows, trust_remote_code)
+    check_names(model.vocabulary, tokenizer, exits)
+    return tokenizer
 
 
 def _own_stage(source: Saved, mesh: Mesh, numbers: Sequence[int]) -> range:

@@ -11,11 +11,11 @@ from ee_tuning.calibrate.audit import Audit
 from ee_tuning.data.chats import with_template
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.load import tokenizer_of
 from ee_tuning.decode.settings import active_layers
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, ExitConfig
-from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.serve.app import Served
 from ee_tuning.serve.config import ServeConfig
@@ -97,10 +97,8 @@ def load_model(
         # A network has an exit: this one has no weights, and is not used.
         none = ExitConfig("1/1", "embedding", head="shared")
         model = load(New(config.model, none, trust), share, Network)
-    backbone = model.backbone
-    path, rows = backbone.model.name_or_path, backbone.config.vocab_size
-    tokenizer = with_template(load_tokenizer(path, rows, trust), config.chat_template)
-    return model.eval(), tokenizer, layers
+    tokenizer = tokenizer_of(model, config.exits, trust)
+    return model.eval(), with_template(tokenizer, config.chat_template), layers
 
 
 def room(capacity: int, model: Network) -> int:
