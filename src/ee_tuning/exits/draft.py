@@ -98,8 +98,8 @@ class DraftExit(NormExit):
         states: after the sources, side by side, at the token before each: (B, T, n·H). cache,
         boundaries: as a `Segment` takes them; the block stands where the last layer stands.
         """
-        joined = self.first(self.first_input(ids, states, position_ids))
-        return self.segment(joined, position_ids, cache, boundaries).hidden
+        joined = self._joined_first(ids, states, position_ids)
+        return self._run(joined, position_ids, cache, boundaries)
 
     def first_input(self, ids: Tensor, states: Tensor, position_ids: Tensor) -> Tensor:
         """What `first` reads: (B, T, (1 + n)·H)."""
@@ -116,12 +116,26 @@ class DraftExit(NormExit):
         boundaries: Any = None,
     ) -> Tensor:
         """A later draft of a chain, from h (B, T, H) of the token before; else as `first_step`."""
-        joined = self.later(self.later_input(ids, h, position_ids))
-        return self.segment(joined, position_ids, cache, boundaries).hidden
+        joined = self._joined_later(ids, h, position_ids)
+        return self._run(joined, position_ids, cache, boundaries)
 
     def later_input(self, ids: Tensor, h: Tensor, position_ids: Tensor) -> Tensor:
         """What `later` reads: (B, T, 2·H)."""
         return torch.cat([self._tokens(ids, position_ids), self.chain_norm(h)], dim=-1)
+
+    def _joined_first(self, ids: Tensor, states: Tensor, position_ids: Tensor) -> Tensor:
+        """What the block reads for a first draft."""
+        return self.first(self.first_input(ids, states, position_ids))
+
+    def _joined_later(self, ids: Tensor, h: Tensor, position_ids: Tensor) -> Tensor:
+        """What the block reads for a later one."""
+        return self.later(self.later_input(ids, h, position_ids))
+
+    def _run(
+        self, joined: Tensor, position_ids: Tensor, cache: Cache | None, boundaries: Any
+    ) -> Tensor:
+        """The block's output: h (B, T, H)."""
+        return self.segment(joined, position_ids, cache, boundaries).hidden
 
     def _tokens(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         return self.embed_norm(self._embedded(ids, position_ids))

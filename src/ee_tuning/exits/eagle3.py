@@ -58,28 +58,16 @@ class Eagle3Exit(DraftExit):
                 "window of it: use --arch draft"
             )
 
-    def first_step(
-        self,
-        ids: Tensor,
-        states: Tensor,
-        position_ids: Tensor,
-        cache: Cache | None = None,
-        boundaries: Any = None,
-    ) -> Tensor:
-        """See `DraftExit.first_step`."""
-        return self.later_step(ids, self.first(states), position_ids, cache, boundaries)
+    def _joined_first(self, ids: Tensor, states: Tensor, position_ids: Tensor) -> Tensor:
+        return self._joined_later(ids, self.first(states), position_ids)
 
-    def later_step(
-        self,
-        ids: Tensor,
-        h: Tensor,
-        position_ids: Tensor,
-        cache: Cache | None = None,
-        boundaries: Any = None,
+    def _joined_later(self, ids: Tensor, h: Tensor, position_ids: Tensor) -> Tensor:
+        return torch.cat([self._embedded(ids, position_ids), h], dim=-1)
+
+    def _run(
+        self, joined: Tensor, position_ids: Tensor, cache: Cache | None, boundaries: Any
     ) -> Tensor:
-        """See `DraftExit.later_step`."""
-        joined = torch.cat([self._embedded(ids, position_ids), h], dim=-1)
-        return self.segment(joined, position_ids, cache, boundaries).hidden.chunk(2, dim=-1)[1]
+        return super()._run(joined, position_ids, cache, boundaries).chunk(2, dim=-1)[1]
 
     def hidden(self, state: State, cache: Cache | None) -> Tensor:
         """The first draft's output at every token."""
