@@ -24,9 +24,8 @@ from tune import timed
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Threshold, Token
-from ee_tuning.decode.passes import Prediction
 from ee_tuning.decode.prompts import read as read_prompts
-from ee_tuning.decode.wanted import Wanted, Window
+from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Speculative, Threshold
 from ee_tuning.decode.cache import SlotLayer, check_room
-from ee_tuning.decode.passes import Passes, Prediction
+from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.prompts import read as read_prompts
-from ee_tuning.decode.wanted import Wanted, Window
+from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.losses import confidence
 
 # Tiny windows of 6 tokens: the rings of these families are written over several times.

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ee_tuning.decode.passes import Prediction, Predictions
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.decode.wanted import Prediction, Predictions
 from ee_tuning.exit_config import DRAFT
 
 Settled = tuple[Row, list[Token]]

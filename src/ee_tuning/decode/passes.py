@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,68 +21,12 @@ from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes
-from ee_tuning.decode.wanted import IDLE, Rows, Wanted, Window
+from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.exits import Exit
 from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
-
-
-@dataclass
-class Predictions:
-    """What follows the tokens of windows: after the last of each (A = 1), or after each.
-
-    logits: (n, A, V) fp32, good until the next pass. tokens, confidences: the likeliest token, or
-    one that was drawn, and how sure, by row of `logits`, then token. rows: the row of each window.
-    """
-
-    logits: Tensor
-    tokens: list[list[float]]
-    confidences: list[list[float]]
-    rows: list[int]
-
-    def of(self, window: int, place: int) -> Prediction:
-        """What follows one token of a window; its last one, if that is all there is."""
-        row = self.rows[window]
-        return self.at(row, min(place, len(self.tokens[row]) - 1))
-
-    def at(self, row: int, place: int) -> Prediction:
-        """What follows a token, by row of `logits`, then token."""
-        token, confidence = int(self.tokens[row][place]), self.confidences[row][place]
-        return Prediction(token, confidence, self, row, place)
-
-
-@dataclass
-class Prediction:
-    """What follows a token: the likeliest one, or one that was drawn, how sure, and on demand all
-    logits: those at `row` and `place` of `all` of the pass."""
-
-    token: int
-    confidence: float
-    all: Predictions
-    row: int
-    place: int
-
-    @property
-    def logits(self) -> Tensor:
-        """(V,) fp32, good until the next pass."""
-        return self.all.logits[self.row, self.place]
-
-    def earlier(self, back: int) -> Prediction:
-        """What follows the token that is `back` before, of the same window."""
-        return self.all.at(self.row, self.place - back)
-
-
-@dataclass
-class Read:
-    """A prompt that was read into `slot`: what follows, if that was wanted, and where a stage
-    follows, the hidden states (P, H) behind the last segment; both good until the next pass.
-    """
-
-    slot: int
-    found: Prediction | None
-    hidden: Tensor | None
 
 
 class Passes:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ee_tuning.decode.chains import Link
 from ee_tuning.decode.graphs import CHUNK
-from ee_tuning.decode.passes import Passes, Read
-from ee_tuning.decode.wanted import Wanted, Window
+from ee_tuning.decode.passes import Passes
+from ee_tuning.decode.wanted import Read, Wanted, Window
 
 CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ee_tuning.decode.draws import NOTHING, read_warp
 from ee_tuning.decode.noise import gumbel, places
-from ee_tuning.decode.passes import Prediction
+from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 
 

@@ -12,11 +12,11 @@ from ee_tuning.decode.chains import Link
 from ee_tuning.decode.draws import ALL, NOTHING, samples_of
 from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Clock, Pace
-from ee_tuning.decode.passes import Passes, Prediction, Read
+from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.prompts import read as read_prompts
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.wanted import Wanted, Window
+from ee_tuning.decode.wanted import Prediction, Read, Wanted, Window
 from ee_tuning.errors import UserError
 
 

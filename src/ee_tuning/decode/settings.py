@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ee_tuning.config import MEASURES, Leaving
 from ee_tuning.decode.certified import with_certified
-from ee_tuning.decode.passes import Prediction
+from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, Layers, parse_layers, parse_threshold
 from ee_tuning.model import Network

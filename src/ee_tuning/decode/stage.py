@@ -19,10 +19,11 @@ from torch import Tensor
 from ee_tuning.config import Leaving
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
 from ee_tuning.decode.noise import Seeds
-from ee_tuning.decode.passes import Passes, Prediction
+from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Asked, Token, choose
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import check_stages
+from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh

@@ -1,4 +1,4 @@
-"""What a pass of decoding is given, and what it is to give."""
+"""What a pass of decoding is given, what it is to give, and what it gave."""
 
 from __future__ import annotations
 
@@ -47,3 +47,59 @@ class Rows(NamedTuple):
     counts: Tensor
     draws: Tensor
     places: Tensor
+
+
+@dataclass
+class Predictions:
+    """What follows the tokens of windows: after the last of each (A = 1), or after each.
+
+    logits: (n, A, V) fp32, good until the next pass. tokens, confidences: the likeliest token, or
+    one that was drawn, and how sure, by row of `logits`, then token. rows: the row of each window.
+    """
+
+    logits: Tensor
+    tokens: list[list[float]]
+    confidences: list[list[float]]
+    rows: list[int]
+
+    def of(self, window: int, place: int) -> Prediction:
+        """What follows one token of a window; its last one, if that is all there is."""
+        row = self.rows[window]
+        return self.at(row, min(place, len(self.tokens[row]) - 1))
+
+    def at(self, row: int, place: int) -> Prediction:
+        """What follows a token, by row of `logits`, then token."""
+        token, confidence = int(self.tokens[row][place]), self.confidences[row][place]
+        return Prediction(token, confidence, self, row, place)
+
+
+@dataclass
+class Prediction:
+    """What follows a token: the likeliest one, or one that was drawn, how sure, and on demand all
+    logits: those at `row` and `place` of `all` of the pass."""
+
+    token: int
+    confidence: float
+    all: Predictions
+    row: int
+    place: int
+
+    @property
+    def logits(self) -> Tensor:
+        """(V,) fp32, good until the next pass."""
+        return self.all.logits[self.row, self.place]
+
+    def earlier(self, back: int) -> Prediction:
+        """What follows the token that is `back` before, of the same window."""
+        return self.all.at(self.row, self.place - back)
+
+
+@dataclass
+class Read:
+    """A prompt that was read into `slot`: what follows, if that was wanted, and where a stage
+    follows, the hidden states (P, H) behind the last segment; both good until the next pass.
+    """
+
+    slot: int
+    found: Prediction | None
+    hidden: Tensor | None

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.passes import Prediction, Predictions
 from ee_tuning.decode.settings import Policy
+from ee_tuning.decode.wanted import Prediction, Predictions
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 from ee_tuning.config import Leaving
 from ee_tuning.decode import Engine, Policy, Request
 from ee_tuning.decode.engines import engines_of
-from ee_tuning.decode.passes import Prediction
+from ee_tuning.decode.wanted import Prediction
 from ee_tuning.model import Network
 from ee_tuning.suggest.predict import Costs
 
