@@ -9,7 +9,8 @@ says: tokens per second, also against one process; the peak memory of every rank
 gradient norms of all steps, and how far they are from one process's. One more step, with a
 timeline, gives the share of time in which ranks are idle, and what the simulator says it must be
 with the parts of the step as measured; for its seconds, too. `--check` fails where losses or norms
-differ by more. A layout may have a global batch of its own, ``pp2-batch8``; it is not compared.
+differ by more. A layout may have a global batch of its own, ``pp2-batch8``; it is not compared. One
+whose name has ``kl`` distils, and is compared with ``one-kl``.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from ee_tuning.plan.simulate import simulate
 from ee_tuning.stages import cut_stages
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizers import build_optimizers
-from ee_tuning.tune.setup import prepare
+from ee_tuning.tune.setup import objective, prepare
 from ee_tuning.tune.step import Batch, Tuner
 from ee_tuning.tune.timing import measured_costs
 
@@ -62,7 +63,8 @@ def settings(layout: str, args: argparse.Namespace) -> TuneConfig:
     given = {name: getattr(args, name) for name in same} | {"out": "", "data": ["random"]}
     flags = {"shard": "shard" in layout, "sequence_parallel": "sequence" in layout}
     balance = "measured" if "measured" in layout else "counted"
-    config = TuneConfig(**given | sizes | flags, balance=balance)
+    loss: Any = {"loss": "kl", "init": "copy"} if "kl" in layout else {}
+    config = TuneConfig(**given | sizes | flags | loss, balance=balance)
     check(config)
     return config
 
@@ -80,13 +82,14 @@ class Layout:
 
     def __init__(self, config: TuneConfig, mesh: Mesh, device: torch.device, shape: str) -> None:
         self.config, self.mesh, self.device = config, mesh, device
-        self.pipeline = Pipeline(mesh)
         dtype = pick_dtype(config.precision, device)
         autocast = None if dtype == torch.float32 else dtype
         self.model = prepare(build_stage(shape, config, mesh, device, dtype), config, mesh)
+        self.pipeline = Pipeline(mesh, bool(self.model.exit_layers))
         optimizers = build_optimizers(self.model, config)
         common: dict[str, Any] = {"clip": config.clip, "autocast": autocast}
-        self.tuner = Tuner(self.model, optimizers, transport=self.pipeline, **common)
+        common |= {"transport": self.pipeline, "objective": objective(config)}
+        self.tuner = Tuner(self.model, optimizers, **common)
         self.batches = self._batches()
 
     def _batches(self) -> list[Batch]:
@@ -130,7 +133,8 @@ class Layout:
         parts = [[total(own, what) / each for own in stages] for what in ("forward", "exit work")]
         side_by_side = len(self.tuner.waves(self.batches)) == 1
         together = self.mesh.gather_on_host(side_by_side)[:: self.mesh.dp * self.mesh.tp]
-        ideal = simulate(*parts, each, steps=1, together=together)
+        teacher = self.config.loss != "ce"
+        ideal = simulate(*parts, each, steps=1, together=together, teacher=teacher)
         first, last = span(events)
         found = {"measured": idle_share(events), "ideal": ideal.idle}
         found |= {"seconds": last - first, "simulated_seconds": ideal.seconds}
@@ -153,7 +157,7 @@ def build_stage(
         if config.balance == "measured":
             costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
         else:
-            costs = work(shapes, config.seq_length).tuning()
+            costs = work(shapes, config.seq_length).tuning(config.loss != "ce", config.runs_whole)
         stages = cut_stages(costs, config.pp)
         stage = stages[mesh.pp_rank]
         if mesh.is_main:
@@ -212,7 +216,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 found = measure(config, mesh, device, args)
         except (ProcessFailed, torch.OutOfMemoryError) as error:
             found = {"error": str(error)}
-        one = found if name == "one" else result["layouts"].get("one", {"error": ""})
+        alone = "one-kl" if config.loss == "kl" else "one"
+        one = found if name == alone else result["layouts"].get(alone, {"error": ""})
         if "error" not in found and "error" not in one and "batch" not in name:
             compare(found, one, mesh.size)
         result["layouts"][name] = found

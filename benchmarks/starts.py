@@ -68,7 +68,7 @@ def tune_from(init: str, following: bool, config: TuneConfig) -> dict[str, Any]:
         losses = {exit_name(k): round(v, 3) for k, v in tuner.mean_losses(held_out).items()}
         if not model.draft:
             return {"loss": losses}
-        shares = measure_drafts(tuner, held_out).agreement.values()
+        shares = measure_drafts(tuner, held_out, config.draft_steps).agreement.values()
         return {"loss": losses, "drafts that agree": [round(share, 3) for share in shares]}
 
     before = measured()

@@ -129,7 +129,7 @@ class TuneConfig(
     def start(self) -> Init:
         """How new exits begin: fitted, where the final exit is there to be fitted to."""
         archs = self._archs()
-        whole = self.pp == 1 and (self.loss != "ce" or self.drafts)
+        whole = self.loss != "ce" or self.drafts
         can_be = whole and not (self.drafts and self.shard_backbone) and "eagle3" not in archs
         pays = {*archs} != {"layer"}
         return "fitted" if self.init == "auto" and can_be and pays else super().start

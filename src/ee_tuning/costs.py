@@ -120,10 +120,14 @@ class Account:
             "head": final + sum(exit.head.flop for exit in exits),
         }
 
-    def tuning(self) -> list[float]:
-        """FLOP per token of each layer with the exit after it, up to the deepest exit."""
-        runs = [layer.forward for layer in self.layers[: self.reach]]
-        costs = runs + [0.0] * (self.deepest - self.reach)
+    def tuning(self, teacher: bool = False, whole: bool = False) -> list[float]:
+        """FLOP per token of each layer with the exit after it, up to the deepest exit.
+
+        teacher: all layers run, for the final exit's logits, which are not in it: every stage with
+        exits makes them. whole: layers that do not run are in it, too, with nothing.
+        """
+        runs = [layer.forward for layer in self.layers[: None if teacher else self.reach]]
+        costs = runs + [0.0] * ((len(self.layers) if whole else self.deepest) - len(runs))
         for layer, exit in self.exits.items():
             costs[self._place(layer) - 1] += exit.whole.flop
         return costs
@@ -164,7 +168,7 @@ def work(model: Network, length: int = 0, exit_vocab: int = 0, drafts: int = 1) 
     return Account(
         layers,
         exits,
-        max([*model.exit_layers, *model.chain.sources]),
+        max([*model.exit_layers, *model.sources]),
         _part(backbone.head, backbone),
         _values(backbone.model.get_input_embeddings()),
         backbone.config.tie_word_embeddings,

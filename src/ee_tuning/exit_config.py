@@ -38,9 +38,9 @@ class ExitSpec:
     def is_in(self, stage: range, num_layers: int) -> bool:
         """Whether the process that has the layers of `stage`, counted from 0, has this exit.
 
-        A draft exit is where all layers are.
+        A draft exit is where the last layer is.
         """
-        return self.layer - 1 in stage if self.layer != DRAFT else len(stage) == num_layers
+        return self.end(num_layers) - 1 in stage
 
 
 @dataclass

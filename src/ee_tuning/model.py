@@ -63,6 +63,7 @@ class Network(nn.Module):
         num_layers = self.backbone.num_layers
         specs = config.specs(num_layers)
         self.all_exit_layers = [spec.layer for spec in specs]  # of every stage
+        self.sources = specs[-1].sources  # layers whose states a draft exit, of any stage, reads
         self._deepest = specs[-1].end(num_layers)
         self.stage = range(self._deepest) if stage is None else stage
         own = [spec for spec in specs if spec.is_in(self.stage, num_layers)]
@@ -304,7 +305,7 @@ class Chain:
     @property
     def sources(self) -> tuple[int, ...]:
         """The layers whose states a draft exit reads."""
-        return self._model.draft.sources if self._model.draft else ()
+        return self._model.sources
 
     @property
     def stop(self) -> int:
@@ -320,7 +321,9 @@ class Chain:
             UserError: its layers were left out of memory.
         """
         if not self._segments:
-            self._add(self._model.segments(last=self.stop, sources=self.sources))
+            stage = self._model.stage
+            sources = [layer for layer in self.sources if layer - 1 in stage]
+            self._add(self._model.segments(last=self.stop, sources=sources))
         if start == self.stop and start not in self._segments:
             self._add([self._model.backbone.segment(start, self._model.backbone.num_layers)])
         return self._segments[start]
@@ -338,8 +341,8 @@ class Descent:
     States are asked for by depth and given away, so that one exit can be finished before going
     deeper: what else it needed of its layer is gone before the next layer runs.
 
-    hidden: (B, T, H) after layer `at`; at the beginning of a model, token ids (B, T). kept: those
-    after some layers, for an exit that needs more than one.
+    hidden: (B, T, H) after layer `at`; at the beginning of a model, token ids (B, T), which a later
+    stage is told as `ids`. kept: those after some layers, for an exit that needs more than one.
     """
 
     def __init__(
@@ -352,7 +355,7 @@ class Descent:
     ) -> None:
         """where: positions and boundaries. around: entered with "forward" when layers run."""
         self._chain, self._where, self._around = chain, where, around
-        self.hidden, self.at, self._ids = inputs, chain.start, inputs
+        self.hidden, self.at, self.ids = inputs, chain.start, inputs
         self.kept: dict[int, Tensor] = {}
         self._keeps = keeps
         self._passed: dict[int, State] = {}  # by what `ahead` ran, and nobody asked for yet
@@ -384,7 +387,7 @@ class Descent:
         sources, (position_ids, boundaries) = self._chain.sources, self._where
         self.ahead(sources[-1])
         kept = tuple(self.kept[layer] for layer in sources)
-        return State(kept[-1], position_ids, None, boundaries, self._ids, kept)
+        return State(kept[-1], position_ids, None, boundaries, self.ids, kept)
 
     def _run(self) -> State:
         """The state at the end of the segment that begins here."""

@@ -23,7 +23,7 @@ from ee_tuning.backbone import in_memory
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import ExitConfig
+from ee_tuning.exit_config import DRAFT, ExitConfig
 from ee_tuning.fingerprint import check_same, config_values
 from ee_tuning.loading import Parts, Slices, empty_backbone, load_backbone, load_config
 from ee_tuning.model import Network
@@ -64,9 +64,9 @@ class Saved:
 class Share:
     """What of a model a process has, and how.
 
-    whole: False leaves out of memory the layers deeper than the deepest exit, and what another
-        stage has.
+    whole: False leaves out of memory the layers deeper than the deepest exit.
     stage: the layers, counted from 0, of its stage in a pipeline; default: up to the deepest exit.
+        What another stage has is left out of memory.
     slices: of matrices that other processes have the rest of; see `load_backbone`.
     shard: the processes that each keep a part of the frozen layers' matrices, which are whole only
         while their layer runs.
@@ -178,20 +178,25 @@ def _look_up(
 
 
 def _read_backbone(path: str, config: ExitConfig, share: Share, trust: bool) -> PreTrainedModel:
-    parts = None if share.whole else _needed(path, config, share.stage, trust)
+    all_of_it = share.whole and share.stage is None
+    parts = None if all_of_it else _needed(path, config, share.stage, trust)
     return load_backbone(path, parts, share.dtype, share.slices, trust)
 
 
 def _needed(path: str, config: ExitConfig, stage: range | None, trust: bool) -> Parts:
     """What these exits, or those of a stage (layers from 0), need: its layers, the last one if a
-    `layer` exit is made from it, and the embedding and head where they are used."""
+    `layer` exit is made from it, and the embedding and head where they are used.
+
+    A draft exit reads the tokens, too.
+    """
     num_layers = load_config(path, trust).num_hidden_layers
     specs = config.specs(num_layers)
     layers = range(specs[-1].end(num_layers)) if stage is None else stage
     own = [spec for spec in specs if spec.is_in(layers, num_layers)]
     last = {num_layers} if any(spec.arch == "layer" for spec in own) else set()
     head = bool(own) or layers.stop == num_layers
-    return Parts(frozenset(k + 1 for k in layers) | last, layers.start == 0, head)
+    embedding = layers.start == 0 or any(spec.layer == DRAFT for spec in own)
+    return Parts(frozenset(k + 1 for k in layers) | last, embedding, head)
 
 
 def to_device(network: Network, share: Share) -> None:

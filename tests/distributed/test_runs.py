@@ -25,6 +25,16 @@ VARIANTS = {
         "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
     "measured": (2, {"pp": 2, "balance": "measured"}, {}),
     "warm-up": (2, {"pp": 2}, {"loss_weights": [1.0, 0.5, 2.0, 1.0], "loss_weight_warmup": 4}),
+    "kl-pp": (4, {"pp": 4}, {"loss": "mixed", "layers": "1,3,4", "arch": "mlp,layer,norm",
+        "head": "own,shared,own", "micro_batch_size": 1}),
+    "acceptance-pp": (4, {"pp": 2, "dp": 2}, {"loss": "acceptance", "layers": "2,3", "arch": "mlp",
+        "head": "own", "init": "fitted", "exit_vocab": 200}),
+    "kl-tp-pp": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, {"loss": "kl", "layers": "1,4",
+        "arch": "mlp", "head": "own"}),
+    "draft-pp": (4, {"pp": 4}, {"layers": "0,2", "arch": "draft,mlp", "head": "shared,own",
+        "draft_sources": "1,2,4", "draft_steps": 3, "loss": "acceptance"}),
+    "draft-alone-pp": (2, {"pp": 2}, {"layers": "", "arch": "draft", "head": "shared",
+        "draft_steps": 2}),
 }  # fmt: skip
 
 

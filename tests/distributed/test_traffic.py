@@ -10,6 +10,11 @@ def runs(new_runs):
     runs = new_runs()
     runs.add("sends-sequence", 4, tp=2, pp=2, sequence_parallel=True, count=True)
     runs.add("sends", 2, pp=2, count=True, trace=True)
+    # Exits with so little to tune that micro-batches go down one after another.
+    few = {"arch": "norm", "head": "shared", "loss": "kl", "init": "copy"}
+    runs.add("sends-ends", 2, pp=2, count=True, layers="1,2,5", stage_layers=[3, 2], **few)
+    runs.add("sends-sources", 2, pp=2, count=True, layers="0,1", arch="draft,norm",
+        head="shared", draft_sources="1,2,5", stage_layers=[3, 2], init="copy")  # fmt: skip
     runs.add("ahead", 2, pp=2, ahead=True)
     runs.add("sums", 2, dp=2, count=True, trace=True)
     runs.add("sums-shard", 2, dp=2, shard=True, shard_backbone=True, count=True)
@@ -36,6 +41,28 @@ def test_stages_send_activations_forward_and_nothing_back(runs):
         stages = [what for what in outside if what[0] in ("send", "recv")]
         assert {what[0] for what in stages} == {operation}
         assert sum(nbytes for name, nbytes, _ in outside if name == "allreduce") < row
+
+
+def test_the_last_stage_sends_back_what_exits_are_compared_with(runs):
+    """Of as many micro-batches, after the first stage has sent the next one on."""
+    row = 32 * 32 * 4
+    sizes = [rows * row for rows in (2, 2, 1)]
+    order = [("send", 0), ("send", 1), ("recv", 0), ("send", 2), ("recv", 1), ("recv", 2)]
+    first = [(operation, sizes[m], 1) for operation, m in order]
+    last = [(operation, nbytes, 0) for nbytes in sizes for operation in ("recv", "send")]
+    assert in_steps(runs, "sends-ends", 0) == [first] * 3
+    assert in_steps(runs, "sends-ends", 1) == [last] * 3
+    # Validation compares exits with the data alone.
+    outside = [name for number, name, *_ in runs.traffic("sends-ends", 0) if number == 0]
+    assert "send" in outside
+    assert "recv" not in outside
+
+
+def test_what_a_draft_exit_reads_of_other_stages_goes_forward(runs):
+    """Of the first stage's three layers two sources, besides the state after them."""
+    row = 32 * 32 * 4
+    sent = [("send", rows * row, 1) for rows in (2, 2, 1) for _ in range(3)]
+    assert in_steps(runs, "sends-sources", 0) == [sent] * 3
 
 
 def test_with_sequence_parallelism_a_rank_sends_its_positions_alone(runs):

@@ -123,11 +123,9 @@ def test_killed_and_resumed_equals_uninterrupted(base, data, tmp_path):
         ({"arch": "draft"}, "a draft exit sits at no layer, and 1 is given"),
         ({"layers": "0"}, "exit layer 0 is a draft exit's, and arch is mlp"),
         ({"layers": None, "arch": "draft", "draft_sources": "9"}, "source layer 9 does not exist"),
-        ({"init": "fitted", "pp": 2}, "init fitted cannot be had with pp 2"),
         ({"draft_sources": "1"}, "draft_sources is for a draft exit"),
         ({"layers": None, "arch": "draft", "draft_steps": 0}, "draft_steps is 0"),
         ({"loss": "acceptance", "acceptance_weight": 2}, "acceptance_weight is 2"),
-        ({"loss": "acceptance", "pp": 2}, "loss acceptance cannot be had with pp 2"),
     ],
 )
 def test_what_cannot_be_tuned(changes, message, base, data, tmp_path, capsys):

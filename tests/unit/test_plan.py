@@ -126,7 +126,6 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ("--global-batch-size 0", "global_batch_size is 0: it must be at least 1"),
         ("--seq-length 0", "seq_length is 0: it must be at least 1"),
         ("--micro-batch-size 0", "micro_batch_size is 0: it must be at least 1"),
-        ("--gpus 2 --pp 2 --loss kl", "loss kl cannot be had with pp 2"),
         ("--gpus 2 --tp 2 --backbone-precision fp8", "--backbone-precision fp8 cannot be had"),
         ("--gpus 2 --tp 2 --optimizer adamw-8bit", "--optimizer adamw-8bit cannot be had"),
         ("--gpus 2 --tp 2 --exit-vocab 999", "tp is 2: it must divide the tokens that exits know"),
@@ -191,7 +190,6 @@ def test_plan_says_that_a_gpu_has_no_fp8_units(precision, large, capsys):
     [
         ({"tp": 2}, ["adamw-8bit", "--backbone-precision", "--master-weights"]),
         ({"precision": "fp32"}, ["--master-weights"]),
-        ({"loss": "kl"}, ["--pp"]),
         ({"arch": "embedding"}, ["--head shared"]),
     ],
 )

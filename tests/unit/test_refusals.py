@@ -10,8 +10,6 @@ from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.check import check
 
 REFUSED = [
-    ({"pp": 2, "loss": "kl"}, ["loss kl", "pp 2", "the last stage only"]),
-    ({"pp": 2, "loss": "mixed"}, ["loss mixed", "pp 2", "the last stage only"]),
     (
         {"tp": 2, "backbone_precision": "fp8"},
         ["--backbone-precision fp8", "--tp", "whole matrix"],
@@ -24,7 +22,6 @@ REFUSED = [
         {"tp": 2, "exit_vocab": 9, "loss": "acceptance"},
         ["--exit-vocab", "--loss acceptance", "--tp", "logits of"],
     ),
-    ({"pp": 2, "init": "fitted"}, ["init fitted", "pp 2", "the last stage"]),
     ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
     ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
     ({"dp": 2, "shard": True, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--shard", "blocks"]),

@@ -74,6 +74,18 @@ def test_the_schedule_of_one_stage_is_its_work():
     assert found.idle == pytest.approx(0.0)
 
 
+def test_exits_that_wait_for_the_last_stage_do_not_leave_others_without_work():
+    """Two stages, three micro-batches, by hand: stage 1 does F F E F E E, E from 1 + 1 on."""
+    found = simulate([1.0, 1.0], [2.0, 2.0], 3, steps=1, teacher=True)
+    assert found.seconds == pytest.approx(1 + 3 * 3)  # the second stage waits at the start alone
+    # Its last exit work follows stage 2's last forward, and ends that much later than stage 2's.
+    waits = simulate([1.0, 1.0], [2.0, 2.0], 3, send=0.5, steps=1, teacher=True)
+    assert waits.seconds == pytest.approx(1 + 0.5 + 3 * 3 + 0.5)
+    # The first stage's only micro-batch waits for the second stage's layers.
+    assert simulate([1.0, 4.0], [2.0, 0.0], 1, steps=1, teacher=True).seconds == pytest.approx(7.0)
+    assert simulate([1.0, 4.0], [2.0, 0.0], 1, steps=1).seconds == pytest.approx(5.0)
+
+
 def test_the_first_step_fills_the_pipeline():
     """Two stages, two micro-batches, by hand: stage 2 waits for 1 + 0.5, then 1 + 1 each time."""
     assert simulate([1.0, 1.0], [1.0, 1.0], 2, send=0.5, steps=1).seconds == pytest.approx(5.5)

@@ -67,8 +67,7 @@ def advice(model: Network, config: TuneConfig, available: float, fp8: bool) -> s
         if sum(largest_stage(account_of(model, config), config).values()) / GIB <= available:
             return "it would with " + " ".join(flags)
     tried = f"not even with {' '.join(flags)}: " if flags else ""
-    more = ", or more GPUs with --pp" if config.loss == "ce" else ""
-    return f"{tried}use fewer or shallower exits{more}"
+    return f"{tried}use fewer or shallower exits, or more GPUs with --pp"
 
 
 def check_on_gpu(model: Network, config: TuneConfig) -> None:

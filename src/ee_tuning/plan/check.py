@@ -93,16 +93,6 @@ def check_settings(config: TuneConfig) -> None:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
     if config.exits and config.init != "auto":
         raise UserError(f"init is {config.init}: it is for new exits, not for those in --exits")
-    if config.pp > 1 and config.loss != "ce":
-        raise UserError(
-            f"loss {config.loss} cannot be had with pp {config.pp}: the final exit's logits come "
-            "from the last stage only; use --loss ce or --pp 1"
-        )
-    if config.pp > 1 and config.start == "fitted" and not config.exits:
-        raise UserError(
-            f"init fitted cannot be had with pp {config.pp}: what exits are fitted to is at the "
-            "end of the last stage; use --init copy or --pp 1"
-        )
     check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(
@@ -159,10 +149,10 @@ def check_model(model: Network, config: TuneConfig) -> None:
         raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
-    if model.draft and config.tp * config.pp > 1:
+    if model.draft and config.tp > 1:
         raise UserError(
-            f"a draft exit cannot be tuned with tp {config.tp} and pp {config.pp}: it reads states "
-            "of the whole backbone; use --tp 1 --pp 1, with --dp"
+            f"a draft exit cannot be tuned with tp {config.tp}: it reads states of the whole "
+            "backbone; use --tp 1, with --dp or --pp"
         )
     if model.draft and config.shard_backbone and config.start == "fitted" and not config.exits:
         raise UserError(

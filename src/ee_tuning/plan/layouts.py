@@ -67,8 +67,8 @@ def _is_possible(model: Network, config: TuneConfig) -> bool:
         check_model(model, config)
     except UserError:
         return False
-    enough = config.pp <= model.stage.stop and config.dp <= config.global_batch_size
-    return enough and (config.pp == 1 or config.loss == "ce")
+    layers = model.backbone.num_layers if config.runs_whole else model.stage.stop
+    return config.pp <= layers and config.dp <= config.global_batch_size
 
 
 def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
@@ -81,15 +81,17 @@ def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
     sum_over_tp = 2 * (tp - 1) / tp * hidden / INSIDE
     layer = max(parts.layer / tp, parts.least_layer) + 2 * sum_over_tp
     exit = max(parts.exit / tp, parts.least_exit) + 4 * sum_over_tp
-    counts = [len(account.in_stage(range(k, k + 1))) for k in range(account.deepest)]
-    costs = [layer + exit * count for count in counts]
+    teacher, most = config.loss != "ce", len(account.layers)
+    runs = most if teacher else account.deepest
+    kept = range(most if config.runs_whole else account.deepest)
+    costs = [layer * (k < runs) + exit * len(account.in_stage(range(k, k + 1))) for k in kept]
     stages = cut_stages(costs, config.pp, config.stage_layers)
     numbers = [len(account.in_stage(stage)) for stage in stages]
     work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
     send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0
     together = [goes_side_by_side(account, config, stage) for stage in stages]
-    forward = [len(stage) * layer for stage in stages]
-    found = simulate(forward, work, each, send, together=together)
+    forward = [len(range(stage.start, min(stage.stop, runs))) * layer for stage in stages]
+    found = simulate(forward, work, each, send, together=together, teacher=teacher)
     seconds = found.seconds + _last_sum(account, config)
     gib = max(sum(memory(account, config, stage).values()) for stage in stages) / GIB
     idle = 1 - (1 - found.idle) * found.seconds / seconds

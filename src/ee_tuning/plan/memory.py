@@ -17,7 +17,8 @@ from ee_tuning.tune_config import Precision
 
 def largest_stage(account: Account, config: TuneConfig) -> dict[str, float]:
     """`memory` of the pipeline stage that takes most; one stage without --pp."""
-    stages = cut_stages(account.tuning(), config.pp, config.stage_layers)
+    costs = account.tuning(config.loss != "ce", config.runs_whole)
+    stages = cut_stages(costs, config.pp, config.stage_layers)
     return max((memory(account, config, stage) for stage in stages), key=lambda p: sum(p.values()))
 
 
@@ -32,8 +33,8 @@ def memory(account: Account, config: TuneConfig, stage: range) -> dict[str, floa
 
     Gradients are those of one exit, or of all where the hidden states of a whole batch would take
     more; see `ee_tuning.costs.room`. With a loss that needs the final exit's logits,
-    layers deeper than `stage` are in memory too. With --tp, of one rank's part of all that it
-    splits.
+    layers deeper than the exits are in memory too, and with --pp the micro-batches that enter
+    early. With --tp, of one rank's part of all that it splits.
     """
     tp, wide, weight = config.tp, itemsize(config), _weight(config)
     positions = tp if config.sequence_parallel else 1  # by which hidden states are divided
@@ -42,7 +43,9 @@ def memory(account: Account, config: TuneConfig, stage: range) -> dict[str, floa
     side_by_side = goes_side_by_side(account, config, stage)
     gradients = weight * (max(sizes, default=0.0) if side_by_side else sum(sizes))
     tokens = config.micro_batch_size * config.seq_length
-    waiting = config.global_batch_size * config.seq_length / config.dp if side_by_side else tokens
+    batch = config.global_batch_size * config.seq_length / config.dp
+    early = config.pp if config.loss != "ce" else 1
+    waiting = batch if side_by_side else min(batch, early * tokens)
     widest = max(layer.width for layer in _layers(account, config, stage))
     logits = min(LOGITS, tokens * account.head.width * account.known / tp)
     return {
@@ -92,7 +95,7 @@ def _tuned(exits: list[ExitWork], tp: int) -> list[float]:
 
 
 def _layers(account: Account, config: TuneConfig, stage: range) -> list[Work]:
-    deep = len(account.layers) if config.runs_whole else stage.stop
+    deep = len(account.layers) if config.runs_whole and config.pp == 1 else stage.stop
     return account.layers[stage.start : deep]
 
 

@@ -63,14 +63,15 @@ def seconds_of_parts(account: Account, config: TuneConfig, gpu: Gpu) -> Seconds:
     """`step_seconds`, per layer and exit and micro-batch."""
     taken = step_seconds(account, config, gpu)
     number = math.ceil(config.global_batch_size / config.micro_batch_size)
-    exits, deepest = len(account.exits), account.deepest
+    exits = len(account.exits)
+    runs = len(account.layers) if config.loss != "ce" else account.deepest
     least = [
         least_seconds(exit.below) + least_seconds(exit.head) for exit in account.exits.values()
     ]
     return Seconds(
-        taken["backbone"] / deepest / number,
+        taken["backbone"] / runs / number,
         (taken["exits"] + taken["heads"]) / exits / number,
         taken["optimizer"] / exits,
-        sum(map(least_seconds, account.layers[:deepest])) / deepest,
+        sum(map(least_seconds, account.layers[:runs])) / runs,
         sum(least) / exits,
     )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ee_tuning.exit_config import DRAFT
-from ee_tuning.exits import Head
+from ee_tuning.exits import DraftExit, Head
 from ee_tuning.losses import IGNORED, chunks, cross_entropy
+from ee_tuning.model import Descent
 from ee_tuning.tune.optimizers import working_copies
 from ee_tuning.tune.step import Batch, Tuner
 
@@ -29,27 +30,18 @@ class Drafts:
 
 
 @torch.no_grad()
-def measure_drafts(tuner: Tuner, batches: Iterable[Batch]) -> Drafts:
-    """Of a model with a draft exit, over `batches`, those of all ranks added up."""
+def measure_drafts(tuner: Tuner, batches: Iterable[Batch], steps: int) -> Drafts:
+    """Of a model whose draft exit, perhaps of another stage, has so many `steps`, over `batches`,
+    those of all ranks added up."""
     model, draft = tuner.model, tuner.model.draft
-    assert draft is not None
-    sums = torch.zeros(draft.steps, 4, dtype=torch.float64, device=tuner.device)
+    sums = torch.zeros(steps, 4, dtype=torch.float64, device=tuner.device)
     for batch in batches:
         placed = tuner.place(batch | {"known": model.known_labels(batch["labels"])})
-        with tuner.cast(), working_copies(draft, tuner.autocast):
+        with tuner.cast():
             descent = tuner.transport.enter(model, placed)
-            state = descent.to(DRAFT)
-            final = descent.ahead(model.backbone.num_layers)
-            predictions = tuner.predictions(DRAFT, state)
-            labels = [
-                [one for one, _ in draft.targets(placed[name], state)]
-                for name in ("labels", "known")
-            ]
-            for tokens in chunks(placed["labels"], model.config.vocab_size):
-                taken = model.backbone.final_logits(final[:, tokens]).argmax(-1)
-                for step, features in enumerate(predictions):
-                    asked, known = (one[step][:, tokens] for one in labels)
-                    sums[step] += _one(draft.output, features[:, tokens], taken, asked, known)
+            if draft is not None:
+                with working_copies(draft, tuner.autocast):
+                    sums += _measured(tuner, draft, placed, descent)
     tuner.transport.settle()
     values, _ = tuner.transport.totals(sums.flatten().tolist(), 0)
     rows = torch.tensor(values).view(-1, 4).tolist()
@@ -57,6 +49,23 @@ def measure_drafts(tuner: Tuner, batches: Iterable[Batch]) -> Drafts:
         {step: row[0] / max(1.0, row[1]) for step, row in enumerate(rows, 1)},
         {step: row[2] / max(1.0, row[3]) for step, row in enumerate(rows, 1)},
     )
+
+
+def _measured(tuner: Tuner, draft: DraftExit, placed: Batch, descent: Descent) -> Tensor:
+    """The sums of `_one` by step, of a micro-batch."""
+    model, sums = tuner.model, []
+    state = descent.to(DRAFT)
+    final = descent.ahead(model.backbone.num_layers)
+    predictions = tuner.predictions(DRAFT, state)
+    labels = [
+        [one for one, _ in draft.targets(placed[name], state)] for name in ("labels", "known")
+    ]
+    for tokens in chunks(placed["labels"], model.config.vocab_size):
+        taken = model.backbone.final_logits(final[:, tokens]).argmax(-1)
+        for step, features in enumerate(predictions):
+            asked, known = (one[step][:, tokens] for one in labels)
+            sums.append(_one(draft.output, features[:, tokens], taken, asked, known))
+    return torch.stack(sums).view(-1, len(predictions), 4).sum(0)
 
 
 def _one(head: Head, features: Tensor, taken: Tensor, labels: Tensor, known: Tensor) -> Tensor:

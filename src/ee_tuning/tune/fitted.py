@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ee_tuning.backbone import Segment
 from ee_tuning.exit_config import DRAFT
-from ee_tuning.exits import DraftExit, Exit
+from ee_tuning.exits import Exit
 from ee_tuning.exits.draft import before
 from ee_tuning.losses import IGNORED, next_tokens
-from ee_tuning.model import Network
+from ee_tuning.model import Descent, Network
 from ee_tuning.tune.optimizers import working_copies
 from ee_tuning.tune.step import Batch, Tuner
 
@@ -35,7 +34,7 @@ Rows = tuple[Tensor, Tensor]
 
 def tokens_to_fit(model: Network) -> int:
     """How many tokens of the data are enough for the exits of `model`."""
-    reads = 1 + len(model.draft.sources) if model.draft else 1
+    reads = 1 + len(model.sources)
     return min(TOKENS, TOKENS_PER_VALUE * reads * model.config.hidden_size)
 
 
@@ -43,14 +42,17 @@ def tokens_to_fit(model: Network) -> int:
 def fit(tuner: Tuner, batches: Sequence[Batch], but: str = "") -> None:
     """Fit the exits of a model, in place, to the labelled tokens of `batches`, on the host.
 
-    The exits are as they were copied, and all layers are in memory. Of several data-parallel ranks
-    each brings its share of the batches, and all find the same maps. but: an architecture whose
-    exits stay as they are.
+    The exits are as they were copied, and all layers are in memory, in a pipeline those of this
+    stage. Of several data-parallel ranks each brings its share of the batches, and all find the
+    same maps. but: an architecture whose exits stay as they are.
     """
-    at_layers = [layer for layer in tuner.model.exit_layers if layer != DRAFT]
-    _fit_heads(tuner, [k for k in at_layers if tuner.model.exit(k).spec.arch != but], batches)
-    if tuner.model.draft:
-        _fit_draft(tuner, tuner.model.draft, batches)
+    model = tuner.model
+    specs = model.exit_config.specs(model.backbone.num_layers)
+    fitted = {spec.layer for spec in specs if spec.layer != DRAFT and spec.arch != but}
+    if fitted:  # in whatever stage: all of them run the batches
+        _fit_heads(tuner, [k for k in model.exit_layers if k in fitted], batches)
+    if model.sources:
+        _fit_draft(tuner, batches)
 
 
 class _Squares:
@@ -88,14 +90,14 @@ def _fit_heads(tuner: Tuner, fitted: list[int], batches: Sequence[Batch]) -> Non
     """Fold maps of features into the exits' own heads, or factors into their norms."""
     model, backbone = tuner.model, tuner.model.backbone
     squares = {layer: _Squares() for layer in fitted}
-    for batch in batches if fitted else ():
+    for batch in batches:
         placed, rows = tuner.place(batch), {}
         asked = next_tokens(placed["labels"]) != IGNORED
         with tuner.cast():
-            descent = tuner.transport.enter(model, placed)
-            final = descent.ahead(backbone.num_layers)
-            final = model.chain.part.gather(final) if model.chain.part else final
-            wanted = backbone.norm(final)[asked]
+            descent = tuner.transport.enter(model, placed, ends=True)
+            if not model.exit_layers:
+                continue
+            wanted = backbone.norm(tuner.final(descent))[asked]
             for layer in fitted:
                 exit = model.exit(layer)
                 with working_copies(exit, tuner.autocast):
@@ -132,15 +134,19 @@ def scale_norm(norm: nn.Module, factors: Tensor) -> None:
     weight.copy_((kept + one) * factors - one)
 
 
-def _fit_draft(tuner: Tuner, draft: DraftExit, batches: Sequence[Batch]) -> None:
-    """Fit `first`, then `later`, to the state that enters the last layer."""
-    enters = tuner.model.backbone.num_layers - 1
-    segments = tuner.model.segments([], sources=sorted({*draft.sources, enters} - {0}))
+def _fit_draft(tuner: Tuner, batches: Sequence[Batch]) -> None:
+    """Fit `first`, then `later`, to the state that enters the last layer.
+
+    Of a pipeline, on the stage that has it; the others bring the batches there.
+    """
+    draft = tuner.model.draft
 
     def first(placed: Batch, states: Tensor) -> Tensor:
+        assert draft is not None
         return draft.first_input(placed["input_ids"], states, placed["position_ids"])
 
     def later(placed: Batch, states: Tensor) -> Tensor:
+        assert draft is not None
         ids, positions = placed["input_ids"], placed["position_ids"]
         h = draft.first_step(ids, states, positions, boundaries=placed.get("boundaries"))
         return draft.later_input(ids, before(h, positions), positions)
@@ -150,20 +156,27 @@ def _fit_draft(tuner: Tuner, draft: DraftExit, batches: Sequence[Batch]) -> None
         for batch in batches:
             placed = tuner.place(batch)
             asked = next_tokens(placed["labels"]) != IGNORED
-            with tuner.cast(), working_copies(draft, tuner.autocast):
-                states, wanted = _states(draft, segments, placed, enters)
-                rows = read(placed, states)[asked], wanted[asked]
-            squares.add(*rows)
-        linear: nn.Linear = getattr(draft, name)
-        linear.weight.copy_(squares.map(tuner.transport.total))
+            with tuner.cast():
+                descent = tuner.transport.enter(tuner.model, placed)
+                if draft is None:
+                    continue
+                with working_copies(draft, tuner.autocast):
+                    states, wanted = _states(tuner.model, descent, placed)
+                    squares.add(read(placed, states)[asked], wanted[asked])
+        tuner.transport.settle()
+        if draft is not None:
+            linear: nn.Linear = getattr(draft, name)
+            linear.weight.copy_(squares.map(tuner.transport.total))
 
 
-def _states(draft: DraftExit, segments: list[Segment], placed: Batch, enters: int) -> Rows:
+def _states(model: Network, descent: Descent, placed: Batch) -> Rows:
     """What the first draft is given, (B, T, n·H), and what enters the last layer, (B, T, H)."""
-    hidden, kept = placed["input_ids"], {0: placed["input_ids"]}
-    for segment in segments:
+    enters, start = model.backbone.num_layers - 1, model.stage.start
+    hidden, kept = descent.hidden, {**descent.kept, start: descent.hidden}
+    cuts = sorted(layer for layer in {*model.sources, enters} if layer > start)
+    for segment in model.segments([], sources=cuts):
         given = hidden, placed["position_ids"]
         hidden = segment(*given, boundaries=placed.get("boundaries")).hidden
         kept[segment.stop] = hidden
-    states = torch.cat([kept[layer] for layer in draft.sources], dim=-1)
+    states = torch.cat([kept[layer] for layer in model.sources], dim=-1)
     return before(states, placed["position_ids"]), kept[enters]

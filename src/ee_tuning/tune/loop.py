@@ -23,7 +23,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
 from ee_tuning.errors import Interrupted, UserError
-from ee_tuning.exit_config import exit_name
+from ee_tuning.exit_config import DRAFT, exit_name
 from ee_tuning.files import write_text
 from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim
 from ee_tuning.model import Network
@@ -319,8 +319,8 @@ class Run:
         log.write(step, valid_loss=losses)
         text = "  ".join(f"exit {exit_name(layer)} {loss:.3f}" for layer, loss in losses.items())
         self.display.say(f"held-out loss at step {step}: {text}")
-        if self.model.draft:
-            found = measure_drafts(self.tuner, batches)
+        if DRAFT in self.layers:
+            found = measure_drafts(self.tuner, batches, self.config.draft_steps)
             log.write(step, draft_loss=found.loss, draft_agreement=found.agreement)
             text = "  ".join(f"{share:.1%}" for share in found.agreement.values())
             self.display.say(

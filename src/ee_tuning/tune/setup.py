@@ -90,9 +90,9 @@ def set_up(
     train, valid = load_data(config, model, mesh)
     say(describe(train, config.steps * config.global_batch_size))
     if config.known_tokens or config.picks_vocabulary:
-        reduce_vocabulary(model, train, valid, config, say)
+        reduce_vocabulary(model, train, valid, config, mesh, say)
     prepare(model, config, mesh)
-    pipeline = Pipeline(mesh)
+    pipeline = Pipeline(mesh, bool(model.exit_layers))
     transport: Transport = pipeline if mesh.size > 1 or config.trace else Alone()
     autocast = None if dtype == torch.float32 else dtype
     rest: dict[str, Any] = {"clip": config.clip, "autocast": autocast, "transport": transport}
@@ -250,6 +250,7 @@ def reduce_vocabulary(
     train: Rows,
     valid: Rows,
     config: TuneConfig,
+    mesh: Mesh,
     say: Callable[[str], None],
 ) -> None:
     """Let the exits know only the most frequent tokens of the data, and say what is lost.
@@ -263,7 +264,8 @@ def reduce_vocabulary(
 
     size = model.backbone.config.vocab_size
     counts = count_tokens(batches(train), size)
-    rows = isinstance(model.backbone.head, nn.Linear)
+    # A stage without exits has no head to look at.
+    rows = any(mesh.gather_on_host(isinstance(model.backbone.head, nn.Linear)))
     number = config.known_tokens or (enough(counts) if rows else 0)
     if not number:
         return

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -36,16 +36,24 @@ Wait = Callable[[], None]
 class Transport(Protocol):
     """What the processes of a run do for each other: see `ee_tuning.parallel.pipeline.Pipeline`.
 
-    overlap: so many exits' gradients may be on their way while the next exit is at work.
+    overlap: so many exits' gradients may be on their way while the next exit is at work. ahead: so
+    many micro-batches go down this process's layers before the end of the first comes back.
     """
 
     overlap: int
+    ahead: int
 
     def record(self, what: str) -> AbstractContextManager[None]:
         """Inside, this process does "forward", "exit work" or "waiting"."""
 
-    def enter(self, model: Network, batch: Batch) -> Descent:
-        """A micro-batch on its way down this process's layers."""
+    def enter(self, model: Network, batch: Batch, ends: bool = False) -> Descent:
+        """A micro-batch on its way down this process's layers. ends: see `end`."""
+
+    def end(self, model: Network, descent: Descent) -> Tensor:
+        """The hidden states after the last layer, of a micro-batch that entered with `ends`.
+
+        Micro-batches in the order in which they entered.
+        """
 
     def settle(self) -> None:
         """Wait until all that was sent has left."""
@@ -66,16 +74,20 @@ class Transport(Protocol):
 class Alone:
     """The transport of a single process: nothing is sent, nothing waited for."""
 
-    overlap = 0
+    overlap = ahead = 0
 
     def record(self, what: str) -> AbstractContextManager[None]:
         """Nothing is recorded."""
         return nullcontext()
 
-    def enter(self, model: Network, batch: Batch) -> Descent:
+    def enter(self, model: Network, batch: Batch, ends: bool = False) -> Descent:
         """A micro-batch before the first layer."""
         ids, positions = batch["input_ids"], batch["position_ids"]
         return model.chain.descend(ids, positions, batch.get("boundaries"))
+
+    def end(self, model: Network, descent: Descent) -> Tensor:
+        """The hidden states after the last layer."""
+        return descent.ahead(model.backbone.num_layers)
 
     def settle(self) -> None:
         """Nothing was sent."""
@@ -115,7 +127,7 @@ class _Entered:
 
     labels: Tensor
     descent: Descent
-    teacher: Teacher | None
+    teacher: Teacher | None = None
 
 
 class Tuner:
@@ -161,8 +173,7 @@ class Tuner:
         summing: deque[tuple[int, Wait]] = deque()
         waves = self.waves(batches)
         transport.settle()
-        for wave in waves:
-            entered = [self._enter(batch, self.objective) for batch in wave]
+        for number, entered in enumerate(self._entering(waves), 1):
             for layer in model.exit_layers:
                 exit, scale = model.exit(layer), weights[layer] / tokens
                 with self.cast(), working_copies(exit, self.autocast) as gradients:
@@ -172,7 +183,7 @@ class Tuner:
                         losses[layer] += loss.total / tokens
                         with transport.record("exit work"):
                             gradients.add_pairs(fused=model.chain.compiled)
-                if wave is waves[-1]:
+                if number == len(waves):
                     summing.append((layer, transport.sum_gradients(exit)))
                     self._step_exits(summing, norms, left=transport.overlap)
         self._step_exits(summing, norms, left=0)
@@ -271,18 +282,43 @@ class Tuner:
             batch = batch | {"boundaries": boundaries(batch["position_ids"])}
         return {name: to_device(values, self.device) for name, values in batch.items()}
 
+    def _entering(self, waves: Sequence[Sequence[Batch]]) -> Iterator[list[_Entered]]:
+        """Wave after wave, ready for the exits.
+
+        Of those that wait for what the last stage makes of them, so many enter early that the
+        stages in between have work.
+        """
+        taught = self.objective.needs_teacher and bool(self.model.exit_layers)
+        ahead = self.transport.ahead if taught else 0
+        coming: deque[list[_Entered]] = deque()
+        for number, wave in enumerate(waves, 1):
+            coming.append([self._enter(batch, self.objective) for batch in wave])
+            while len(coming) > (ahead if number < len(waves) else 0):
+                entered = coming.popleft()
+                for one in entered if taught else ():
+                    one.teacher = self._teacher(one.descent)
+                yield entered
+
     def _enter(self, batch: Batch, objective: Objective) -> _Entered:
-        """A micro-batch at the model's door; all the way down, if the final exit is asked first."""
-        model, placed, teacher = self.model, self.place(batch), None
+        """A micro-batch at the model's door."""
+        placed = self.place(batch)
         with self.cast():
-            descent = self.transport.enter(model, placed)
-            if objective.needs_teacher:
-                final = descent.ahead(model.backbone.num_layers)
-                final = model.chain.part.gather(final) if model.chain.part else final
-                head = model.exit(model.exit_layers[0]).output
-                softmax = head.softmax if objective.loss == "acceptance" else None
-                teacher = Teacher(model.backbone.final_logits, final, head.tokens, softmax)
-        return _Entered(placed["labels"], descent, teacher)
+            descent = self.transport.enter(self.model, placed, objective.needs_teacher)
+        return _Entered(placed["labels"], descent)
+
+    def _teacher(self, descent: Descent) -> Teacher:
+        """The final exit, which is asked before the others: all layers run."""
+        model = self.model
+        with self.cast():
+            final = self.final(descent)
+        head = model.exit(model.exit_layers[0]).output
+        softmax = head.softmax if self.objective.loss == "acceptance" else None
+        return Teacher(model.backbone.final_logits, final, head.tokens, softmax)
+
+    def final(self, descent: Descent) -> Tensor:
+        """The whole hidden states (B, T, H) after the last layer: see `Transport.end`."""
+        final, part = self.transport.end(self.model, descent), self.model.chain.part
+        return part.gather(final) if part else final
 
     def _for_exits(self, batch: Batch) -> Batch:
         """A micro-batch with its labels as the exits count them, if their vocabulary is reduced."""
@@ -311,6 +347,8 @@ def tokens_together(model: Network, objective: Objective) -> float:
     if sharded or model.chain.shards:
         return float("inf")
     sizes = [sum(p.nbytes for p in model.exit(k).parameters()) for k in model.exit_layers]
+    if not sizes:
+        return 0.0
     state = model.backbone.config.hidden_size * model.backbone.dtype.itemsize
     parts = model.chain.part.size if model.chain.part else 1
     waits = objective.needs_teacher or model.draft is not None

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ee_tuning.backbone import slice_config
 from ee_tuning.config import TuneConfig
-from ee_tuning.exit_config import ExitConfig, ExitSpec
+from ee_tuning.exit_config import DRAFT, ExitConfig, ExitSpec
 from ee_tuning.losses import Objective
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
@@ -44,7 +44,7 @@ def own_stage(
     if config.balance == "measured":
         costs = mesh.on_main(lambda: measured_costs(shapes, config, device, dtype))
     else:
-        costs = account_of(shapes, config).tuning()
+        costs = account_of(shapes, config).tuning(config.loss != "ce", config.runs_whole)
     stages = cut_stages(costs, config.pp, config.stage_layers)
     text = ", ".join(f"{stage.start + 1}–{stage.stop}" for stage in stages)
     say(f"layers of the stages: {text}")
@@ -54,10 +54,11 @@ def own_stage(
 def measured_costs(
     shapes: Network, config: TuneConfig, device: torch.device, dtype: torch.dtype
 ) -> list[float]:
-    """Seconds of each layer with the exit after it, on a micro-batch, up to the deepest exit.
+    """Seconds of each layer with the exit after it, on a micro-batch: those of `Account.tuning`.
 
     One layer and one exit of every kind are measured, with random weights, and whole: what ranks
-    send each other is left out, and optimizers, as by `ee_tuning.costs`.
+    send each other is left out, and optimizers, as by `ee_tuning.costs`. A draft exit, which needs
+    a whole backbone, is taken to be as fast as the last layer, by their FLOP.
 
     shapes: of the model that `config` tunes; may be on the meta device.
     """
@@ -66,6 +67,10 @@ def measured_costs(
     layers = backbone.layers
     kinds = [(types[k], *(p.shape for p in layer.parameters())) for k, layer in enumerate(layers)]
     specs = {spec.layer: spec for spec in shapes.exit_config.specs(backbone.num_layers)}
+    specs.pop(DRAFT, None)
+    account = account_of(shapes, config)
+    any_exit = specs[max(specs)] if specs else ExitSpec(1, "norm", "shared")
+    runs = len(layers) if config.loss != "ce" else account.reach
 
     @cache
     def measure(layer: int, arch: str, head: str) -> tuple[float, float]:
@@ -73,10 +78,12 @@ def measured_costs(
         return seconds(small, ExitSpec(1, arch, head), config, device, dtype)
 
     costs = []
-    for layer in range(max(specs)):
-        spec = specs.get(layer + 1, specs[max(specs)])
+    for layer in range(len(account.tuning(config.loss != "ce", config.runs_whole))):
+        spec = specs.get(layer + 1, any_exit)
         forward, work = measure(kinds.index(kinds[layer]), spec.arch, spec.head)
-        costs.append(forward + work if layer + 1 in specs else forward)
+        costs.append((forward if layer < runs else 0.0) + (work if layer + 1 in specs else 0.0))
+    if shapes.draft:
+        costs[-1] += forward * account.exits[DRAFT].whole.flop / account.layers[-1].forward
     return costs
 
 
