@@ -2,113 +2,81 @@
 
 python benchmarks/experiments.py                          # the demo's model, all of them
 python benchmarks/experiments.py --only depths            # architecture × depth
-python benchmarks/experiments.py --model demo/smollm2 --data own.jsonl --valid-data held.jsonl \\
-    --steps 1000 --seq-length 512 --batch 16 --lr 1e-3 --out benchmarks/results/experiments-smollm2
+python benchmarks/experiments.py --model demo/smollm2 --own own.jsonl --own-valid held.jsonl \\
+    --data documents.jsonl --valid-data demo/data/validation.jsonl --amounts 1e6 3e6 1e7 \\
+    --steps 500 --seq-length 512 --lr 3e-3 --eps 1e-8 --jobs 3 \\
+    --out benchmarks/results/experiments-smollm2
 
 depths        what an exit is made of, and where it sits: loss, agreement, parameters, speed
-starts        copied, random and fitted exits: held-out loss as steps go by
+starts        copied and random exits: held-out loss as steps go by
 independence  exits that are tuned together are those that are tuned alone, bit for bit
-losses        what an exit is tuned on: loss and agreement
+losses        what an exit is tuned on: loss, agreement, confidence
+data          text that people wrote against text of the model's own, and how much of it
 
-In --out, `results.json` has finished runs by their settings: what is there is not run again, and a
-run that was stopped goes on from its last checkpoint. Tables go to `tables.md`, plots beside them.
+In --out, `results.json` has finished runs by their settings: what is there is not run again. Tables
+go to `tables.md`, plots beside them. What quality costs in speed is `quality.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from tuned import Found, Runs, Settings
 
-from ee_tuning.adapter import count_parameters, stored
-from ee_tuning.config import EvaluateConfig, TuneConfig
-from ee_tuning.data import load_packed
-from ee_tuning.decode import generate
-from ee_tuning.decode.load import load_for_decoding
+from ee_tuning.adapter import stored
+from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, versions
-from ee_tuning.evaluate.exits import measure_exits
-from ee_tuning.evaluate.speed import take_prompts
-from ee_tuning.files import read_json, write_json, write_text
-from ee_tuning.model import Network
+from ee_tuning.files import write_text
 from ee_tuning.share import New, shapes
-from ee_tuning.tune.loop import tune
 
 ARCHS = ("embedding", "norm", "mlp", "layer")
-INITS = ("copy", "random", "fitted")
-LOSSES: dict[str, dict[str, Any]] = {
-    "ce": {"loss": "ce"},
+INITS = ("copy", "random")
+LOSSES: dict[str, Settings] = {
     "kl": {"loss": "kl"},
     "mixed": {"loss": "mixed"},
-    "acceptance": {"loss": "acceptance"},
-    "ce, dynamic weights": {"loss": "ce", "dynamic_weights": True},
+    "acceptance": {"loss": "acceptance", "exit_vocab": 0},
+    "ce, dynamic weights": {"dynamic_weights": True},
 }
+OWN, DOCUMENTS = "own text", "documents"
 
 
-class Runs:
-    """Tuning runs, each done once: what was measured of it, by its settings."""
+@dataclass
+class Plan:
+    """What all experiments ask about.
 
-    def __init__(self, folder: Path, common: TuneConfig, speeds: bool) -> None:
-        """common: what all runs share. speeds: measure these, too."""
-        self.folder, self.common, self.speeds = folder, common, speeds
-        self.path = folder / "results.json"
-        self.found: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
+    layers: six depths. kinds: data by kind. amounts: tokens of each. step: tokens of one.
+    """
 
-    def get(self, name: str, **settings: Any) -> dict[str, Any]:
-        """What was measured of the run with these settings beside the common ones."""
-        config = replace(self.common, **settings)
-        key = hashlib.sha256(repr(config).encode()).hexdigest()[:16]
-        if key not in self.found:
-            print(f"{name} …", flush=True)
-            started, out = time.perf_counter(), self.folder / "runs" / key
-            tune(replace(config, out=str(out), resume=True))
-            self.found[key] = {
-                "name": name, "settings": settings, "seconds": time.perf_counter() - started,
-                **self._measured(out, config),
-            }  # fmt: skip
-            write_json(self.path, self.found)
-        return self.found[key] | {"folder": str(self.folder / "runs" / key)}
+    layers: list[int]
+    kinds: dict[str, list[str]]
+    amounts: list[int]
+    step: int
 
-    def _measured(self, out: Path, config: TuneConfig) -> dict[str, Any]:
-        """Of each exit: losses by step, agreement, parameters and speed with all tokens there."""
-        records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        curve = [(one["step"], one["valid_loss"]) for one in records if "valid_loss" in one]
-        evaluation = EvaluateConfig(
-            exits=str(out), model=config.model, data=config.valid_data, seq_length=config.seq_length
-        )
-        model, tokenizer = load_for_decoding(evaluation)
-        packed = load_packed(config.valid_data, tokenizer, config.seq_length, config.seed, config)
-        rows = measure_exits(model, packed, evaluation, [])["exit_rows"]
-        found = {"curve": curve, "exits": [row for row in rows if not row["final"]]}
-        found["parameters"] = {str(k): n for k, n in count_parameters(out).items()}
-        if self.speeds:
-            prompts = take_prompts(packed, 2, min(16, config.seq_length))
-            found["speed"] = {str(k): speed(model, prompts, k) for k in model.exit_layers}
-            found["full_speed"] = speed(model, prompts, None)
-        return found
+    @property
+    def some(self) -> list[int]:
+        """Every other depth."""
+        return self.layers[1::2]
+
+    @property
+    def middle(self) -> int:
+        """The depth of those who have one exit."""
+        return self.layers[len(self.layers) // 2]
 
 
-def speed(model: Network, prompts: Sequence[Sequence[int]], layer: int | None) -> float:
-    """Tokens per second where all end at an exit, or at full depth: the middle of three rounds."""
-    how: dict[str, Any] = {"mode": "full"}
-    if layer is not None:
-        how = {"mode": "fixed", "exit_layers": [layer], "threshold": 0.0}
-    rounds, new = [], 32
-    for _ in range(4):
-        start = time.perf_counter()
-        for ids in prompts:
-            inputs = torch.tensor([list(ids)], device=model.device)
-            generate(model, inputs, max_new_tokens=new, min_new_tokens=new, **how)
-        rounds.append(len(prompts) * new / (time.perf_counter() - start))
-    return median(rounds[1:])  # the first one may compile
+@dataclass(frozen=True)
+class Experiment:
+    """The runs that it wants, by name, and what it makes of those that there are."""
+
+    wanted: Callable[[Plan], dict[str, Settings]]
+    table: Callable[[dict[str, Found], Plan, Path], str]
+    speeds: bool = False
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -117,79 +85,152 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def depths(runs: Runs, layers: list[int]) -> str:
-    """Architecture × depth. All depths of an architecture are one run: see `independence`."""
-    rows, figure = [], Figure(figsize=(5, 3.3), layout="constrained")
-    axes = figure.add_subplot(xlabel="exit layer", ylabel="held-out loss (nats per token)")
-    for arch in ARCHS:
-        found = runs.get(f"{arch} at {layers}", arch=arch, layers=_names(layers))
-        for one in found["exits"]:
-            layer = str(one["layer"])
-            faster = found["speed"][layer] / found["full_speed"]
-            rows.append(
-                [
-                    f"`{arch}`", layer, f"{one['loss']:.3f}", f"{one['agreement']:.1%}",
-                    f"{found['parameters'].get(layer, 0):,}", f"{faster:.2f}×",
-                ]
-            )  # fmt: skip
-        axes.plot(layers, [one["loss"] for one in found["exits"]], "o-", label=arch)
+def exits_of(found: Found, kind: str = "") -> dict[int, Found]:
+    """The rows of a run's exits by layer, on a kind of held-out text, or the first one."""
+    rows = found["exits"][kind] if kind else next(iter(found["exits"].values()))
+    return {row["layer"]: row for row in rows if not row["final"]}
+
+
+def drawn(
+    path: Path, xlabel: str, ylabel: str, lines: dict[str, tuple[Any, Any]], **scale: Any
+) -> None:
+    """A plot of (x, y) by label, each kind of line with a mark of its own."""
+    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, **scale)
+    for mark, (label, points) in zip("os^Dvx*P", lines.items(), strict=False):
+        axes.plot(*points, marker=mark, label=label)
+    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(runs.folder / "depths.svg")
+    figure.savefig(path)
+
+
+def depths_wanted(plan: Plan) -> dict[str, Settings]:
+    """All depths of an architecture are one run: see `independence`."""
+    return {arch: {"arch": arch, "layers": _names(plan.layers)} for arch in ARCHS}
+
+
+def depths(found: dict[str, Found], plan: Plan, folder: Path) -> str:
+    """Architecture × depth."""
+    rows, lines = [], {}
+    for arch, run in found.items():
+        exits = exits_of(run)
+        for layer, one in exits.items():
+            faster = "–"
+            if "speed" in run:
+                faster = f"{run['speed'][str(layer)] / run['full_speed']:.2f}×"
+            parameters = run["parameters"].get(str(layer), 0)
+            rows.append([f"`{arch}`", layer, *_quality(one), f"{parameters:,}", faster])
+        lines[arch] = plan.layers, [one["loss"] for one in exits.values()]
+    drawn(folder / "depths.svg", "exit layer", "held-out loss (nats per token)", lines)
     names = ("exit", "layer", "loss", "agrees with full depth", "parameters", "speed, all there")
     return table(names, rows)
 
 
-def starts(runs: Runs, layers: list[int]) -> str:
+def starts_wanted(plan: Plan) -> dict[str, Settings]:
+    """Copies are those of `depths`."""
+    return {
+        f"`{arch}`, {init}": {"arch": arch, "layers": _names(plan.layers)}
+        | ({"init": init} if init != "copy" else {})
+        for arch in ("mlp", "layer")
+        for init in INITS
+    }
+
+
+def starts(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     """Held-out losses as steps go by, of exits that begin in one way or another."""
-    rows, figure = [], Figure(figsize=(5, 3.3), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="held-out loss (nats per token)")
-    middle, steps = layers[len(layers) // 2], list[int]()
-    for arch in ("mlp", "layer"):
-        for init in INITS:
-            settings: dict[str, Any] = {"arch": arch, "init": init, "layers": str(middle)}
-            curve = runs.get(f"{arch}, {init}", **settings)["curve"]
-            steps = [step for step, _ in curve]
-            losses = [loss[str(middle)] for _, loss in curve]
-            rows.append([f"`{arch}`", init, *(f"{loss:.3f}" for loss in losses)])
-            axes.plot(steps, losses, "o-", label=f"{arch}, {init}")
-    axes.legend(frameon=False)
-    figure.savefig(runs.folder / "starts.svg")
-    return table((f"exit at {middle}", "start", *(f"step {step}" for step in steps)), rows)
+    middle = str(plan.middle)
+    curves = {name: [(n, loss[middle]) for n, loss in run["curve"]] for name, run in found.items()}
+    rows = [[name, *(f"{loss:.3f}" for _, loss in curve)] for name, curve in curves.items()]
+    lines = {
+        name.replace("`", ""): tuple(zip(*curve, strict=True)) for name, curve in curves.items()
+    }
+    drawn(folder / "starts.svg", "step", "held-out loss (nats per token)", lines, yscale="log")
+    steps = [step for step, _ in next(iter(curves.values()))]
+    return table((f"exit at {middle}, start", *(f"step {step}" for step in steps)), rows)
 
 
-def independence(runs: Runs, layers: list[int]) -> str:
+def independence_wanted(plan: Plan) -> dict[str, Settings]:
+    """One of all depths, and some alone."""
+    layers = {_names(plan.layers): plan.layers} | {str(layer): [layer] for layer in plan.some}
+    return {name: {"arch": "layer", "layers": _names(own)} for name, own in layers.items()}
+
+
+def independence(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     """Whether exits that are tuned together have the weights of those that are tuned alone."""
-    together = runs.get(f"layer at {layers}", arch="layer", layers=_names(layers))
-    every, rows = stored(Path(together["folder"])), []
-    for layer in layers[1::2]:
-        run = runs.get(f"layer at {layer}", arch="layer", layers=str(layer))
-        alone = stored(Path(run["folder"]))
+    every, rows = stored(Path(found[_names(plan.layers)]["folder"])), []
+    for layer in plan.some:
+        if str(layer) not in found:
+            continue
+        alone = stored(Path(found[str(layer)]["folder"]))
         same = all(torch.equal(every[name], tensor) for name, tensor in alone.items())
         most = max(float((every[k].double() - v.double()).abs().max()) for k, v in alone.items())
         rows.append([layer, len(alone), "yes" if same else "no", f"{most:g}"])
     return table(("exit layer", "tensors", "equal bit for bit", "largest difference"), rows)
 
 
-def losses(runs: Runs, layers: list[int]) -> str:
-    """What an `mlp` exit in the middle is tuned on."""
-    rows, middle = [], layers[len(layers) // 2]
-    for name, settings in LOSSES.items():
-        (one,) = runs.get(f"mlp, {name}", arch="mlp", layers=str(middle), **settings)["exits"]
-        rows.append(
-            [name, f"{one['loss']:.3f}", f"{one['agreement']:.1%}", f"{one['confidence']:.3f}"]
-        )
-    return table(
-        (f"tuned on, exit at {middle}", "loss", "agrees with full depth", "mean confidence"), rows
-    )
+def losses_wanted(plan: Plan) -> dict[str, Settings]:
+    """Plain cross-entropy is the run of `depths`."""
+    every = {"ce": {"arch": "mlp", "layers": _names(plan.layers)}}
+    some = {"arch": "mlp", "layers": _names(plan.some)}
+    return every | {name: some | settings for name, settings in LOSSES.items()}
 
 
-EXPERIMENTS: dict[str, Callable[[Runs, list[int]], str]] = {
-    "depths": depths, "starts": starts, "independence": independence, "losses": losses,
-}  # fmt: skip
+def losses(found: dict[str, Found], plan: Plan, folder: Path) -> str:
+    """What `mlp` exits are tuned on."""
+    rows = []
+    for layer in plan.some:
+        for name, run in found.items():
+            one = exits_of(run)[layer]
+            rows.append([layer, name, *_quality(one), f"{one['confidence']:.3f}"])
+    names = ("`mlp` exit", "tuned on", "loss", "agrees with full depth", "mean confidence")
+    return table(names, rows)
+
+
+def data_wanted(plan: Plan) -> dict[str, Settings]:
+    """The fewest tokens first."""
+    common = {"arch": "layer", "layers": str(plan.middle), "loss": "kl", "head": "shared"}
+    return {
+        f"{kind}, {tokens:,}": {**common, "data": files, "steps": max(1, tokens // plan.step)}
+        for tokens in plan.amounts
+        for kind, files in plan.kinds.items()
+    }
+
+
+def data(found: dict[str, Found], plan: Plan, folder: Path) -> str:
+    """How much of which text a `layer` exit is tuned on."""
+    rows, lines = [], {}
+    tested = list(next(iter(found.values()))["exits"])
+    for kind in plan.kinds:
+        own = {name: run for name, run in found.items() if name.startswith(f"{kind}, ")}
+        for run in own.values():
+            cells = [cell for on in tested for cell in _quality(exits_of(run, on)[plan.middle])]
+            rows.append([kind, f"{run['tokens']:,}", *cells])
+        for on in tested:
+            agreed = [exits_of(run, on)[plan.middle]["agreement"] for run in own.values()]
+            lines[f"tuned on {kind}, seen on {on}"] = (
+                [run["tokens"] for run in own.values()],
+                agreed,
+            )
+    drawn(folder / "data.svg", "tokens", "agrees with full depth", lines, xscale="log")
+    columns = [name for on in tested for name in (f"loss on {on}", f"agrees on {on}")]
+    return table((f"exit at {plan.middle} tuned on", "tokens", *columns), rows)
+
+
+EXPERIMENTS = {
+    "depths": Experiment(depths_wanted, depths, speeds=True),
+    "losses": Experiment(losses_wanted, losses),
+    "data": Experiment(data_wanted, data),
+    "starts": Experiment(starts_wanted, starts),
+    "independence": Experiment(independence_wanted, independence),
+}
 
 
 def _names(layers: list[int]) -> str:
     return ",".join(map(str, layers))
+
+
+def _quality(exit_row: Found) -> list[str]:
+    return [f"{exit_row['loss']:.3f}", f"{exit_row['agreement']:.1%}"]
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -201,36 +242,66 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo/model")
     parser.add_argument("--data", nargs="*", default=["demo/data/train.jsonl"])
     parser.add_argument("--valid-data", nargs="*", default=["demo/data/validation.jsonl"])
+    parser.add_argument(
+        "--own", nargs="*", default=[], help="what the model wrote: all but `data` are tuned on it"
+    )
+    parser.add_argument("--own-valid", nargs="*", default=[])
     parser.add_argument("--layers", default="", help="default: at six depths")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--eps", type=float, default=1e-5, help="AdamW's")
+    parser.add_argument("--amounts", type=float, nargs="*", default=[5e4, 2e5], help="tokens")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=1e6, help="no run begins after these")
     parser.add_argument("--no-speeds", action="store_true", help="leave speeds out")
     parser.add_argument("--out", default="benchmarks/results/experiments-demo")
     return parser
 
 
-def main() -> None:
-    """Run what is not there yet, and write the tables of all that is asked for."""
-    args = arguments().parse_args()
+def made(args: argparse.Namespace) -> tuple[Runs, Plan]:
+    """What the flags say."""
+    main = (args.own, args.own_valid) if args.own else (args.data, args.valid_data)
     common = TuneConfig(
-        model=args.model, data=args.data, valid_data=args.valid_data, steps=args.steps,
+        model=args.model, data=main[0], valid_data=main[1], steps=args.steps,
         seq_length=args.seq_length, micro_batch_size=args.batch, global_batch_size=args.batch,
-        lr=args.lr, min_lr=args.lr / 10, warmup=0.05, init="copy", eval_batches=8,
-        eval_every=max(1, args.steps // 5), save_every=max(1, args.steps // 2), keep=1,
+        lr=args.lr, min_lr=args.lr / 10, warmup=0.05, eps=args.eps, init="copy", eval_batches=8,
+        eval_every=max(1, args.steps // 5), save_every=0, keep=1,
     )  # fmt: skip
     depth = shapes(New(args.model, replace(common, layers="1").exit_config())).backbone.num_layers
     every = sorted({max(1, round(depth * part / 7)) for part in range(1, 7)})
     layers = [int(one) for one in args.layers.split(",")] if args.layers else every
-    runs = Runs(Path(args.out), common, not args.no_speeds)
-    runs.folder.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in asdict(common).items() if k in ("steps", "seq_length", "lr")}
+    held_out = {DOCUMENTS: args.valid_data}
+    kinds = {DOCUMENTS: args.data}
+    if args.own:
+        held_out, kinds = {OWN: args.own_valid} | held_out, {OWN: args.own} | kinds
+    end = time.monotonic() + 60 * args.minutes
+    runs = Runs(Path(args.out), common, held_out, args.jobs, end)
+    return runs, Plan(layers, kinds, [*map(int, args.amounts)], args.batch * args.seq_length)
+
+
+def main() -> None:
+    """Run what is not there yet, and write the tables of all that is asked for."""
+    args = arguments().parse_args()
+    runs, plan = made(args)
+    asked = {name: EXPERIMENTS[name].wanted(plan) for name in args.only}
+    runs.run({f"{name}: {own}": s for name, runs_of in asked.items() for own, s in runs_of.items()})
+    tables = []
+    for name, wanted in asked.items():
+        experiment = EXPERIMENTS[name]
+        if experiment.speeds and not args.no_speeds:
+            runs.measure_speeds(wanted)
+        there = {own: run for own, settings in wanted.items() if (run := runs.get(settings))}
+        if there:
+            tables.append(f"## {name}\n\n{experiment.table(there, plan, runs.folder)}\n")
+    settings = {k: v for k, v in asdict(runs.common).items() if k in SHOWN}
     about = f"{args.model}; {hardware(pick_device('auto'))}; {versions()}; {settings}"
-    tables = [f"## {name}\n\n{EXPERIMENTS[name](runs, layers)}\n" for name in args.only]
     write_text(runs.folder / "tables.md", "\n".join([*tables, about]) + "\n")
     print("\n".join(tables))
 
+
+SHOWN = ("steps", "seq_length", "global_batch_size", "lr", "eps")
 
 if __name__ == "__main__":
     main()

@@ -112,9 +112,11 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--eps", type=float, default=1e-5, help="AdamW's")
     parser.add_argument("--loss", default="kl")
-    parser.add_argument("--data", default=str(ROOT / "demo" / "data" / "train.jsonl"))
-    parser.add_argument("--valid-data", default=str(ROOT / "demo" / "data" / "validation.jsonl"))
+    demo = ROOT / "demo" / "data"
+    parser.add_argument("--data", nargs="+", default=[str(demo / "train.jsonl")])
+    parser.add_argument("--valid-data", nargs="+", default=[str(demo / "validation.jsonl")])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result: dict[str, Any] = {
@@ -127,9 +129,9 @@ def main() -> None:
         for name, (init, following) in STARTS.items():
             config = TuneConfig(
                 model=args.model, layers="" if arch == "draft" else args.layers, arch=arch,
-                head=args.head, init=init, loss=args.loss, data=[args.data],
-                valid_data=[args.valid_data], steps=args.steps, seq_length=args.seq_length,
-                micro_batch_size=args.batch, global_batch_size=args.batch, lr=args.lr,
+                head=args.head, init=init, loss=args.loss, data=args.data,
+                valid_data=args.valid_data, steps=args.steps, seq_length=args.seq_length,
+                micro_batch_size=args.batch, global_batch_size=args.batch, lr=args.lr, eps=args.eps,
                 min_lr=args.lr / 10, warmup=0.1, eval_batches=8, compile="off", exit_vocab=0,
             )  # fmt: skip
             if following and (arch != "layer" or not config.runs_whole):
@@ -137,7 +139,7 @@ def main() -> None:
             result["runs"][arch][name] = tune_from(init, following, config)
             print(f"{arch}, {name}: {result['runs'][arch][name]}", flush=True)
         settings = asdict(config)
-        kept = ("model", "layers", "head", "loss", "steps", "seq_length", "global_batch_size", "lr")
+        kept = ("model", "head", "loss", "steps", "seq_length", "global_batch_size", "lr", "eps")
         result["settings"] = {key: settings[key] for key in kept} | {"layers": args.layers}
         if args.out:
             write_json(args.out, result)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import experiments
 import pytest
+import tuned
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +32,36 @@ def test_exits_tuned_together_are_those_tuned_alone(flags, monkeypatch):
 
 def test_what_is_there_is_not_run_again(flags, monkeypatch):
     run(monkeypatch, flags, "--only", "independence", "--no-speeds")
-    monkeypatch.setattr(experiments, "tune", lambda config: pytest.fail("it was there"))
+    monkeypatch.setattr(tuned, "tune", lambda config: pytest.fail("it was there"))
     assert "## independence" in run(monkeypatch, flags, "--only", "independence", "--no-speeds")
     saved = json.loads((Path(flags[-1]) / "results.json").read_text())
     assert len(saved) == 2
 
 
+def test_no_run_begins_when_time_is_up(flags, monkeypatch, tmp_path):
+    late = [*flags[:-1], str(tmp_path / "late")]
+    monkeypatch.setattr(tuned, "tune", lambda config: pytest.fail("it is too late"))
+    assert "## " not in run(monkeypatch, late, "--only", "losses", "--minutes", "0")
+
+
+def test_each_amount_of_each_kind_is_seen_on_each_kind(flags, monkeypatch, data):
+    own = ["--own", data, "--own-valid", data, "--amounts", "64", "192"]
+    tables = run(monkeypatch, flags, "--only", "data", "--no-speeds", *own)
+    rows = [
+        line.split(" | ") for line in tables.splitlines() if line.startswith(("| own", "| doc"))
+    ]
+    assert [row[:2] for row in rows] == [
+        [f"| {kind}", tokens] for kind in ("own text", "documents") for tokens in ("64", "192")
+    ]
+    assert all(len(row) == 6 for row in rows)
+
+
 @pytest.mark.slow
 def test_losses_and_depths(flags, monkeypatch):
-    monkeypatch.setattr(experiments, "ARCHS", ("norm", "embedding"))
-    monkeypatch.setattr(experiments, "LOSSES", {"ce": {"loss": "ce"}, "kl": {"loss": "kl"}})
+    monkeypatch.setattr(experiments, "ARCHS", ("norm", "mlp"))
+    monkeypatch.setattr(experiments, "LOSSES", {"kl": {"loss": "kl"}})
     tables = run(monkeypatch, flags, "--only", "depths", "losses")
     assert tables.count("| `norm` |") == 3
-    assert "| kl |" in tables
+    assert tables.count("×") == 6  # speeds
+    assert "| 2 | kl |" in tables
     assert (Path(flags[-1]) / "depths.svg").exists()
