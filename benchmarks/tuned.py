@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -138,6 +139,7 @@ def measured(config: TuneConfig, held_out: dict[str, list[str]], end: float) -> 
     for name, files in held_out.items():
         packed = load_packed(files, tokenizer, config.seq_length, config.seed, config)
         exits[name] = measure_exits(model, packed, evaluation, [])["exit_rows"]
+    shutil.rmtree(out / "checkpoints")  # several times as large as the exits
     return {
         "seconds": took,
         "tokens": config.steps * config.global_batch_size * config.seq_length,
