@@ -26,6 +26,7 @@ from ee_tuning.lm_eval import __main__ as command
 from ee_tuning.lm_eval.documents import choices, mark, passes, problems, puzzles, texts
 from ee_tuning.lm_eval.model import EarlyExitLM
 from ee_tuning.lm_eval.scoring import score
+from ee_tuning.serve import scoring
 
 PROMPTS = ["def function_1(value):", "    total = 7\n", "print(", "for item in value:\n    x"]
 
@@ -174,6 +175,25 @@ def test_tokens_of_a_given_text_leave_where_decoding_lets_them(exits, settings):
     assert not found.greedy
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "threshold", "threshold": 0.0052, "max_pending": 2},
+        {"mode": "speculative", "threshold": 0.0052},
+        {"mode": "fixed", "exit_layers": "2"},
+    ],
+    ids=["threshold", "speculative", "fixed"],
+)
+def test_the_server_says_the_same_of_a_text(exits, settings, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK", 7)
+    ours = EarlyExitLM(exits=exits, scoring="decode", **settings)
+    ids = ours.tok_encode(TEXT * 2)[:40]
+    [found] = score(ours.network, ours.policy, [(ids, len(ids) - 1)])
+    told = scoring.score(ours.network, ids, ours.policy, top=1)
+    assert [one.token for one in told] == ids[1:]
+    assert sum(one.logprob for one in told) == pytest.approx(found.log_likelihood, abs=1e-4)
+
+
 def test_a_text_does_not_depend_on_those_beside_it(exits):
     ours = EarlyExitLM(exits=exits, scoring="decode", mode="threshold", threshold=0.0052)
     both = [(ours.tok_encode(text), 5) for text in (TEXT[:40], TEXT)]
@@ -210,7 +230,7 @@ def test_every_task_runs_without_a_hub(exits, tmp_path):
     held_out = tmp_path / "held_out.txt"
     held_out.write_text(TEXT)
     tasks = sorted(path.stem for path in command.TASKS.glob("*.yaml"))
-    assert len(tasks) == 10
+    assert len(tasks) == 11
     ours = EarlyExitLM(exits=exits, mode="threshold", threshold=0.0052, scoring="decode")
     found = results(
         ours,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.given import Given, exits_before_end, predictions
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.wanted import Prediction, Predictions
-from ee_tuning.losses import confidence
+from ee_tuning.decode.wanted import Predictions
 from ee_tuning.model import Network
 
 
@@ -33,17 +33,14 @@ class _Place:
     token's log-probability, and the likeliest token with how sure that is."""
 
     given: list[list[float]]
-    said: list[list[Prediction]]
+    said: Predictions
 
 
 @torch.inference_mode()
 def score(model: Network, policy: Policy, texts: Sequence[tuple[list[int], int]]) -> list[Scored]:
     """Score texts of at least two tokens, each with how many of its last ones count.
 
-    One pass over the whole text stands for decoding token by token: what left early is computed
-    later, and exactly, so no token sees where those before it left. As in decoding, the first token
-    that counts goes to the end, so does the one after `Policy.max_pending` that left in a row, and
-    drafts are verified, so that the end alone speaks.
+    The tokens that count leave as `Given` says, the first of them at the end.
     """
     longest = max(len(ids) for ids, _ in texts)
     rows = [ids + [ids[-1]] * (longest - len(ids)) for ids, _ in texts]  # nobody looks ahead
@@ -55,7 +52,7 @@ def _places(model: Network, policy: Policy, ids: Tensor) -> dict[int, _Place]:
     """By layer, what is said there of ids (B, T + 1)."""
     descent = model.chain.descend(ids[:, :-1])
     found = {}
-    for layer in [] if policy.verifies else policy.thresholds:
+    for layer in exits_before_end(policy):
         logits = model.exit(layer)(descent.to(layer))
         found[layer] = _place(logits, ids[:, 1:], policy.measure)
     if policy.final:
@@ -69,27 +66,19 @@ def _places(model: Network, policy: Policy, ids: Tensor) -> dict[int, _Place]:
 def _place(logits: Tensor, targets: Tensor, measure: str) -> _Place:
     logits = logits.float()
     given = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-    tokens, sure = logits.argmax(-1).tolist(), confidence(logits, measure).tolist()
-    all = Predictions(logits, tokens, sure, [])
-    said = [[all.at(row, at) for at in range(len(tokens[row]))] for row in range(len(tokens))]
-    return _Place(given.tolist(), said)
+    return _Place(given.tolist(), predictions(logits, measure))
 
 
 def _follow(
     policy: Policy, places: dict[int, _Place], row: int, ids: list[int], count: int
 ) -> Scored:
     """Where the last `count` tokens of a text leave, and what is said of them there."""
-    policy, pending = policy.start(), policy.max_pending  # nothing leaves behind a prompt
+    given, exits = Given(policy), exits_before_end(policy)
     layers, total, greedy = [], 0.0, True
     for at in range(len(ids) - count, len(ids)):
-        said = {layer: place.said[row][at - 1] for layer, place in places.items()}
-        layer = policy.end
-        if pending < policy.max_pending:
-            exits = (k for k in said if k != policy.end)
-            leaving = (k for k in exits if policy.leaves(k, said[k], ids[:at]))
-            layer = next(leaving, policy.end)
-        pending = 0 if layer == policy.end else pending + 1
+        said = {layer: places[layer].said.at(row, at - 1) for layer in exits}
+        layer = given.layer(said, ids[:at])
         total += places[layer].given[row][at - 1]
-        greedy = greedy and said[layer].token == ids[at]
+        greedy = greedy and places[layer].said.at(row, at - 1).token == ids[at]
         layers.append(layer)
     return Scored(total, greedy, layers)

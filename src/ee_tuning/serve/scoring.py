@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode import Policy
+from ee_tuning.decode.given import Given, exits_before_end, predictions
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
@@ -22,26 +23,18 @@ CHUNK = 128  # positions whose logits are there at a time
 
 @torch.inference_mode()
 def score(model: Network, ids: Sequence[int], policy: Policy, top: int) -> list[Likely]:
-    """How likely the tokens of a text are, from the second on, where they would have left.
-
-    That is the exit at which every token ends; or else the first that is sure enough, or the end.
-    A draft counts for nothing: what verifies it does.
-    """
-    exits = {} if policy.verifies else dict(policy.thresholds)
-    if not policy.final:
-        exits[policy.end] = 0.0
-    found: list[Likely] = []
-    for start, said in _said(model, ids[:-1], 0, list(exits), policy.final):
-        logits, settled = None, None
-        for layer in said:
-            own = said[layer]
-            sure = confidence(own, policy.measure) >= exits.get(layer, 0.0)
-            if logits is None or settled is None:
-                logits, settled = own.clone(), sure
-            else:
-                logits[~settled] = own[~settled]
-                settled = settled | sure
-        assert logits is not None
+    """How likely the tokens of a text are, from the second on, where they would have left: see
+    `ee_tuning.decode.given`."""
+    exits, given, found = exits_before_end(policy), Given(policy), list[Likely]()
+    asked = exits if policy.final else [*exits, policy.end]
+    for start, said in _said(model, ids[:-1], 0, asked, policy.final):
+        logits = said[policy.end]
+        heard = {layer: predictions(said[layer][None], policy.measure) for layer in exits}
+        for place in range(len(logits)):
+            at = {layer: heard[layer].at(0, place) for layer in exits}
+            layer = given.layer(at, ids[: start + place + 1])
+            if layer != policy.end:
+                logits[place] = said[layer][place]
         tokens = ids[start + 1 : start + 1 + len(logits)]
         found += likely(logits.log_softmax(-1), tokens, top)
     return found
