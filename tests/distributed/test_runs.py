@@ -8,6 +8,7 @@ import torch
 
 from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.losses import count_labels
+from ee_tuning.tune.optimizers import cuts_no_block
 
 ODD = {"layers": "2,5", "arch": "mlp,layer", "head": "own"}
 VARIANTS = {
@@ -36,6 +37,9 @@ VARIANTS = {
     "draft-alone-pp": (2, {"pp": 2}, {"layers": "", "arch": "draft", "head": "shared",
         "draft_steps": 2}),
 }  # fmt: skip
+# The head's state, of 256 × 32 values, is in blocks; the rest is too small for that.
+EIGHT_BIT = {"optimizer": "adamw-8bit", "exit_vocab": 256, "layers": "3", "arch": "norm",
+    "head": "own", "clip": 0.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,8 @@ def runs(new_runs):
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
     runs.add("whole", 1, steps=4)
+    for name, shard in (("8bit", False), ("8bit-shard", True)):
+        runs.add(name, 2, dp=2, shard=shard, **EIGHT_BIT)
     runs.start()
     return runs
 
@@ -61,6 +67,8 @@ def runs(new_runs):
 @pytest.fixture(scope="module")
 def going_on(runs):
     """The same after others have gone on from what those left."""
+    cut_off_before_the_last_step(runs.root / "8bit-shard", runs.root / "8bit-whole", 3)
+    runs.add("8bit-whole", 2, dp=2, shard=False, resume=True, **EIGHT_BIT)
     for name in ("a", "b", "damaged"):
         cut_off_before_the_last_step(runs.root / "part", runs.root / name)
     (runs.root / "damaged/checkpoints/step-000003/exit-5.safetensors").unlink()
@@ -82,10 +90,10 @@ def write_completions(path):
     return str(path)
 
 
-def cut_off_before_the_last_step(run, copy):
-    """A copy of a run of 4 steps as if it had been cut off after 3."""
+def cut_off_before_the_last_step(run, copy, steps=4):
+    """A copy of a run of so many steps as if it had been cut off before the last."""
     shutil.copytree(run, copy)
-    shutil.rmtree(copy / "checkpoints/step-000004")
+    shutil.rmtree(copy / f"checkpoints/step-{steps:06d}")
 
 
 def close(runs, one, many, tolerance):
@@ -113,6 +121,30 @@ def test_settings_and_shapes_of_pipelines(runs, name):
 def test_a_run_goes_on_under_another_layout(going_on, name):
     close(going_on, "whole", name, 1e-5)
     assert [r["step"] for r in going_on.records(name) if "loss" in r] == [1, 2, 3, 4]
+
+
+def test_8_bit_state_is_sharded_along_its_blocks(going_on):
+    """Bit for bit what ranks find that each have all of it, also where it goes on so: a sum of two
+    ranks' gradients is the same either way. (A norm to clip by would be another sum.)"""
+    path = "checkpoints/step-000003/optimizer-3.safetensors"
+    for at in (path, "exits.safetensors"):
+        whole, *others = (
+            going_on.tensors(name, at) for name in ("8bit", "8bit-shard", "8bit-whole")
+        )
+        for other in others:
+            assert whole.keys() == other.keys()
+            assert all(torch.equal(whole[name], other[name]) for name in whole)
+    assert {"head.weight:exp_avg:codes", "head.weight:exp_avg:scale"} <= going_on.tensors(
+        "8bit-shard", path
+    ).keys()
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 3 * 4096, 1000, 8192 + 128])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_state_is_cut_where_its_parts_have_the_blocks_of_the_whole(size, parts):
+    """As torchao decides, which quantises what has 4096 values or more, in blocks of 256."""
+    in_blocks = [n >= 4096 and n % 256 == 0 for n in (size, size // parts)]
+    assert cuts_no_block(torch.empty(size), parts) == (in_blocks[0] == in_blocks[1])
 
 
 @pytest.mark.parametrize("name", ["whole-on", "vocabulary-on"])

@@ -24,7 +24,6 @@ REFUSED = [
     ),
     ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
     ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
-    ({"dp": 2, "shard": True, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--shard", "blocks"]),
     ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),
     ({"shard_backbone": True}, ["--shard-backbone", "--dp 1", "no other rank"]),
     (

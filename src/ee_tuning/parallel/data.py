@@ -57,14 +57,20 @@ class ShardedParameter(SplitParameter):
     whole_grad: Tensor | None = None
 
 
-def shard_exits(model: Network, mesh: Mesh) -> None:
-    """Keep this rank's part of each trainable parameter, in place, where the ranks divide it."""
+def shard_exits(
+    model: Network, mesh: Mesh, fits: Callable[[Tensor, int], bool] = lambda p, parts: True
+) -> None:
+    """Keep this rank's part of each trainable parameter, in place, where the ranks divide it.
+
+    fits: whether the optimizer can work on so many parts of a parameter.
+    """
     if mesh.dp == 1:
         return
     for exit in (model.exit(layer) for layer in model.exit_layers):
         for module in exit.modules():
             for name, p in module._parameters.items():
-                if p is not None and p.requires_grad and len(p) % mesh.dp == 0:
+                divides = p is not None and p.requires_grad and len(p) % mesh.dp == 0
+                if p is not None and divides and fits(p, mesh.dp):
                     part = split_parameter(p, 0, mesh.axis("dp"), ShardedParameter)
                     module._parameters[name] = part
 

@@ -204,7 +204,6 @@ def check_parallel(config: TuneConfig) -> None:
         (tp, ("--compile on", config.compile == "on"), "sums between ranks do not compile"),
         (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
         (tp, shard, "a matrix would be cut twice"),
-        (shard, eight_bit, blocks),
         (frozen, kept, "matrices are gathered in the dtype of the checkpoint"),
         (alone, shard, "there is no other rank to share with"),
         (alone, frozen, "there is no other rank to share with"),

@@ -151,9 +151,14 @@ def exit_tensors(
         weights[name] = whole(p, p.detach())
         for key, state in optimizers[layer].state[p].items():
             for inner, value in _plain_tensors(state):
-                full = whole(p, value) if value.shape == p.shape else value
+                full = whole(p, value) if _is_split(p, value, inner) else value
                 states[":".join((name, key, *inner))] = full.contiguous()
     return weights, states
+
+
+def _is_split(p: torch.Tensor, value: torch.Tensor, inner: tuple[str, ...]) -> bool:
+    """Whether a tensor of the state of `p` is split as `p` is: also the scales of its blocks."""
+    return value.shape == p.shape or inner == ("scale",)
 
 
 def _common_tensors(model: Network) -> dict[str, torch.Tensor]:
@@ -191,7 +196,8 @@ def _restore_optimizer(
         p = parameters[name]
         state: dict[str, Any] = optimizer.state[p]
         if inner:
-            getattr(state[key], inner[0]).copy_(value)
+            own = getattr(state[key], inner[0])
+            own.copy_(part(p, value) if _is_split(p, own, (inner[0],)) else value)
         elif key == "step":  # on the host, but for fused kernels
             state[key] = value.to(p.device) if optimizer.defaults.get("fused") else value
         else:

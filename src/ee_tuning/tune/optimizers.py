@@ -21,6 +21,8 @@ from ee_tuning.parallel.data import ShardedParameter
 from ee_tuning.slices import whole
 from ee_tuning.tune_config import Schedule
 
+# Of torchao's 8-bit state: values that share a scale, and of how many values one has it at least.
+BLOCK, QUANTISED = 256, 4096
 WAITING = 2**29  # bytes of a gradient that may wait for a second one
 
 # One per exit layer: an exit is stepped as soon as its gradients are complete.
@@ -59,7 +61,8 @@ def _adamw_8bit(seed: int, layer: int) -> Any:
 
     The random bits with which it rounds bf16 weights are a function of (seed, layer, step): a run
     that goes on from a checkpoint rounds as if it had not stopped, and exits tuned together as if
-    each were alone.
+    each were alone. Of sharded weights all ranks round their parts with the same bits, so that
+    those that each of them has whole stay the same.
     """
     from torchao.optim import AdamW8bit
 
@@ -74,6 +77,15 @@ def _adamw_8bit(seed: int, layer: int) -> Any:
                 return super().step(closure)
 
     return Seeded
+
+
+def cuts_no_block(p: Tensor, parts: int) -> bool:
+    """Whether the 8-bit state of so many parts of `p`, cut along its first dim, is that of `p`."""
+
+    def has_blocks(size: int) -> bool:
+        return size >= QUANTISED and size % BLOCK == 0
+
+    return not has_blocks(p.numel()) or has_blocks(p.numel() // parts)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

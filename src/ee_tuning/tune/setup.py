@@ -39,7 +39,7 @@ from ee_tuning.parallel.tensor import split_model
 from ee_tuning.quantise.fp8 import tune_in_fp8
 from ee_tuning.quantise.packages import compiles
 from ee_tuning.share import Share, load, source_of
-from ee_tuning.tune.optimizers import build_optimizers
+from ee_tuning.tune.optimizers import build_optimizers, cuts_no_block
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
 from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision
 from ee_tuning.vocabulary import check_names, count_tokens, enough, most_frequent, names_of
@@ -122,7 +122,9 @@ def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Net
         model.chain.compile(layers=compiles(config.backbone_precision))
         for layer in model.exit_layers:  # else its steps each take as much memory as the logits
             model.exit(layer).output.fuse(model.backbone)
-    if config.shard:
+    if config.shard and config.optimizer == "adamw-8bit":
+        shard_exits(model, mesh, cuts_no_block)
+    elif config.shard:
         shard_exits(model, mesh)
     return model.train()
 
