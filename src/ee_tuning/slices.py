@@ -1,33 +1,43 @@
 """Parameters of which every process of a group has a part, and linear layers that have them.
 
 A split matrix stays an `nn.Linear` with a smaller, ordinary weight, so optimizers and casts need
-not know; DTensor moves the activations between the parts and back, gradients included.
+not know; `ee_tuning.collectives` moves the activations between the parts and back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
+from ee_tuning.collectives import Group, gathered, own_part, scattered, summed, used_apart
 from ee_tuning.errors import UserError
 
 ROWS, COLUMNS = 0, 1  # of a weight (out, in)
 SEQUENCE = 1  # of hidden states (B, T, H)
-# The styles of transformers' plans: which dim of the weight is split, and how input and output
-# lie before and after.
-Style = tuple[int, Placement, Placement]
-STYLES: dict[str, Style] = {
-    "colwise": (ROWS, Replicate(), Shard(-1)),
-    "colwise_gather_output": (ROWS, Replicate(), Replicate()),
-    "rowwise": (COLUMNS, Shard(-1), Replicate()),
-    "rowwise_split_input": (COLUMNS, Replicate(), Replicate()),
+
+
+class Style(NamedTuple):
+    """Which dim of a weight is split, and whether each process has all of what the layer is given
+    and of what it gives, or its part of the last dim."""
+
+    dim: int
+    whole_input: bool
+    whole_output: bool
+
+
+# Those of transformers' plans.
+STYLES = {
+    "colwise": Style(ROWS, whole_input=True, whole_output=False),
+    "colwise_gather_output": Style(ROWS, whole_input=True, whole_output=True),
+    "rowwise": Style(COLUMNS, whole_input=False, whole_output=True),
+    "rowwise_split_input": Style(COLUMNS, whole_input=True, whole_output=True),
 }
 SUMMED = "replicated_with_grad_allreduce"  # whole, but each process sees some of its inputs only
 Read = Callable[[str, int | None], nn.Parameter]
@@ -46,7 +56,7 @@ class Parallel:
     one gets was gathered, with care for its gradient; see `ee_tuning.parallel.sequence`.
     """
 
-    mesh: DeviceMesh
+    group: Group
     style: Style
     sequence: bool = False
 
@@ -61,28 +71,16 @@ class ParallelLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, M), or as much of either as this process has in the layer's style."""
-        mesh, (dim, before, after) = self.parallel.mesh, self.parallel.style
-        if dim == ROWS:
-            x = x if self.parallel.sequence else _to_parts(x, mesh)
+        group, style, sequence = self.parallel.group, self.parallel.style, self.parallel.sequence
+        if style.dim == ROWS:
+            x = x if sequence else used_apart(x, group)
             y = F.linear(x, self.weight, self.bias)
-            return y if after.is_shard() else move(y, mesh, Shard(-1), Replicate())
-        if before.is_replicate():
-            x = move(x, mesh, Replicate(), Shard(-1))
-        end = Shard(SEQUENCE) if self.parallel.sequence else Replicate()
-        y = move(F.linear(x, self.weight), mesh, Partial(), end)
+            return gathered(y, group, -1) if style.whole_output else y
+        if style.whole_input:
+            x = own_part(x, group, -1)
+        terms = F.linear(x, self.weight)
+        y = scattered(terms, group, SEQUENCE) if sequence else summed(terms, group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def move(x: Tensor, mesh: DeviceMesh, have: Placement, want: Placement) -> Tensor:
-    """`x` from one placement to another; its gradient goes the other way."""
-    moved = DTensor.from_local(x, mesh, [have], run_check=False).redistribute(placements=[want])
-    return moved.to_local()
-
-
-def _to_parts(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """`x` as it is, for parts that each give a term of its gradient."""
-    given = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    return given.to_local(grad_placements=[Partial()])
 
 
 class SplitParameter(nn.Parameter):
@@ -168,6 +166,12 @@ def layer_plan(config: Any, layers: str) -> dict[str, str]:
     return plan
 
 
+def group_of(model: nn.Module) -> Group | None:
+    """The processes that its linear layers are split over; None if they are whole."""
+    split = (m for m in model.modules() if isinstance(m, ParallelLinear))
+    return next((linear.parallel.group for linear in split), None)
+
+
 def split_linear(
     linear: nn.Module, name: str, style: Style, tp: DeviceMesh, read: Read | None = None
 ) -> None:
@@ -183,7 +187,7 @@ def split_linear(
         return
     if type(linear) is not nn.Linear:
         raise UserError(f"{name} is a {type(linear).__name__}, which cannot be split: use --tp 1")
-    dim = style[0]
+    dim = style.dim
     if linear.weight.shape[dim] % tp.size():
         raise UserError(f"tp is {tp.size()}: it must divide {name}, {linear.weight.shape[dim]}")
     for key in ("weight", "bias"):
@@ -196,4 +200,4 @@ def split_linear(
         elif split_dim is not None:
             setattr(linear, key, split_parameter(values, split_dim, tp))
     linear.__class__ = ParallelLinear
-    linear.parallel = Parallel(tp, style)  # type: ignore[assignment]
+    linear.parallel = Parallel(Group.of(tp), style)  # type: ignore[assignment]

@@ -85,7 +85,7 @@ class Precision:
         fixed=True,
     )
     compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile layers and exits; auto: on a GPU without --tp"
+        "auto", "torch.compile layers and exits; auto: on a GPU"
     )
     device: str = option("auto", "cpu, cuda or auto")
 

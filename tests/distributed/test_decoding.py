@@ -27,7 +27,8 @@ CALLS = [
 ]
 LAYOUTS = {
     "pp2": ("llama", {"pp": 2}), "pp3": ("llama", {"pp": 3, "stage_layers": [1, 2, 2]}),
-    "tp2": ("llama", {"tp": 2}), "both": ("llama", {"tp": 2, "pp": 2}),
+    "tp2": ("llama", {"tp": 2}), "tp2-compiled": ("llama", {"tp": 2, "backend": "aot_eager"}),
+    "both": ("llama", {"tp": 2, "pp": 2}),
     "tied-pp2": ("tied", {"pp": 2}), "tied-tp2": ("tied", {"tp": 2}),
     "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
 }  # fmt: skip
@@ -38,6 +39,8 @@ def calls_of(name):
     """Fewer of the layouts that take long."""
     few = [CALLS[1], CALLS[3], CALLS[-2]]
     drafts = {"mode": "speculative", "threshold": 0.5}
+    if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
+        return [call | {"alone": True, "compile": True} for call in (*few[:2], drafts)]
     return CALLS if name in ("pp2", "pp3") else [*few, drafts] if name == "tp2" else few
 
 
@@ -91,7 +94,6 @@ def found(exits, tmp_path_factory):
         "show": {"pp": 2}, "too-many-stages": narrow | {"pp": 2}, "heads": narrow | {"tp": 2},
         "numbers": {"pp": 2, "stage_layers": [1, 1]}, "one-stage": {"tp": 2, "stage_layers": [5]},
         "drafts": {"pp": 2, "mode": "speculative"}, "no-plan": gpt2 | {"tp": 2},
-        "compiled": {"tp": 2, "compile": "on"},
     }  # fmt: skip
     cases += [
         {"name": name, **common, **{k: v for k, v in own.items() if k in ("tp", "pp")},
@@ -122,7 +124,8 @@ def test_every_rank_gives_what_one_process_gives(found, exits, name):
     family, layout = LAYOUTS[name]
     more = {"max_new_tokens": 10, "eos_token_id": END}
     calls = [call | more for call in calls_of(name)]
-    expected = launch_decoding.generate(whole(exits, family), calls)
+    eager = [call | {"compile": False} for call in calls]
+    expected = launch_decoding.generate(whole(exits, family), eager)
     for rank in range(layout.get("tp", 1) * layout.get("pp", 1)):
         outputs = result(found, name, rank)["found"]
         for call, out, wanted in zip(calls, outputs, expected, strict=True):
@@ -193,7 +196,6 @@ def test_a_stage_tells_what_it_found_before_it_goes_deeper(found):
         ("drafts", "mode speculative cannot be had with --pp: "),
         ("heads", "tp is 2: it must divide the backbone's num_key_value_heads, 1"),
         ("no-plan", "transformers' tensor-parallel plan for gpt2 does not exist"),
-        ("compiled", "compile cannot be had with tp: "),
     ],
 )
 def test_what_cannot_be_is_refused_on_every_rank(found, name, reason):

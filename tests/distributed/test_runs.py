@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.runs import close
 
 from ee_tuning.data import SampleOrder, load_packed, micro_batches, split_validation
 from ee_tuning.losses import count_labels
@@ -94,21 +95,6 @@ def cut_off_before_the_last_step(run, copy, steps=4):
     """A copy of a run of so many steps as if it had been cut off before the last."""
     shutil.copytree(run, copy)
     shutil.rmtree(copy / f"checkpoints/step-{steps:06d}")
-
-
-def close(runs, one, many, tolerance):
-    """Losses within a relative `tolerance`, weights within 2% of what AdamW's steps may move."""
-    for a, b in zip(runs.records(one), runs.records(many), strict=True):
-        assert a["step"] == b["step"]
-        for key in a.keys() & {"loss", "grad_norm", "valid_loss"}:
-            assert b[key] == pytest.approx(a[key], rel=tolerance), key
-    expected, found = runs.tensors(one), runs.tensors(many)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        if value.is_floating_point():
-            assert (value - found[name]).abs().max() < 0.02 * 3e-3, name
-        else:
-            assert torch.equal(value, found[name])
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "chunks", "unequal"])

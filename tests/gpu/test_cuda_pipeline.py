@@ -21,7 +21,8 @@ CALLS = [
 LAYOUTS = {
     "pp2": ({"pp": 2}, {"compile": False}),
     "pp2-compiled": ({"pp": 2}, {"compile": True}),
-    "tp2": ({"tp": 2}, {}),
+    "tp2": ({"tp": 2}, {"compile": False}),
+    "tp2-compiled": ({"tp": 2}, {"compile": True}),
 }
 
 

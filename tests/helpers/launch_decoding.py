@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -33,6 +34,7 @@ from ee_tuning.parallel.mesh import Mesh
 from helpers.ranks import become, launch, run_ranks
 
 IDS = torch.tensor([[0, 0, 5, 9, 11], [3, 4, 6, 8, 9], [0, 0, 0, 0, 7]])
+COMPILE = torch.compile
 PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
 
 
@@ -160,6 +162,7 @@ def run(rank: int, cases: list[dict], folder: Path) -> None:
     torch.set_num_threads(1)
     engine.draft_cost = lambda model, layer: 0.02  # for many drafts, as in conftest.py
     for case in cases:
+        torch.compile = partial(COMPILE, backend=case.get("backend", "inductor"))
         processes = case.get("size", case["tp"] * case["pp"])
         if rank >= processes:
             continue

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -36,7 +37,7 @@ SENDING = (
     "reduce_scatter_single", "alltoall", "alltoall_base", "all_to_all_single",
 )  # fmt: skip
 METHODS = {name: value for name, value in vars(dist.ProcessGroup).items() if name in SENDING}
-TUNING_STEP, RECORD = Tuner.step, Pipeline.record
+TUNING_STEP, RECORD, COMPILE = Tuner.step, Pipeline.record, torch.compile
 
 
 def restore() -> None:
@@ -118,6 +119,7 @@ def run(rank: int, cases: list[dict]) -> None:
         settings = dict(case["settings"])
         settings |= case.get("only_rank", {}).get(str(rank), {})
         losses.LOGITS = case["logits"]
+        torch.compile = partial(COMPILE, backend=case["backend"])
         if case["folders"]:
             os.chdir(case["folders"][rank])
         try:

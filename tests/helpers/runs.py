@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+import torch
 from safetensors.torch import load_file
 
 from helpers.ranks import launch
@@ -18,11 +20,12 @@ class Runs:
 
     def add(
         self, name, size=1, only_rank=None, count=False, ahead=False, folders=(), logits=2**28,
-        **settings,
+        backend="inductor", **settings,
     ):  # fmt: skip
         case = {
             "size": size, "error": str(self.root / f"{name}.error-"), "only_rank": only_rank or {},
             "folders": folders, "logits": logits,
+            "backend": backend,
             "settings": self.common | {"out": str(self.root / name)} | settings,
         }  # fmt: skip
         case |= {"count": str(self.root / f"{name}.traffic-")} if count else {}
@@ -50,3 +53,18 @@ class Runs:
 
     def traffic(self, name, rank):
         return json.loads((self.root / f"{name}.traffic-{rank}").read_text())
+
+
+def close(runs, one, many, tolerance):
+    """Losses within a relative `tolerance`, weights within 2% of what AdamW's steps may move."""
+    for a, b in zip(runs.records(one), runs.records(many), strict=True):
+        assert a["step"] == b["step"]
+        for key in a.keys() & {"loss", "grad_norm", "valid_loss"}:
+            assert b[key] == pytest.approx(a[key], rel=tolerance), key
+    expected, found = runs.tensors(one), runs.tensors(many)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            assert (value - found[name]).abs().max() < 0.02 * 3e-3, name
+        else:
+            assert torch.equal(value, found[name])

@@ -16,7 +16,6 @@ REFUSED = [
     ),
     ({"tp": 2, "exit_precision": "fp8"}, ["--exit-precision fp8", "--tp", "a whole matrix"]),
     ({"tp": 2, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--tp", "blocks"]),
-    ({"tp": 2, "compile": "on"}, ["--compile on", "--tp", "do not compile"]),
     ({"tp": 2, "exit_vocab": 9, "loss": "kl"}, ["--exit-vocab", "--loss kl", "--tp", "logits of"]),
     (
         {"tp": 2, "exit_vocab": 9, "loss": "acceptance"},

@@ -134,9 +134,7 @@ class Engines:
         if not isinstance(compile, bool | None):
             raise UserError(f"compile is True, False or None, not {compile!r}")
         if compile is None:
-            return model.backbone.device.type == "cuda" and self.mesh.tp == 1
-        if compile and self.mesh.tp > 1:
-            raise UserError("compile cannot be had with tp: sums between ranks do not compile")
+            return model.backbone.device.type == "cuda"
         return compile
 
 

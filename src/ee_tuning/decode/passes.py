@@ -27,6 +27,7 @@ from ee_tuning.exits import Exit
 from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
+from ee_tuning.slices import group_of
 
 
 class Passes:
@@ -80,6 +81,7 @@ class Passes:
         self._steps = model.segments(*cuts, change=self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
         self._final, self._predict = self.invariant.final(self.backbone), _predict
+        self._group = group_of(model)
         self.graphs = Graphs(self.device)
         if compile:
             for segment, cache in zip(self._steps, self.caches, strict=True):
@@ -115,6 +117,7 @@ class Passes:
             self.chains.prompt(slots, ids, positions, states)
         rows = self._rows(slots, positions, positions[:, -1] + 1, wanted)
         found = _predict(self._final, exit, state, self._exit_cache(last), rows, wanted)
+        found = self._agreed(found)
         prediction = None if found is None else _read(*found, [0]).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
 
@@ -268,7 +271,14 @@ class Passes:
         if wanted.after == "nothing" and cache is None:
             return None
         found = self._rows(slots, positions, counts, wanted)
-        return self._predict(self._final, exit, state, cache, found, wanted)
+        return self._agreed(self._predict(self._final, exit, state, cache, found, wanted))
+
+    def _agreed(self, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """With --tp, the first process's answers on all: the last bit of a confidence, which may
+        depend on the kernels that were chosen, must not part them."""
+        if found is None or self._group is None:
+            return found
+        return found[0], self._group.first(found[1])
 
     def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor, wanted: Wanted) -> Rows:
         draws = self.draws.table[slots]

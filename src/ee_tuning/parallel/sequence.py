@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from ee_tuning.backbone import Segment
+from ee_tuning.collectives import Group, gathered
 from ee_tuning.errors import UserError
 from ee_tuning.slices import SEQUENCE
 
@@ -23,17 +23,15 @@ class SequencePart:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         """mesh: the processes of the tp axis."""
-        self.mesh, self.size = mesh, mesh.size()
+        self.group, self.size = Group.of(mesh), mesh.size()
 
     def own(self, x: Tensor) -> Tensor:
         """(B, T, H) → (B, T/tp, H)."""
-        return x.chunk(self.size, dim=1)[self.mesh.get_local_rank()].contiguous()
+        return self.group.own(x, SEQUENCE).contiguous()
 
     def gather(self, x: Tensor, terms: bool = False) -> Tensor:
         """(B, T/tp, H) → (B, T, H). terms: of its gradient, each process will have a term."""
-        parts = DTensor.from_local(x, self.mesh, [Shard(SEQUENCE)], run_check=False)
-        all_of_it = parts.redistribute(placements=[Replicate()])
-        return all_of_it.to_local(grad_placements=[Partial() if terms else Replicate()])
+        return gathered(x, self.group, SEQUENCE, terms)
 
     def prepare(self, segment: Segment) -> None:
         """Let the layers of `segment` see this process's positions; its mask and positions are

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate
 
 from ee_tuning.backbone import Backbone
+from ee_tuning.collectives import Group, summed
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.exits.head import as_buffers
@@ -33,7 +33,6 @@ from ee_tuning.slices import (
     Style,
     head_style,
     layer_plan,
-    move,
     split_linear,
 )
 
@@ -43,9 +42,9 @@ class SplitSoftmax(Softmax):
 
     def __init__(self, mesh: DeviceMesh, size: int) -> None:
         """size: the whole vocabulary's."""
-        self.mesh, self.group = mesh, mesh.get_group()
-        self.size = size // mesh.size()
-        self.start = self.size * mesh.get_local_rank()
+        self.group = Group.of(mesh)
+        self.size = size // self.group.size
+        self.start = self.size * self.group.rank
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Of the tokens here: (…, V/tp) → (…, V/tp)."""
@@ -53,7 +52,7 @@ class SplitSoftmax(Softmax):
 
     def share(self, vocabulary: int) -> int:
         """How many of a vocabulary's logits are here."""
-        return vocabulary // self.mesh.size()
+        return vocabulary // self.group.size
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """−log of the targets' probabilities: (N, V/tp), (N,) → (N,), 0 for those ignored."""
@@ -63,7 +62,7 @@ class SplitSoftmax(Softmax):
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every process's `values`."""
-        return move(values, self.mesh, Partial(), Replicate())
+        return summed(values, self.group)
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Largest probability of the full softmax: (…, V/tp) → (…)."""
@@ -77,14 +76,12 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, places: Tensor, labelled: Tensor, group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, places: Tensor, labelled: Tensor, group: Group) -> Tensor:
         largest, total = _normaliser(logits, group)
         here = places != IGNORED
         index = places.where(here, 0).unsqueeze(-1)
         chosen = logits.gather(-1, index).squeeze(-1).where(here, 0.0)
-        dist.all_reduce(chosen, group=group)
+        chosen = group.reduce(chosen)
         normaliser = largest + total.log()
         ctx.save_for_backward(logits, normaliser, index, here, labelled)
         return (normaliser - chosen).where(labelled, 0.0)
@@ -102,7 +99,7 @@ class _LogSoftmax(torch.autograd.Function):
     """log-softmax over the parts of a group; nothing as large as the logits is sent."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, group: Group) -> Tensor:
         largest, total = _normaliser(logits, group)
         result = logits - (largest + total.log()).unsqueeze(-1)
         ctx.save_for_backward(result)
@@ -112,18 +109,14 @@ class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (result,) = ctx.saved_tensors
-        total = grads[0].sum(-1, keepdim=True)
-        dist.all_reduce(total, group=ctx.group)
+        total = ctx.group.reduce(grads[0].sum(-1, keepdim=True))
         return grads[0] - result.exp() * total, None
 
 
-def _normaliser(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _normaliser(logits: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """The largest of all parts' logits, and the sum of exp(logit − largest): (…, V/tp) → (…)."""
-    largest = logits.amax(-1)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    total = (logits - largest.unsqueeze(-1)).exp().sum(-1)
-    dist.all_reduce(total, group=group)
-    return largest, total
+    largest = group.reduce(logits.amax(-1), "max")
+    return largest, group.reduce((logits - largest.unsqueeze(-1)).exp().sum(-1))
 
 
 # -- applying it -----------------------------------------------------------------------------------
@@ -207,7 +200,7 @@ def _let_gather(module: nn.Module) -> None:
     """Tell the split layers in `module` that the sequence is gathered before them."""
     for linear in (m for m in module.modules() if isinstance(m, ParallelLinear)):
         linear.parallel = replace(linear.parallel, sequence=True)
-        if linear.parallel.style[0] == COLUMNS and linear.bias is not None:
+        if linear.parallel.style.dim == COLUMNS and linear.bias is not None:
             linear.bias.summed = True  # type: ignore[attr-defined]
 
 

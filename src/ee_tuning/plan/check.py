@@ -201,7 +201,6 @@ def check_parallel(config: TuneConfig) -> None:
         (tp, kept, scales),
         (tp, ("--exit-precision fp8", config.exit_precision == "fp8"), scales),
         (tp, eight_bit, blocks),
-        (tp, ("--compile on", config.compile == "on"), "sums between ranks do not compile"),
         (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
         (tp, shard, "a matrix would be cut twice"),
         (frozen, kept, "matrices are gathered in the dtype of the checkpoint"),

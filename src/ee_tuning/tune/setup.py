@@ -41,7 +41,7 @@ from ee_tuning.quantise.packages import compiles
 from ee_tuning.share import Share, load, source_of
 from ee_tuning.tune.optimizers import build_optimizers, cuts_no_block
 from ee_tuning.tune.step import Alone, Batch, Transport, Tuner
-from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision
+from ee_tuning.tune_config import ObjectiveConfig, Precision
 from ee_tuning.vocabulary import check_names, count_tokens, enough, most_frequent, names_of
 
 IDENTIFYING_ROWS = 16
@@ -118,7 +118,7 @@ def prepare(model: Network, config: TuneConfig, mesh: Mesh = ONE_PROCESS) -> Net
     if varlen.can_use(model.model):
         varlen.use_varlen(model)
         model.chain.takes_boundaries = True
-    if is_compiled(config, config, model.backbone.device):
+    if is_compiled(config, model.backbone.device):
         model.chain.compile(layers=compiles(config.backbone_precision))
         for layer in model.exit_layers:  # else its steps each take as much memory as the logits
             model.exit(layer).output.fuse(model.backbone)
@@ -136,11 +136,10 @@ def cast_exits(model: Network, dtype: torch.dtype) -> None:
             p.data = p.data.to(dtype)
 
 
-def is_compiled(precision: Precision, layout: Layout, device: torch.device) -> bool:
+def is_compiled(precision: Precision, device: torch.device) -> bool:
     """Whether layers and exits are compiled."""
-    on_gpu = device.type == "cuda"
     asked = precision.compile
-    return asked == "on" or (asked == "auto" and on_gpu and layout.tp == 1)
+    return asked == "on" or (asked == "auto" and device.type == "cuda")
 
 
 def objective(config: ObjectiveConfig) -> Objective:

@@ -94,9 +94,8 @@ def seconds(
 
     small: config of a backbone of two layers, the last one to copy a `layer` exit from.
     """
-    compile = "off" if config.tp > 1 and config.compile == "auto" else config.compile
     alone = dataclasses.replace(
-        config, dp=1, tp=1, pp=1, compile=compile, loss="ce", sequence_parallel=False, shard=False,
+        config, dp=1, tp=1, pp=1, loss="ce", sequence_parallel=False, shard=False,
         shard_backbone=False,
     )  # fmt: skip
     gpus = [torch.cuda.current_device()] if device.type == "cuda" else []
