@@ -308,6 +308,8 @@ class EvaluateConfig(ActiveExits, SamplingConfig, ReadingConfig):
     out: str = option(
         "", "folder for evaluation.json and report.html; default: the exits' folder", path=True
     )
+    dp: int = option(1, "processes, started by torchrun, that share data and prompts")
+    timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")
 
 
 @dataclass

@@ -15,7 +15,8 @@ def test_the_file_does_not_depend_on_the_number_of_processes(tmp_path):
     alone = settings(model, tmp_path / "alone.jsonl", tokens=1500)
     regenerate(RegenerateConfig(**alone))
     shared = alone | {"out": str(tmp_path / "shared.jsonl"), "dp": 2, "timeout": 60.0}
-    said = launch("helpers.launch_regenerate", [{"settings": shared}], tmp_path)
+    case = {"command": "regenerate", "settings": shared}
+    said = launch("helpers.launch_shared", [case], tmp_path)
     assert "ended with status" not in said, said
     expected = (tmp_path / "alone.jsonl").read_bytes()
     assert (tmp_path / "shared.jsonl").read_bytes() == expected

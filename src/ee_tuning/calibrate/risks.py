@@ -20,10 +20,13 @@ from ee_tuning.decode.settings import Full
 from ee_tuning.decode.whole import Text, whole_texts
 from ee_tuning.losses import LOGITS, confidence
 from ee_tuning.model import Network
+from ee_tuning.parallel.data import collect, deal
+from ee_tuning.parallel.mesh import Mesh
 
 Thresholds = Mapping[int, float]
 OFF = 1.0  # the threshold of an exit at which no token leaves
 ROWS = 64  # texts in a pass
+ALONE = Mesh()
 NATS = 1.0  # per place, that are as bad as can be
 
 
@@ -52,24 +55,26 @@ def full_texts(
     slots: int,
     compile: bool | None,
     advance: Callable[[int], None],
+    mesh: Mesh = ALONE,
 ) -> list[list[int]]:
     """What greedy decoding at full depth goes on with, up to `new_tokens` and with what ends it.
 
-    advance: told how many tokens were written.
+    advance: told how many tokens were written. mesh: the ranks that share the prompts.
     """
     ends = end_tokens(model.backbone.model)
     capacity = max(map(len, prompts)) + new_tokens
     policy, found = Full(model.backbone.num_layers), {}
     texts = [Text(list(ids), policy, len(ids) + new_tokens, ends=ends) for ids in prompts]
     size: dict[str, Any] = {"slots": slots, "capacity": capacity, "max_pending": 8}
+    own = deal(texts, mesh)
     with engines_of(model).lend(model, [], **size, compile=compile) as engine:
         assert isinstance(engine, Engine)
         # Of about the same length together: a pass looks back as far as its longest text.
-        waiting = deque(sorted(texts, key=lambda text: len(text.ids)))
+        waiting = deque(sorted(own, key=lambda text: len(text.ids)))
         for text, tokens in whole_texts(engine, waiting):
             found[text] = tokens
             advance(len(tokens))
-    return [found[text] for text in texts]
+    return collect([found[text] for text in own], mesh)
 
 
 # -- along that text: what every exit would say at each of its places ----------------------------
@@ -100,17 +105,21 @@ def look(
     texts: Sequence[Sequence[int]],
     measure: str,
     likelihoods: bool = False,
+    mesh: Mesh = ALONE,
 ) -> Seen:
     """Ask every exit at each place of `texts`, in one pass: it does not depend on thresholds what
-    it says there, since what tokens left behind is computed before anything looks back at it."""
+    it says there, since what tokens left behind is computed before anything looks back at it.
+
+    mesh: the ranks that share the texts, in the batches of one process.
+    """
     lengths = np.array([len(text) for text in texts])
     size = (len(texts), len(layers), int(lengths.max()))
     right, sure = np.zeros(size, dtype=bool), np.zeros(size, dtype=np.float32)
     worse = np.zeros(size, dtype=np.float32) if likelihoods else None
     whole = [[*prompt, *text[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
     order = sorted(range(len(whole)), key=lambda n: len(whole[n]))
-    for start in range(0, len(order), ROWS):
-        own = order[start : start + ROWS]
+    batches = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+    for own in deal(batches, mesh):
         ids = torch.zeros(len(own), len(whole[own[-1]]), dtype=torch.int64)
         for row, number in enumerate(own):
             ids[row, : len(whole[number])] = torch.tensor(whole[number])
@@ -134,6 +143,11 @@ def look(
         if worse is not None:
             hidden = model.backbone.norm(descent.ahead(model.backbone.num_layers)[at])
             worse[to, :, places] -= said_of(model.backbone.logits, hidden)[2][:, None]
+    seen = [values for values in (right, sure, worse) if values is not None]
+    parts = collect([[values[own] for values in seen] for own in deal(batches, mesh)], mesh)
+    for own, said_there in zip(batches, parts, strict=True):
+        for values, part in zip(seen, said_there, strict=True):
+            values[own] = part
     return Seen(layers, model.backbone.num_layers, right, sure, worse, lengths)
 
 
@@ -222,8 +236,10 @@ class Free:
         new_tokens: int,
         slots: int,
         compile: bool | None,
+        mesh: Mesh = ALONE,
     ) -> None:
-        """texts: of full depth. leaving: without the threshold."""
+        """texts: of full depth. leaving: without the threshold. mesh: as for `full_texts`."""
+        self.mesh = mesh
         self.model, self.prompts, self.texts, self.leaving = model, prompts, texts, leaving
         self.how: dict[str, Any] = {"slots": slots, "compile": compile}
         self.how |= {"max_new_tokens": new_tokens, "do_sample": False}
@@ -232,14 +248,16 @@ class Free:
     def measure(self, thresholds: Thresholds, prompts: np.ndarray) -> Measured:
         """See `Risk`."""
         leaving = replace(self.leaving, threshold=dict(thresholds))
-        losses, depths = np.zeros(len(prompts)), list[int]()
-        ids = [self.prompts[number] for number in prompts]
+        numbers = deal(prompts.tolist(), self.mesh)
+        found: dict[int, tuple[float, list[int]]] = {}
+        ids = [self.prompts[number] for number in numbers]
         for row, out in generate_batch(self.model, ids, leaving, **self.how):
             assert out.sequences is not None
             assert out.exit_layers is not None
-            full, new = self.texts[prompts[row]], out.exit_layers.shape[1]
+            full, new = self.texts[numbers[row]], out.exit_layers.shape[1]
             own = out.sequences[0, -new:].tolist()
             same = sum(a == b for a, b in zip(own, full, strict=False))
-            losses[row] = 1 - same / max(len(own), len(full))
-            depths += out.exit_layers[0].tolist()
-        return Measured(losses, float(np.mean(depths)))
+            found[row] = 1 - same / max(len(own), len(full)), out.exit_layers[0].tolist()
+        both = collect([found[row] for row in range(len(numbers))], self.mesh)
+        depths = [depth for _, own in both for depth in own]
+        return Measured(np.array([loss for loss, _ in both]), float(np.mean(depths)))

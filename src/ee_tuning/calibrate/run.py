@@ -41,10 +41,11 @@ from ee_tuning.certificate import Certificate
 from ee_tuning.data.chats import with_template
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.settings import make_policy
-from ee_tuning.devices import hardware, versions
+from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
 from ee_tuning.fingerprint import exit_hash
 from ee_tuning.model import Network
+from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.run import slots_for
 
 COUNTS = ("prompts", "prompt_tokens", "max_prompt_tokens", "max_new_tokens")
@@ -71,11 +72,20 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     Raises:
         UserError: a setting that cannot work, too few prompts, or some that the exits were tuned
             on.
+        ProcessFailed: one of several processes failed.
     """
-    display = display or Display()
     check(config)
     folder = _own_folder(config)
-    model, tokenizer = load_for_decoding(config)
+    mesh, device = Mesh(dp=config.dp), pick_device(config.device)
+    with mesh.connected(device, config.timeout, advice="Start it again"):
+        mesh.check_same("settings", repr(config))
+        shown = display if display is not None and mesh.is_main else Display()
+        return _calibrate(config, folder, mesh, shown)
+
+
+def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Display) -> Certificate:
+    """On every process of a connected `mesh`, with the same result."""
+    model, tokenizer = mesh.on_all(lambda: load_for_decoding(config))
     layers = list(make_policy(model, config.leaving(mode="threshold", threshold=0.0)).thresholds)
     if not layers:
         raise UserError("no exit before the last layer is active: see exit_layers and min_depth")
@@ -84,12 +94,14 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     else:
         tokenizer = with_template(tokenizer, config.chat_template)
         longest = (model.backbone.longest_text or 2**30) - config.max_new_tokens
-        prompts = read_prompts(config, tokenizer, min(longest, config.max_prompt_tokens))
+        most = min(longest, config.max_prompt_tokens)
+        prompts = mesh.on_all(lambda: read_prompts(config, tokenizer, most))
+        mesh.check_same("prompts", prompts.hash())
         for reason, number in prompts.left_out.items():
             display.say(f"{number:,} records are left out: {reason}")
         _check_enough(len(prompts.ids), config, "betting", display)
         display.say(check_not_tuned_on(prompts, folder, config))
-        found = _of_prompts(config, model, layers, prompts, display)
+        found = _of_prompts(config, model, layers, prompts, mesh, display)
     hashes = {layer: exit_hash(model.exit(layer)) for layer in layers}
     found = replace(
         found,
@@ -97,7 +109,7 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
         dtype=str(model.dtype).removeprefix("torch."),
         machine=f"{hardware(model.backbone.device)}; {versions()}",
     )
-    save_calibration(model, folder, found)
+    mesh.on_main(lambda: save_calibration(model, folder, found))
     return found
 
 
@@ -115,6 +127,8 @@ def check(config: CalibrateConfig) -> None:
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name)} is negative: give 0 or more")
     task = config.risk == "task"
+    if task and config.dp > 1:
+        raise UserError(f"dp is {config.dp}: risk task runs no model, use --dp 1")
     if task and not config.samples:
         raise UserError("risk task needs lm-eval's sample files: name them with --samples")
     if not task and (config.samples or config.metric):
@@ -169,16 +183,22 @@ def _of_prompts(
     model: Network,
     layers: list[int],
     prompts: Prompts,
+    mesh: Mesh,
     display: Display,
 ) -> Certificate:
     longest = max(map(len, prompts.ids)) + config.max_new_tokens
     slots = config.slots or slots_for(model, longest)
-    with display.writing(len(prompts.ids) * config.max_new_tokens) as advance:
+    new, compiled = config.max_new_tokens, config.compiled()
+    mesh.doing = "the texts of full depth"
+    with display.writing(len(prompts.ids) * new) as advance:
         texts = full_texts(
-            model, prompts.ids, config.max_new_tokens, slots, config.compiled(), advance
+            model, prompts.ids, new, slots, compiled, lambda more: advance(more * mesh.dp), mesh
         )
+    mesh.doing = "the walk"
     parts = split(len(prompts.ids), config.seed)
-    along = _along(config, model, layers, prompts.ids, texts)
+    nats = config.risk == "nll"
+    seen = look(model, layers, prompts.ids, texts, config.measure, nats, mesh)
+    along = Along(seen, config.max_pending)
     free = config.risk == "text"
     path = by_pareto if config.order == "pareto" and len(layers) > 1 else by_quantile
     # Each step of a path of single exits loosens one of them, and those of free texts take long.
@@ -186,20 +206,8 @@ def _of_prompts(
     risk: Risk = along
     if free:
         leaving = config.leaving(mode="threshold")
-        how: tuple[Any, ...] = (leaving, config.max_new_tokens, slots, config.compiled())
-        risk = Free(model, prompts.ids, texts, *how)
+        risk = Free(model, prompts.ids, texts, leaving, new, slots, compiled, mesh)
     return _walk(config, candidates, risk, parts, "betting", prompts.hash(), layers, display)
-
-
-def _along(
-    config: CalibrateConfig,
-    model: Network,
-    layers: list[int],
-    prompts: Sequence[Sequence[int]],
-    texts: Sequence[Sequence[int]],
-) -> Along:
-    nats = config.risk == "nll"
-    return Along(look(model, layers, prompts, texts, config.measure, nats), config.max_pending)
 
 
 def _of_task(config: CalibrateConfig, layers: list[int], display: Display) -> Certificate:

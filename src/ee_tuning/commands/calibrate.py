@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,12 +19,13 @@ SHOWN = 12  # steps of a walk in the table
 
 
 def calibrate(config: CalibrateConfig, console: Console | None = None) -> Certificate:
-    """Calibrate, print what was tested and what was found.
+    """Calibrate, print what was tested and what was found; of several processes the first prints.
 
     Raises:
-        UserError: see `ee_tuning.calibrate.calibrate`.
+        UserError, ProcessFailed: see `ee_tuning.calibrate.calibrate`.
     """
-    console, terminal = console or Console(), Terminal()
+    quiet = os.environ.get("RANK", "0") != "0"
+    console, terminal = console or Console(quiet=quiet), Terminal()
     found = run.calibrate(config, terminal)
     console.print(table(terminal.steps, found))
     for line in summary(found):

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.adapter import find_exits
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
-from ee_tuning.devices import hardware, versions
+from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
@@ -22,6 +23,8 @@ from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
 from ee_tuning.exit_config import DRAFT, exit_name
 from ee_tuning.files import write_json
 from ee_tuning.folders import claim, refuse_foreign
+from ee_tuning.model import Network
+from ee_tuning.parallel.mesh import Mesh
 
 RESULTS = "evaluation.json", "report.html"
 COUNTS = (
@@ -32,32 +35,57 @@ COUNTS = (
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
     """Measure the exits, print two tables, write ``evaluation.json`` and ``report.html``.
 
+    Of several processes the first one prints and writes.
+
     Raises:
         UserError: no data, no exits, no folder to write to, or a setting that makes no sense.
+        ProcessFailed: one of several processes failed.
     """
-    console, progress = console or Console(), Console(stderr=True)
     check_settings(config)
     thresholds = parse_thresholds(config.thresholds)
     find_exits(config.exits)
-    folder = results_folder(config)
-    model, tokenizer = load_for_decoding(config)
+    mesh, device = Mesh(dp=config.dp), pick_device(config.device)
+    with mesh.connected(device, config.timeout, advice="Start it again"):
+        mesh.check_same("settings", repr(config))
+        folder = mesh.on_main(lambda: results_folder(config))
+        model, tokenizer = mesh.on_all(lambda: load_for_decoding(config))
+        result = _measure(config, model, tokenizer, thresholds, mesh)
+    if mesh.is_main:
+        _show(result, console or Console(), folder, tokenizer)
+    return result
+
+
+def _measure(
+    config: EvaluateConfig,
+    model: Network,
+    tokenizer: PreTrainedTokenizerBase,
+    thresholds: list[float],
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """What ``evaluation.json`` holds, on every process of a connected `mesh`."""
+    progress = Console(stderr=True, quiet=not mesh.is_main)
     if model.exit_layers == [DRAFT]:
         raise UserError(
             "evaluate measures exits at which tokens leave, and there is a draft exit alone: how "
             "its drafts agree with the final exit is in the run's metrics.jsonl, draft_agreement"
         )
-    packed = load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
+    packed = mesh.on_all(
+        lambda: load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
+    )
     progress.print(describe(packed), highlight=False, soft_wrap=True)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
+    mesh.check_same("data", repr(prompts))
+    if len(prompts) < mesh.dp:
+        raise UserError(f"dp is {mesh.dp}, and there are {len(prompts)} prompts: give each one")
     with progress.status("losses and agreement on the data"):
-        measured = measure_exits(model, packed, config, thresholds)
+        measured = measure_exits(model, packed, config, thresholds, mesh)
     with progress.status("speed and agreement of generated text"):
-        measured |= measure_thresholds(model, prompts, thresholds, config)
+        measured |= measure_thresholds(model, prompts, thresholds, config, mesh)
     for row, next_token in zip(measured["threshold_rows"], measured.pop("next_token"), strict=True):
         row["next_token_agreement"] = next_token["agreement"]
         row["next_token_interval"] = next_token["interval"]
         row["next_token_depth"] = next_token["mean_depth"]
-    result = {
+    return {
         "base_model": model.backbone.model.name_or_path,
         "exits": model.exit_layers,
         "depth": model.backbone.num_layers,
@@ -66,12 +94,17 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "settings": dataclasses.asdict(config),
         **measured,
     }
+
+
+def _show(
+    result: dict[str, Any], console: Console, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Print the tables, write the files."""
     for table in tables(result):  # first: whatever becomes of the files, it took minutes
         console.print(table)
     write_json(folder / "evaluation.json", result)
     write_report(folder / "report.html", result, tokenizer)
     console.print(f"written: {folder / 'evaluation.json'} and {folder / 'report.html'}")
-    return result
 
 
 def check_settings(config: EvaluateConfig) -> None:

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.data import Rows, micro_batches
+from ee_tuning.data import Rows, collate
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import Network
+from ee_tuning.parallel.data import collect, deal
+from ee_tuning.parallel.mesh import Mesh
+
+ALONE = Mesh()
 
 
 @dataclass
@@ -43,9 +47,15 @@ class Predictions:
 
 @torch.inference_mode()
 def measure_exits(
-    model: Network, packed: Rows, config: EvaluateConfig, thresholds: list[float]
+    model: Network,
+    packed: Rows,
+    config: EvaluateConfig,
+    thresholds: list[float],
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
+
+    mesh: the ranks that share the batches, and all get the result.
 
     Returns ``exit_rows`` (layer, loss in nats per token, top-1 agreement with the final exit,
     mean confidence; the first two with an interval over batches), ``unknown_targets``, the share of
@@ -57,7 +67,7 @@ def measure_exits(
         UserError: an active exit does not exist, or no token of these rows has a label.
     """
     active = active_exits(model, config)
-    exits, final = _predict(model, packed, config)
+    *exits, final = [_of_all(found, mesh) for found in _predict(model, packed, config, mesh)]
     taken = torch.cat(final.tokens)
     if not len(taken):
         raise UserError("the data that were read have no labels: raise --max-tokens")
@@ -92,14 +102,29 @@ def active_exits(model: Network, config: EvaluateConfig) -> list[int]:
     return list(make_policy(model, leaving).thresholds)
 
 
-def _predict(
-    model: Network, packed: Rows, config: EvaluateConfig
-) -> tuple[list[Predictions], Predictions]:
-    """Predictions of every exit, by depth, and of the final exit, on the same tokens."""
+def _of_all(own: Predictions, mesh: Mesh) -> Predictions:
+    """Those of all ranks' batches, in the order of one process."""
+    batches = zip(own.losses, own.known, own.tokens, own.confidences, strict=True)
+    whole = Predictions(own.layer)
+    for loss, known, tokens, sure in collect(list(batches), mesh):
+        whole.losses.append(loss)
+        whole.known.append(known)
+        whole.tokens.append(tokens)
+        whole.confidences.append(sure)
+    return whole
+
+
+def _predict(model: Network, packed: Rows, config: EvaluateConfig, mesh: Mesh) -> list[Predictions]:
+    """Predictions of every exit, by depth, and of the final exit, on the same tokens.
+
+    Of the batches of this process.
+    """
     exits = [Predictions(layer) for layer in model.exit_layers]
     final = Predictions(model.backbone.num_layers)
     rows = packed.count(max(1, config.max_tokens // config.seq_length))
-    for batch in micro_batches(packed, range(rows), config.micro_batch_size):
+    size = config.micro_batch_size
+    for start in deal(range(0, rows, size), mesh):
+        batch = collate(packed, range(start, min(start + size, rows)))
         batch["known"] = model.known_labels(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}
         descent = model.chain.descend(batch["input_ids"], batch["position_ids"])
@@ -108,7 +133,7 @@ def _predict(
             # Never given a name here: one exit's logits are gone when the next one's are made.
             found.add(model.exit(found.layer)(descent.to(found.layer)), *labels)
         final.add(model.backbone.final_logits(descent.ahead(final.layer)), *labels)
-    return exits, final
+    return [*exits, final]
 
 
 def _exit_row(found: Predictions, final: Tensor, sizes: list[int]) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from torch import Tensor
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput, generate
 from ee_tuning.errors import UserError
-from ee_tuning.evaluate.exits import active_exits
+from ee_tuning.evaluate.exits import ALONE, active_exits
 from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import Network
+from ee_tuning.parallel.data import collect, deal
+from ee_tuning.parallel.mesh import Mesh
 
 Method = Callable[[Tensor], Any]
 
@@ -51,17 +53,22 @@ def _pieces(row: dict[str, Tensor]) -> list[tuple[int, int]]:
 
 
 def measure_thresholds(
-    model: Network, prompts: list[list[int]], thresholds: list[float], config: EvaluateConfig
+    model: Network,
+    prompts: list[list[int]],
+    thresholds: list[float],
+    config: EvaluateConfig,
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """Generate from every prompt with every method, round by round.
 
     In a round each method runs all prompts once, so that a machine that slows down slows all
-    alike; speed-ups are ratios within a round. Returns ``threshold_rows``, the speed of
-    transformers' own ``generate``, and ``samples`` to show.
+    alike; speed-ups are ratios within a round. mesh: the ranks that share the prompts; one goes on
+    with a prompt by itself, so speeds are those of one process. Returns ``threshold_rows``, the
+    speed of transformers' own ``generate``, and ``samples`` to show.
     """
     inputs = [torch.tensor([ids], device=model.backbone.device) for ids in prompts]
     methods = _methods(model, thresholds, config)
-    outputs, taken = _in_rounds(methods, inputs, config.rounds)
+    outputs, taken = _in_rounds(methods, deal(inputs, mesh), config.rounds, mesh)
     seconds = {name: [sum(own) for own in rounds] for name, rounds in taken.items()}
     total = len(inputs) * config.max_new_tokens
     speeds = {name: speed(times, total) for name, times in seconds.items()}
@@ -103,9 +110,9 @@ def measure_thresholds(
 
 
 def _in_rounds(
-    methods: dict[Any, Method], inputs: list[Tensor], rounds: int
+    methods: dict[Any, Method], inputs: list[Tensor], rounds: int, mesh: Mesh
 ) -> tuple[dict[Any, list[Any]], dict[Any, list[list[float]]]]:
-    """By method, the outputs for all prompts, and seconds, by round and prompt."""
+    """By method, the outputs for all ranks' prompts, and seconds, by round and prompt."""
     # Where passes are compiled, all sizes that come are so before the clock starts.
     first = inputs if inputs[0].is_cuda else inputs[:1]
     for method in methods.values():
@@ -116,8 +123,14 @@ def _in_rounds(
     for _ in range(rounds):
         for name, method in methods.items():
             outputs[name], own = _timed(method, inputs)
-            taken[name].append(own)
-    return outputs, taken
+            taken[name].append(collect(own, mesh))
+    del outputs["transformers"]  # which is timed alone
+    return {name: collect(map(_on_host, own), mesh) for name, own in outputs.items()}, taken
+
+
+def _on_host(output: GenerateOutput) -> GenerateOutput:
+    """Where other processes can take it from."""
+    return GenerateOutput(**{name: values.cpu() for name, values in output.items()})
 
 
 def _timed(method: Method, inputs: list[Tensor]) -> tuple[list[Any], list[float]]:

@@ -7,7 +7,7 @@ whole parameters of an exit exist while it is at work, as the copies that the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -30,6 +30,12 @@ def deal(items: Sequence[Item], mesh: Mesh) -> list[Item]:
     Each item goes to one rank, so sums over the ranks do not depend on their number.
     """
     return list(items[mesh.dp_rank :: mesh.dp])
+
+
+def collect(own: Iterable[Item], mesh: Mesh) -> list[Item]:
+    """What every rank made of its share, in the order before it was dealt; on every rank."""
+    shares = mesh.gather_on_host(list(own))
+    return [shares[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, shares)))]
 
 
 def deal_batches(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:

@@ -1,0 +1,82 @@
+"""`calibrate` and `evaluate` as several processes give what one gives."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.ranks import launch
+
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.calibrate.config import CalibrateConfig
+from ee_tuning.calibrate.run import calibrate
+from ee_tuning.commands.evaluate import evaluate
+from ee_tuning.config import EvaluateConfig
+
+COMMON = {"exit_layers": "2,3", "device": "cpu", "max_new_tokens": 6}
+CALIBRATE = COMMON | {"epsilon": 0.9, "delta": 0.2, "prompt_tokens": 4, "slots": 4}
+EVALUATE = COMMON | {
+    "thresholds": "1,0.01", "seq_length": 32, "max_tokens": 480, "prompts": 3, "prompt_length": 8,
+    "rounds": 1, "micro_batch_size": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(base, data, tmp_path_factory):
+    """The same exits once for one process, once for two, and what these wrote."""
+    torch.set_num_threads(1)  # as in the ranks, so that all sums are in one order
+    folder = tmp_path_factory.mktemp("shared")
+    exits = ExitConfig([2, 3], arch="norm")
+    EarlyExitModel.from_base(base, exits).save_pretrained(folder / "one")
+    lines = [{"text": f"{n} def total(value): return value + {n}"} for n in range(40)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "prompts.jsonl").write_text(text)
+    shutil.copytree(folder / "one", folder / "two")
+    cases = []
+    for risk in ("nll", "text"):
+        settings = CALIBRATE | {"risk": risk, "data": [str(folder / "prompts.jsonl")]}
+        calibrate(CalibrateConfig(**settings, exits=str(folder / "one")))
+        keep(folder / "one", risk)
+        several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 60.0}
+        cases.append({"command": "calibrate", "settings": several})
+        if risk == "nll":  # it is kept under a name of its own
+            said = launch("helpers.launch_shared", cases, folder)
+            assert "ended with status" not in said, said
+            keep(folder / "two", risk)
+            cases = []
+    settings = EVALUATE | {"data": [data]}
+    evaluate(EvaluateConfig(**settings, exits=str(folder / "one")))
+    several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 60.0}
+    said = launch(
+        "helpers.launch_shared", [*cases, {"command": "evaluate", "settings": several}], folder
+    )
+    assert "ended with status" not in said, said
+    keep(folder / "two", "text")
+    return folder
+
+
+def keep(folder, risk):
+    (folder / "calibration.json").rename(folder / f"{risk}.json")
+
+
+@pytest.mark.parametrize("risk", ["nll", "text"])
+def test_a_certificate_does_not_depend_on_the_number_of_processes(folder, risk):
+    one, two = (json.loads((folder / name / f"{risk}.json").read_text()) for name in ("one", "two"))
+    assert one["path"]
+    assert one == two
+
+
+def test_what_is_measured_does_not_depend_on_it_either(folder):
+    """But for what takes time. Of three prompts, one process has two."""
+    one, two = (
+        json.loads((folder / name / "evaluation.json").read_text()) for name in ("one", "two")
+    )
+    for key in ("exit_rows", "unknown_targets", "data_tokens", "samples", "prompts"):
+        assert one[key] == two[key], key
+    for a, b in zip(one["threshold_rows"], two["threshold_rows"], strict=True):
+        for key in (
+            "mean_depth", "next_token_agreement", "text_agreement", "text_interval", "shares",
+            "identical_texts",
+        ):  # fmt: skip
+            assert a[key] == b[key], key
+        assert b["speed"]["median"] > 0

@@ -1,0 +1,37 @@
+"""Runs of commands whose work several processes share: `python -m helpers.launch_shared CASES`.
+
+A case is {"command", "settings", "port"}; its processes are as many as `dp` says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+from ee_tuning.calibrate.config import CalibrateConfig
+from ee_tuning.calibrate.run import calibrate
+from ee_tuning.commands.evaluate import evaluate
+from ee_tuning.config import EvaluateConfig
+from ee_tuning.regenerate.config import RegenerateConfig
+from ee_tuning.regenerate.run import regenerate
+from helpers.ranks import become, run_ranks
+
+
+def _run(rank: int, case: dict) -> None:
+    become(rank, case["settings"]["dp"], case["port"])
+    settings = case["settings"]
+    match case["command"]:
+        case "regenerate":
+            regenerate(RegenerateConfig(**settings))
+        case "calibrate":
+            calibrate(CalibrateConfig(**settings))
+        case "evaluate":
+            evaluate(EvaluateConfig(**settings), Console(quiet=True))
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as file:
+        for one in json.load(file):
+            run_ranks(one["settings"]["dp"], _run, one)
