@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+CRASHED = 86  # the status of a launcher of which a signal ended a rank
 
 
 def free_ports(number):
@@ -27,8 +32,26 @@ def free_ports(number):
 def launch(module, cases, folder, *more, seconds=300):
     """Run a module on the cases, each with a port of its own; gives what it prints.
 
-    Its arguments are the cases' file and `more`.
+    Its arguments are the cases' file and `more`. Where a signal ended a rank, as gloo's own thread
+    does now and then, all of it is done once more, from the folder as it was, with a warning that
+    says so.
     """
+    before = folder.parent / f"{folder.name}.before"
+    shutil.rmtree(before, ignore_errors=True)
+    shutil.copytree(folder, before)
+    status, said = _launch(module, cases, folder, more, seconds)
+    if status == CRASHED:
+        warnings.warn(f"done once more, a rank crashed: {said[-2000:]}", stacklevel=2)
+        shutil.rmtree(folder)
+        before.rename(folder)
+        status, said = _launch(module, cases, folder, more, seconds)
+    shutil.rmtree(before, ignore_errors=True)
+    assert status != CRASHED, said
+    return said
+
+
+def _launch(module, cases, folder, more, seconds):
+    """Its status and what it prints, once."""
     for case, port in zip(cases, free_ports(len(cases)), strict=True):
         case["port"] = port
     path = folder / "cases.json"
@@ -37,11 +60,14 @@ def launch(module, cases, folder, *more, seconds=300):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
     command = [sys.executable, "-m", module, path, *more]
     done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
 
 
 def run_ranks(number, run, *given, fresh=False):
     """`run(rank, *given)` as each of so many ranks, in a process of its own; waits for all.
+
+    Once a signal ends one, the others, which would wait for it, are ended, and this process ends
+    with status `CRASHED`.
 
     fresh: processes that start anew, as a GPU wants it; forked ones need not import all again.
     """
@@ -49,10 +75,17 @@ def run_ranks(number, run, *given, fresh=False):
     ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
     for rank in ranks:
         rank.start()
-    for i, rank in enumerate(ranks):
-        rank.join()
-        if rank.exitcode:
-            print(f"rank {i} ended with status {rank.exitcode}")
+    running = {rank.sentinel: (i, rank) for i, rank in enumerate(ranks)}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            i, rank = running.pop(sentinel)
+            rank.join()
+            if rank.exitcode:
+                print(f"rank {i} ended with status {rank.exitcode}", flush=True)
+            if rank.exitcode < 0:
+                for _, other in running.values():
+                    other.kill()
+                raise SystemExit(CRASHED)
 
 
 def become(rank, size, port):
