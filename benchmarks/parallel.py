@@ -10,7 +10,8 @@ gradient norms of all steps, and how far they are from one process's. One more s
 timeline, gives the share of time in which ranks are idle, and what the simulator says it must be
 with the parts of the step as measured; for its seconds, too. `--check` fails where losses or norms
 differ by more. A layout may have a global batch of its own, ``pp2-batch8``; it is not compared. One
-whose name has ``kl`` distils, and is compared with ``one-kl``.
+whose name has ``kl`` distils, and is compared with ``one-kl``; one with ``fp8`` has backbone and exits
+in fp8, and is compared with ``one-fp8``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def settings(layout: str, args: argparse.Namespace) -> TuneConfig:
     flags = {"shard": "shard" in layout, "sequence_parallel": "sequence" in layout}
     balance = "measured" if "measured" in layout else "counted"
     loss: Any = {"loss": "kl", "init": "copy"} if "kl" in layout else {}
-    config = TuneConfig(**given | sizes | flags | loss, balance=balance)
+    fp8: Any = {"backbone_precision": "fp8", "exit_precision": "fp8"} if "fp8" in layout else {}
+    config = TuneConfig(**given | sizes | flags | loss | fp8, balance=balance)
     check(config)
     return config
 
@@ -150,7 +152,7 @@ def build_stage(
     shape: str, config: TuneConfig, mesh: Mesh, device: torch.device, dtype: torch.dtype
 ) -> EarlyExitModel:
     """This process's stage of the model, the weights as they are in every layout."""
-    exits = config.exit_config()
+    exits, fp8 = config.exit_config(), config.backbone_precision == "fp8"
     stage = None
     if config.pp > 1:
         shapes = build(shape, exits, torch.device("meta"), dtype, False)
@@ -162,7 +164,7 @@ def build_stage(
         stage = stages[mesh.pp_rank]
         if mesh.is_main:
             print("layers of the stages:", *map(len, stages))
-    return build(shape, exits, device, dtype, False, stage)
+    return build(shape, exits, device, dtype, fp8, stage)
 
 
 def measure(config: TuneConfig, mesh: Mesh, device: torch.device, args: argparse.Namespace) -> dict:
@@ -216,7 +218,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 found = measure(config, mesh, device, args)
         except (ProcessFailed, torch.OutOfMemoryError) as error:
             found = {"error": str(error)}
-        alone = "one-kl" if config.loss == "kl" else "one"
+        alone = next((f"one-{kind}" for kind in ("kl", "fp8") if kind in name), "one")
         one = found if name == alone else result["layouts"].get(alone, {"error": ""})
         if "error" not in found and "error" not in one and "batch" not in name:
             compare(found, one, mesh.size)

@@ -28,8 +28,10 @@ from ee_tuning.fingerprint import check_same, config_values
 from ee_tuning.loading import Parts, Slices, empty_backbone, load_backbone, load_config
 from ee_tuning.model import Network
 from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
+from ee_tuning.parallel.tensor import split_layer
 from ee_tuning.quantise import check_installed, nothing_to_quantise, quantise
 from ee_tuning.quantise.fp8 import freeze_in_fp8
+from ee_tuning.slices import layer_plan
 from ee_tuning.tune_config import FrozenPrecision
 from ee_tuning.vocabulary import Vocabulary
 
@@ -180,7 +182,9 @@ def _look_up(
 def _read_backbone(path: str, config: ExitConfig, share: Share, trust: bool) -> PreTrainedModel:
     all_of_it = share.whole and share.stage is None
     parts = None if all_of_it else _needed(path, config, share.stage, trust)
-    return load_backbone(path, parts, share.dtype, share.slices, trust)
+    # What is quantised is split after that: the scales are those of whole rows.
+    slices = share.slices if share.precision == "same" else None
+    return load_backbone(path, parts, share.dtype, slices, trust)
 
 
 def _needed(path: str, config: ExitConfig, stage: range | None, trust: bool) -> Parts:
@@ -217,6 +221,9 @@ def to_device(network: Network, share: Share) -> None:
         layer.to(device)
         if quantises and in_memory(layer):
             quantised += quantise(layer, precision, network.dtype)
+            if share.slices:
+                plan = layer_plan(network.config, network.backbone.anatomy.layers)
+                split_layer(layer, plan, share.slices.mesh)
         if share.shard and in_memory(layer):
             shards[number] = FrozenShard(layer, share.shard)
     network.to(device)

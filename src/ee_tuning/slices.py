@@ -74,13 +74,17 @@ class ParallelLinear(nn.Linear):
         group, style, sequence = self.parallel.group, self.parallel.style, self.parallel.sequence
         if style.dim == ROWS:
             x = x if sequence else used_apart(x, group)
-            y = F.linear(x, self.weight, self.bias)
+            y = self.times(x, self.bias)
             return gathered(y, group, -1) if style.whole_output else y
         if style.whole_input:
             x = own_part(x, group, -1)
-        terms = F.linear(x, self.weight)
+        terms = self.times(x)
         y = scattered(terms, group, SEQUENCE) if sequence else summed(terms, group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product with what this process has of the weight, and a bias."""
+        return F.linear(x, self.weight, bias)
 
 
 class SplitParameter(nn.Parameter):
@@ -183,13 +187,17 @@ def split_linear(
     Raises:
         UserError: it is another kind of layer, or its size is no multiple of the processes.
     """
-    if type(linear) is ParallelLinear:
+    if isinstance(linear, ParallelLinear):
         return
-    if type(linear) is not nn.Linear:
+    split: Callable[[Style, DeviceMesh], None] | None = getattr(linear, "split", None)
+    if not isinstance(linear, nn.Linear) or (type(linear) is not nn.Linear and split is None):
         raise UserError(f"{name} is a {type(linear).__name__}, which cannot be split: use --tp 1")
     dim = style.dim
     if linear.weight.shape[dim] % tp.size():
         raise UserError(f"tp is {tp.size()}: it must divide {name}, {linear.weight.shape[dim]}")
+    if split is not None:  # a kind of layer that knows which part of what it keeps is whose
+        split(style, tp)
+        return
     for key in ("weight", "bias"):
         values = getattr(linear, key)
         split_dim = dim if key == "weight" or dim == ROWS else None

@@ -10,7 +10,7 @@ BAD = {
     "no-divisor": (2, {"pp": 1}), "too-deep": (2, {"pp": 2, "layers": "1", "arch": "mlp"}),
     "stage-layers": (2, {"pp": 2, "stage_layers": [1, 1]}),
     "heads": (4, {"tp": 4}),
-    "fp8-tp": (2, {"tp": 2, "exit_precision": "fp8"}),
+    "int8-tp": (2, {"tp": 2, "backbone_precision": "torchao-int8"}),
     "few": (2, {"dp": 2, "global_batch_size": 1}),
     "no-gpu": (2, {"dp": 2, "device": "cuda:97"}),
 }  # fmt: skip
@@ -73,7 +73,7 @@ CHANGES = {
         ("too-deep", "pp is 2: there are only 1 layers up to the deepest exit"),
         ("stage-layers", "stage_layers [1, 1] does not fit: give 2 numbers of layers"),
         ("heads", "tp is 4: it must divide the backbone's num_key_value_heads, 2"),
-        ("fp8-tp", "--exit-precision fp8 cannot be had with --tp"),
+        ("int8-tp", "--backbone-precision torchao-int8 cannot be had with --tp"),
         ("no-gpu", "device 'cuda:97' cannot be used: "),
         ("few", "global_batch_size 1 is less than dp 2"),
         ("no-plan", "tensor-parallel plan for gpt2 does not exist"),

@@ -22,6 +22,8 @@ VARIANTS = {
     "no-exit": (4, {"pp": 4, "stage_layers": [1, 1, 1, 2]}, {"layers": "2,5", **ODD}),
     "one-stage": (2, {"pp": 2}, {"layers": "4,5", "arch": "norm", "head": "own"}),
     "more-stages": (4, {"pp": 4}, {"layers": "5", "arch": "mlp", "head": "own"}),
+    "fp8-tp": (2, {"tp": 2}, {"backbone_precision": "fp8", "head": "shared,shared,own,own"}),
+    "fp8-tp-sequence": (2, {"tp": 2, "sequence_parallel": True}, {"backbone_precision": "fp8"}),
     "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
     "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
         "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
@@ -58,6 +60,9 @@ def runs(new_runs):
     runs.add("chunks", 2, tp=2, logits=1500)
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
+    in_fp8 = {"exit_precision": "fp8", "layers": "2", "arch": "mlp", "dynamic_weights": False}
+    runs.add("exit-fp8", 2, tp=2, **in_fp8)
+    runs.add("exit-fp8-one", **in_fp8)
     runs.add("whole", 1, steps=4)
     for name, shard in (("8bit", False), ("8bit-shard", True)):
         runs.add(name, 2, dp=2, shard=shard, **EIGHT_BIT)
@@ -143,6 +148,13 @@ def test_bf16_differs_by_its_rounding_only(runs):
         for key in a.keys() & {"loss", "valid_loss"}:
             assert b[key] == pytest.approx(a[key], rel=2**-7), key
     assert runs.tensors("bf16")["4.head.weight"].dtype == torch.bfloat16
+
+
+def test_exits_in_fp8_differ_by_its_rounding_only(runs):
+    """Where a matrix is cut along its rows, each part is rounded with scales of its own."""
+    for a, b in zip(runs.records("exit-fp8-one"), runs.records("exit-fp8"), strict=True):
+        for key in a.keys() & {"loss", "valid_loss"}:
+            assert b[key] == pytest.approx(a[key], rel=2**-6), key
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -10,11 +10,6 @@ from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.check import check
 
 REFUSED = [
-    (
-        {"tp": 2, "backbone_precision": "fp8"},
-        ["--backbone-precision fp8", "--tp", "whole matrix"],
-    ),
-    ({"tp": 2, "exit_precision": "fp8"}, ["--exit-precision fp8", "--tp", "a whole matrix"]),
     ({"tp": 2, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--tp", "blocks"]),
     ({"tp": 2, "exit_vocab": 9, "loss": "kl"}, ["--exit-vocab", "--loss kl", "--tp", "logits of"]),
     (
@@ -35,7 +30,7 @@ REFUSED = [
     ({"balance": "measured", "pp": 2, "stage_layers": [2, 2]}, ["no --stage-layers"]),
     (
         {"tp": 2, "backbone_precision": "torchao-int8"},
-        ["--backbone-precision torchao-int8", "--tp", "whole matrix"],
+        ["--backbone-precision torchao-int8", "--tp", "whole rows"],
     ),
     (
         {"dp": 2, "shard_backbone": True, "backbone_precision": "torchao-int8"},

@@ -150,7 +150,7 @@ def split_model(
         split_linear(backbone.head, "the head", head, tp)
     runs = range(model.stage.start, backbone.num_layers if teacher else model.stage.stop)
     for number in runs:
-        _split_by_plan(backbone.layers[number], plan, tp)
+        split_layer(backbone.layers[number], plan, tp)
     for exit in exits:
         _split_exit(exit, plan, tp, head)
         exit.output.softmax = SplitSoftmax(tp, exit.output.size)
@@ -160,7 +160,7 @@ def split_model(
 
 def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -> None:
     for module in exit.layer_parts():
-        _split_by_plan(module, plan, tp)
+        split_layer(module, plan, tp)
     if not exit.output.shared or exit.output.picked is not None:
         split_linear(exit.output.linear, "an exit's head", head, tp)
     if exit.output.picked is not None:
@@ -231,7 +231,7 @@ def check_splits(backbone: Backbone, tp: int) -> None:
             raise UserError(f"tp is {tp}: it must divide the backbone's {name}, {size}")
 
 
-def _split_by_plan(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> None:
+def split_layer(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> None:
     """Split what `plan` names in a layer, or in the part of a layer that an exit has."""
     modules = dict(module.named_modules())
     for name, style in plan.items():

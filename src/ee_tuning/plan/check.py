@@ -194,12 +194,12 @@ def check_parallel(config: TuneConfig) -> None:
     kept = (f"--backbone-precision {precision}", precision != "same")
     eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
-    scales = "scales are those of rows or blocks of a whole matrix"
+    packed = ("--backbone-precision " + precision, precision not in ("same", "fp8"))
+    scales = "its package keeps a matrix in whole rows or blocks, which it does not cut"
     reduced = bool(config.known_tokens) and config.loss != "ce"
     split = "each rank has the final exit's logits of other tokens than its exits know"
     refused = [
-        (tp, kept, scales),
-        (tp, ("--exit-precision fp8", config.exit_precision == "fp8"), scales),
+        (tp, packed, scales),
         (tp, eight_bit, blocks),
         (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
         (tp, shard, "a matrix would be cut twice"),

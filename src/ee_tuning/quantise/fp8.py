@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ee_tuning.collectives import Group
+from ee_tuning.slices import ROWS, Parallel, ParallelLinear, Style, split_parameter
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -52,6 +56,10 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, M), in x's dtype."""
+        return self.times(x, self.bias)
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product, and a bias."""
         rows = x.flatten(0, -2)
         if self.transposed is None:
             y = product(rows, self.weight, self.scale, self.native)
@@ -59,7 +67,34 @@ class Fp8Linear(nn.Linear):
             args = (self.weight, self.transposed, self.scale, self.native)
             y = _FrozenProduct.apply(rows, *args)
         y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+        return y if bias is None else y + bias
+
+    def split(self, style: Style, tp: DeviceMesh) -> None:
+        """Keep this process's rows with their scales, or its columns, as they were quantised."""
+        size, rank = tp.size(), tp.get_local_rank()
+
+        def own(values: Tensor, dim: int) -> Tensor:
+            return values.chunk(size, dim)[rank].clone(memory_format=torch.contiguous_format)
+
+        self.weight = own(self.weight, style.dim)
+        if self.transposed is not None:
+            self.transposed = own(self.transposed, 1 - style.dim)
+        if style.dim == ROWS:
+            self.scale = own(self.scale, ROWS)
+            if self.bias is not None:
+                self.bias = split_parameter(self.bias, ROWS, tp)
+        self.__class__ = ParallelFp8Linear
+        self.parallel = Parallel(Group.of(tp), style)
+        self.native = _native(self)
+
+
+class ParallelFp8Linear(ParallelLinear, Fp8Linear):
+    """One of which this process has some rows or columns.
+
+    What is multiplied with columns is rounded with a scale for this process's part of a row.
+    """
+
+    times = Fp8Linear.times
 
 
 @torch.compiler.allow_in_graph
@@ -151,12 +186,22 @@ class Fp8TunedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, K) → (…, M), in autocast's dtype or else x's."""
+        return self.times(x, self.bias)
+
+    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product, and a bias."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         rows, weight = x.flatten(0, -2).to(dtype), self.weight.to(dtype)
         y = _TunedProduct.apply(rows, weight, self.native, rows.requires_grad)
         y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias.to(dtype)
+        return y if bias is None else y + bias.to(dtype)
+
+
+class ParallelFp8TunedLinear(ParallelLinear, Fp8TunedLinear):
+    """One of which this process has some rows or columns, and rounds them with scales of theirs."""
+
+    times = Fp8TunedLinear.times
 
 
 # Traced as it is: where torch 2.11 compiles the call itself, its gradients are zeros.
@@ -207,11 +252,12 @@ def freeze_in_fp8(module: nn.Module, backward: bool = False) -> int:
 
 def tune_in_fp8(module: nn.Module) -> None:
     """Let every `nn.Linear` in `module` compute in fp8 while it is tuned, in place."""
-    for linear in [m for m in module.modules() if type(m) is nn.Linear]:
-        linear.__class__ = Fp8TunedLinear
+    kinds: dict[Any, Any] = {nn.Linear: Fp8TunedLinear, ParallelLinear: ParallelFp8TunedLinear}
+    for linear in [m for m in module.modules() if isinstance(m, nn.Linear) and type(m) in kinds]:
+        linear.__class__ = kinds[type(linear)]
         linear.native = _native(linear)  # type: ignore[assignment]
 
 
 def _native(linear: nn.Linear) -> bool:
-    whole = linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+    whole = all(size % 16 == 0 for size in linear.weight.shape)
     return has_fp8(linear.weight.device) and whole
