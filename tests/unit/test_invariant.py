@@ -28,6 +28,26 @@ def test_a_token_has_the_same_bits_in_every_window_and_beside_others(family, dty
     assert torch.equal(logits(model, ids, [5] * 8, rows=4), alone)
 
 
+@pytest.mark.parametrize("heads", [(2, 1), (4, 4), (6, 2)])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_token_has_the_same_bits_whichever_thread_computes_it(family, heads):
+    """Texts of more than the places that are looked at together, heads that share K/V or do not."""
+    sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 16}
+    sizes["hidden_size"] = 16 * heads[0]
+    window = {"sliding_window": 70} if family == "mistral" else {}
+    sizes |= {"max_position_embeddings": 256, **window}
+    model, ids = wide(family, torch.float32, **sizes), prompt(90, 1)
+    alone = logits(model, ids, [1] * 90, capacity=90)
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(logits(model, ids, [5] * 18, capacity=90), alone)
+            assert torch.equal(logits(model, ids, [6] * 15, rows=5, capacity=200), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_order_of_sums_is_all_that_differs_from_transformers(family):
     """fp32, where another order changes a number by no more than this."""

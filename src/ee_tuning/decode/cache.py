@@ -6,8 +6,8 @@ to pad a window or to hand a slot on to the next sequence is to write over it la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ee_tuning.backbone import Segment
+from ee_tuning.decode.graphs import ALIGNED
 from ee_tuning.devices import GIB, free_memory
 from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
@@ -36,6 +37,13 @@ class Place:
     in_order: bool
     empty: bool = False
     start: int | None = None
+    _found: dict[Any, Any] = field(default_factory=dict)
+
+    def remembered(self, key: tuple[Any, ...], find: Callable[..., Any]) -> Any:
+        """What `find` makes of this place and `key`, the same for all layers."""
+        if key not in self._found:
+            self._found[key] = find(self, *key)
+        return self._found[key]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -105,7 +113,7 @@ class SlotLayer(CacheLayerMixin):
         else:
             kept[self.rows, :, self.places] = new[:, :, -self.size :].transpose(1, 2)
         if self.whole:
-            return kept[:, :, : place.reach]
+            return kept[:, :, : -(-place.reach // ALIGNED) * ALIGNED]
         if place.in_order:
             return kept[: len(place.slots), :, : place.reach]
         return kept[:, :, : place.reach][place.slots]

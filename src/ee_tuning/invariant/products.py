@@ -76,12 +76,13 @@ class Weights:
 
     def times(self, x: Tensor) -> Tensor:
         """x (…, K) → (…, N)."""
-        rows = x.reshape(-1, x.shape[-1])
         if self.on_cpu:
             # A product of one row is another one.
-            both = torch.cat([rows, rows]) if len(rows) == 1 else rows
+            alone = x.numel() == x.shape[-1]
+            both = x.expand(2, *x.shape).contiguous() if alone else x
             y = torch.ops.mkldnn._linear_pointwise(both, self.matrix, self.bias, "none", [], "")
-            return y[: len(rows)].view(*x.shape[:-1], -1)
+            return y[0] if alone else y
+        rows = x.reshape(-1, x.shape[-1])
         parts = kernels.product(rows.contiguous(), self.matrix)
         total = parts[0]
         for part in parts[1:]:
@@ -115,7 +116,7 @@ class Product(nn.Module):
             results = list(self.weights.times(x).split(sizes, -1))
             self.others[:] = [x, results]
         found, results[self.place] = results[self.place], None
-        if not any(one is not None for one in results):
+        if all(one is None for one in results):
             self.others.clear()
         return found
 
