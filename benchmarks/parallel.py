@@ -10,8 +10,8 @@ gradient norms of all steps, and how far they are from one process's. One more s
 timeline, gives the share of time in which ranks are idle, and what the simulator says it must be
 with the parts of the step as measured; for its seconds, too. `--check` fails where losses or norms
 differ by more. A layout may have a global batch of its own, ``pp2-batch8``; it is not compared. One
-whose name has ``kl`` distils, and is compared with ``one-kl``; one with ``fp8`` has backbone and exits
-in fp8, and is compared with ``one-fp8``.
+whose name has ``kl`` distils, and is compared with ``one-kl``; with ``fp8`` backbone and exits are
+in fp8, compared with ``one-fp8``.
 """
 
 from __future__ import annotations
