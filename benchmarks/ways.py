@@ -95,9 +95,9 @@ def _drafts_counted() -> Iterator[list[int]]:
     """The numbers of drafts of all rounds meanwhile, as paces are told them."""
     learn, told = Pace.learn, []
 
-    def counted(pace: Pace, drafted: int, kept: int) -> None:
+    def counted(pace: Pace, limit: int, drafted: int, kept: int) -> None:
         told.append(drafted)
-        learn(pace, drafted, kept)
+        learn(pace, limit, drafted, kept)
 
     Pace.learn = counted  # type: ignore[method-assign]
     try:

@@ -15,6 +15,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ee_tuning.decode.pace import Clock
+
 torch.set_num_threads(1)
 settings.register_profile("any time", deadline=None)  # a machine may be busy
 settings.load_profile("any time")
@@ -47,8 +49,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True)
 def _many_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are taken to cost next to nothing, or tiny models would hardly ever have any."""
+    """Drafts are taken to cost next to nothing, or tiny models would hardly ever have any; and
+    rounds to take what their drafts cost, or it would depend on the machine how many they have."""
     monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", lambda model, layer: 0.02)
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Weighed)
+
+
+class Weighed(Clock):
+    """Rounds take what their drafts cost, and nothing has to be measured."""
+
+    LEAST = 0
+
+    def learn(self, drafts: int, seconds: float) -> None:
+        super().learn(drafts, 1 + self.cost * drafts)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Engine, Full, Request, Speculative
-from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT
 
@@ -35,9 +34,7 @@ def rounds(monkeypatch):
 
     monkeypatch.setattr(Row, "draft", drafted)
     monkeypatch.setattr(Row, "keep", kept)
-    monkeypatch.setattr(
-        Pace, "drafts", lambda self, room, clock=None: max(0, min(self.longest, room - 1))
-    )
+    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, *_: paces[0].longest)
     return seen
 
 
@@ -120,16 +117,16 @@ def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
     """After a pause of any length chains are those of the plain loop again."""
     model, ids, turns, seen = drafting(family), prompt(9), [], []
 
-    def drafts(self, room, clock=None):
-        turns.append(room)
-        return min(3, room - 1) if len(turns) % (pause + 1) == 0 else 0
+    def plan(paces, rooms, clock):
+        turns.append(rooms)
+        return 3 if len(turns) % (pause + 1) == 0 else 0
 
     def drafted(row, drafts):
         seen.append((list(row.ids), [draft.id for draft in drafts]))
         draft(row, drafts)
 
     draft = Row.draft
-    monkeypatch.setattr(Pace, "drafts", drafts)
+    monkeypatch.setattr("ee_tuning.decode.drafts.plan", plan)
     monkeypatch.setattr(Row, "draft", drafted)
     policy = Speculative(DEPTH, max_pending=3, bar=0.0)
     engine = Engine(model, [DRAFT], capacity=64, max_pending=3)
@@ -260,21 +257,3 @@ def test_what_a_draft_exit_cannot_do_is_refused(settings, message):
 def test_a_draft_exit_alone_serves_one_mode():
     with pytest.raises(UserError, match="draft exit alone"):
         drafting("llama").generate(torch.tensor([prompt(9)]), mode="threshold")
-
-
-def test_rounds_are_as_long_as_they_are_measured_to_pay():
-    pace, clock = Pace(6, 0.5), Clock()
-    for _ in range(40):
-        pace.learn(3, 2)
-    assert pace.drafts(100) < 3  # at such a cost
-    for _ in range(9):
-        clock.learn(0, 1.0)
-        clock.learn(1, 1.05)
-    assert pace.drafts(100, clock) >= 3  # on the line through both
-    for number in range(1, 7):
-        for _ in range(9):
-            clock.learn(number, 4.0)
-    assert pace.drafts(100, clock) == 0
-    for _ in range(2 * Clock.FORGETS):
-        clock.learn(0, 1.0)
-    assert {*clock.known} == {0}

@@ -20,7 +20,6 @@ from transformers import (
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Chooser, Engine, Request, Speculative
-from ee_tuning.decode.pace import Pace
 from ee_tuning.loading import load_tokenizer
 
 IDS = torch.tensor([[5, 9, 11, 40, 7]])
@@ -198,52 +197,6 @@ def test_an_end_token_within_a_draft_ends_it_as_at_full_depth():
         out = model.generate(IDS, mode="speculative", threshold=0.0, eos_token_id=end, **common)
         assert torch.equal(out.sequences, full)
         assert out.exit_layers.shape[1] == full.shape[1] - 5
-
-
-@pytest.mark.parametrize("cost", [0.1, 0.3, 0.6])
-@pytest.mark.parametrize("acceptance", [0.05, 0.5, 0.8, 0.95])
-def test_drafts_are_as_long_as_brings_most_tokens(cost, acceptance):
-    """Against rounds that are played: the drafts' length is within 2% of the best one's rate."""
-    draw = torch.Generator().manual_seed(0)
-    kept = torch.rand(20_000, 8, generator=draw) < acceptance
-    right = kept.long().cumprod(1)
-
-    def rate(number):
-        return (1 + right[:, :number].sum(1)).double().mean().item() / (number * cost + 1)
-
-    pace, lengths = Pace(8, cost), []
-    for row in right[:2000]:
-        length = pace.drafts(100)
-        lengths.append(length)
-        pace.learn(length, int(row[:length].sum()))
-    rates = [rate(number) for number in range(9)]
-    mean = sum(1 + int(row[:n].sum()) for row, n in zip(right, lengths, strict=False))
-    mean /= sum(n * cost + 1 for n in lengths)
-    assert mean > 0.93 * max(rates)
-    pace._kept, pace._tried = 1e6 * acceptance, 1e6
-    assert rates[pace.drafts(100)] > 0.98 * max(rates)
-
-
-def test_drafts_are_no_longer_than_asked_for_and_what_the_text_needs():
-    pace = Pace(8, 0.1)
-    for _ in range(9):
-        pace.learn(pace.drafts(100), pace.drafts(100))
-    assert pace.drafts(100) == 8
-    assert pace.drafts(3) == 2
-    assert pace.drafts(1) == 0
-    assert Pace(0, 0.1).drafts(9) == 0
-
-
-def test_drafting_that_does_not_pay_stops_and_is_tried_again():
-    pace = Pace(8, 0.5)
-    for _ in range(20):
-        pace.learn(pace.drafts(100), 0)
-    assert pace.drafts(100) == 0
-    silent = 0
-    while not pace.drafts(100):
-        pace.learn(0, 0)
-        silent += 1
-    assert 5 < silent < 100
 
 
 @pytest.mark.parametrize("head", ["own", "shared"])

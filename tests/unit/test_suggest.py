@@ -16,6 +16,7 @@ from ee_tuning.cli import main
 from ee_tuning.commands.suggest import advice
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Engine, Request
+from ee_tuning.decode.pace import Clock
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, drafted, left
 from ee_tuning.suggest.probes import heard, tuned, written
@@ -23,6 +24,13 @@ from ee_tuning.suggest.rounds import DraftedPattern, Pattern, measure, measure_f
 from ee_tuning.suggest.run import Candidate, Suggestion
 
 FREE = Costs({(0, False): 1.0, (0, True): 1.0, (8, False): 1.0, (8, True): 1.0}, prompt=0.0)
+
+
+class Even(Clock):
+    """A round takes as long as any, as `FREE` has it."""
+
+    def learn(self, drafts, seconds):
+        super().learn(drafts, 1.0)
 
 
 def spoken(model, number=3, length=6, new=24):
@@ -45,8 +53,9 @@ def test_written_texts_are_the_backbones_own():
 @pytest.mark.parametrize("longest", [1, 3, 8])
 def test_drafts_go_to_the_end_as_often_as_predicted(monkeypatch, threshold, longest):
     """Rounds are counted as decoding has them: its pace included."""
-    model = good_exit("llama")
+    model = good_exit.__wrapped__("llama")  # with an engine whose clock has seen nothing
     monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", draft_cost)
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Even)
     texts = spoken(model)
     said = heard(model, texts, 6)[2]
     assert [len(one.sure) for one in said] == [23] * 3

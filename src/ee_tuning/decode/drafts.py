@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ee_tuning.decode.pace import Clock, plan
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 from ee_tuning.decode.wanted import Prediction, Predictions
@@ -58,8 +59,7 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
                 own.rejected = [draft.id for draft in drafts[kept:]]
                 settled.append(_settled(row, choice, [*drafts[:kept], own]))
                 if row.pace is not None:
-                    row.pace.learn(len(drafts), kept)
-                    row.limit = row.pace.drafts(row.left)
+                    row.pace.learn(row.limit, len(drafts), kept)
     return settled
 
 
@@ -80,7 +80,7 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             own.rejected = [draft.id for draft in drafts[kept:]]
             settled.append(_settled(row, choice, [*drafts[:kept], own]))
             assert row.pace is not None
-            row.pace.learn(len(drafts), kept)
+            row.pace.learn(row.limit, len(drafts), kept)
     return settled
 
 
@@ -112,24 +112,41 @@ def _verified_chains(
 
 def next_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     """`draft_round` and `chain_round` of the rows that are for each."""
-    chained = [row for row in rows if row.policy.bar is not None and row.door == 0]
-    if not chained:
+    beginning = [row for row in rows if row.begins and row.policy.verifies]
+    if not beginning:
         return draft_round(sequences, rows)
-    clock, graphs = sequences.clock(len(chained)), sequences.passes.graphs
-    for row in chained:
-        assert row.pace is not None
-        row.limit = row.pace.drafts(row.left, clock)
+    chained = [row for row in beginning if row.policy.bar is not None]
+    layered = [row for row in beginning if row.policy.bar is None]
+    clocks = [_limit(sequences, alike) for alike in (chained, layered)]
     sequences.catch_up(chained)
-    number, alone = max(row.limit for row in chained), len(chained) == len(rows)
-    captured, start = len(graphs), time.perf_counter()
-    others = [row for row in rows if row not in chained] if number else rows
-    settled = chain_round(sequences, chained) if number else []
+    chains = any(row.limit for row in chained)
+    captured, start = len(sequences.passes.graphs), time.perf_counter()
+    others = [row for row in rows if row not in chained] if chains else rows
+    settled = chain_round(sequences, chained) if chains else []
     if others:
         settled += draft_round(sequences, others)
-    # Not what is met for the first time, and is compiled.
-    if alone and len(graphs) == captured:
-        clock.learn(number, time.perf_counter() - start)
+    seconds, fresh = time.perf_counter() - start, len(sequences.passes.graphs) > captured
+    for alike, clock in zip((chained, layered), clocks, strict=True):
+        # Not what is compiled, as it is met for the first time, nor what others are part of.
+        if clock is not None and not fresh and len(alike) == len(rows):
+            clock.learn(max(row.pace.asked for row in alike if row.pace is not None), seconds)
     return settled
+
+
+def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
+    """Say how many drafts the next round of `rows` may have; gives the clock of such rounds."""
+    for row in rows:
+        if row.policy.steady:
+            row.limit = max(0, min(row.policy.max_pending, row.left - 1))
+    free = [(row, row.pace) for row in rows if row.pace is not None]
+    if not free:
+        return None
+    paces, rooms = [pace for _, pace in free], [row.left for row, _ in free]
+    clock = sequences.clock(len(rows), max(pace.cost for pace in paces))
+    number = plan(paces, rooms, clock)
+    for row, _ in free:
+        row.limit = max(0, min(number, row.left - 1))
+    return clock
 
 
 def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
@@ -142,8 +159,6 @@ def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             row.keep(0, choice.token)
             token = Token(choice.token, row.policy.end, said.confidence)
             settled.append(_settled(row, choice, [token]))
-            if row.pace is not None:
-                row.limit = row.pace.drafts(row.left)
     return settled
 
 

@@ -35,7 +35,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.drafts import first_tokens, next_round
 from ee_tuning.decode.noise import Seeds
-from ee_tuning.decode.pace import Pace, Steady
+from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
@@ -192,10 +192,12 @@ class Engine:
             request = self._waiting.popleft()
             self._seeds = self._seeds or Seeds()
             row = self.sequences.enter(request, slot, self._seeds)
-            if row.policy.verifies:
-                cost = self._draft_costs[min(row.policy.exit_layers)]
-                kind = Steady if row.policy.steady else Pace
-                row.pace = kind(row.policy.max_pending, cost)
+            policy = row.policy
+            if policy.verifies and not policy.steady:
+                # A captured chain has as many drafts as it may, and the end is looked for after it.
+                stops = policy.bar is None or not self.passes.compile
+                cost = self._draft_costs[min(policy.exit_layers)]
+                row.pace = Pace(policy.max_pending, cost, stops)
             new.append(row)
         return new
 

@@ -1,101 +1,172 @@
-"""How many drafts a round has: what they cost and how many of them were kept decide."""
+"""How many drafts a round has: those that bring the most tokens a second, none among the choices.
+
+A round of k drafts gives 1 + Σⱼ P(the first j are kept) tokens, j ≤ k (as arXiv 2211.17192, section
+3.4, with a probability for each place), and takes V + d · k seconds, where a round without drafts
+takes z. The probabilities are a sequence's own (`Pace`), the seconds those of all rounds of an
+engine with as many sequences (`Clock`).
+"""
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections import deque
-
-
-class Pace:
-    """How long drafts may be: as long as brings the most tokens for the weights that are read.
-
-    If each of n drafts is kept with probability a, a round gives (1 - aⁿ⁺¹) / (1 - a) tokens, and
-    costs n · c + 1 passes at full depth, c being a draft's share of one (arXiv 2211.17192,
-    equation 1 and theorem 3.8). Where no draft pays for itself, there are none for a while.
-    """
-
-    FORGETS = 0.95  # of what was seen, the share that is still counted a round later
-    HOPE = 0.8  # the acceptance before any was seen, which counts as one draft
-
-    def __init__(self, longest: int, cost: float) -> None:
-        """longest: drafts at most. cost: of a draft, as a share of a pass at full depth."""
-        self.longest, self.cost = longest, cost
-        self._kept = self._tried = 0.0
-
-    @property
-    def acceptance(self) -> float:
-        """The share of drafts that were kept, lately; none behind a rejected one was tried."""
-        return (self._kept + self.HOPE) / (self._tried + 1)
-
-    def learn(self, drafted: int, kept: int) -> None:
-        """Take in that `kept` of `drafted` tokens were right."""
-        self._kept = self.FORGETS * self._kept + kept
-        self._tried = self.FORGETS * self._tried + min(drafted, kept + 1)
-
-    def drafts(self, room: int, clock: Clock | None = None) -> int:
-        """Drafts of the next round, if `room` more tokens are wanted: the last needs none.
-
-        clock: what rounds really took, where that was measured.
-        """
-        known = {} if clock is None else clock.known
-        best, found, tokens = 0.0, 0, 0.0
-        acceptance = self.acceptance
-        for number in range(max(0, min(self.longest, room - 1)) + 1):
-            tokens += acceptance**number
-            rate = tokens / _estimate(known or {0: 1.0}, number, self.cost)
-            if rate > best:
-                best, found = rate, number
-        return found
-
-
-class Steady(Pace):
-    """As many drafts as may be, whether that pays or not."""
-
-    def drafts(self, room: int, clock: Clock | None = None) -> int:
-        """See `Pace`."""
-        return max(0, min(self.longest, room - 1))
+from collections.abc import Sequence
+from statistics import median
 
 
 class Clock:
-    """How long rounds took lately, by the number of their drafts.
+    """How long rounds took lately, in rounds without drafts: on a line, V / z + k · d / z."""
 
-    known: seconds, the middle of the last few; not of numbers that were not tried for long.
+    LATELY = 48  # rounds that count, with drafts and without
+    LEAST = 3  # rounds without drafts before there are any with
+    RARELY = 6  # rounds with drafts between two looks at one without, at least
+    SHARE = 0.01  # of what drafts bring, what is given up for these
+    FIRM = 4.0  # what the slope that is assumed weighs, in squared drafts
+    SLOW = 2.0  # a round counts as no longer than so often what was expected
+    AFRESH = 4  # rounds from one look at all of these to the next
+    FORGETS = 64  # after so many rounds without drafts one that had some is forgotten
+
+    def __init__(self, cost: float) -> None:
+        """cost: of a draft, as a share of a round without any, before much was seen."""
+        self.cost = cost
+        self._plain: deque[float] = deque(maxlen=self.LATELY)
+        self._drafted: deque[tuple[int, float]] = deque(maxlen=self.LATELY)
+        self._usual = 0.0  # z
+        self._line = 1.0, cost
+        self._looks = self._known = self._resting = self._drafting = 0
+        self._until = self.RARELY
+
+    def learn(self, drafts: int, seconds: float) -> None:
+        """Take in a round that had to make so many drafts."""
+        if self._plain:
+            seconds = min(seconds, self.SLOW * self.rounds(drafts) * self._usual)
+        if drafts:
+            self._drafted.append((drafts, seconds))
+            self._resting, self._drafting = 0, self._drafting + 1
+        else:
+            self._plain.append(seconds)
+            self._resting, self._drafting = self._resting + 1, 0
+            if self._drafted and self._resting % self.FORGETS == 0:
+                self._drafted.popleft()
+        self._known += 1
+        # At first after each round: what a look at all of them takes is not for nothing.
+        if self._plain and (self._known < self.LATELY or self._known % self.AFRESH == 0):
+            self._usual = median(self._plain)
+            self._line = self._fitted()
+
+    def looks(self) -> bool:
+        """Whether the next round is to be one without drafts, to see what that takes."""
+        # Not for ever, where rounds are not timed: those that compile, or with other rows in them.
+        if len(self._plain) < self.LEAST and self._looks < 2 * self.LEAST:
+            self._looks += 1
+            return True
+        return self._drafting >= self._until
+
+    def promise(self, rate: float) -> None:
+        """Take in what drafts promise, in tokens for each that there would be without any.
+
+        The less they do, the more depends on knowing it well, and the less a look gives up.
+        """
+        self._until = max(self.RARELY, int((1 - 1 / rate) / self.SHARE))
+
+    def rounds(self, drafts: float) -> float:
+        """What a round with so many drafts takes."""
+        if not drafts:
+            return 1.0
+        base, slope = self._line
+        # No less than half of what its weights say: a few rounds without may have been slow ones.
+        return max(base + slope * drafts, 1 + self.cost * drafts / 2)
+
+    def _fitted(self) -> tuple[float, float]:
+        """V / z and d / z; what is assumed counts as a round, too."""
+        count = max(1, len(self._drafted))
+        seen = [(drafts, seconds / self._usual) for drafts, seconds in self._drafted]
+        x, y = sum(drafts for drafts, _ in seen) / count, sum(took for _, took in seen) / count
+        square = sum((drafts - x) ** 2 for drafts, _ in seen)
+        product = sum((drafts - x) * (took - y) for drafts, took in seen)
+        slope = max((product + self.FIRM * self.cost) / (square + self.FIRM), 0.0)
+        return median([1.0, *(took - slope * drafts for drafts, took in seen)]), slope
+
+
+class Pace:
+    """What drafts have brought a sequence.
+
+    A draft's chance is that of being made and kept where the one before it was. What was seen is
+    forgotten bit by bit, so a chance that was found to be small grows towards `HOPE`, and drafts
+    are tried again. What trying may cost is bounded: see `margin`.
     """
 
-    LATELY = 5  # rounds of a number
-    FORGETS = 64  # rounds after which a number that was not tried is no longer known
+    FORGETS = 0.975  # of what was seen, the share that is still counted a round later
+    HOPE, FIRST = 0.8, 4.0  # the chance of a first draft, as if it was that of so many tried
+    LATER = 2.0  # the same at a later place, of whose chance the place before it gives an idea
+    STAKE, SHARE, BOUND = 1.8, 0.01, 0.024  # see `margin`
 
-    def __init__(self) -> None:
-        self.known: dict[int, float] = {}
-        self._seen: dict[int, deque[float]] = {}
-        self._tried: dict[int, int] = {}
-        self._rounds = 0
+    def __init__(self, longest: int, cost: float, stops: bool = True) -> None:
+        """longest: drafts at most. cost: of a draft, as a share of a pass at full depth. stops: a
+        round whose drafts end early takes less time."""
+        self.longest, self.cost, self.stops = longest, cost, stops
+        self.asked = 0  # drafts that the last round had to make, one in vain included
+        self._ahead, self._tokens = 0.0, 0
+        self._unpaid: list[int] = []
+        self._tried, self._kept, self._asked = ([0.0] * longest for _ in range(3))
+        self._limited = [0.0] * longest
 
-    def learn(self, number: int, seconds: float) -> None:
-        """Take in a round of so many drafts."""
-        self._rounds += 1
-        seen = self._seen.setdefault(number, deque(maxlen=self.LATELY))
-        seen.append(seconds)
-        self.known[number], self._tried[number] = sorted(seen)[len(seen) // 2], self._rounds
-        if self._rounds % self.FORGETS == 0:
-            old = [k for k, tried in self._tried.items() if tried <= self._rounds - self.FORGETS]
-            for one in old:
-                del self.known[one], self._seen[one], self._tried[one]
+    def learn(self, limit: int, drafted: int, kept: int) -> None:
+        """Take in that of up to `limit` drafts so many were made, and the first `kept` right."""
+        self.asked = min(drafted + 1, limit) if self.stops else limit
+        for seen in (self._tried, self._kept, self._asked, self._limited):
+            seen[:] = [self.FORGETS * value for value in seen]
+        for place in range(limit):
+            self._limited[place] += 1
+            self._asked[place] += place < self.asked
+            self._tried[place] += place <= kept
+            self._kept[place] += place < kept
+        self._tokens += kept + 1
+        self._ahead += kept + 1
+        self._unpaid.append(self.asked)
+
+    def margin(self, room: int, clock: Clock) -> float:
+        """What may be lost now, in rounds without drafts, if `room` more tokens are wanted.
+
+        It is how much sooner the text has got so far than it would have without drafts, and what it
+        may be late: a stake, which grows with its length, and no more than a share of all of it.
+        clock: of the rounds since it was asked for the last time.
+        """
+        self._ahead -= sum(map(clock.rounds, self._unpaid))
+        self._unpaid.clear()
+        stake = self.STAKE + self.SHARE * self._tokens
+        return self._ahead + min(stake, self.BOUND * (self._tokens + room))
+
+    def outlook(self, room: int) -> list[tuple[float, float]]:
+        """The tokens of rounds of up to 0, 1, … drafts, and how many these have to make.
+
+        room: how many tokens more are wanted: the last needs no draft.
+        """
+        tokens, number, right, chance, asked = 1.0, 0.0, 1.0, self.HOPE, 1.0
+        weight, found = self.FIRST, [(1.0, 0.0)]
+        for place in range(max(0, min(self.longest, room - 1))):
+            chance = (self._kept[place] + weight * chance) / (self._tried[place] + weight)
+            asked = (self._asked[place] + asked) / (self._limited[place] + 1)
+            right *= chance
+            tokens, number, weight = tokens + right, number + asked, self.LATER
+            found.append((tokens, number))
+        return found
 
 
-def _estimate(known: dict[int, float], number: int, cost: float) -> float:
-    """Seconds of a round with so many drafts, from those of the numbers that are known.
+def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
+    """Drafts at most of the next round that sequences have together.
 
-    On the line between its neighbours among these, or beyond them; where there is one alone, a
-    draft has the share `cost` of a round without any.
+    rooms: how many tokens more each wants. clock: of rounds with so many of them.
     """
-    if number in known:
-        return known[number]
-    if len(known) == 1:
-        ((only, seconds),) = known.items()
-        return seconds * (1 + number * cost) / (1 + only * cost)
-    numbers = sorted(known)
-    place = min(max(bisect(numbers, number), 1), len(numbers) - 1)
-    before, after = numbers[place - 1], numbers[place]
-    slope = max(0.0, (known[after] - known[before]) / (after - before))
-    return max(known[after] - slope * (after - number), 0.1 * known[after])
+    margin = sum(pace.margin(room, clock) for pace, room in zip(paces, rooms, strict=True))
+    if clock.looks():
+        return 0
+    outlooks = [pace.outlook(room) for pace, room in zip(paces, rooms, strict=True)]
+    found, most = 0, 1.0
+    for number in range(1, max(map(len, outlooks))):
+        given = [outlook[min(number, len(outlook) - 1)] for outlook in outlooks]
+        rate = sum(tokens for tokens, _ in given) / len(paces)
+        rate /= clock.rounds(max(asked for _, asked in given))
+        if rate > most and len(paces) * (clock.rounds(number) - 1) <= margin:
+            found, most = number, rate
+    clock.promise(most)
+    return found

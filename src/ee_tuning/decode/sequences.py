@@ -67,6 +67,11 @@ class Row:
         self.asks = True
         self.linked = len(self.ids)
 
+    @property
+    def begins(self) -> bool:
+        """Whether it is about to begin a round."""
+        return self.door == 0 and not self.pending
+
     def is_last(self, i: int) -> bool:
         """Whether the sequence ends behind segment `i`."""
         return self.ends and i == self.through - 1
@@ -128,7 +133,7 @@ class Sequences:
         self.passes, self.exit_layers, self.max_pending = passes, list(exit_layers), max_pending
         self.stops = [segment.stop for segment in passes.segments]
         self.rows: list[Row | None] = [None] * passes.slots
-        self._clocks: dict[int, Clock] = {}
+        self._clocks: dict[tuple[int, float], Clock] = {}
 
     @property
     def live(self) -> list[Row]:
@@ -229,9 +234,9 @@ class Sequences:
         """What a chain of these does to choose drafts, which need not be of those that may come."""
         return ALL if any(row.request.chooser.sample for row in rows) else NOTHING
 
-    def clock(self, number: int) -> Clock:
-        """How long rounds of so many rows with the draft exit take."""
-        return self._clocks.setdefault(number, Clock())
+    def clock(self, number: int, cost: float) -> Clock:
+        """How long rounds of so many rows take, or of about as many, whose drafts cost so much."""
+        return self._clocks.setdefault(((number - 1).bit_length(), cost), Clock(cost))
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """Let the draft exit compute what it has not, where it is more than a window."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ee_tuning.decode.pace import Pace
+from ee_tuning.decode.pace import Clock, Pace, plan
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,22 @@ class Told:
 def drafted(
     texts: Sequence[Heard], threshold: float, longest: int, cost: float, costs: Costs
 ) -> Told:
-    """Mode ``speculative``: rounds of drafts, as long as `Pace` lets them be.
+    """Mode ``speculative``: rounds of drafts, as many as `plan` lets them have.
 
     cost: of a draft, as `ee_tuning.costs.draft_cost` has it.
     """
-    seconds, tokens, ends = 0.0, 0, 0
+    seconds, tokens, ends, clock = 0.0, 0, 0, Clock(cost)
     for text in texts:
         pace, at, number = Pace(longest, cost), 0, len(text.sure)
         seconds, tokens, ends = seconds + costs.prompt, tokens + number + 1, ends + 1
         while at < number:
-            most = pace.drafts(number - at)
+            most = min(plan([pace], [number - at], clock), number - at - 1)
             drafts = _run(text.sure, at, threshold, most)
             kept = _run([float(right) for right in text.right], at, 1.0, drafts)
-            seconds += costs.round(drafts, asked=drafts < most)
-            pace.learn(drafts, kept)
-            at, ends = at + kept + 1, ends + 1
+            took = costs.round(drafts, asked=drafts < most)
+            pace.learn(most, drafts, kept)
+            clock.learn(pace.asked, took)
+            seconds, at, ends = seconds + took, at + kept + 1, ends + 1
     return Told(tokens, seconds, ends, 1.0)
 
 
