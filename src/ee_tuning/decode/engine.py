@@ -26,6 +26,7 @@ self-speculation what left is a draft until the next token that goes to the end 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,7 @@ from typing import Any
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
+from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.drafts import first_tokens, next_round
 from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Pace
@@ -77,6 +79,9 @@ class Engine:
             model, exit_layers, slots=slots, capacity=capacity, longest=longest, compile=compile
         )
         self.sequences = Sequences(self.passes, exit_layers, max_pending)
+        self.ahead: Ahead | None = None
+        if self.passes.graphs.branch:
+            self.ahead = Ahead(self.passes, self.sequences.stops)
         self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress
         self._draft_costs = {layer: draft_cost(model, layer) for layer in exit_layers}
@@ -91,7 +96,10 @@ class Engine:
     def warm_up(self, measures: Sequence[str] = (Leaving.measure,)) -> float:
         """Compile and capture everything now; gives the seconds it took."""
         assert not self.busy
-        return self.passes.warm_up(measures)
+        seconds, start = self.passes.warm_up(measures), time.perf_counter()
+        if self.ahead is not None:
+            self.ahead.warm_up(self.sequences.max_pending, measures)
+        return seconds + time.perf_counter() - start
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`."""
@@ -130,9 +138,12 @@ class Engine:
                 self.sequences.free(row)
         if new := self._admit():
             settled = first_tokens(self.sequences, new)
+        elif not (live := self.sequences.live):
+            settled = []
+        elif self.ahead is not None and self.ahead.serves(live):
+            settled = [(live[0], self.ahead.go_on(live[0]))]
         else:
-            live = self.sequences.live
-            settled = next_round(self.sequences, live) if live else []
+            settled = next_round(self.sequences, live)
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
         if not self.busy and not self._waiting and not self.streams:
             self._seeds = None

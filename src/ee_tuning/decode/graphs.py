@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
 import torch
 import torch._inductor.config
+from torch import Tensor
+
+from ee_tuning.decode.branches import Branches, can_branch
 
 # Of the compiler: that how sums are cut does not depend on timings, nor on how many there are.
 SAME_SUMS = [
@@ -63,6 +67,10 @@ class Sizes:
         """Places that are looked at for so many."""
         return _next(number, self._reaches)
 
+    def ends(self, length: int) -> list[int]:
+        """Of texts that windows of so many tokens may follow, the longest of each reach."""
+        return [reach - self.length(length) for reach in self._reaches]
+
     def chains(self) -> Iterator[tuple[int, int, int]]:
         """Every window of a draft exit: rows, length, reach."""
         yield from product(self._rows, self._links, self._reaches)
@@ -114,6 +122,11 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def branch(self) -> bool:
+        """Whether what `branched` gives does not ask the host."""
+        return self._on_gpu and can_branch()
+
     def run(self, key: Hashable, function: Callable[[], Any], tune: bool) -> Any:
         """What `function` gives, which does the same each time for a key.
 
@@ -121,35 +134,82 @@ class Graphs:
         own for each key; else sums have one order for all keys.
         """
         if key not in self._kept:
-            options = {"coordinate_descent_tuning": tune}
-            options |= dict.fromkeys(SAME_SUMS, not tune)
-            with (
-                torch._dynamo.config.patch(recompile_limit=VERSIONS),
-                torch._inductor.config.patch(options),
-            ):
+            with _compiling(tune):
                 self._kept[key] = self._captured(function)
         return self._kept[key]()
+
+    def branched(
+        self, key: Hashable, steps: Sequence[Callable[[], None]], goes_on: Tensor,
+        begin: Callable[[], Any], tune: bool,
+    ) -> Callable[[], None]:  # fmt: skip
+        """What runs `steps`, each if `goes_on` (1,) int32 is not 0 after the one before.
+
+        On CUDA the host is not asked. begin: takes back what steps have done. tune: as for `run`.
+        """
+        if key not in self._kept:
+            with _compiling(tune):
+                self._kept[key] = self._branches(steps, goes_on, begin)
+        return self._kept[key]
+
+    def _branches(
+        self, steps: Sequence[Callable[[], None]], goes_on: Tensor, begin: Callable[[], Any]
+    ) -> Callable[[], None]:
+        if self._on_gpu:
+            return Branches([self._graph(step, begin, keep=True)[0] for step in steps], goes_on)
+
+        def run() -> None:
+            for step in steps:
+                step()
+                if not goes_on.item():
+                    break
+
+        begin()
+        run()
+        return run
 
     def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
         """`function` as a CUDA graph that gives the same tensors each time; as it is elsewhere.
 
         It is run before: compiled code compiles then. Running a pass twice changes nothing.
         """
-        function()
         if not self._on_gpu:
-            return function
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
             function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # What other threads do, as NCCL's, is no part of it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = function()
+            return function
+        graph, found = self._graph(function)
 
         def replay() -> Any:
             graph.replay()
             return found
 
         return replay
+
+    def _graph(
+        self, function: Callable[[], Any], begin: Callable[[], Any] = lambda: None,
+        keep: bool = False,
+    ) -> tuple[torch.cuda.CUDAGraph, Any]:  # fmt: skip
+        """The graph of a function, and what it gives. keep: the graph itself, not to be run."""
+        begin()
+        function()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            begin()
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph(keep_graph=keep)
+        # What other threads do, as NCCL's, is no part of it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            found = function()
+        return graph, found
+
+
+@contextmanager
+def _compiling(tune: bool) -> Iterator[None]:
+    """How what is compiled meanwhile is; see `Graphs.run`."""
+    options: dict[str, Any] = {"coordinate_descent_tuning": tune}
+    options |= dict.fromkeys(SAME_SUMS, not tune)
+    with (
+        torch._dynamo.config.patch(recompile_limit=VERSIONS),
+        torch._inductor.config.patch(options),
+    ):
+        yield

@@ -74,7 +74,7 @@ class Passes:
         rings = len(self.segments) + (0 if self.is_last else 1)
         size = (rings, slots, 2 * longest, self.backbone.config.hidden_size)
         self._rings = torch.zeros(size, device=self.device, dtype=self.dtype).unbind()
-        self._control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
+        self.control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self.draws = Draws(slots, self.device)
         self.invariant = Invariant(self.backbone, compile)
         cuts = list(self.exits), stage.stop
@@ -93,7 +93,7 @@ class Passes:
                 segment.keep(draft.sources)
             self.chains = Chains(
                 draft, self.exit_caches.pop(DRAFT), self.sizes, self.graphs if compile else None,
-                self._control, self.draws.table, self.limit,
+                self.control, self.draws.table, self.limit,
             )  # fmt: skip
 
     @torch.inference_mode()
@@ -167,7 +167,7 @@ class Passes:
         given = {window.slot: window for window in windows}
         slots = self.sizes.filled(list(given)) if self.compile else list(given)
         self._tell(slots, starts, given, 1)
-        control, in_order = self._control[: len(slots)], self.in_order(slots)
+        control, in_order = self.control[: len(slots)], self.in_order(slots)
         reach, found = max(starts[slot] for slot in slots), []
         for _ in range(count):
             reach += 1
@@ -188,7 +188,7 @@ class Passes:
             window = given.get(row[0], IDLE)
             row[2] = window.count
             row += [*window.ids, *[0] * (length - len(window.ids))]
-        self._control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
+        self.control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
 
     @torch.inference_mode()
     def verify(
@@ -224,8 +224,8 @@ class Passes:
         if not self.compile:
             return 0.0
         start = time.perf_counter()
-        self._control.zero_()
-        self._control[:, 0] = torch.arange(self.slots, device=self.device)
+        self.control.zero_()
+        self.control[:, 0] = torch.arange(self.slots, device=self.device)
         drafts = self.chains is not None
         every = self.sizes.every(len(self._steps), self.is_first, self.is_last, drafts)
         for (i, rows, length, reach, after, final), measure in product(every, measures):
@@ -239,17 +239,22 @@ class Passes:
         return time.perf_counter() - start
 
     def _run(self, key: tuple[Any, ...]) -> Any:
-        """`_forward` of these arguments, as a graph where there are graphs."""
+        """`forward` of these arguments, as a graph where there are graphs."""
         if not self.compile:
-            return self._forward(*key)
+            return self.forward(*key)
         # So torch's products of one token become reductions, which use more of the bandwidth.
         tune = key[1:3] == (1, 1) and self.invariant.missing is not None
-        return self.graphs.run(key, lambda: self._forward(*key), tune)
+        return self.graphs.run(key, lambda: self.forward(*key), tune)
 
-    def _forward(
+    def forward(
         self, i: int, rows: int, length: int, reach: int, in_order: bool, wanted: Wanted
     ) -> Any:
-        control = self._control[:rows, : 3 + length]
+        """Segment `i` on the windows that `control` tells of: for each row slot, first position,
+        number of tokens, and before the first segment these; as long as `length` is.
+
+        Gives what `_predict` does.
+        """
+        control = self.control[:rows, : 3 + length]
         slots, starts, counts = control[:, 0], control[:, 1], control[:, 2]
         positions = starts[:, None] + torch.arange(length, device=self.device)
         known = rows == 1 and in_order and not self.compile

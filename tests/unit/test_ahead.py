@@ -1,0 +1,162 @@
+"""Tokens that the device decides on are those of its twin, which asks the host at every exit."""
+
+import pytest
+import torch
+from helpers.models import early_exit
+from helpers.prompts import prompt
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+
+from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold
+from ee_tuning.decode.ahead import TOKENS, Ahead
+
+CAPACITY = 96
+SOME = {1: 0.0296, 2: 0.0275, 3: 0.0225}  # of which each is passed now and then
+
+
+def engine_of(model, layers, ahead, slots=1, **settings):
+    engine = Engine(model, layers, slots=slots, capacity=CAPACITY, max_pending=3, **settings)
+    engine.ahead = Ahead(engine.passes, engine.sequences.stops) if ahead else None
+    return engine
+
+
+def written(engine, policy, number=40, seed=None, warp=(), length=7):
+    chooser = Chooser(warp, sample=seed is not None, seed=seed)
+    request = Request(prompt(length), policy, length + number, chooser)
+    return [
+        (token.id, token.exit_layer, token.confidence, token.ends)
+        for _, token in engine.stream([request])
+    ]
+
+
+def both(model, layers, policy, **kwargs):
+    """What is written ahead, and by the twin."""
+    engines = [engine_of(model, layers, ahead) for ahead in (True, False)]
+    return [written(engine, policy, **kwargs) for engine in engines]
+
+
+def assert_same(found, expected):
+    """Tokens, layers and ends; confidences as far as windows of other lengths, in which the block
+    of a `layer` exit adds up in another order, leave them."""
+    assert [(token, layer, ends) for token, layer, _, ends in found] == [
+        (token, layer, ends) for token, layer, _, ends in expected
+    ]
+    sure = [[confidence for _, _, confidence, _ in each] for each in (found, expected)]
+    assert sure[0] == pytest.approx(sure[1], rel=1e-4)
+
+
+POLICIES = {
+    "full": lambda: Full(4, max_pending=3),
+    "fixed": lambda: Fixed(2, max_pending=3),
+    "some leave": lambda: Threshold(4, SOME, max_pending=3),
+    "one exit of three": lambda: Threshold(4, {2: 0.02}, max_pending=3),
+    "all leave": lambda: Threshold(4, {1: 0.0, 2: 0.0}, max_pending=3),
+    "one may be pending": lambda: Threshold(4, {1: 0.0, 3: 0.0}, max_pending=1),
+    "none may be": lambda: Threshold(4, {1: 0.0}, max_pending=0),
+    "margin": lambda: Threshold(4, {1: 0.001, 2: 0.002}, "margin", max_pending=3),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_tokens_layers_and_confidences_are_those_of_the_twin(name):
+    found, expected = both(early_exit(), [1, 2, 3], POLICIES[name]())
+    assert_same(found, expected)
+    assert len(found) == 40
+
+
+def test_tokens_leave_at_every_layer():
+    """So the cases above are about something."""
+    found, _ = both(early_exit(), [1, 2, 3], POLICIES["some leave"]())
+    assert {layer for _, layer, *_ in found} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral", "qwen3"])
+def test_of_other_families(family):
+    found, expected = both(early_exit(family), [1, 2, 3], POLICIES["some leave"]())
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_samples_are_those_of_the_twin(top_k):
+    warp = [TemperatureLogitsWarper(0.7), *([TopKLogitsWarper(top_k)] if top_k else [])]
+    policy = POLICIES["some leave"]()
+    found, expected = both(early_exit(), [1, 2, 3], policy, seed=5, warp=LogitsProcessorList(warp))
+    assert_same(found, expected)
+    other, _ = both(early_exit(), [1, 2, 3], policy, seed=6, warp=LogitsProcessorList(warp))
+    assert other != found
+
+
+def by_text(engine, requests):
+    """Tokens and layers of each."""
+    found = {request: [] for request in requests}
+    for request, token in engine.stream(requests):
+        found[request].append((token.id, token.exit_layer))
+    return [*found.values()]
+
+
+def test_a_text_that_becomes_the_only_one_goes_on_as_it_was():
+    """Its pending tokens and what its segments have not computed are taken over."""
+    texts = []
+    for ahead in (True, False):
+        engine = engine_of(early_exit(), [1, 2, 3], ahead, slots=3)
+        requests = [
+            Request(prompt(length), POLICIES["some leave"](), length + number)
+            for length, number in ((9, 11), (5, 50), (4, 3))
+        ]
+        texts.append(by_text(engine, requests))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("end", [1, 2, TOKENS + 3])
+def test_a_text_ends_where_its_stop_is(end):
+    engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
+    policy = POLICIES["some leave"]()
+    expected = [token for token, *_ in written(engine, policy)][:end]
+    request = Request(prompt(7), policy, 60, stops=lambda found: len(found) == 7 + end)
+    events = list(engine.stream([request]))
+    assert [token.id for _, token in events] == expected
+    assert [token.ends for _, token in events] == [False] * (end - 1) + [True]
+    assert not engine.busy
+
+
+def test_who_is_not_served():
+    """Drafts, and rules of a text's own."""
+
+    class Rule(Threshold):
+        def leaves(self, layer, found, ids):
+            return len(ids) % 2 == 0
+
+    class Own(Chooser):
+        pass
+
+    engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
+    plain, processor = Threshold(4, SOME, max_pending=3), lambda ids, scores: scores
+    served = {
+        Request(prompt(5), Speculative(4, SOME, max_pending=3), 9): False,
+        Request(prompt(5), Rule(4, SOME, max_pending=3), 9): False,
+        Request(prompt(5), plain, 9, Own()): False,
+        Request(prompt(5), plain, 9, Chooser([processor])): False,
+        Request(prompt(5), plain, 9): True,
+    }
+    rows = [engine.sequences.enter(request, 0) for request in served]
+    assert [engine.ahead.serves([row]) for row in rows] == [*served.values()]
+    assert not engine.ahead.serves(rows[-1:] * 2)
+
+
+def test_logits_that_are_no_numbers_fail_a_text_behind_what_was_right():
+    engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
+    expected = [token for token, *_ in written(engine, Full(4, max_pending=3))]
+    decide, seen = engine.ahead._decide, []
+
+    def spoilt(state, said, goes_on, answers, *rest):
+        seen.append(1)
+        if len(seen) > TOKENS + 2:
+            answers = torch.stack([answers[0], torch.tensor(torch.nan)])
+        decide(state, said, goes_on, answers, *rest)
+
+    engine.ahead._decide = spoilt
+    request = Request(prompt(7), Full(4, max_pending=3), 60)
+    engine.submit(request)
+    events = [event for _ in range(4) for event in engine.step()]
+    assert [token.id for _, token in events[:-1]] == expected[: 1 + TOKENS + 2]
+    assert events[-1] == (request, None)
+    assert "not finite" in str(request.error)
