@@ -5,6 +5,7 @@ import torch
 from helpers.families import tiny
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.decode import Engine, Fixed, Full, Request, Threshold
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -33,3 +34,31 @@ def test_graphs_give_the_tokens_of_plain_passes(family):
         assert torch.equal(again.sequences, plain.sequences)
         if mode != "threshold":
             assert torch.equal(found.sequences, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_text_alone_goes_through_branches_of_one_graph(family):
+    """In fp32: tokens and layers are those of the twin, which asks the host at every exit."""
+    exits = ExitConfig("1,2,3", "mlp,layer,norm")
+    model = EarlyExitModel.from_base(tiny(family).cuda(), exits).eval()
+    texts = []
+    for branches in (True, False):
+        engine = Engine(model, [1, 2, 3], capacity=300, max_pending=3, compile=True)
+        assert engine.ahead is not None
+        engine.ahead = engine.ahead if branches else None
+        for policy in (
+            Full(4, max_pending=3),
+            Fixed(2, max_pending=3),
+            Threshold(4, {1: 0.0296, 2: 0.0275, 3: 0.0225}, max_pending=3),
+            Threshold(4, {2: 0.0}, max_pending=1),
+        ):
+            request = Request(list(range(3, 10)), policy, 290)
+            events = list(engine.stream([request]))
+            texts.append((branches, [(token.id, token.exit_layer) for _, token in events]))
+        warm = len(engine.passes.graphs)
+        engine.warm_up()
+        assert len(engine.passes.graphs) >= warm
+    assert [text for branches, text in texts if branches] == [
+        text for branches, text in texts if not branches
+    ]
+    assert len({layer for _, text in texts for _, layer in text}) == 4

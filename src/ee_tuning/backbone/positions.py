@@ -62,7 +62,7 @@ class Positions:
         return self.original_context or self.end or self.context
 
 
-def _frequencies_change(module: nn.Module) -> bool:
+def frequencies_change(module: nn.Module) -> bool:
     """Whether it is a rotary embedding with frequencies that depend on how long texts are."""
     kinds = getattr(module, "rope_type", ())
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
@@ -78,7 +78,7 @@ def with_frequencies(trunk: nn.Module, length: int) -> nn.Module:
     rotary = {
         path: _with_fixed_frequencies(module, length)
         for path, module in trunk.named_modules()
-        if _frequencies_change(module)
+        if frequencies_change(module)
     }
     return twin(trunk, rotary) if rotary else trunk
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ee_tuning.backbone.anatomy import Body, attention_name, slice_config
-from ee_tuning.backbone.positions import with_frequencies
+from ee_tuning.backbone.positions import frequencies_change, with_frequencies
 from ee_tuning.errors import UserError
 from ee_tuning.twin import twin
 
@@ -119,7 +119,8 @@ class Segment:
         return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
 
     def compile(self, cache: Cache | None = None) -> None:
-        """Compile each layer, without its hooks; layers of a kind share one graph.
+        """Compile each layer, without its hooks, and the rotary embedding; layers of a kind share
+        one graph.
 
         cache: the one that every call will bring. A layer then sees only its own part of it: its
         number would be a constant of the graph.
@@ -128,6 +129,12 @@ class Segment:
             layer.forward = torch.compile(layer.forward, dynamic=False)
             if cache is not None:
                 layer.forward = _with_cache(layer.forward, cache.layers[i])
+        for name, module in list(self.trunk.named_children()):
+            rotary = any("inv_freq" in buffer for buffer, _ in module.named_buffers(recurse=False))
+            if rotary and not frequencies_change(module):
+                own = twin(module, {})
+                own.forward = torch.compile(own.forward, dynamic=False)
+                self.trunk._modules[name] = own
 
     def keep(self, layers: Collection[int]) -> None:
         """Let a `State` have the hidden states after those of `layers` that it runs as `sources`.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.graphs import compiled
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Chooser, Token, check_evidence
 from ee_tuning.decode.sequences import Row
@@ -44,10 +45,8 @@ class Ahead:
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, device=device)
         self._goes_on = torch.zeros(1, dtype=torch.int32, device=device)
-        self._enter, self._decide = _enter, _decide
-        if passes.compile:
-            self._enter = torch.compile(_enter, dynamic=False)
-            self._decide = torch.compile(_decide, dynamic=False)
+        self._enter = compiled(_enter, passes.compile)
+        self._decide = compiled(_decide, passes.compile)
 
     def serves(self, rows: Sequence[Row]) -> bool:
         """Whether these rows can be left to the device."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from ee_tuning.backbone import State
 from ee_tuning.decode.cache import Place, SlotCache
 from ee_tuning.decode.draws import ALL, NOTHING, drawn, places_of
-from ee_tuning.decode.graphs import Graphs, Sizes
+from ee_tuning.decode.graphs import Graphs, Sizes, compiled
 from ee_tuning.exits import DraftExit
 from ee_tuning.losses import confidence
 
@@ -81,10 +81,8 @@ class Chains:
         )
         self.bars = torch.zeros(slots, device=device)
         self._table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
-        self._first, self._later = _first_draft, _later_draft
-        if graphs is not None:
-            self._first = torch.compile(_first_draft, dynamic=False)
-            self._later = torch.compile(_later_draft, dynamic=False)
+        self._first = compiled(_first_draft, graphs is not None)
+        self._later = compiled(_later_draft, graphs is not None)
 
     def keep(self, slots: Tensor, positions: Tensor, state: State) -> None:
         """Take in what a segment's pass gives for the tokens of slots (n,) at positions (n, T)."""

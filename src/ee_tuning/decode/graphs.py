@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._inductor.config
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ee_tuning.decode.branches import Branches, can_branch
 
+F = TypeVar("F", bound=Callable[..., Any])
 # Of the compiler: that how sums are cut does not depend on timings, nor on how many there are.
 SAME_SUMS = [
     name for name in ("deterministic", "batch_invariant") if hasattr(torch._inductor.config, name)
@@ -201,6 +202,12 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             found = function()
         return graph, found
+
+
+def compiled(function: F, compile: bool) -> F:
+    """`function`, or what it is compiled to, for each size of its own."""
+    found: Any = torch.compile(function, dynamic=False) if compile else function
+    return found
 
 
 @contextmanager

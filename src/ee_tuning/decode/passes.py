@@ -20,10 +20,11 @@ from ee_tuning.backbone import Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws, drawn, places_of
-from ee_tuning.decode.graphs import Graphs, Sizes
+from ee_tuning.decode.graphs import Graphs, Sizes, compiled
 from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.exits import Exit
+from ee_tuning.exits.head import Head
 from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence
 from ee_tuning.model import Network
@@ -80,13 +81,13 @@ class Passes:
         cuts = list(self.exits), stage.stop
         self._steps = model.segments(*cuts, change=self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
-        self._final, self._predict = self.invariant.final(self.backbone), _predict
+        self._final = self.invariant.final(self.backbone)
+        self._predict = compiled(_predict, compile)
+        self._begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
         self._group = group_of(model)
         self.graphs = Graphs(self.device)
-        if compile:
-            for segment, cache in zip(self._steps, self.caches, strict=True):
-                segment.compile(cache)
-            self._predict = torch.compile(_predict, dynamic=False)
+        for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
+            segment.compile(cache)
         self.chains: Chains | None = None
         if draft is not None:
             for segment in {*self.segments, *self._steps}:
@@ -115,10 +116,12 @@ class Passes:
                 exit.features(state, self.exit_caches[segment.stop])
         if self.chains is not None and self.segments[last].stop == self.backbone.num_layers:
             self.chains.prompt(slots, ids, positions, states)
-        rows = self._rows(slots, positions, positions[:, -1] + 1, wanted)
+        rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
         found = _predict(self._final, exit, state, self._exit_cache(last), rows, wanted)
         found = self._agreed(found)
-        prediction = None if found is None else _read(*found, [0]).of(0, 0)
+        head, prediction = self._head(last, wanted), None
+        if found is not None:
+            prediction = _read(found[0], found[1], [0], head).of(0, 0)
         return Read(slot, prediction, None if self.is_last else hidden[0])
 
     @torch.inference_mode()
@@ -151,9 +154,9 @@ class Passes:
         found = self._run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
-        logits, answers = found
         places = {slot: row for row, slot in enumerate(slots)}
-        return _read(logits, answers, [places[window.slot] for window in windows])
+        rows = [places[window.slot] for window in windows]
+        return _read(found[0], found[1], rows, self._head(i, wanted))
 
     @torch.inference_mode()
     def ahead(
@@ -254,20 +257,18 @@ class Passes:
 
         Gives what `_predict` does.
         """
-        control = self.control[:rows, : 3 + length]
-        slots, starts, counts = control[:, 0], control[:, 1], control[:, 2]
-        positions = starts[:, None] + torch.arange(length, device=self.device)
+        control, segment = self.control[:rows, : 3 + length], self._steps[i]
+        slots, counts = control[:, 0], control[:, 2]
+        ring = None if segment.is_first else self._rings[i]
+        positions, position_ids, inputs = self._begin(control, ring, self.limit)
         known = rows == 1 and in_order and not self.compile
         start = reach - length if known else None
         self._put(Place(slots, positions, reach, in_order, start=start))
-        ring = slots[:, None], positions % (2 * self.longest)
-        segment = self._steps[i]
-        inputs = control[:, 3:] if segment.is_first else self._rings[i][ring]
         masks = self._masks(segment, self.caches[i])
-        position_ids = positions.clamp(max=self.limit)
+        inputs = control[:, 3:] if inputs is None else inputs
         state = segment(inputs, position_ids, self.caches[i], masks)
         if i + 1 < len(self._rings):
-            self._rings[i + 1][ring] = state.hidden
+            self._keep(self._rings[i + 1], slots, positions, state.hidden)
         if self.chains is not None:
             self.chains.keep(slots, positions, state)
         exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
@@ -275,8 +276,8 @@ class Passes:
             state = replace(state, boundaries=self._masks(exit.segment, cache))
         if wanted.after == "nothing" and cache is None:
             return None
-        found = self._rows(slots, positions, counts, wanted)
-        return self._agreed(self._predict(self._final, exit, state, cache, found, wanted))
+        rows_of = Rows(slots, positions, counts, self.draws.table)
+        return self._agreed(self._predict(self._final, exit, state, cache, rows_of, wanted))
 
     def _agreed(self, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """With --tp, the first process's answers on all: the last bit of a confidence, which may
@@ -285,11 +286,10 @@ class Passes:
             return found
         return found[0], self._group.first(found[1])
 
-    def _rows(self, slots: Tensor, positions: Tensor, counts: Tensor, wanted: Wanted) -> Rows:
-        draws = self.draws.table[slots]
-        if wanted.after == "last":
-            positions = positions.gather(1, (counts - 1).clamp(min=0)[:, None])
-        return Rows(counts, draws, places_of(draws, positions) if wanted.samples else positions)
+    def _head(self, i: int, wanted: Wanted) -> Head | None:
+        """Of the exit that predicts behind segment `i`; None: the final one does."""
+        exit = None if wanted.final else self.exits.get(self.segments[i].stop)
+        return None if exit is None else exit.output
 
     def _masks(self, segment: Segment, cache: SlotCache) -> Any:
         if not any(layer.hides for layer in cache.slot_layers):
@@ -322,6 +322,22 @@ class Passes:
         return whole and slots == list(range(len(slots)))
 
 
+def _begin(
+    control: Tensor, ring: Tensor | None, limit: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The positions (n, T) of windows that `control` (n, 3 + T) tells of, these up to `limit`, and
+    what waits for them in the ring before a segment, (n, T, H), if there is one."""
+    slots, starts = control[:, :1], control[:, 1:2]
+    positions = starts + torch.arange(control.shape[1] - 3, device=control.device)
+    waiting = None if ring is None else ring[slots, positions % ring.shape[1]]
+    return positions, positions.clamp(max=limit), waiting
+
+
+def _keep(ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
+    """Let hidden states (n, T, H) of slots (n,) wait in a ring."""
+    ring[slots[:, None], positions % ring.shape[1]] = hidden
+
+
 def _predict(
     final: nn.Module,
     exit: Exit | None,
@@ -330,8 +346,8 @@ def _predict(
     rows: Rows,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor] | None:
-    """logits (n, A, V), and (2, n, A): the likeliest tokens, or those drawn (exact in fp32 up to
-    2²⁴), and the confidence in the likeliest.
+    """Logits (n, A, N) of the tokens that the exit knows, and (2, n, A): the likeliest tokens, or
+    those drawn (exact in fp32 up to 2²⁴), and the confidence in the likeliest.
 
     final: see `Invariant.final`. A `layer` exit always keeps its K/V of all tokens.
     """
@@ -341,19 +357,26 @@ def _predict(
     if wanted.after == "nothing":
         return None
     features = state.hidden if wanted.final else features
+    positions = rows.positions
     if wanted.after == "last":
         last = (rows.counts - 1).clamp(min=0)
         at = torch.arange(len(last), device=last.device), last
-        features = features[at][:, None]
-    own = None if exit is None or wanted.final else exit.logits(features)
-    logits = (final(inputs_embeds=features).logits if own is None else own).float()
-    found = logits.argmax(-1)
+        features, positions = features[at][:, None], positions[at][:, None]
+    head = None if exit is None or wanted.final else exit.output
+    if head is None:
+        known, tokens = final(inputs_embeds=features).logits.float(), None
+    else:
+        known, tokens = head.known_logits(features).float(), head.tokens
+    found = known.argmax(-1)
     if wanted.samples:
-        found = drawn(logits, found, rows.draws, rows.places, wanted.samples)
-    return logits, torch.stack([found.float(), confidence(logits, wanted.measure)])
+        draws = rows.draws[rows.slots]
+        place = places_of(draws, positions)
+        found = drawn(known, found, draws, place, wanted.samples, tokens)
+    found = found if tokens is None else tokens[found]
+    return known, torch.stack([found.float(), confidence(known, wanted.measure)])
 
 
-def _read(logits: Tensor, answers: Tensor, rows: list[int]) -> Predictions:
+def _read(known: Tensor, answers: Tensor, rows: list[int], head: Head | None = None) -> Predictions:
     """The one wait for the device in a pass."""
     tokens, confidences = answers.tolist()
-    return Predictions(logits, tokens, confidences, rows)
+    return Predictions(known, tokens, confidences, rows, head)

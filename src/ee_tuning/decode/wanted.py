@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ee_tuning.exits.head import Head
+
 
 @dataclass
 class Window:
@@ -41,26 +43,34 @@ class Wanted:
 
 
 class Rows(NamedTuple):
-    """What a prediction is for: how many tokens each window has, (n,), and what they are drawn by:
-    rows (n, 5) of `Draws`, and the places (n, A) in noise of the tokens that are followed."""
+    """What a prediction is for: windows in slots (n,), at positions (n, T), of counts (n,) tokens;
+    draws: the table of `Draws`."""
 
+    slots: Tensor
+    positions: Tensor
     counts: Tensor
     draws: Tensor
-    places: Tensor
 
 
 @dataclass
 class Predictions:
     """What follows the tokens of windows: after the last of each (A = 1), or after each.
 
-    logits: (n, A, V) fp32, good until the next pass. tokens, confidences: the likeliest token, or
-    one that was drawn, and how sure, by row of `logits`, then token. rows: the row of each window.
+    known: logits (n, A, N) fp32, good until the next pass, of all tokens or those that `head`
+    knows. tokens, confidences: the likeliest token, or one that was drawn, and how sure, by row of
+    `known`, then token. rows: the row of each window.
     """
 
-    logits: Tensor
+    known: Tensor
     tokens: list[list[float]]
     confidences: list[list[float]]
     rows: list[int]
+    head: Head | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """(n, A, V) fp32, good until the next pass."""
+        return self.known if self.head is None else self.head.whole(self.known)
 
     def of(self, window: int, place: int) -> Prediction:
         """What follows one token of a window; its last one, if that is all there is."""
@@ -68,7 +78,7 @@ class Predictions:
         return self.at(row, min(place, len(self.tokens[row]) - 1))
 
     def at(self, row: int, place: int) -> Prediction:
-        """What follows a token, by row of `logits`, then token."""
+        """What follows a token, by row, then token."""
         token, confidence = int(self.tokens[row][place]), self.confidences[row][place]
         return Prediction(token, confidence, self, row, place)
 

@@ -91,7 +91,10 @@ class Head(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """(B, T, H) → (B, T, V); −∞ for tokens that are not in a reduced vocabulary."""
-        known = self.known_logits(features)
+        return self.whole(self.known_logits(features))
+
+    def whole(self, known: Tensor) -> Tensor:
+        """Logits (…, N) of the tokens that it knows among those of all, (…, V)."""
         if self.tokens is None:
             return known
         size = (*known.shape[:-1], self.vocabulary)
