@@ -8,7 +8,14 @@ from helpers.steps import exit_gradients
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning import losses as losses_module
 from ee_tuning.config import TuneConfig
-from ee_tuning.losses import Objective, Teacher, confidence, cross_entropy, distillation
+from ee_tuning.losses import (
+    Objective,
+    Teacher,
+    confidence,
+    cross_entropy,
+    distillation,
+    likeliest,
+)
 from ee_tuning.tune.optimizers import (
     build_optimizers,
     clip_gradients,
@@ -261,3 +268,21 @@ def test_micro_batches_side_by_side_or_one_after_another_give_the_same_bits(obje
     alone, _ = tuned(0)
     assert alive == [{1}, {3}]
     assert all(torch.equal(together[name], p) for name, p in alone.items())
+
+
+@pytest.mark.parametrize("size", [7, 64, 640, 96])
+def test_the_likeliest_is_the_first_of_the_largest(size):
+    torch.manual_seed(size)
+    logits = torch.randn(5, 3, size)
+    assert torch.equal(likeliest(logits), logits.argmax(-1))
+    logits[:, :, size // 2 :] = logits[:, :, :1] = 9.0
+    assert not likeliest(logits).any()
+    logits[1, 1, size // 2] = torch.nan
+    assert likeliest(logits)[1, 1] == size // 2
+
+
+def test_confidence_is_the_largest_probability():
+    logits = 3 * torch.randn(4, 640)
+    assert torch.allclose(confidence(logits), logits.softmax(-1).amax(-1), rtol=1e-5)
+    logits[:, 5:] = -torch.inf
+    assert torch.allclose(confidence(logits), logits.softmax(-1).amax(-1), rtol=1e-5)

@@ -25,7 +25,7 @@ from ee_tuning.decode.cache import Place, SlotCache
 from ee_tuning.decode.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes, compiled
 from ee_tuning.exits import DraftExit
-from ee_tuning.losses import confidence
+from ee_tuning.losses import confidence, likeliest
 
 
 @dataclass
@@ -284,7 +284,7 @@ def _ask(exit: DraftExit, hidden: Tensor, query: Query) -> tuple[Tensor, Tensor,
     assert exit.norm is not None
     assert query.measure is not None
     logits, tokens = exit.output.known_logits(exit.norm(hidden)).float(), exit.output.tokens
-    found = logits.argmax(-1)
+    found = likeliest(logits)
     if query.samples:
         found = drawn(logits, found, query.draws, query.place, query.samples, tokens)
     token, sure = found[:, 0], confidence(logits[:, 0], query.measure)

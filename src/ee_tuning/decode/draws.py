@@ -136,7 +136,7 @@ def drawn(
         ids = torch.arange(logits.shape[-1], device=logits.device) if tokens is None else tokens
     else:
         ids = picked if tokens is None else tokens[picked]
-    chosen = (scores + gumbel(place, ids)).argmax(-1)
+    chosen = likeliest(scores + gumbel(place, ids))
     if picked is not None:
         chosen = picked.gather(-1, chosen[..., None])[..., 0]
     return torch.where(greedy, likeliest, chosen)

@@ -26,7 +26,7 @@ from ee_tuning.exit_config import DRAFT
 from ee_tuning.exits import Exit
 from ee_tuning.exits.head import Head
 from ee_tuning.invariant import Invariant
-from ee_tuning.losses import confidence
+from ee_tuning.losses import confidence, likeliest
 from ee_tuning.model import Network
 from ee_tuning.slices import group_of
 
@@ -367,7 +367,7 @@ def _predict(
         known, tokens = final(inputs_embeds=features).logits.float(), None
     else:
         known, tokens = head.known_logits(features).float(), head.tokens
-    found = known.argmax(-1)
+    found = likeliest(known)
     if wanted.samples:
         draws = rows.draws[rows.slots]
         place = places_of(draws, positions)
