@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ee_tuning.decode.noise import SEEDS, gumbel, places
+from ee_tuning.losses import likeliest
 
 FEW = 128  # tokens that are looked at where top-k leaves half as many or fewer
 BITS = 30  # of a probability as an integer: up to 1.0, which is 0x3f800000
@@ -111,7 +112,7 @@ def places_of(draws: Tensor, positions: Tensor) -> Tensor:
 
 def drawn(
     logits: Tensor,
-    likeliest: Tensor,
+    best: Tensor,
     draws: Tensor,
     place: Tensor,
     samples: int,
@@ -119,9 +120,9 @@ def drawn(
 ) -> Tensor:
     """A token for each of logits (n, A, V) fp32, as its place among these: (n, A) int64.
 
-    likeliest: (n, A), for rows that take it. draws: (n, 5), rows of `Draws`. place: (n, A), see
-    `places_of`. samples: not `NOTHING`. tokens: (V,), where the logits are
-    of some tokens alone.
+    best: (n, A), the likeliest, for rows that take it. draws: (n, 5), rows of `Draws`. place:
+    (n, A), see `places_of`. samples: not `NOTHING`. tokens: (V,), where the logits are of some
+    tokens alone.
     """
     _, temperature, top_k, top_p, min_p = draws[:, None, :].unbind(-1)  # (n, 1) each
     greedy = temperature == 0
@@ -139,7 +140,7 @@ def drawn(
     chosen = likeliest(scores + gumbel(place, ids))
     if picked is not None:
         chosen = picked.gather(-1, chosen[..., None])[..., 0]
-    return torch.where(greedy, likeliest, chosen)
+    return torch.where(greedy, best, chosen)
 
 
 def _left_in(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, samples: int) -> Tensor:
