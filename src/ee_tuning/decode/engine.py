@@ -80,7 +80,7 @@ class Engine:
         )
         self.sequences = Sequences(self.passes, exit_layers, max_pending)
         self.ahead: Ahead | None = None
-        if self.passes.graphs.branch:
+        if self.passes.branch:
             self.ahead = Ahead(self.passes, self.sequences.stops)
         self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress

@@ -97,6 +97,12 @@ class Passes:
                 self.control, self.draws.table, self.limit,
             )  # fmt: skip
 
+    @property
+    def branch(self) -> bool:
+        """Whether segments can be branches of one graph: not with --tp, whose processes wait for
+        each other within them."""
+        return self._group is None and self.graphs.branch
+
     @torch.inference_mode()
     def prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
         """Read a prompt into an empty slot in one pass, neither compiled nor padded.
