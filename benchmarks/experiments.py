@@ -51,15 +51,13 @@ OWN, DOCUMENTS = "own text", "documents"
 class Plan:
     """What all experiments ask about.
 
-    layers: six depths. kinds: data by kind. amounts: tokens of each. step: tokens of one. lr: the
-    largest learning rate.
+    layers: six depths. kinds: data by kind. amounts: tokens of each. step: tokens of one.
     """
 
     layers: list[int]
     kinds: dict[str, list[str]]
     amounts: list[int]
     step: int
-    lr: float
 
     @property
     def some(self) -> list[int]:
@@ -107,14 +105,8 @@ def drawn(
 
 
 def depths_wanted(plan: Plan) -> dict[str, Settings]:
-    """All depths of an architecture are one run: see `independence`.
-
-    What an `embedding` exit reads has no norm before it: its steps are a tenth as large.
-    """
-    own = {"embedding": {"lr": plan.lr / 10, "min_lr": plan.lr / 100}}
-    return {
-        arch: {"arch": arch, "layers": _names(plan.layers)} | own.get(arch, {}) for arch in ARCHS
-    }
+    """All depths of an architecture are one run: see `independence`."""
+    return {arch: {"arch": arch, "layers": _names(plan.layers)} for arch in ARCHS}
 
 
 def depths(found: dict[str, Found], plan: Plan, folder: Path) -> str:
@@ -286,8 +278,7 @@ def made(args: argparse.Namespace) -> tuple[Runs, Plan]:
         held_out, kinds = {OWN: args.own_valid} | held_out, {OWN: args.own} | kinds
     end = time.monotonic() + 60 * args.minutes
     runs = Runs(Path(args.out), common, held_out, args.jobs, end)
-    step = args.batch * args.seq_length
-    return runs, Plan(layers, kinds, [*map(int, args.amounts)], step, args.lr)
+    return runs, Plan(layers, kinds, [*map(int, args.amounts)], args.batch * args.seq_length)
 
 
 def main() -> None:

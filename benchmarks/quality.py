@@ -7,7 +7,7 @@ Scores come from lm-eval's command, one process for each way and form of prompts
 run at a time, uncompiled. HumanEval is asked in the chat template. **Its programs are run**, in
 processes of their own but no sandbox. Speeds are of one text at a time, compiled, on the prompts of
 `real.py`, and nothing else runs meanwhile. With a certificate of `ee-tuning calibrate` beside the
-exits its threshold is among the ways.
+exits its threshold is among the ways. Scores that are in --out already are not asked for again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -217,13 +217,21 @@ def measure(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
 
 def score_all(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
     """By way, the scores by name."""
-    found: dict[str, Any] = {way.name: {} for way in ways}
-    wanted = [(way, name) for name in TASKS for way in ways]
+    path = args.out / "scores.json"
+    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    for way in ways:
+        found.setdefault(way.name, {})
+    wanted = [(way, name) for name in TASKS for way in ways if name not in found[way.name]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(score, way, TASKS[name], args) for way, name in wanted]
-        for (way, name), run in zip(wanted, runs, strict=True):
-            found[way.name][name] = run.result()
-    return found
+        runs = {pool.submit(score, way, TASKS[name], args): (way, name) for way, name in wanted}
+        for run in as_completed(runs):
+            if run.exception() is None:
+                way, name = runs[run]
+                found[way.name][name] = run.result()
+                write_json(path, found)
+    for run in runs:  # what the others found is written by now
+        run.result()
+    return {way.name: {name: found[way.name][name] for name in TASKS} for way in ways}
 
 
 def speed_of(found: dict[str, Any]) -> float:
