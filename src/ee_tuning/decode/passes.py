@@ -84,7 +84,7 @@ class Passes:
         self._final = self.invariant.final(self.backbone)
         self._predict = compiled(_predict, compile)
         self._begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
-        self._group = group_of(model)
+        self.group = group_of(model)
         self.graphs = Graphs(self.device)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
             segment.compile(cache)
@@ -101,7 +101,7 @@ class Passes:
     def branch(self) -> bool:
         """Whether segments can be branches of one graph: not with --tp, whose processes wait for
         each other within them."""
-        return self._group is None and self.graphs.branch
+        return self.group is None and self.graphs.branch
 
     @torch.inference_mode()
     def prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
@@ -288,9 +288,9 @@ class Passes:
     def _agreed(self, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """With --tp, the first process's answers on all: the last bit of a confidence, which may
         depend on the kernels that were chosen, must not part them."""
-        if found is None or self._group is None:
+        if found is None or self.group is None:
             return found
-        return found[0], self._group.first(found[1])
+        return found[0], self.group.first(found[1])
 
     def _head(self, i: int, wanted: Wanted) -> Head | None:
         """Of the exit that predicts behind segment `i`; None: the final one does."""
