@@ -116,6 +116,15 @@ def test_a_clock_that_is_told_nothing_is_not_waited_for():
     assert numbers[-1] > 0 == numbers[0]
 
 
+def test_a_clock_of_ranks_says_the_same_on_each():
+    clock, pace = Clock(COST, timed=False), Pace(LONGEST, COST)
+    for _ in range(9):
+        clock.learn(0, 1.0)
+        clock.learn(6, 9.0)
+    assert plan([pace], [NEW], clock) == LONGEST
+    assert clock.rounds(LONGEST) == pytest.approx(1 + COST * LONGEST)
+
+
 def test_chains_that_end_early_cost_what_they_have():
     """An exit that is never sure is asked once a round, which is all that it costs."""
     short, long = Pace(LONGEST, 0.3), Pace(LONGEST, 0.3, stops=False)

@@ -125,12 +125,10 @@ def next_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     settled = chain_round(sequences, chained) if chains else []
     if others:
         settled += draft_round(sequences, others)
-    seconds = time.perf_counter() - start
-    # Not what is compiled, as it is met for the first time; and ranks must not differ in what they
-    # plan, so where there are some nothing is timed.
-    timed = len(sequences.passes.graphs) == captured and sequences.passes.group is None
+    seconds, fresh = time.perf_counter() - start, len(sequences.passes.graphs) > captured
     for alike, clock in zip((chained, layered), clocks, strict=True):
-        if clock is not None and timed and len(alike) == len(rows):  # no others are part of it
+        # Not what is compiled, as it is met for the first time, nor what others are part of.
+        if clock is not None and not fresh and len(alike) == len(rows):
             clock.learn(max(row.pace.asked for row in alike if row.pace is not None), seconds)
     return settled
 

@@ -25,9 +25,10 @@ class Clock:
     AFRESH = 4  # rounds from one look at all of these to the next
     FORGETS = 64  # after so many rounds without drafts one that had some is forgotten
 
-    def __init__(self, cost: float) -> None:
-        """cost: of a draft, as a share of a round without any, before much was seen."""
-        self.cost = cost
+    def __init__(self, cost: float, timed: bool = True) -> None:
+        """cost: of a draft, as a share of a round without any, before much was seen. timed: False,
+        where nothing may depend on what rounds take."""
+        self.cost, self.timed = cost, timed
         self._plain: deque[float] = deque(maxlen=self.LATELY)
         self._drafted: deque[tuple[int, float]] = deque(maxlen=self.LATELY)
         self._usual = 0.0  # z
@@ -37,6 +38,8 @@ class Clock:
 
     def learn(self, drafts: int, seconds: float) -> None:
         """Take in a round that had to make so many drafts."""
+        if not self.timed:
+            return
         if self._plain:
             seconds = min(seconds, self.SLOW * self.rounds(drafts) * self._usual)
         if drafts:
@@ -55,7 +58,9 @@ class Clock:
 
     def looks(self) -> bool:
         """Whether the next round is to be one without drafts, to see what that takes."""
-        # Not for ever, where rounds are not timed: those that compile, or with other rows in them.
+        # Not for ever: rounds that compile, or with other rows in them, are not timed.
+        if not self.timed:
+            return False
         if len(self._plain) < self.LEAST and self._looks < 2 * self.LEAST:
             self._looks += 1
             return True

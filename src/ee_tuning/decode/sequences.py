@@ -236,7 +236,9 @@ class Sequences:
 
     def clock(self, number: int, cost: float) -> Clock:
         """How long rounds of so many rows take, or of about as many, whose drafts cost so much."""
-        return self._clocks.setdefault(((number - 1).bit_length(), cost), Clock(cost))
+        # Ranks that share a pass have to plan the same.
+        fresh = Clock(cost, timed=self.passes.group is None)
+        return self._clocks.setdefault(((number - 1).bit_length(), cost), fresh)
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """Let the draft exit compute what it has not, where it is more than a window."""
