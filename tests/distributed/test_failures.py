@@ -147,3 +147,12 @@ def test_a_missing_shard_is_one_line_and_status_2(backbones, data, tmp_path, fre
         (line,) = [text for text in said.splitlines() if text.startswith("ee-tuning: ")]
         assert line.startswith(f"ee-tuning: rank {rank}: cannot load the backbone model: ")
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("phase", ["loading to decode", "decoding"])
+def test_a_rank_is_killed_at_random(phase):
+    """As benchmarks/kills.py does it more often, and of tuning; what it judges, it says."""
+    script = Path(__file__).parents[2] / "benchmarks/kills.py"
+    command = [sys.executable, script, "--kills", "1", "--phase", phase]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr

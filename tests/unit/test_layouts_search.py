@@ -64,6 +64,26 @@ def test_what_tune_would_refuse_is_not_found(model, config):
     assert max(x.dp for x in search(model, few, PARTS, 8, 1000)) == 2
 
 
+def test_with_a_teacher_all_layers_are_in_stages_and_steps_wait_for_the_last():
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["llama2-7b"]))
+        shallow = EarlyExitModel(backbone, ExitConfig("8", "mlp"))
+    config = TuneConfig(seq_length=2048, micro_batch_size=1, global_batch_size=64, tp=1)
+    deepest = {}
+    for loss in ("ce", "kl"):
+        one = dataclasses.replace(config, loss=loss)
+        deepest[loss] = max(x.pp for x in search(shallow, one, PARTS, 32, 1000))
+    assert deepest == {"ce": 8, "kl": 32}
+    account = account_of(shallow, config)
+    distils = dataclasses.replace(config, loss="kl", pp=2)
+    stages = [range(16), range(16, 32)]
+    halves = [memory(account, distils, stage)["backbone"] for stage in stages]
+    whole = memory(account, dataclasses.replace(distils, pp=1), range(8))["backbone"]
+    head, embedding = 2 * account.head.values, 2 * account.embedding
+    assert sum(halves) == pytest.approx(whole + head)  # both have a head
+    assert halves[0] - halves[1] == pytest.approx(embedding)
+
+
 def test_tensor_parallelism_and_the_sequence_divide_memory(model, config):
     account = account_of(model, config)
     whole = memory(account, config, range(32))

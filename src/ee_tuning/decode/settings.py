@@ -166,8 +166,8 @@ def check_stages(mode: str, pp: int) -> None:
     """
     if pp > 1 and mode in POLICIES and POLICIES[mode].verifies:
         raise UserError(
-            f"mode {mode} cannot be had with --pp: drafts would be taken back on every stage; use "
-            "--mode threshold, or --pp 1"
+            f"mode {mode} cannot be had with --pp: drafts wait for what the last stage says of "
+            "those before them, so one stage at a time would work; use --tp, or --mode threshold"
         )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -115,9 +118,10 @@ class Mesh:
                 processes: names this one and what it was `doing`.
         """
         try:
-            self.connect(device, timeout)
-            yield
-            self.barrier()
+            with _told_to_end(self.size):
+                self.connect(device, timeout)
+                yield
+                self.barrier()
         except (UserError, Interrupted):
             raise
         except Exception as error:
@@ -231,6 +235,34 @@ class Mesh:
     def previous_stage(self) -> int:
         """The rank of this process's counterpart in the stage before."""
         return self.rank - self.tp * self.dp
+
+
+class _ToldToEnd(Exception):
+    """Another process has sent SIGTERM."""
+
+
+@contextmanager
+def _told_to_end(processes: int) -> Iterator[None]:
+    """Inside, one of several processes that is told to end says so, like one that loses another.
+
+    torchrun does that once a process is dead, perhaps before others have noticed. Once something
+    went wrong the signal is not heard any more: it must not come before the line on that.
+    """
+    if processes == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _ToldToEnd("it was told to end, as torchrun does when another rank is dead")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except Exception:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def restarts() -> int:
