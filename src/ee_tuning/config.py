@@ -145,7 +145,7 @@ class TuneConfig(
     @property
     def picks_vocabulary(self) -> bool:
         """Whether the data say how many tokens the exits know."""
-        new = self.exit_vocab == "auto" and not self.exits and self.tp == 1
+        new = self.exit_vocab == "auto" and not self.exits
         return new and (self.drafts or self.loss == "acceptance")
 
     @property

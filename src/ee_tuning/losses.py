@@ -44,6 +44,10 @@ class Softmax:
         """(…, V) → (…, V)."""
         return F.log_softmax(logits, dim=-1)
 
+    def normaliser(self, logits: Tensor) -> Tensor:
+        """log Σ exp of all of them: (…, V) → (…, 1)."""
+        return logits.logsumexp(-1, keepdim=True)
+
     def share(self, vocabulary: int) -> int:
         """How many of a vocabulary's logits are here."""
         return vocabulary
@@ -181,11 +185,14 @@ class Teacher:
         hidden: Tensor,
         tokens: Tensor | None,
         softmax: Softmax | None = None,
+        known: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """head: of the final exit; hidden: (B, T, H) after the last layer; tokens: (N,), those that
         the exits know, if their vocabulary is reduced. softmax: over all of the head's logits, to
-        give logarithms of probabilities in place of logits."""
+        give logarithms of probabilities in place of logits. known: the final exit for `tokens`
+        alone, where the head gives other parts of the vocabulary."""
         self._head, self._hidden, self._tokens, self._softmax = head, hidden, tokens, softmax
+        self._known = known
         self._last: tuple[slice, Tensor] | None = None
 
     @torch.no_grad()
@@ -196,13 +203,19 @@ class Teacher:
         """
         if self._last is None or self._last[0] != positions:
             self._last = None
-            logits = self._head(self._hidden[:, positions])
-            if self._softmax is not None:
-                logits = self._softmax.log_probabilities(logits.float())
-            if self._tokens is not None:
-                logits = logits.index_select(-1, self._tokens)
-            self._last = positions, logits
+            self._last = positions, self._logits(self._hidden[:, positions])
         return self._last[1]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self._known is not None:
+            logits = self._known(hidden)
+            if self._softmax is None:
+                return logits
+            return logits.float() - self._softmax.normaliser(self._head(hidden).float())
+        logits = self._head(hidden)
+        if self._softmax is not None:
+            logits = self._softmax.log_probabilities(logits.float())
+        return logits if self._tokens is None else logits.index_select(-1, self._tokens)
 
 
 def chunks(labels: Tensor, vocabulary: int) -> list[slice]:

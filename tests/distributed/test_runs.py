@@ -24,6 +24,8 @@ VARIANTS = {
     "more-stages": (4, {"pp": 4}, {"layers": "5", "arch": "mlp", "head": "own"}),
     "fp8-tp": (2, {"tp": 2}, {"backbone_precision": "fp8", "head": "shared,shared,own,own"}),
     "fp8-tp-sequence": (2, {"tp": 2, "sequence_parallel": True}, {"backbone_precision": "fp8"}),
+    "vocabulary-mixed": (2, {"tp": 2}, {"exit_vocab": 200, "loss": "mixed"}),
+    "vocabulary-acceptance": (4, {"tp": 2, "pp": 2}, {"exit_vocab": 200, "loss": "acceptance"}),
     "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
     "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
         "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
@@ -60,7 +62,7 @@ def runs(new_runs):
     runs.add("chunks", 2, tp=2, logits=1500)
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
-    in_fp8 = {"exit_precision": "fp8", "layers": "2", "arch": "mlp", "dynamic_weights": False}
+    in_fp8 = {"exit_precision": "fp8", "layers": "2", "arch": "mlp", "head": "own"}
     runs.add("exit-fp8", 2, tp=2, **in_fp8)
     runs.add("exit-fp8-one", **in_fp8)
     runs.add("whole", 1, steps=4)

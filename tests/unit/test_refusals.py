@@ -11,11 +11,6 @@ from ee_tuning.plan.check import check
 
 REFUSED = [
     ({"tp": 2, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--tp", "blocks"]),
-    ({"tp": 2, "exit_vocab": 9, "loss": "kl"}, ["--exit-vocab", "--loss kl", "--tp", "logits of"]),
-    (
-        {"tp": 2, "exit_vocab": 9, "loss": "acceptance"},
-        ["--exit-vocab", "--loss acceptance", "--tp", "logits of"],
-    ),
     ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
     ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
     ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),

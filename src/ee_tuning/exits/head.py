@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ee_tuning.backbone import Backbone
+from ee_tuning.collectives import Group
 from ee_tuning.errors import UserError
 from ee_tuning.losses import SOFTMAX, Softmax, next_tokens
 from ee_tuning.quantise.fp8 import Fp8Linear, head_loss
@@ -71,6 +73,20 @@ class Head(nn.Module):
         self._use(backbone, rows)
         self.register_buffer("tokens", tokens, persistent=False)
         return rows
+
+    def keep_final(self, backbone: Backbone, group: Group) -> None:
+        """Of a reduced vocabulary, keep what the final exit needs for this process's tokens: see
+        `final`. To be called before the backbone's head is split."""
+        if self.tokens is not None:
+            rows = select_rows(backbone.head, group.own(self.tokens, 0))
+            self._parts["final"] = backbone.output(rows, backbone.norm)
+
+    @property
+    def final(self) -> Callable[[Tensor], Tensor] | None:
+        """The final exit's logits of this process's tokens, from (B, T, H) after the last layer;
+        None where no head is split, or all tokens are known."""
+        output = self._parts.get("final")
+        return None if output is None else lambda hidden: output(inputs_embeds=hidden).logits
 
     def fuse(self, backbone: Backbone, native_only: bool = True) -> None:
         """Compute loss and gradient of a shared head in fp8 in one go, where that is the same.

@@ -50,6 +50,11 @@ class SplitSoftmax(Softmax):
         """Of the tokens here: (…, V/tp) → (…, V/tp)."""
         return _LogSoftmax.apply(logits, self.group)
 
+    def normaliser(self, logits: Tensor) -> Tensor:
+        """log Σ exp of all processes' logits: (…, V/tp) → (…, 1), without a gradient."""
+        largest, total = _normaliser(logits, self.group)
+        return (largest + total.log()).unsqueeze(-1)
+
     def share(self, vocabulary: int) -> int:
         """How many of a vocabulary's logits are here."""
         return vocabulary // self.group.size
@@ -146,6 +151,9 @@ def split_model(
     plan = layer_plan(backbone.config, backbone.anatomy.layers)
     head = head_style(gather)
     exits = [model.exit(layer) for layer in model.exit_layers]
+    if teacher:
+        for exit in exits:
+            exit.output.keep_final(backbone, Group.of(tp))
     if teacher or any(exit.output.shared for exit in exits):
         split_linear(backbone.head, "the head", head, tp)
     runs = range(model.stage.start, backbone.num_layers if teacher else model.stage.stop)

@@ -196,12 +196,9 @@ def check_parallel(config: TuneConfig) -> None:
     blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
     packed = ("--backbone-precision " + precision, precision not in ("same", "fp8"))
     scales = "its package keeps a matrix in whole rows or blocks, which it does not cut"
-    reduced = bool(config.known_tokens) and config.loss != "ce"
-    split = "each rank has the final exit's logits of other tokens than its exits know"
     refused = [
         (tp, packed, scales),
         (tp, eight_bit, blocks),
-        (tp, (f"--exit-vocab and --loss {config.loss}", reduced), split),
         (tp, shard, "a matrix would be cut twice"),
         (frozen, kept, "matrices are gathered in the dtype of the checkpoint"),
         (alone, shard, "there is no other rank to share with"),

@@ -161,11 +161,12 @@ def load_share(
         UserError: see `ee_tuning.share.load`; or processes have different
             backbones.
     """
+    picks = config.known_tokens or config.picks_vocabulary
     share = Share(
         whole=config.runs_whole,
         stage=stage,
         # Rows of a head are picked from all of it.
-        slices=Slices(mesh.axis("tp"), head=not config.known_tokens) if config.tp > 1 else None,
+        slices=Slices(mesh.axis("tp"), head=not picks) if config.tp > 1 else None,
         shard=mesh.group("dp") if config.shard_backbone else None,
         precision=config.backbone_precision,
         dtype=dtype,

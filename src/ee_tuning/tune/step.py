@@ -313,7 +313,7 @@ class Tuner:
             final = self.final(descent)
         head = model.exit(model.exit_layers[0]).output
         softmax = head.softmax if self.objective.loss == "acceptance" else None
-        return Teacher(model.backbone.final_logits, final, head.tokens, softmax)
+        return Teacher(model.backbone.final_logits, final, head.tokens, softmax, head.final)
 
     def final(self, descent: Descent) -> Tensor:
         """The whole hidden states (B, T, H) after the last layer: see `Transport.end`."""
