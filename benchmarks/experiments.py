@@ -95,12 +95,12 @@ def drawn(
     path: Path, xlabel: str, ylabel: str, lines: dict[str, tuple[Any, Any]], **scale: Any
 ) -> None:
     """A plot of (x, y) by label, each kind of line with a mark of its own."""
-    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, **scale)
     for mark, (label, points) in zip("os^Dvx*P", lines.items(), strict=False):
         axes.plot(*points, marker=mark, label=label)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
@@ -115,15 +115,16 @@ def depths(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     for arch, run in found.items():
         exits = exits_of(run)
         for layer, one in exits.items():
-            faster = "–"
+            faster = []
             if "speed" in run:
-                faster = f"{run['speed'][str(layer)] / run['full_speed']:.2f}×"
+                faster = [f"{run['speed'][str(layer)] / run['full_speed']:.2f}×"]
             parameters = run["parameters"].get(str(layer), 0)
-            rows.append([f"`{arch}`", layer, *_quality(one), f"{parameters:,}", faster])
+            rows.append([f"`{arch}`", layer, *_quality(one), f"{parameters:,}", *faster])
         lines[arch] = plan.layers, [one["loss"] for one in exits.values()]
-    drawn(folder / "depths.svg", "exit layer", "held-out loss (nats per token)", lines)
-    names = ("exit", "layer", "loss", "agrees with full depth", "parameters", "speed, all there")
-    return table(names, rows)
+    loss = "held-out loss (nats per token)"
+    drawn(folder / "depths.svg", "exit layer", loss, lines, yscale="log")
+    names = ["exit", "layer", "loss", "agrees with full depth", "parameters"]
+    return table(names + ["speed, all there"] * (len(rows[0]) > len(names)), rows)
 
 
 def starts_wanted(plan: Plan) -> dict[str, Settings]:
@@ -207,7 +208,7 @@ def data(found: dict[str, Found], plan: Plan, folder: Path) -> str:
             rows.append([kind, f"{run['tokens']:,}", *cells])
         for on in tested:
             agreed = [exits_of(run, on)[plan.middle]["agreement"] for run in own.values()]
-            lines[f"tuned on {kind}, seen on {on}"] = (
+            lines[f"{kind}, seen on {on}"] = (
                 [run["tokens"] for run in own.values()],
                 agreed,
             )

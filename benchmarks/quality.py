@@ -112,7 +112,7 @@ def ways_of(args: argparse.Namespace) -> list[Way]:
     if args.draft_exits:
         drafting = {"mode": "speculative", "threshold": 0.1, "max_pending": 6}
         found.append(Way("lossless, draft exit", args.draft_exits, drafting))
-    return found
+    return [way for way in found if not args.only or any(word in way.name for word in args.only)]
 
 
 def score(way: Way, tasks: Tasks, args: argparse.Namespace) -> dict[str, Any]:
@@ -185,6 +185,9 @@ def write_speeds(ways: list[Way], path: str, args: Any, meet: Any, turn: Any) ->
 
 def measure(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
     """Scores and speeds of all ways."""
+    if args.no_speeds:
+        scores = score_all(ways, args)
+        return {way.name: {"arguments": way.arguments, "scores": scores[way.name]} for way in ways}
     engines: dict[tuple[str, str], list[Way]] = {}
     for way in ways:
         engines.setdefault(way.engine, []).append(way)
@@ -221,7 +224,7 @@ def score_all(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = read_json(path) if path.exists() else {}
     for way in ways:
         found.setdefault(way.name, {})
-    wanted = [(way, name) for name in TASKS for way in ways if name not in found[way.name]]
+    wanted = [(way, name) for name in args.tasks for way in ways if name not in found[way.name]]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {pool.submit(score, way, TASKS[name], args): (way, name) for way, name in wanted}
         for run in as_completed(runs):
@@ -231,7 +234,7 @@ def score_all(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
                 write_json(path, found)
     for run in runs:  # what the others found is written by now
         run.result()
-    return {way.name: {name: found[way.name][name] for name in TASKS} for way in ways}
+    return {way.name: {name: found[way.name][name] for name in args.tasks} for way in ways}
 
 
 def speed_of(found: dict[str, Any]) -> float:
@@ -241,30 +244,39 @@ def speed_of(found: dict[str, Any]) -> float:
 
 def quality_table(ways: dict[str, Any]) -> str:
     """Markdown."""
-    rows = []
-    for name, found in ways.items():
-        depths = [one["mean_depth"] for one in found["sets"].values()]
-        same = [one["identical_texts"].split(" of ") for one in found["sets"].values()]
-        rows.append(
-            [
-                name,
-                *(f"{one['score']:.1%} ± {one['error']:.1%}" for one in found["scores"].values()),
-                f"{speed_of(found):.2f}×",
-                " / ".join(f"{one['against_full']:.2f}" for one in found["sets"].values()),
-                f"{mean(depths):.1f}",
-                f"{sum(int(a) for a, _ in same)} of {sum(int(b) for _, b in same)}",
-            ]
-        )
+    rows = [
+        [
+            name,
+            *(f"{one['score']:.1%} ± {one['error']:.1%}" for one in found["scores"].values()),
+            *_speeds(found),
+        ]
+        for name, found in ways.items()
+    ]
     first = next(iter(ways.values()))
-    tasks, sets = list(first["scores"]), " / ".join(first["sets"])
-    return table(("way", *tasks, "speed", sets, "mean depth", "texts of full depth"), rows)
+    columns = ["way", *first["scores"]]
+    if "sets" in first:
+        columns += ["speed", " / ".join(first["sets"]), "mean depth", "texts of full depth"]
+    return table(columns, rows)
+
+
+def _speeds(found: dict[str, Any]) -> list[str]:
+    if "sets" not in found:
+        return []
+    sets = found["sets"].values()
+    same = [one["identical_texts"].split(" of ") for one in sets]
+    return [
+        f"{speed_of(found):.2f}×",
+        " / ".join(f"{one['against_full']:.2f}" for one in sets),
+        f"{mean(one['mean_depth'] for one in sets):.1f}",
+        f"{sum(int(a) for a, _ in same)} of {sum(int(b) for _, b in same)}",
+    ]
 
 
 def draw(ways: dict[str, Any], path: Path) -> None:
     """A panel for each task: score against speed."""
     tasks = list(next(iter(ways.values()))["scores"])
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks))
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
         for mark, (name, found) in zip("os^Dvx*P", ways.items(), strict=False):
             one = found["scores"][task]
@@ -289,6 +301,9 @@ def main() -> None:
     parser.add_argument("--exits", required=True, help="exits at layers")
     parser.add_argument("--draft-exits", default="", help="a draft exit beside them")
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.75, 0.6])
+    parser.add_argument("--only", nargs="*", default=[], help="ways whose names have one of these")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--no-speeds", action="store_true", help="scores alone")
     parser.add_argument("--prompts", type=int, default=8, help="of each set, for speeds")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=0, help="questions of a task; 0: all")
@@ -303,7 +318,8 @@ def main() -> None:
     write_json(args.out / "quality.json", {"machine": machine, "settings": settings, "ways": ways})
     text = f"## quality\n\n{quality_table(ways)}\n\n{machine}\n"
     write_text(args.out / "quality.md", text)
-    draw(ways, args.out / "quality.svg")
+    if not args.no_speeds:
+        draw(ways, args.out / "quality.svg")
     print(text)
 
 
