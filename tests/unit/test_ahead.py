@@ -1,13 +1,16 @@
 """Tokens that the device decides on are those of its twin, which asks the host at every exit."""
 
+import itertools
+
 import pytest
 import torch
-from helpers.models import early_exit
+from helpers.models import drafting, early_exit
 from helpers.prompts import prompt
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
-from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold
+from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold, drafts
 from ee_tuning.decode.ahead import TOKENS, Ahead
+from ee_tuning.exit_config import DRAFT
 
 CAPACITY = 96
 SOME = {1: 0.0296, 2: 0.0275, 3: 0.0225}  # of which each is passed now and then
@@ -119,7 +122,7 @@ def test_a_text_ends_where_its_stop_is(end):
 
 
 def test_who_is_not_served():
-    """Drafts, and rules of a text's own."""
+    """Rules of a text's own."""
 
     class Rule(Threshold):
         def leaves(self, layer, found, ids):
@@ -131,11 +134,11 @@ def test_who_is_not_served():
     engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
     plain, processor = Threshold(4, SOME, max_pending=3), lambda ids, scores: scores
     served = {
-        Request(prompt(5), Speculative(4, SOME, max_pending=3), 9): False,
         Request(prompt(5), Rule(4, SOME, max_pending=3), 9): False,
         Request(prompt(5), plain, 9, Own()): False,
         Request(prompt(5), plain, 9, Chooser([processor])): False,
         Request(prompt(5), plain, 9): True,
+        Request(prompt(5), Speculative(4, SOME, max_pending=3), 9): True,
     }
     rows = [engine.sequences.enter(request, 0) for request in served]
     assert [engine.ahead.serves([row]) for row in rows] == [*served.values()]
@@ -160,3 +163,23 @@ def test_logits_that_are_no_numbers_fail_a_text_behind_what_was_right():
     assert [token.id for _, token in events[:-1]] == expected[: 1 + TOKENS + 2]
     assert events[-1] == (request, None)
     assert "not finite" in str(request.error)
+
+
+@pytest.mark.parametrize("exit", ["draft", "layers"])
+def test_a_text_rests_ahead_where_drafts_do_not_pay(exit, monkeypatch):
+    """And goes on drafting later: the text is that of full depth."""
+    if exit == "draft":
+        model, layers, policy = drafting(), [DRAFT], Speculative(4, {}, max_pending=3, bar=0.0)
+    else:
+        model, layers, policy = early_exit(), [1, 2, 3], Speculative(4, SOME, max_pending=3)
+    plans, counts = itertools.cycle([0, 2, 0, 0, 0, 3]), []
+    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    engine = engine_of(model, layers, ahead=True)
+    go_on = engine.ahead.go_on
+    monkeypatch.setattr(
+        engine.ahead, "go_on", lambda row, count: counts.append(count) or go_on(row, count)
+    )
+    found = written(engine, policy, 60)
+    expected = written(engine_of(model, [], ahead=False), Full(4, max_pending=3), 60)
+    assert [token for token, *_ in found] == [token for token, *_ in expected]
+    assert {TOKENS, TOKENS // 2} == {*counts}

@@ -33,9 +33,9 @@ SLOT, NEWEST, LENGTH, PENDING, LIMIT, NUMBER, DONE = range(7)
 
 
 class Ahead:
-    """One row of an engine, as long as it is the only one and its tokens are settled as they leave.
+    """One row of an engine, as long as it is the only one and nothing of it is to be verified.
 
-    Rows that are verified, or whose policy or chooser has rules of its own, are not served.
+    Rows whose policy or chooser has rules of its own are not served.
     """
 
     def __init__(self, passes: Passes, stops: Sequence[int]) -> None:
@@ -54,14 +54,15 @@ class Ahead:
             return False
         policy, chooser = rows[0].policy, rows[0].request.chooser
         own = type(policy).leaves is not Policy.leaves or type(chooser) is not Chooser
-        return not (own or policy.verifies or rows[0].door or not chooser.in_passes)
+        return not (own or rows[0].door or not chooser.in_passes)
 
     @torch.inference_mode()
-    def go_on(self, row: Row) -> list[Token]:
-        """The next tokens of a row, up to `TOKENS`; none, if there is no first one, but the error
-        of its request."""
-        policy, count = row.policy, min(TOKENS, row.left)
-        asks = [layer in policy.thresholds for layer in self._stops[: row.through]]
+    def go_on(self, row: Row, count: int) -> list[Token]:
+        """The next tokens of a row, up to `count` ≤ `TOKENS`; none, if there is no first one, but
+        the error of its request. None leaves early if none may be pending."""
+        policy, count = row.policy, min(count, row.left)
+        exits = policy.thresholds if row.limit else {}
+        asks = [layer in exits for layer in self._stops[: row.through]]
         thresholds = [policy.thresholds.get(layer, math.inf) for layer in self._stops]
         done = row.done + [0] * (len(self._stops) - row.through)
         told = torch.tensor(

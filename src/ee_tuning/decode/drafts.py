@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.pace import Clock, plan
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
@@ -110,17 +111,27 @@ def _verified_chains(
     return verified
 
 
-def next_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
-    """`draft_round` and `chain_round` of the rows that are for each."""
+def next_round(
+    sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None = None
+) -> list[Settled]:
+    """`draft_round` and `chain_round` of the rows that are for each.
+
+    ahead: where a row that is alone, and drafts nothing, goes on.
+    """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
+    alone = ahead if ahead is not None and ahead.serves(rows) else None
     if not beginning:
-        return draft_round(sequences, rows)
+        if alone is None:
+            return draft_round(sequences, rows)
+        return [(rows[0], alone.go_on(rows[0], TOKENS))]
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
     clocks = [_limit(sequences, alike) for alike in (chained, layered)]
     sequences.catch_up(chained)
     chains = any(row.limit for row in chained)
     captured, start = len(sequences.passes.graphs), time.perf_counter()
+    if alone is not None and not rows[0].limit:
+        return [_rest(sequences, rows[0], alone, clocks[0] or clocks[1])]
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
@@ -147,6 +158,22 @@ def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
     for row, _ in free:
         row.limit = max(0, min(number, row.left - 1))
     return clock
+
+
+def _rest(sequences: Sequences, row: Row, ahead: Ahead, clock: Clock | None) -> Settled:
+    """Some tokens at full depth, of a row of which drafts do not pay; one or two, if that is no
+    more than a look at what such a token takes."""
+    pace, captured = row.pace, len(sequences.passes.graphs)
+    looks = pace is not None and pace.asked > 0
+    start = time.perf_counter()
+    tokens = ahead.go_on(row, TOKENS // 2 if looks else TOKENS)
+    seconds = (time.perf_counter() - start) / max(1, len(tokens))
+    if pace is not None and clock is not None:
+        for _ in tokens:
+            pace.learn(0, 0, 0)
+        if len(sequences.passes.graphs) == captured:
+            clock.learn(0, seconds)
+    return row, tokens
 
 
 def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:

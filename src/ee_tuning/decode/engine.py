@@ -140,12 +140,9 @@ class Engine:
                 self.sequences.free(row)
         if new := self._admit():
             settled = first_tokens(self.sequences, new)
-        elif not (live := self.sequences.live):
-            settled = []
-        elif self.ahead is not None and self.ahead.serves(live):
-            settled = [(live[0], self.ahead.go_on(live[0]))]
         else:
-            settled = next_round(self.sequences, live)
+            live = self.sequences.live
+            settled = next_round(self.sequences, live, self.ahead) if live else []
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
         if not self.busy and not self._waiting and not self.streams:
             self._seeds = None
