@@ -229,17 +229,15 @@ def chunks(labels: Tensor, vocabulary: int) -> list[slice]:
     return [slice(start, start + size + 1) for start in range(0, max(1, length - 1), size)]
 
 
-PIECES = 64  # of a vocabulary, looked at side by side: a GPU takes all at once for one of them
-
-
-def _pieces(logits: Tensor) -> Tensor:
-    """(…, V) → (…, C, V / C)."""
-    return logits.unflatten(-1, (PIECES if logits.shape[-1] % PIECES == 0 else 1, -1))
+# A vocabulary so large is looked at in so many pieces side by side: a GPU takes all of it at once.
+LARGE, PIECES = 2**15, 64
 
 
 def likeliest(logits: Tensor) -> Tensor:
     """The first of the largest of logits: (…, V) → (…) int64."""
-    pieces = _pieces(logits)
+    if logits.shape[-1] < LARGE or logits.shape[-1] % PIECES:
+        return logits.argmax(-1)
+    pieces = logits.unflatten(-1, (PIECES, -1))
     piece = pieces.amax(-1).argmax(-1, keepdim=True)
     return (piece * pieces.shape[-1] + pieces.argmax(-1).gather(-1, piece))[..., 0]
 
@@ -259,5 +257,4 @@ def confidence(logits: Tensor, measure: str = "probability") -> Tensor:
         found = logits.log_softmax(-1)
         entropy = torch.special.entr(found.exp()).sum(-1)
         return 1 - entropy / logits.isfinite().sum(-1).clamp(min=2).log()
-    pieces = _pieces(logits)
-    return torch.exp(pieces.amax(-1).amax(-1) - pieces.logsumexp(-1).logsumexp(-1))
+    return torch.exp(logits.amax(-1) - logits.logsumexp(-1))

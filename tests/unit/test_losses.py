@@ -270,7 +270,7 @@ def test_micro_batches_side_by_side_or_one_after_another_give_the_same_bits(obje
     assert all(torch.equal(together[name], p) for name, p in alone.items())
 
 
-@pytest.mark.parametrize("size", [7, 64, 640, 96])
+@pytest.mark.parametrize("size", [7, 2**15, 2**15 + 1])
 def test_the_likeliest_is_the_first_of_the_largest(size):
     torch.manual_seed(size)
     logits = torch.randn(5, 3, size)

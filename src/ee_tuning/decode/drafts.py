@@ -80,8 +80,8 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             own = Token(choice.token, row.policy.end, said[kept].confidence)
             own.rejected = [draft.id for draft in drafts[kept:]]
             settled.append(_settled(row, choice, [*drafts[:kept], own]))
-            assert row.pace is not None
-            row.pace.learn(row.limit, len(drafts), kept)
+            if row.pace is not None:
+                row.pace.learn(row.limit, len(drafts), kept)
     return settled
 
 
