@@ -87,7 +87,8 @@ class Own:
         """Compile and capture what so many rows need; gives the seconds."""
         if self.model.device.type != "cuda":
             return 0.0
-        return self.model.warm_up(slots=rows, capacity=capacity, **self.way)
+        given = self.settings.arguments() | self.way
+        return self.model.warm_up(slots=rows, capacity=capacity, **given)
 
 
 @contextmanager

@@ -45,6 +45,17 @@ def test_compiled_passes_give_the_same_tokens_and_compile_once(model):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_passes_of_sampled_texts_are_warmed_up(model, monkeypatch):
+    """With the arguments of `generate`, of which greedy ones would not do."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    way = {"threshold": 0.5, "max_pending": 3, "do_sample": True, "temperature": 0.7, "top_k": 0}
+    model.warm_up(capacity=96, compile=True, **way)
+    graphs = counters["stats"]["unique_graphs"]
+    torch.manual_seed(0)
+    model.generate(torch.tensor([prompt(5)]), compile=True, max_new_tokens=20, **way)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_passes_of_several_rows_are_traced_once(model, monkeypatch):
     """Three rows, of which a pass may have two and be filled with the third, which is idle.
 

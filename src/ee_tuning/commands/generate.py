@@ -219,7 +219,9 @@ def _compile_ahead(
     """Compile before the clock starts, and say how long it took."""
     to_requests(model, input_ids[0].tolist(), config, **arguments)  # refuses before that
     capacity = input_ids.shape[1] + config.max_new_tokens
-    seconds = decode.warm_up(model, leaving=config, capacity=capacity, compile=config.compiled())
+    seconds = decode.warm_up(
+        model, leaving=config, capacity=capacity, compile=config.compiled(), **arguments
+    )
     console.print(f"compiled in {seconds:.0f} s", style="dim")
 
 

@@ -36,6 +36,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.drafts import first_tokens, next_round
+from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
@@ -93,14 +94,19 @@ class Engine:
         """How many slots have a sequence in them."""
         return len(self.sequences.live)
 
-    def warm_up(self, measures: Sequence[str] = (Leaving.measure,)) -> float:
-        """Compile and capture everything now; gives the seconds it took."""
+    def warm_up(
+        self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING
+    ) -> float:
+        """Compile and capture everything now; gives the seconds it took.
+
+        samples: what texts do to choose their tokens, see `ee_tuning.decode.draws`.
+        """
         assert not self.busy
         start = time.perf_counter()
-        seconds = self.passes.warm_up(measures)
+        seconds = self.passes.warm_up(measures, samples)
         if self.ahead is None:
             return seconds
-        self.ahead.warm_up(self.sequences.max_pending, measures)
+        self.ahead.warm_up(self.sequences.max_pending, measures, samples)
         return time.perf_counter() - start
 
     def check(self, request: Request, capacity: int | None = None) -> None:

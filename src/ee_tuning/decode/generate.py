@@ -20,6 +20,7 @@ from ee_tuning.decode.arguments import (
     warn_ignored,
 )
 from ee_tuning.decode.certified import with_certified
+from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.engines import ROOM, AnyEngine, engine_for, engines_of
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
@@ -241,11 +242,14 @@ def warm_up(
 ) -> float:
     """Compile and capture what `generate` with these settings will run; gives the seconds.
 
-    slots: prompts at a time. capacity: as for `generate_batch`. kwargs: fields of `leaving`.
+    slots: prompts at a time. capacity: as for `generate_batch`. kwargs: as for `generate`: texts
+    that are sampled run other passes than greedy ones.
     """
-    policy = make_policy(model, read_leaving(leaving, kwargs))
+    leaving = read_leaving(leaving, kwargs)
+    policy, samples = make_policy(model, leaving), NOTHING
     if kwargs:
-        raise TypeError(f"warm_up takes no {', '.join(kwargs)}")
+        (request, *_), _ = to_requests(model, [0], leaving, **{"max_new_tokens": 1, **kwargs})
+        samples = request.chooser.samples
     capacity = capacity or model.backbone.longest_text or ROOM
     engines = engines_of(model)
     with engines.turn:
@@ -253,7 +257,7 @@ def warm_up(
             model, policy.exit_layers, slots=slots, capacity=capacity,
             max_pending=policy.max_pending, compile=compile,
         )  # fmt: skip
-        return engine.warm_up([policy.measure])
+        return engine.warm_up([policy.measure], samples)
 
 
 def _output(

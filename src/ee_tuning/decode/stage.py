@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import Leaving
+from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
 from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.passes import Passes
@@ -73,10 +74,12 @@ class Stage:
         """How many slots have a sequence in them."""
         return len(self.sequences.live)
 
-    def warm_up(self, measures: Sequence[str] = (Leaving.measure,)) -> float:
-        """Compile and capture everything now; gives the seconds it took."""
+    def warm_up(
+        self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING
+    ) -> float:
+        """As of an engine."""
         assert not self.busy
-        return self.passes.warm_up(measures)
+        return self.passes.warm_up(measures, samples)
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`; drafts are refused, too."""
