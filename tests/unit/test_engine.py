@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from helpers.families import tiny
-from helpers.models import DEPTH, early_exit
+from helpers.models import DEPTH, drafting, early_exit
 from helpers.prompts import prompt
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
@@ -268,3 +268,31 @@ def test_engines_live_no_longer_than_their_model():
     del model
     gc.collect()
     assert engine() is None
+
+
+@pytest.mark.parametrize("kind", ["layers", "draft"])
+def test_a_slot_of_a_text_that_failed_is_as_good_as_new(kind):
+    """Even if what is in it is no number."""
+    model, layers = (early_exit(), [1, 2, 3]) if kind == "layers" else (drafting(), [0])
+    leaving = {"bar": 0.0} if kind == "draft" else {"thresholds": {1: 0.0, 3: 0.0}}
+    policy = Speculative(4, max_pending=3, **leaving)
+    engine, fresh = (Engine(model, layers, capacity=64, max_pending=3) for _ in range(2))
+
+    def fails(ids):
+        if len(ids) == 12:
+            passes = engine.passes
+            caches = [*passes.caches, *passes.exit_caches.values()]
+            caches += [passes.chains.cache] if passes.chains else []
+            for layer in (layer for cache in caches for layer in cache.slot_layers):
+                layer.keys.fill_(torch.nan)
+                layer.values.fill_(torch.nan)
+            raise RuntimeError("as a stop of the caller's may")
+        return False
+
+    with pytest.raises(RuntimeError):
+        list(engine.stream([Request(prompt(9), policy, 40, stops=fails)]))
+    found, expected = (
+        [token.id for _, token in one.stream([Request(prompt(5), policy, 40)])]
+        for one in (engine, fresh)
+    )
+    assert found == expected

@@ -78,6 +78,11 @@ class SlotLayer(CacheLayerMixin):
         """Make room for K and V of the heads that `other` has."""
         self.lazy_initialization(other.keys, other.values)
 
+    def forget(self, slot: int) -> None:
+        """Nothing is in a slot any more."""
+        if self.is_initialized:
+            self.keys[slot], self.values[slot] = 0, 0
+
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Write K and V (n, heads, T, head dim); gives what their queries may look at.
 

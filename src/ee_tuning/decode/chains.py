@@ -90,6 +90,12 @@ class Chains:
             places = positions % self._states.shape[1]
             self._states[slots[:, None], places, self._part(state)] = torch.cat(state.sources, -1)
 
+    def forget(self, slot: int) -> None:
+        """As of passes."""
+        for layer in self.cache.slot_layers:
+            layer.forget(slot)
+        self._states[slot] = 0
+
     def _part(self, state: State) -> slice:
         """Where the sources of a segment are among all of them."""
         width = state.hidden.shape[-1]

@@ -131,6 +131,18 @@ class Passes:
         return Read(slot, prediction, None if self.is_last else hidden[0])
 
     @torch.inference_mode()
+    def forget(self, slot: int) -> None:
+        """Nothing of a slot's text is left: what is hidden from others is multiplied by 0 at last,
+        which does not hide what is no number."""
+        caches = [*self.caches, *self.exit_caches.values()]
+        if self.chains is not None:
+            self.chains.forget(slot)
+        for layer in (layer for cache in caches for layer in cache.slot_layers):
+            layer.forget(slot)
+        for ring in self._rings:
+            ring[slot] = 0
+
+    @torch.inference_mode()
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
         """What the stage before gave for n tokens, (n, H), is what the first segment computes."""
         self._rings[0][self._in_ring(slots, positions)] = hidden

@@ -165,6 +165,8 @@ class Sequences:
 
     def free(self, row: Row) -> None:
         """Its slot may have the next one."""
+        if row.request.error is not None:
+            self.passes.forget(row.slot)
         self.rows[row.slot] = None
 
     def clear(self) -> None:
