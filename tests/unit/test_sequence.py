@@ -111,9 +111,11 @@ def test_a_head_s_terms_are_summed_once_however_many_chunks(mesh, monkeypatch):
     with Sent() as sent:
         Tuner(model, {}).loss(4, state, batch["labels"], scale=torch.ones(()))
     features = 2 * 8 * 32 * 4
+    positions = 2 * (3 + 3 + 3 + 2)  # of each chunk, with the first of the next
     assert sent.nbytes == {
         "all_gather_into_tensor": features // 2,
         "reduce_scatter_tensor": features,
+        "all_reduce": 3 * positions * 4,  # the largest logit, the sum, the label's
     }
 
 

@@ -281,7 +281,7 @@ def test_as_many_tokens_as_cover_99_percent_in_steps_of_64():
         ({"loss": "acceptance"}, True, 0),
         ({"loss": "acceptance", "exit_vocab": 0}, False, 0),
         ({"loss": "acceptance", "exit_vocab": 64}, False, 64),
-        ({"loss": "acceptance", "tp": 2}, False, 0),
+        ({"loss": "acceptance", "tp": 2}, True, 0),
         ({"loss": "acceptance", "exits": "old"}, False, 0),
         ({"arch": "draft,mlp"}, True, 0),
     ],
