@@ -213,7 +213,6 @@ def test_speculation_is_a_requests_own(client):
     body = {"mode": "speculative", "threshold": 0.0, "exit_layers": [4], "return_exits": True}
     found = complete(client, extra_body=body, max_tokens=16).choices[0]
     assert found.text == plain.text
-    assert found.ee["drafted"] > 0
     assert found.ee["kept"] == sum(layer == 4 for layer in found.ee["exit_layers"])
     rejected = sum(len(token["rejected"]) for token in found.ee["tokens"])
     assert found.ee["drafted"] == found.ee["kept"] + rejected
