@@ -21,12 +21,11 @@ from ee_tuning.decode.whole import Text, whole_texts
 from ee_tuning.losses import LOGITS, confidence
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect, deal
-from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.mesh import ALONE, Mesh
 
 Thresholds = Mapping[int, float]
 OFF = 1.0  # the threshold of an exit at which no token leaves
 ROWS = 64  # texts in a pass
-ALONE = Mesh()
 NATS = 1.0  # per place, that are as bad as can be
 
 

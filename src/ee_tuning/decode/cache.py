@@ -178,6 +178,11 @@ class SlotCache(Cache):
         """As `SlotLayer.update`, of a layer counted from the model's start."""
         return self.slot_layers[layer_idx - self.first].update(key_states, value_states)
 
+    def forget(self, slot: int) -> None:
+        """Nothing is in a slot any more."""
+        for layer in self.slot_layers:
+            layer.forget(slot)
+
     def put(self, place: Place) -> None:
         """The next pass is at `place`."""
         first: dict[int, SlotLayer] = {}

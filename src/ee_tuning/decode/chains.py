@@ -92,8 +92,7 @@ class Chains:
 
     def forget(self, slot: int) -> None:
         """As of passes."""
-        for layer in self.cache.slot_layers:
-            layer.forget(slot)
+        self.cache.forget(slot)
         self._states[slot] = 0
 
     def _part(self, state: State) -> slice:

@@ -129,9 +129,9 @@ def next_round(
     clocks = [_limit(sequences, alike) for alike in (chained, layered)]
     sequences.catch_up(chained)
     chains = any(row.limit for row in chained)
-    captured, start = len(sequences.passes.graphs), time.perf_counter()
     if alone is not None and not rows[0].limit:
         return [_rest(sequences, rows[0], alone, clocks[0] or clocks[1])]
+    captured, start = len(sequences.passes.graphs), time.perf_counter()
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
@@ -161,8 +161,8 @@ def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
 
 
 def _rest(sequences: Sequences, row: Row, ahead: Ahead, clock: Clock | None) -> Settled:
-    """Some tokens at full depth, of a row of which drafts do not pay; one or two, if that is no
-    more than a look at what such a token takes."""
+    """Some tokens at full depth, of a row of which drafts do not pay; fewer, if that is no more
+    than a look at what such a token takes."""
     pace, captured = row.pace, len(sequences.passes.graphs)
     looks = pace is not None and pace.asked > 0
     start = time.perf_counter()

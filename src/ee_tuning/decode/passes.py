@@ -134,11 +134,10 @@ class Passes:
     def forget(self, slot: int) -> None:
         """Nothing of a slot's text is left: what is hidden from others is multiplied by 0 at last,
         which does not hide what is no number."""
-        caches = [*self.caches, *self.exit_caches.values()]
+        for cache in (*self.caches, *self.exit_caches.values()):
+            cache.forget(slot)
         if self.chains is not None:
             self.chains.forget(slot)
-        for layer in (layer for cache in caches for layer in cache.slot_layers):
-            layer.forget(slot)
         for ring in self._rings:
             ring[slot] = 0
 

@@ -238,9 +238,11 @@ class Sequences:
 
     def clock(self, number: int, cost: float) -> Clock:
         """How long rounds of so many rows take, or of about as many, whose drafts cost so much."""
-        # Ranks that share a pass have to plan the same.
-        fresh = Clock(cost, timed=self.passes.group is None)
-        return self._clocks.setdefault(((number - 1).bit_length(), cost), fresh)
+        key = (number - 1).bit_length(), cost
+        if key not in self._clocks:
+            # Ranks that share a pass have to plan the same.
+            self._clocks[key] = Clock(cost, timed=self.passes.group is None)
+        return self._clocks[key]
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """Let the draft exit compute what it has not, where it is more than a window."""

@@ -16,9 +16,7 @@ from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect, deal
-from ee_tuning.parallel.mesh import Mesh
-
-ALONE = Mesh()
+from ee_tuning.parallel.mesh import ALONE, Mesh
 
 
 @dataclass

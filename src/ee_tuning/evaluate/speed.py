@@ -13,13 +13,13 @@ from torch import Tensor
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput, generate
 from ee_tuning.errors import UserError
-from ee_tuning.evaluate.exits import ALONE, active_exits
+from ee_tuning.evaluate.exits import active_exits
 from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect, deal
-from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.mesh import ALONE, Mesh
 
 Method = Callable[[Tensor], Any]
 

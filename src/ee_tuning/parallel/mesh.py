@@ -268,3 +268,6 @@ def _told_to_end(processes: int) -> Iterator[None]:
 def restarts() -> int:
     """How often torchrun has restarted this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+ALONE = Mesh()  # one process
