@@ -113,6 +113,9 @@ def test_the_timeline_of_a_step(runs):
     forward = [stop for what, _, stop in first if what == "forward"]
     assert min(forward) < max(received)
     assert min(start for what, start, _ in second if what == "forward") > min(forward)
+    # The last stage runs a micro-batch's layers before it waits for the next one.
+    order = [what for what, *_ in second if what != "exit work"]
+    assert order[:7] == ["waiting"] + 2 * ["waiting", "forward", "forward"]
     waits = [what for own in events.values() for what, _, _ in own if what == "waiting"]
     assert len(waits) == 2 + 3 + 4  # for what was sent, three micro-batches, four exits' sums
     assert (runs.root / "sends/trace.png").read_bytes()[:4] == b"\x89PNG"

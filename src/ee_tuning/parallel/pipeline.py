@@ -60,6 +60,9 @@ class Pipeline:
         """A micro-batch before this stage's layers; with several stages, behind them and handed
         on, so that the next stage can begin.
 
+        The last stage, too, runs its layers before it waits for the next micro-batch: of those that
+        go down side by side, exits ask for the last one before they ask for any layer.
+
         ends: the last stage tells the others what it ends with, for `end`.
         """
         ids, rest = batch["input_ids"], (batch["position_ids"], batch.get("boundaries"))
@@ -69,8 +72,9 @@ class Pipeline:
             descent = model.chain.descend(self._receive(model, ids), *rest, around=self.record)
             descent.ids = ids
             self._receive_sources(model, descent)
+        hidden = descent.ahead(model.chain.stop) if self.mesh.pp > 1 else descent.hidden
         if not self._is_last:
-            self._send_on(model, descent, descent.ahead(model.chain.stop))
+            self._send_on(model, descent, hidden)
         elif ends and self._back:
             hidden = descent.ahead(model.backbone.num_layers)
             for rank in self._back:
