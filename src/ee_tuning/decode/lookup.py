@@ -1,0 +1,35 @@
+"""Drafts from the text itself: what followed its last tokens where they first came (prompt lookup).
+
+As transformers' `PromptLookupCandidateGenerator` finds them: of the last n tokens, n from `MATCH`
+down to 1, the first place in the text counts at which the same n stand, and of the tokens after
+these as many as are wanted and there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MATCH = 3  # tokens that are looked for, at most
+
+
+class Lookup:
+    """Where in one text runs of up to `match` tokens came first; it is told what the text grew by
+    as it is asked, so that asking takes as long as that is."""
+
+    def __init__(self, match: int = MATCH) -> None:
+        self.match = match
+        self._after: dict[tuple[int, ...], int] = {}  # of runs of tokens, the place behind them
+        self._known = 0  # places that are among these
+
+    def drafts(self, ids: Sequence[int], most: int) -> list[int]:
+        """Up to `most` tokens that may follow `ids`, which begin as those of the call before."""
+        # What follows the last run is not known yet.
+        for place in range(self._known + 1, len(ids)):
+            for size in range(1, min(self.match, place) + 1):
+                self._after.setdefault(tuple(ids[place - size : place]), place)
+        self._known = max(self._known, len(ids) - 1)
+        for size in range(min(self.match, len(ids) - 1), 0, -1):
+            place = self._after.get(tuple(ids[-size:]))
+            if place is not None:
+                return list(ids[place : place + most])
+        return []
