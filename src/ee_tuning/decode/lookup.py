@@ -29,7 +29,6 @@ class Lookup:
                 self._after.setdefault(tuple(ids[place - size : place]), place)
         self._known = max(self._known, len(ids) - 1)
         for size in range(min(self.match, len(ids) - 1), 0, -1):
-            place = self._after.get(tuple(ids[-size:]))
-            if place is not None:
-                return list(ids[place : place + most])
+            if first := self._after.get(tuple(ids[-size:])):
+                return list(ids[first : first + most])
         return []
