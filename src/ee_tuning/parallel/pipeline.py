@@ -56,14 +56,14 @@ class Pipeline:
     def _is_last(self) -> bool:
         return self.mesh.pp_rank == self.mesh.pp - 1
 
-    def enter(self, model: Network, batch: Batch, ends: bool = False) -> Descent:
+    def enter(
+        self, model: Network, batch: Batch, ends: bool = False, beside: bool = False
+    ) -> Descent:
         """A micro-batch before this stage's layers; with several stages, behind them and handed
         on, so that the next stage can begin.
 
-        The last stage, too, runs its layers before it waits for the next micro-batch: of those that
-        go down side by side, exits ask for the last one before they ask for any layer.
-
-        ends: the last stage tells the others what it ends with, for `end`.
+        ends: the last stage tells the others what it ends with, for `end`. beside: exits wait until
+        others have entered, too; the last stage runs its layers before it waits for these.
         """
         ids, rest = batch["input_ids"], (batch["position_ids"], batch.get("boundaries"))
         if self.mesh.pp_rank == 0:
@@ -72,13 +72,14 @@ class Pipeline:
             descent = model.chain.descend(self._receive(model, ids), *rest, around=self.record)
             descent.ids = ids
             self._receive_sources(model, descent)
-        hidden = descent.ahead(model.chain.stop) if self.mesh.pp > 1 else descent.hidden
         if not self._is_last:
-            self._send_on(model, descent, hidden)
+            self._send_on(model, descent, descent.ahead(model.chain.stop))
         elif ends and self._back:
             hidden = descent.ahead(model.backbone.num_layers)
             for rank in self._back:
                 self._send(hidden, rank, self.mesh.group("pp"))
+        elif beside and self.mesh.pp > 1:
+            descent.ahead(model.chain.stop)
         return descent
 
     def end(self, model: Network, descent: Descent) -> Tensor:

@@ -46,8 +46,11 @@ class Transport(Protocol):
     def record(self, what: str) -> AbstractContextManager[None]:
         """Inside, this process does "forward", "exit work" or "waiting"."""
 
-    def enter(self, model: Network, batch: Batch, ends: bool = False) -> Descent:
-        """A micro-batch on its way down this process's layers. ends: see `end`."""
+    def enter(
+        self, model: Network, batch: Batch, ends: bool = False, beside: bool = False
+    ) -> Descent:
+        """A micro-batch on its way down this process's layers. ends: see `end`. beside: others
+        enter before exits are asked."""
 
     def end(self, model: Network, descent: Descent) -> Tensor:
         """The hidden states after the last layer, of a micro-batch that entered with `ends`.
@@ -80,7 +83,9 @@ class Alone:
         """Nothing is recorded."""
         return nullcontext()
 
-    def enter(self, model: Network, batch: Batch, ends: bool = False) -> Descent:
+    def enter(
+        self, model: Network, batch: Batch, ends: bool = False, beside: bool = False
+    ) -> Descent:
         """A micro-batch before the first layer."""
         ids, positions = batch["input_ids"], batch["position_ids"]
         return model.chain.descend(ids, positions, batch.get("boundaries"))
@@ -292,18 +297,19 @@ class Tuner:
         ahead = self.transport.ahead if taught else 0
         coming: deque[list[_Entered]] = deque()
         for number, wave in enumerate(waves, 1):
-            coming.append([self._enter(batch, self.objective) for batch in wave])
+            beside = len(wave) > 1
+            coming.append([self._enter(batch, self.objective, beside) for batch in wave])
             while len(coming) > (ahead if number < len(waves) else 0):
                 entered = coming.popleft()
                 for one in entered if taught else ():
                     one.teacher = self._teacher(one.descent)
                 yield entered
 
-    def _enter(self, batch: Batch, objective: Objective) -> _Entered:
+    def _enter(self, batch: Batch, objective: Objective, beside: bool = False) -> _Entered:
         """A micro-batch at the model's door."""
         placed = self.place(batch)
         with self.cast():
-            descent = self.transport.enter(self.model, placed, objective.needs_teacher)
+            descent = self.transport.enter(self.model, placed, objective.needs_teacher, beside)
         return _Entered(placed["labels"], descent)
 
     def _teacher(self, descent: Descent) -> Teacher:
