@@ -3,8 +3,9 @@
 python benchmarks/calibrate.py --exits demo/exits            # after make demo
 python benchmarks/calibrate.py --exits layers --data prompts.jsonl --model demo/smollm2
 
-Prompts are the beginnings of functions and classes, three of a file, of files that the demo's exits
-were not tuned on. Written to --out, which `python benchmarks/table.py` puts into the docs.
+Prompts are the beginnings of functions and classes, three of a file or as many more as it takes, of
+files that the demo's exits were not tuned on. Written to --out, which `python benchmarks/table.py`
+puts into the docs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ ROOT = Path(__file__).parent.parent
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
-def functions(per_file: int = 3, lines: int = 12) -> list[str]:
+def functions(number: int) -> list[str]:
+    """At least so many beginnings, if there are, a few to spare: some begin alike."""
+    for per_file in (3, 6, 12, 24):
+        found = beginnings(per_file)
+        if len(found) >= 1.25 * number:
+            break
+    return found
+
+
+def beginnings(per_file: int, lines: int = 12) -> list[str]:
     """Beginnings of functions and classes of the standard library, in an order that is drawn."""
     records = (ROOT / "demo" / "data" / "train.jsonl").read_text().splitlines()
     tuned_on = {json.loads(line)["path"] for line in records}
@@ -55,7 +65,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         data = [args.data]
         if not args.data:
             path = Path(folder) / "prompts.jsonl"
-            path.write_text("".join(json.dumps({"text": one}) + "\n" for one in functions()))
+            path.write_text(
+                "".join(json.dumps({"text": one}) + "\n" for one in functions(args.prompts))
+            )
             data = [str(path)]
         config = CalibrateConfig(
             exits=args.exits, model=args.model, data=data, epsilon=args.epsilon,

@@ -14,7 +14,8 @@ losses        what an exit is tuned on: loss, agreement, confidence
 data          text that people wrote against text of the model's own, and how much of it
 
 In --out, `results.json` has finished runs by their settings: what is there is not run again. Tables
-go to `tables.md`, plots beside them. What quality costs in speed is `quality.py`.
+go to `tables.md`, plots beside them; `--tables` makes them anew, without a model. What quality
+costs in speed is `quality.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from tuned import Found, Runs, Settings
@@ -33,7 +35,7 @@ from tuned import Found, Runs, Settings
 from ee_tuning.adapter import stored
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, versions
-from ee_tuning.files import write_text
+from ee_tuning.files import read_json, write_text
 from ee_tuning.share import New, shapes
 
 ARCHS = ("embedding", "norm", "mlp", "layer")
@@ -51,13 +53,15 @@ OWN, DOCUMENTS = "own text", "documents"
 class Plan:
     """What all experiments ask about.
 
-    layers: six depths. kinds: data by kind. amounts: tokens of each. step: tokens of one.
+    layers: six depths. kinds: data by kind. amounts: tokens of each. step: tokens of one. few:
+    steps after which it shows whether exits are independent.
     """
 
     layers: list[int]
     kinds: dict[str, list[str]]
     amounts: list[int]
     step: int
+    few: int
 
     @property
     def some(self) -> list[int]:
@@ -101,7 +105,13 @@ def drawn(
         axes.plot(*points, marker=mark, label=label)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The same bytes for the same plot."""
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def depths_wanted(plan: Plan) -> dict[str, Settings]:
@@ -115,16 +125,16 @@ def depths(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     for arch, run in found.items():
         exits = exits_of(run)
         for layer, one in exits.items():
-            faster = []
+            faster = "–"
             if "speed" in run:
-                faster = [f"{run['speed'][str(layer)] / run['full_speed']:.2f}×"]
+                faster = f"{run['speed'][str(layer)] / run['full_speed']:.2f}×"
             parameters = run["parameters"].get(str(layer), 0)
-            rows.append([f"`{arch}`", layer, *_quality(one), f"{parameters:,}", *faster])
+            rows.append([f"`{arch}`", layer, *_quality(one), f"{parameters:,}", faster])
         lines[arch] = plan.layers, [one["loss"] for one in exits.values()]
     loss = "held-out loss (nats per token)"
     drawn(folder / "depths.svg", "exit layer", loss, lines, yscale="log")
     names = ["exit", "layer", "loss", "agrees with full depth", "parameters"]
-    return table(names + ["speed, all there"] * (len(rows[0]) > len(names)), rows)
+    return table([*names, "speed, all there"], rows)
 
 
 def starts_wanted(plan: Plan) -> dict[str, Settings]:
@@ -153,20 +163,41 @@ def starts(found: dict[str, Found], plan: Plan, folder: Path) -> str:
 def independence_wanted(plan: Plan) -> dict[str, Settings]:
     """One of all depths, and some alone."""
     layers = {_names(plan.layers): plan.layers} | {str(layer): [layer] for layer in plan.some}
-    return {name: {"arch": "layer", "layers": _names(own)} for name, own in layers.items()}
+    return {
+        name: {"arch": "layer", "layers": _names(own), "steps": plan.few}
+        for name, own in layers.items()
+    }
 
 
 def independence(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     """Whether exits that are tuned together have the weights of those that are tuned alone."""
-    every, rows = stored(Path(found[_names(plan.layers)]["folder"])), []
+    together, rows = found[_names(plan.layers)], []
     for layer in plan.some:
         if str(layer) not in found:
             continue
-        alone = stored(Path(found[str(layer)]["folder"]))
-        same = all(torch.equal(every[name], tensor) for name, tensor in alone.items())
-        most = max(float((every[k].double() - v.double()).abs().max()) for k, v in alone.items())
-        rows.append([layer, len(alone), "yes" if same else "no", f"{most:g}"])
-    return table(("exit layer", "tensors", "equal bit for bit", "largest difference"), rows)
+        alone = found[str(layer)]
+        pairs = zip(
+            _quality(exits_of(together)[layer]), _quality(exits_of(alone)[layer]), strict=True
+        )
+        cells = [cell for pair in pairs for cell in pair]
+        folders = [Path(run["folder"]) for run in (together, alone)]
+        rows.append([layer, *cells, *(_same(*folders) if folders[1].exists() else "––")])
+    names = (
+        f"`layer` exit, {plan.few} steps",
+        "loss, tuned together",
+        "alone",
+        "agrees, together",
+        "alone",
+    )
+    return table((*names, "equal bit for bit", "largest difference"), rows)
+
+
+def _same(together: Path, alone: Path) -> tuple[str, str]:
+    """Whether the tensors of `alone` are those of `together`, and how far from them at most."""
+    every, own = stored(together), stored(alone)
+    same = all(torch.equal(every[name], tensor) for name, tensor in own.items())
+    most = max(float((every[k].double() - v.double()).abs().max()) for k, v in own.items())
+    return "yes" if same else "no", f"{most:g}"
 
 
 def losses_wanted(plan: Plan) -> dict[str, Settings]:
@@ -256,6 +287,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--amounts", type=float, nargs="*", default=[5e4, 2e5], help="tokens")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=1e6, help="no run begins after these")
+    parser.add_argument(
+        "--tables", action="store_true", help="make the tables of what is in --out; run nothing"
+    )
     parser.add_argument("--no-speeds", action="store_true", help="leave speeds out")
     parser.add_argument("--out", default="benchmarks/results/experiments-demo")
     return parser
@@ -277,31 +311,48 @@ def made(args: argparse.Namespace) -> tuple[Runs, Plan]:
     kinds = {DOCUMENTS: args.data}
     if args.own:
         held_out, kinds = {OWN: args.own_valid} | held_out, {OWN: args.own} | kinds
+    few, step = min(FEW, args.steps), args.batch * args.seq_length
+    plan = Plan(layers, kinds, [*map(int, args.amounts)], step, few)
+    about = {
+        "model": Path(args.model).name,
+        "machine": f"{hardware(pick_device('auto'))}; {versions()}",
+        "settings": {name: getattr(common, name) for name in SHOWN},
+        "plan": asdict(plan),
+    }
     end = time.monotonic() + 60 * args.minutes
-    runs = Runs(Path(args.out), common, held_out, args.jobs, end)
-    return runs, Plan(layers, kinds, [*map(int, args.amounts)], args.batch * args.seq_length)
+    return Runs(Path(args.out), common, about, held_out, args.jobs, end), plan
+
+
+def there(folder: Path) -> tuple[Runs, Plan]:
+    """What was run in a folder before."""
+    about = read_json(folder / "results.json")["about"]
+    settings = about["settings"]
+    common = TuneConfig(**settings, min_lr=settings["lr"] / 10)
+    return Runs(folder, common, about, {}), Plan(**about["plan"])
 
 
 def main() -> None:
     """Run what is not there yet, and write the tables of all that is asked for."""
     args = arguments().parse_args()
-    runs, plan = made(args)
+    runs, plan = there(Path(args.out)) if args.tables else made(args)
     asked = {name: EXPERIMENTS[name].wanted(plan) for name in args.only}
-    runs.run({f"{name}: {own}": s for name, runs_of in asked.items() for own, s in runs_of.items()})
+    if not args.tables:
+        named = {f"{name}: {own}": s for name, all in asked.items() for own, s in all.items()}
+        runs.run(named)
     tables = []
     for name, wanted in asked.items():
         experiment = EXPERIMENTS[name]
-        if experiment.speeds and not args.no_speeds:
+        if experiment.speeds and not args.no_speeds and not args.tables:
             runs.measure_speeds(wanted)
-        there = {own: run for own, settings in wanted.items() if (run := runs.get(settings))}
-        if there:
-            tables.append(f"## {name}\n\n{experiment.table(there, plan, runs.folder)}\n")
-    settings = {k: v for k, v in asdict(runs.common).items() if k in SHOWN}
-    about = f"{args.model}; {hardware(pick_device('auto'))}; {versions()}; {settings}"
+        found = {own: run for own, settings in wanted.items() if (run := runs.get(settings))}
+        if found:
+            tables.append(f"## {name}\n\n{experiment.table(found, plan, runs.folder)}\n")
+    about = f"{runs.about['model']}; {runs.about['machine']}; {runs.about['settings']}"
     write_text(runs.folder / "tables.md", "\n".join([*tables, about]) + "\n")
     print("\n".join(tables))
 
 
+FEW = 100  # steps
 SHOWN = ("steps", "seq_length", "global_batch_size", "lr", "eps")
 
 if __name__ == "__main__":

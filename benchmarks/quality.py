@@ -6,8 +6,11 @@ python benchmarks/quality.py --model demo/smollm2 --exits layers --draft-exits d
 Scores come from lm-eval's command, one process for each way and form of prompts; `--jobs` of them
 run at a time, uncompiled. HumanEval is asked in the chat template. **Its programs are run**, in
 processes of their own but no sandbox. Speeds are of one text at a time, compiled, on the prompts of
-`real.py`, and nothing else runs meanwhile. With a certificate of `ee-tuning calibrate` beside the
-exits its threshold is among the ways. Scores that are in --out already are not asked for again.
+`real.py`, and nothing else of this runs meanwhile. With a certificate of `ee-tuning calibrate`
+beside the exits its threshold is among the ways.
+
+Every score and speed is in `scores.json` and `speeds.json` of --out as soon as it is there, and is
+not asked for again; the table and the plot are of those that there are.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from experiments import table
+from experiments import save, table
 from matplotlib.figure import Figure
 from real import (
     Prompts,
@@ -115,16 +118,19 @@ def ways_of(args: argparse.Namespace) -> list[Way]:
     return [way for way in found if not args.only or any(word in way.name for word in args.only)]
 
 
-def score(way: Way, tasks: Tasks, args: argparse.Namespace) -> dict[str, Any]:
-    """What lm-eval finds of a way: ``score``, the mean over the tasks, its standard ``error``, the
-    scores ``by`` task and where tokens left, ``exits``."""
+def score(way: Way, names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """What lm-eval finds of a way, by name in `TASKS`, those of one form of prompts: ``score``, the
+    mean over the tasks, its standard ``error``, the scores ``by`` task and where tokens left,
+    ``exits``."""
+    asked = [TASKS[name] for name in names]
     with tempfile.TemporaryDirectory() as folder:
         model = {"exits": way.exits, "model": args.model, "scoring": "decode", "compile": "off"}
+        tasks = ",".join(task for one in asked for task in one.names)
         command = [
             sys.executable, "-m", "ee_tuning.lm_eval", "run", "--model", "ee-tuning",
-            "--model_args", json.dumps(model | way.arguments), "--tasks", ",".join(tasks.names),
+            "--model_args", json.dumps(model | way.arguments), "--tasks", tasks,
             "--batch_size", str(args.batch), "--confirm_run_unsafe_code", "--output_path", folder,
-            *tasks.told, *(["--limit", str(args.limit)] if args.limit else []),
+            *asked[0].told, *(["--limit", str(args.limit)] if args.limit else []),
         ]  # fmt: skip
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -132,14 +138,19 @@ def score(way: Way, tasks: Tasks, args: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"{way.name}: lm-eval ended with {done.stderr[-2000:]}")
         (path,) = Path(folder).rglob("results_*.json")
         found = read_json(path)
-    print(f"{way.name}, {tasks.names[0]} …: {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{way.name}, {', '.join(names)}: {time.perf_counter() - start:.0f} s", flush=True)
+    return {name: _score(TASKS[name], found) for name in names}
+
+
+def _score(tasks: Tasks, found: dict[str, Any]) -> dict[str, Any]:
     by = {name: found["results"][name][f"{tasks.metric},none"] for name in tasks.names}
     errors = [found["results"][name][f"{tasks.metric}_stderr,none"] for name in tasks.names]
+    exits = found["config"]["exits"]
     return {
         "score": mean(by.values()),
         "error": sum(error**2 for error in errors) ** 0.5 / len(errors),
         "by": by,
-        "exits": found["config"]["exits"],
+        "exits": {name: exits[name] for name in tasks.names if name in exits},
     }
 
 
@@ -154,7 +165,7 @@ def sets_of(args: argparse.Namespace) -> dict[str, Prompts]:
     return {name: prompts[: args.prompts] for name, prompts in sets.items() if prompts}
 
 
-def write_speeds(ways: list[Way], path: str, args: Any, meet: Any, turn: Any) -> None:
+def write_speeds(ways: list[Way], args: Any, meet: Any, turn: Any) -> None:
     """Write what ways with one engine bring, by name and set of prompts; full depth is beside them.
 
     meet, turn: all who measure wait for each other before the clock starts, then take turns.
@@ -173,115 +184,124 @@ def write_speeds(ways: list[Way], path: str, args: Any, meet: Any, turn: Any) ->
         for one in calls.values():
             own(*one[0])
     meet.wait()
-    found: dict[str, Any] = {}
     with turn:
         for name, one in calls.items():
             results = {way: [timed(own, *call, 3) for call in one] for way, own in owns.items()}
+            found = kept(args, "speeds")
             for way, own_results in results.items():
                 row = figures(own_results, results[FULL], model.backbone.num_layers, greedy=True)
-                found.setdefault(way, {})[name] = row
-    write_json(Path(path), found)
+                found.setdefault(way, {}).setdefault(name, row)  # of full depth, the first one's
+            write_json(args.out / "speeds.json", found)
 
 
-def measure(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
-    """Scores and speeds of all ways."""
-    if args.no_speeds:
-        scores = score_all(ways, args)
-        return {way.name: {"arguments": way.arguments, "scores": scores[way.name]} for way in ways}
-    engines: dict[tuple[str, str], list[Way]] = {}
+def kept(args: argparse.Namespace, part: str) -> dict[str, Any]:
+    """The scores or speeds in --out, by way."""
+    path = args.out / f"{part}.json"
+    return read_json(path) if path.exists() else {}
+
+
+def measure_speeds(ways: list[Way], args: argparse.Namespace) -> None:
+    """Speeds of the ways that lack them: what has one engine in a process of its own."""
+    found, engines = kept(args, "speeds"), dict[tuple[str, str], list[Way]]()
     for way in ways:
-        engines.setdefault(way.engine, []).append(way)
+        if not sets_of(args).keys() <= found.get(way.name, {}).keys():
+            engines.setdefault(way.engine, []).append(way)
+    if not engines:
+        return
     spawn = multiprocessing.get_context("spawn")
-    meet, turn = spawn.Barrier(len(engines) + 1), spawn.Lock()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.json" for number in range(len(engines))]
-        workers = [
-            spawn.Process(target=write_speeds, args=(own, str(path), args, meet, turn))
-            for own, path in zip(engines.values(), paths, strict=True)
-        ]
-        for worker in workers:
-            worker.start()
-        try:
-            scores = score_all(ways, args)
-            meet.wait()
-        except BaseException:
-            meet.abort()
-            raise
-        for worker in workers:
-            worker.join()
-        speeds: dict[str, Any] = {}
-        for path in paths:
-            speeds = read_json(path) | speeds  # of full depth, the first one's
+    meet, turn = spawn.Barrier(len(engines)), spawn.Lock()
+    workers = [
+        spawn.Process(target=write_speeds, args=(own, args, meet, turn)) for own in engines.values()
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode for worker in workers):
+            meet.abort()  # the others do not wait for one that failed
+        workers[0].join(0.2)
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError("speeds could not be measured: see above")
+
+
+def measure_scores(ways: list[Way], args: argparse.Namespace) -> None:
+    """The scores that are not there yet."""
+    found, path = kept(args, "scores"), args.out / "scores.json"
+    forms = {TASKS[name].told for name in args.tasks}
+    wanted = [
+        (way, names)
+        for told in sorted(forms, reverse=True)
+        for way in ways
+        if (
+            names := [
+                name for name in args.tasks
+                if TASKS[name].told == told and name not in found.get(way.name, {})
+            ]
+        )
+    ]  # fmt: skip
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {pool.submit(score, way, names, args): way for way, names in wanted}
+        for run in as_completed(runs):
+            if run.exception() is None:
+                found.setdefault(runs[run].name, {}).update(run.result())
+                write_json(path, found)
+    for run in runs:  # what the others found is written by now
+        run.result()
+
+
+def measured(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
+    """What there is of each way: ``arguments``, ``scores`` by task and speeds by set, ``sets``."""
+    scores, speeds = kept(args, "scores"), kept(args, "speeds")
     return {
-        way.name: {"arguments": way.arguments, "scores": scores[way.name], "sets": speeds[way.name]}
+        way.name: {
+            "arguments": way.arguments,
+            "scores": scores.get(way.name, {}),
+            "sets": speeds.get(way.name, {}),
+        }
         for way in ways
     }
 
 
-def score_all(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
-    """By way, the scores by name."""
-    path = args.out / "scores.json"
-    found: dict[str, Any] = read_json(path) if path.exists() else {}
-    for way in ways:
-        found.setdefault(way.name, {})
-    wanted = [(way, name) for name in args.tasks for way in ways if name not in found[way.name]]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {pool.submit(score, way, TASKS[name], args): (way, name) for way, name in wanted}
-        for run in as_completed(runs):
-            if run.exception() is None:
-                way, name = runs[run]
-                found[way.name][name] = run.result()
-                write_json(path, found)
-    for run in runs:  # what the others found is written by now
-        run.result()
-    return {way.name: {name: found[way.name][name] for name in args.tasks} for way in ways}
-
-
-def speed_of(found: dict[str, Any]) -> float:
+def speed_of(sets: dict[str, Any]) -> float:
     """Against full depth: the mean over the sets."""
-    return mean(row["against_full"] for row in found["sets"].values())
+    return mean(row["against_full"] for row in sets.values())
 
 
-def quality_table(ways: dict[str, Any]) -> str:
-    """Markdown."""
-    rows = [
-        [
-            name,
-            *(f"{one['score']:.1%} ± {one['error']:.1%}" for one in found["scores"].values()),
-            *_speeds(found),
-        ]
-        for name, found in ways.items()
-    ]
-    first = next(iter(ways.values()))
-    columns = ["way", *first["scores"]]
-    if "sets" in first:
-        columns += ["speed", " / ".join(first["sets"]), "mean depth", "texts of full depth"]
-    return table(columns, rows)
+def quality_table(ways: dict[str, Any], tasks: list[str]) -> str:
+    """Markdown; – where something is not there."""
+    rows = []
+    for name, found in ways.items():
+        scores = [found["scores"].get(task) for task in tasks]
+        shown = [f"{one['score']:.1%} ± {one['error']:.1%}" if one else "–" for one in scores]
+        rows.append([name, *shown, *_speeds(found["sets"])])
+    sets = next((" / ".join(found["sets"]) for found in ways.values() if found["sets"]), "by set")
+    return table(["way", *tasks, "speed", sets, "mean depth", "texts of full depth"], rows)
 
 
-def _speeds(found: dict[str, Any]) -> list[str]:
-    if "sets" not in found:
-        return []
-    sets = found["sets"].values()
-    same = [one["identical_texts"].split(" of ") for one in sets]
+def _speeds(sets: dict[str, Any]) -> list[str]:
+    if not sets:
+        return ["–"] * 4
+    same = [one["identical_texts"].split(" of ") for one in sets.values()]
     return [
-        f"{speed_of(found):.2f}×",
-        " / ".join(f"{one['against_full']:.2f}" for one in sets),
-        f"{mean(one['mean_depth'] for one in sets):.1f}",
+        f"{speed_of(sets):.2f}×",
+        " / ".join(f"{one['against_full']:.2f}" for one in sets.values()),
+        f"{mean(one['mean_depth'] for one in sets.values()):.1f}",
         f"{sum(int(a) for a, _ in same)} of {sum(int(b) for _, b in same)}",
     ]
 
 
-def draw(ways: dict[str, Any], path: Path) -> None:
-    """A panel for each task: score against speed."""
-    tasks = list(next(iter(ways.values()))["scores"])
+def draw(ways: dict[str, Any], tasks: list[str], path: Path) -> None:
+    """A panel for each task: score against speed, of the ways that have both."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
         for mark, (name, found) in zip("os^Dvx*P", ways.items(), strict=False):
-            one = found["scores"][task]
+            one = found["scores"].get(task)
+            if one is None or not found["sets"]:
+                continue
             panel.errorbar(
-                speed_of(found), 100 * one["score"], 100 * one["error"], marker=mark,
+                speed_of(found["sets"]), 100 * one["score"], 100 * one["error"], marker=mark,
                 linestyle="", capsize=3, label=name,
             )  # fmt: skip
         panel.set(title=task, xlabel="speed, full depth being 1", ylim=(0, None))
@@ -289,7 +309,7 @@ def draw(ways: dict[str, Any], path: Path) -> None:
     panels[0].set_ylabel("score (%, ± standard error)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:
@@ -303,7 +323,9 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.75, 0.6])
     parser.add_argument("--only", nargs="*", default=[], help="ways whose names have one of these")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--no-speeds", action="store_true", help="scores alone")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=list(PARTS), help="none: tables alone"
+    )
     parser.add_argument("--prompts", type=int, default=8, help="of each set, for speeds")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=0, help="questions of a task; 0: all")
@@ -312,16 +334,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/experiments-demo"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    ways = measure(ways_of(args), args)
+    ways = ways_of(args)
+    for part in args.parts:
+        PARTS[part](ways, args)
+    found = measured(ways, args)
     settings = {name: str(value) for name, value in vars(args).items()}
-    machine = f"{hardware(pick_device('auto'))}; {versions()}"
-    write_json(args.out / "quality.json", {"machine": machine, "settings": settings, "ways": ways})
-    text = f"## quality\n\n{quality_table(ways)}\n\n{machine}\n"
+    here = f"{hardware(pick_device('auto'))}; {versions()}"
+    machine = here if args.parts else kept(args, "quality")["machine"]
+    write_json(args.out / "quality.json", {"machine": machine, "settings": settings, "ways": found})
+    text = f"## quality\n\n{quality_table(found, args.tasks)}\n\n{machine}\n"
     write_text(args.out / "quality.md", text)
-    if not args.no_speeds:
-        draw(ways, args.out / "quality.svg")
+    draw(found, args.tasks, args.out / "quality.svg")
     print(text)
 
+
+PARTS = {"speeds": measure_speeds, "scores": measure_scores}
 
 if __name__ == "__main__":
     main()

@@ -21,10 +21,14 @@ from ee_tuning.config import EvaluateConfig, TuneConfig
 from ee_tuning.data import load_packed
 from ee_tuning.decode import engines, generate
 from ee_tuning.decode.load import load_for_decoding
+from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.evaluate.exits import measure_exits
 from ee_tuning.evaluate.speed import take_prompts
+from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, write_json
+from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
+from ee_tuning.share import New, Share, load
 from ee_tuning.tune.loop import tune
 
 NEW_TOKENS, PROMPT_TOKENS, ROUNDS = 32, 16, 5
@@ -36,12 +40,14 @@ Found = dict[str, Any]
 class Runs:
     """Tuning runs by their settings.
 
-    common: what all runs share. held_out: what their exits are measured on, files by name, the
-    first one first. end: when, by the clock of `time.monotonic`, none is begun any more.
+    common: what all runs share. about: what is said of all of them; what has other `settings` is
+    not for this folder. held_out: what their exits are measured on, files by name, the first one
+    first. end: when, by the clock of `time.monotonic`, none is begun any more.
     """
 
     folder: Path
     common: TuneConfig
+    about: dict[str, Any]
     held_out: dict[str, list[str]]
     jobs: int = 1
     end: float = float("inf")
@@ -50,12 +56,23 @@ class Runs:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "results.json"
-        self.found = read_json(self.path) if self.path.exists() else {}
+        kept = read_json(self.path) if self.path.exists() else {"runs": {}}
+        self.found = kept["runs"]
+        if self.found and kept["about"]["settings"] != self.about["settings"]:
+            raise SystemExit(f"{self.path} has runs of {kept['about']['settings']}: choose --out")
+        if self.found:  # most of what is said is of the runs that were there first
+            self.about = kept["about"] | {"plan": self.about["plan"]}
 
     def key(self, settings: Settings) -> str:
-        """What a run with these settings beside the common ones is called by."""
-        config = replace(self.common, **settings)
-        return hashlib.sha256(repr(config).encode()).hexdigest()[:16]
+        """What a run with these settings, where they are not the common ones, is called by."""
+        own = {k: v for k, v in settings.items() if v != getattr(self.common, k)}
+        if "data" in own:
+            own["data"] = [Path(name).name for name in own["data"]]
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+    def write(self) -> None:
+        """Write what was found so far."""
+        write_json(self.path, {"about": self.about, "runs": self.found})
 
     def get(self, settings: Settings) -> Found | None:
         """What was measured of a run, and its ``folder``; None if it was not run."""
@@ -94,29 +111,38 @@ class Runs:
             print(f"{name}: no time was left", flush=True)
             return
         self.found[key] = {"name": name, "settings": settings, **found}
-        write_json(self.path, self.found)
+        self.write()
         print(f"{name}: {found['seconds']:.0f} s", flush=True)
 
     def measure_speeds(self, wanted: dict[str, Settings]) -> None:
         """Add to runs how fast all tokens leave at each of their exits, where that is not there.
 
-        All runs at once are compiled for, and timed one after another.
+        The exits are new ones: what they say does not matter to that. All at once are compiled for,
+        and timed one after another, the result written after each.
         """
-        there = {self.key(s): name for name, s in wanted.items() if self.get(s)}
-        missing = [key for key in there if "speed" not in self.found[key]]
+        missing = [self.key(s) for s in wanted.values() if self.get(s)]
+        missing = [key for key in missing if "speed" not in self.found[key]]
         if not missing:
             return
         spawn = multiprocessing.get_context("spawn")
-        meet, turn = spawn.Barrier(len(missing)), spawn.Lock()
-        folders = [self.folder / "runs" / key for key in missing]
-        rows = [(str(one), self.common.model, self.held_out, meet, turn) for one in folders]
-        workers = [spawn.Process(target=write_speeds, args=row) for row in rows]
+        meet, turn, told = spawn.Barrier(len(missing)), spawn.Lock(), spawn.Queue()
+        workers = [
+            spawn.Process(
+                target=tell_speeds,
+                args=(key, self.found[key], self.common.model, self.held_out, meet, turn, told),
+            )
+            for key in missing
+        ]
         for worker in workers:
             worker.start()
-        for worker, key, folder in zip(workers, missing, folders, strict=True):
+        for _ in workers:
+            key, speeds = told.get()
+            if speeds is None:
+                raise RuntimeError("speeds could not be measured: see above")
+            self.found[key] |= speeds
+            self.write()
+        for worker in workers:
             worker.join()
-            self.found[key] |= read_json(folder / "speed.json")
-        write_json(self.path, self.found)
 
 
 def measured(config: TuneConfig, held_out: dict[str, list[str]], end: float) -> Found | None:
@@ -149,29 +175,39 @@ def measured(config: TuneConfig, held_out: dict[str, list[str]], end: float) -> 
     }
 
 
-def write_speeds(
-    exits: str, backbone: str, held_out: dict[str, list[str]], meet: Any, turn: Any
-) -> None:
-    """Write ``speed.json`` to a folder with exits: tokens per second by exit, and at full depth.
+def tell_speeds(
+    key: str, run: Found, backbone: str, held_out: dict[str, list[str]], meet: Any, turn: Any,
+    told: Any,
+) -> None:  # fmt: skip
+    """Tell the tokens per second by exit, and at full depth, of new exits like those of a run; None
+    if that fails.
 
     meet, turn: all who measure wait for each other before the clock starts, then take turns.
     """
-    evaluation = EvaluateConfig(exits=exits, model=backbone)
-    model, tokenizer = load_for_decoding(evaluation)
-    files = next(iter(held_out.values()))
-    packed = load_packed(files, tokenizer, 256, 0, evaluation)
-    prompts = take_prompts(packed, 2, PROMPT_TOKENS)
-    engines.KEPT = len(model.exit_layers) + 1  # one for each is captured ahead
-    places = [None, *model.exit_layers]
-    for layer in places:
-        decode(model, prompts, layer)
-    meet.wait()
-    with turn:
-        rounds = [{layer: decode(model, prompts, layer) for layer in places} for _ in range(ROUNDS)]
-    speeds = {layer: median(one[layer] for one in rounds) for layer in places}
-    full = speeds.pop(None)
-    speed = {str(layer): value for layer, value in speeds.items()}
-    write_json(Path(exits) / "speed.json", {"speed": speed, "full_speed": full})
+    try:
+        settings = run["settings"]
+        device = pick_device("auto")
+        share = Share(dtype=pick_dtype("auto", device), device=str(device))
+        exits = ExitConfig(settings["layers"], arch=settings["arch"], head="shared")
+        model = load(New(backbone, exits), share, Network)
+        tokenizer = load_tokenizer(backbone)
+        files = next(iter(held_out.values()))
+        prompts = take_prompts(load_packed(files, tokenizer, 256, 0), 2, PROMPT_TOKENS)
+        engines.KEPT = len(model.exit_layers) + 1  # one for each is captured ahead
+        places = [None, *model.exit_layers]
+        for layer in places:
+            decode(model, prompts, layer)
+        meet.wait()
+        with turn:
+            rounds = [{at: decode(model, prompts, at) for at in places} for _ in range(ROUNDS)]
+            speeds = {at: median(one[at] for one in rounds) for at in places}
+            full = speeds.pop(None)
+            speed = {str(at): value for at, value in speeds.items()}
+            told.put((key, {"speed": speed, "full_speed": full}))
+    except BaseException:
+        meet.abort()
+        told.put((key, None))
+        raise
 
 
 def decode(model: Network, prompts: Sequence[Sequence[int]], layer: int | None) -> float:

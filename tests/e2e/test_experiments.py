@@ -1,6 +1,7 @@
 """`benchmarks/experiments.py` on a tiny model: its tables, and that nothing is run twice."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def test_exits_tuned_together_are_those_tuned_alone(flags, monkeypatch):
     tables = run(monkeypatch, flags, "--only", "independence", "--no-speeds")
     (row,) = [line for line in tables.splitlines() if line.startswith("| 2 ")]
     assert row.endswith("| yes | 0 |")
+    assert "| `layer` exit, 4 steps |" in tables
 
 
 def test_what_is_there_is_not_run_again(flags, monkeypatch):
@@ -35,7 +37,19 @@ def test_what_is_there_is_not_run_again(flags, monkeypatch):
     monkeypatch.setattr(tuned, "tune", lambda config: pytest.fail("it was there"))
     assert "## independence" in run(monkeypatch, flags, "--only", "independence", "--no-speeds")
     saved = json.loads((Path(flags[-1]) / "results.json").read_text())
-    assert len(saved) == 2
+    assert len(saved["runs"]) == 2
+    monkeypatch.setattr(experiments, "made", lambda args: pytest.fail("tables need no model"))
+    before = run(monkeypatch, flags, "--tables")
+    assert "| `layer` exit, 4 steps |" in before
+    shutil.rmtree(Path(flags[-1]) / "runs")
+    assert run(monkeypatch, flags, "--tables") == before.replace("| yes | 0 |", "| – | – |")
+
+
+def test_a_folder_is_for_runs_with_the_same_settings(flags, monkeypatch):
+    run(monkeypatch, flags, "--only", "independence", "--no-speeds")
+    others = [*flags[:-2], "--lr", "0.5", *flags[-2:]]
+    with pytest.raises(SystemExit, match=r"results\.json has runs of .*'lr': 0\.001"):
+        run(monkeypatch, others, "--only", "independence", "--no-speeds")
 
 
 def test_no_run_begins_when_time_is_up(flags, monkeypatch, tmp_path):

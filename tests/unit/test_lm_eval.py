@@ -207,6 +207,23 @@ def test_a_text_does_not_depend_on_those_beside_it(exits):
     )
 
 
+def test_logits_are_made_of_what_counts_alone_and_of_few_texts_at_a_time(exits, monkeypatch):
+    """So that memory does not grow with what is before a continuation, nor with the batch."""
+    ours = EarlyExitLM(exits=exits, scoring="decode", mode="threshold", batch_size=8)
+    size = ours.network.backbone.config.vocab_size
+    monkeypatch.setattr("ee_tuning.lm_eval.model.ROOM", 6 * size)
+    seen, logits = [], ours.network.exit(2).logits
+
+    def counted(features):
+        seen.append(features.shape[1])
+        return logits(features)
+
+    monkeypatch.setattr(ours.network.exit(2), "logits", counted)
+    requests = [(None, [5] * (20 + i), [6, 7]) for i in range(7)]
+    assert len(ours._loglikelihood_tokens(requests)) == 7
+    assert seen == [6, 6, 2]
+
+
 def test_a_token_that_an_exit_does_not_know_cannot_be_said_there(exits):
     ours = EarlyExitLM(exits=exits, scoring="decode", mode="fixed", exit_layers="2")
     ids = ours.tok_encode("print(")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ from ee_tuning.calibrate import run
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.walk import Step
 from ee_tuning.certificate import Certificate
+from ee_tuning.parallel.mesh import own_rank
 
 SHOWN = 12  # steps of a walk in the table
 
@@ -24,8 +24,7 @@ def calibrate(config: CalibrateConfig, console: Console | None = None) -> Certif
     Raises:
         UserError, ProcessFailed: see `ee_tuning.calibrate.calibrate`.
     """
-    quiet = os.environ.get("RANK", "0") != "0"
-    console, terminal = console or Console(quiet=quiet), Terminal()
+    console, terminal = console or Console(quiet=own_rank() != 0), Terminal()
     found = run.calibrate(config, terminal)
     console.print(table(terminal.steps, found))
     for line in summary(found):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ee_tuning.parallel.mesh import own_rank
 from ee_tuning.regenerate import run
 from ee_tuning.regenerate.config import RegenerateConfig
 
@@ -26,7 +26,7 @@ def regenerate(config: RegenerateConfig) -> None:
         UserError, Interrupted, ProcessFailed: see `ee_tuning.regenerate.run.regenerate`.
     """
     totals = run.regenerate(config, Terminal())
-    if os.environ.get("RANK", "0") != "0":
+    if own_rank() != 0:
         return
     sources = ", ".join(f"{number:,} from {name}" for name, number in totals.sources.items())
     print(f"{config.out}: {totals.texts:,} texts, {totals.tokens:,} tokens; {sources}")

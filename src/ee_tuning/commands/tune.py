@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from ee_tuning import tune as tuning
 from ee_tuning.config import TuneConfig
 from ee_tuning.exit_config import exit_name
+from ee_tuning.parallel.mesh import own_rank
 from ee_tuning.tune.metrics import Display
 
 
@@ -23,7 +23,7 @@ def tune(config: TuneConfig) -> None:
         UserError, Interrupted, ProcessFailed: see `ee_tuning.tune.tune`.
     """
     tuning.tune(config, Terminal())
-    if os.environ.get("RANK", "0") == "0":
+    if own_rank() == 0:
         print(f"exits saved in {config.out}")
 
 

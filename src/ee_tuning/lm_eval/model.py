@@ -26,6 +26,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.lm_eval.scoring import score
 from ee_tuning.losses import LOGITS
 
+ROOM = LOGITS // 8  # logits of a batch: each is there a few times
 log = logging.getLogger(f"lm_eval.{__name__}")  # a name that lm-eval shows
 SCORINGS = "forward", "decode"
 # What a model of lm-eval's own takes that means the same here.
@@ -219,7 +220,7 @@ class EarlyExitLM(HFLM):
             ((context + own)[-(self.max_length + 1) :], len(own)) for _, context, own in requests
         ]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
-        for batch in self._batches([len(ids) for ids, _ in texts]):
+        for batch in self._batches(texts):
             for i, found in zip(
                 batch, score(self.network, self.policy, [texts[i] for i in batch]), strict=True
             ):
@@ -229,15 +230,23 @@ class EarlyExitLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         return answers
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Texts of about one length together, the longest first, as many as their logits allow."""
+    def _batches(self, texts: list[tuple[list[int], int]]) -> Iterator[list[int]]:
+        """Texts of about one length together, the longest first, as many as their logits allow.
+
+        texts: each with how many of its tokens have logits.
+        """
         asked = self.batch_size if isinstance(self.batch_size, int) else self.max_batch_size
-        waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        while waiting:
-            bound = LOGITS // (lengths[waiting[0]] * self.network.backbone.config.vocab_size)
-            count = max(1, min(int(asked), bound))
-            yield waiting[:count]
-            waiting = waiting[count:]
+        most = ROOM // self.network.backbone.config.vocab_size
+        batch, counted = list[int](), 0
+        for number in sorted(range(len(texts)), key=lambda i: -len(texts[i][0])):
+            own = texts[number][1]
+            if batch and (len(batch) == int(asked) or counted + own > most):
+                yield batch
+                batch, counted = [], 0
+            batch.append(number)
+            counted += own
+        if batch:
+            yield batch
 
 
 class Stops(StoppingCriteria):

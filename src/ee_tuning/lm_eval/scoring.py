@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ class Scored:
 
 @dataclass
 class _Place:
-    """What one exit, or the end, says before each of a batch's tokens, by row and place: the next
-    token's log-probability, and the likeliest token with how sure that is."""
+    """What one exit, or the end, says before each token that counts, those of all texts in a row:
+    the next token's log-probability, and the likeliest token with how sure that is."""
 
-    given: list[list[float]]
+    given: list[float]
     said: Predictions
 
 
@@ -40,45 +41,60 @@ class _Place:
 def score(model: Network, policy: Policy, texts: Sequence[tuple[list[int], int]]) -> list[Scored]:
     """Score texts of at least two tokens, each with how many of its last ones count.
 
-    The tokens that count leave as `Given` says, the first of them at the end.
+    The tokens that count leave as `Given` says, the first of them at the end. Logits are made of
+    what counts alone.
     """
-    longest = max(len(ids) for ids, _ in texts)
+    places, firsts = _places(model, policy, texts), accumulate((own for _, own in texts), initial=0)
+    return [
+        _follow(policy, places, first, *text) for first, text in zip(firsts, texts, strict=False)
+    ]
+
+
+def _places(
+    model: Network, policy: Policy, texts: Sequence[tuple[list[int], int]]
+) -> dict[int, _Place]:
+    """By layer, what is said there of the tokens that count."""
+    longest, device = max(len(ids) for ids, _ in texts), model.backbone.device
     rows = [ids + [ids[-1]] * (longest - len(ids)) for ids, _ in texts]  # nobody looks ahead
-    places = _places(model, policy, torch.tensor(rows, device=model.backbone.device))
-    return [_follow(policy, places, row, *text) for row, text in enumerate(texts)]
+    descent = model.chain.descend(torch.tensor(rows, device=device)[:, :-1])
+    counted = [
+        (row, place, ids[place + 1])
+        for row, (ids, count) in enumerate(texts)
+        for place in range(len(ids) - count - 1, len(ids) - 1)
+    ]
+    row, place, tokens = torch.tensor(counted, device=device).T
 
+    def said(logits_of: Callable[[Tensor], Tensor], features: Tensor) -> _Place:
+        logits = logits_of(features[row, place][None]).float()
+        given = logits.gather(-1, tokens[None, :, None])[0, :, 0] - logits.logsumexp(-1)[0]
+        return _Place(given.tolist(), predictions(logits, policy.measure))
 
-def _places(model: Network, policy: Policy, ids: Tensor) -> dict[int, _Place]:
-    """By layer, what is said there of ids (B, T + 1)."""
-    descent = model.chain.descend(ids[:, :-1])
     found = {}
     for layer in exits_before_end(policy):
-        logits = model.exit(layer)(descent.to(layer))
-        found[layer] = _place(logits, ids[:, 1:], policy.measure)
+        exit = model.exit(layer)
+        found[layer] = said(exit.logits, exit.features(descent.to(layer)))
     if policy.final:
-        logits = model.backbone.final_logits(descent.ahead(policy.end))
+        hidden = model.backbone.norm(descent.ahead(policy.end))
+        found[policy.end] = said(model.backbone.logits, hidden)
     else:
-        logits = model.exit(policy.end)(descent.to(policy.end))
-    found[policy.end] = _place(logits, ids[:, 1:], policy.measure)
+        exit = model.exit(policy.end)
+        found[policy.end] = said(exit.logits, exit.features(descent.to(policy.end)))
     return found
 
 
-def _place(logits: Tensor, targets: Tensor, measure: str) -> _Place:
-    logits = logits.float()
-    given = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-    return _Place(given.tolist(), predictions(logits, measure))
-
-
 def _follow(
-    policy: Policy, places: dict[int, _Place], row: int, ids: list[int], count: int
+    policy: Policy, places: dict[int, _Place], first: int, ids: list[int], count: int
 ) -> Scored:
-    """Where the last `count` tokens of a text leave, and what is said of them there."""
+    """Where the last `count` tokens of a text leave, and what is said of them there.
+
+    first: the number of the first of them among those of all texts.
+    """
     given, exits = Given(policy), exits_before_end(policy)
     layers, total, greedy = [], 0.0, True
-    for at in range(len(ids) - count, len(ids)):
-        said = {layer: places[layer].said.at(row, at - 1) for layer in exits}
+    for number, at in enumerate(range(len(ids) - count, len(ids)), start=first):
+        said = {layer: places[layer].said.at(0, number) for layer in exits}
         layer = given.layer(said, ids[:at])
-        total += places[layer].given[row][at - 1]
-        greedy = greedy and places[layer].said.at(row, at - 1).token == ids[at]
+        total += places[layer].given[number]
+        greedy = greedy and places[layer].said.at(0, number).token == ids[at]
         layers.append(layer)
     return Scored(total, greedy, layers)

@@ -27,6 +27,11 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def own_rank() -> int:
+    """This process's number among those that torchrun started: 0 is the one that prints."""
+    return int(os.environ.get("RANK", 0))
+
+
 class Mesh:
     """The processes of a run, ``pp · dp · tp`` of them, and the place of this one.
 
@@ -42,7 +47,7 @@ class Mesh:
         """
         self.dp, self.tp, self.pp = dp, tp, pp
         self.size = dp * tp * pp
-        self.rank = int(os.environ.get("RANK", 0)) if self.size > 1 else 0
+        self.rank = own_rank() if self.size > 1 else 0
         self.doing = "the start"  # for messages
         self._device_mesh: DeviceMesh | None = None
         self._host: dist.ProcessGroup | None = None
