@@ -207,6 +207,9 @@ class Leaving(ActiveExits):
         those of ``full``, sampled ones have its distribution; see `ee_tuning.decode.drafts`.
     threshold: one for all exits, or one per exit layer: ``{8: 0.9, 16: 0.7}``, or as the command
         takes them, ``"8:0.9,16:0.7"``.
+    lookup: in mode ``speculative`` what followed a text's last tokens where they came before is
+        drafted, too, in the rounds in which that promises more than the exits do; at threshold 1
+        alone. See `ee_tuning.decode.lookup`.
     """
 
     mode: Mode = option(
@@ -218,6 +221,11 @@ class Leaving(ActiveExits):
         0.8,
         "confidence from which a token leaves; 1 switches exits off; per exit: 8:0.9,16:0.7, or "
         "in YAML {8: 0.9, 16: 0.7}",
+    )
+    lookup: bool = option(
+        False,
+        "with mode speculative: draft from the text itself, too, where that promises more than the "
+        "exits; with threshold 1 alone",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
@@ -16,6 +17,7 @@ Layers = str | int | list[int | str]
 ARCHS: tuple[str, ...] = get_args(Arch)
 HEADS: tuple[str, ...] = get_args(Head)
 DRAFT = 0  # the layer's number of a draft exit, which sits at none
+LOOKUP = -1  # in place of a layer: a token was looked up in its own text
 DRAFTS = ("draft", "eagle3")  # the architectures of draft exits
 
 
@@ -122,7 +124,13 @@ def depth_of(layer: int) -> float:
 
 def exit_name(layer: int) -> str:
     """What people call the exit at a layer."""
-    return "draft" if layer == DRAFT else str(layer)
+    return {DRAFT: "draft", LOOKUP: "lookup"}.get(layer, str(layer))
+
+
+def mean_depth(layers: Mapping[int, int]) -> float:
+    """Layers per token, of the number of tokens that left at each: as drafts they took none."""
+    total = sum(max(layer, 0) * number for layer, number in layers.items())
+    return total / max(1, sum(layers.values()))
 
 
 def _check_draft(layer: int, arch: str) -> None:

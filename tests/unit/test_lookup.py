@@ -1,11 +1,25 @@
-"""Drafts from the text itself: those that transformers' prompt lookup finds."""
+"""Drafts from the text itself: those that transformers' prompt lookup finds, and lossless."""
 
+import random
+
+import pytest
 import torch
-from hypothesis import given, settings
+from helpers.families import tiny
+from helpers.models import DEPTH, drafting, good_exit
+from helpers.prompts import padded, prompt
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from ee_tuning.decode.lookup import Lookup
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.decode import Engine, Request, Speculative
+from ee_tuning.decode.lookup import MATCH, Lookup, TextDrafts
+from ee_tuning.decode.pace import Clock
+from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.exit_config import LOOKUP
+
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NEW = {"max_new_tokens": 40, "eos_token_id": None}
 
 
 def found_by_transformers(ids, most, match):
@@ -45,3 +59,258 @@ def test_the_longest_run_counts_and_its_first_place():
 def test_a_text_that_repeats_nothing_has_no_drafts():
     assert Lookup().drafts(list(range(50)), 8) == []
     assert Lookup().drafts([3], 8) == []
+
+
+# -- in rounds -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def by_turns(monkeypatch):
+    """Rounds have as many drafts as they may: a share of them those of the text, by lot."""
+    draw, share = random.Random(0), [0.5]
+
+    def promised(paces, *_):
+        texts = any(isinstance(pace, TextDrafts) for pace in paces)
+        return 99.0 if texts and draw.random() < share[0] else 0.0
+
+    monkeypatch.setattr(Clock, "looks", lambda clock: False)
+    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, *_: paces[0].longest)
+    monkeypatch.setattr("ee_tuning.decode.drafts.promised", promised)
+    return share
+
+
+@pytest.fixture
+def always(by_turns):
+    """Texts draft wherever they have something."""
+    by_turns[0] = 1.0
+
+
+def repeating(length, seed=0):
+    """A prompt in which runs of tokens come again."""
+    draw = random.Random(seed)
+    runs = [prompt(draw.randint(1, 5), seed + one) for one in range(3)]
+    return [token for _ in range(length) for token in draw.choice(runs)][:length]
+
+
+def way(kind):
+    """A model, and how it drafts beside its texts."""
+    if kind == "text":
+        return good_exit("llama"), {"threshold": 1}
+    if kind == "draft":
+        return drafting(), {"threshold": 0.05}
+    return good_exit(kind), {"threshold": 0.02}
+
+
+@settings(UNTIMED, max_examples=40)
+@given(
+    kind=st.sampled_from(["text", "draft", "llama", "mistral", "gemma3", "gpt2"]),
+    longest=st.integers(1, 9),
+    new=st.integers(1, 40),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    sampled=st.booleans(),
+    penalty=st.sampled_from([1.0, 1.3]),
+)
+def test_any_setting_gives_the_tokens_of_full_depth(
+    by_turns, kind, longest, new, lengths, sampled, penalty
+):
+    """Batches of texts that draft by turns with exits; what they say, greedy or with a seed."""
+    model, how = way(kind)
+    ids, mask = padded([repeating(length, length) for length in lengths])
+    given = {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": None}
+    given |= {"do_sample": sampled, "repetition_penalty": penalty, "top_k": 20 * sampled}
+    texts = []
+    for own in ({"mode": "full"}, {"mode": "speculative", "lookup": True, "max_pending": longest}):
+        torch.manual_seed(7)
+        texts.append(model.generate(ids, **own, **(how if "lookup" in own else {}), **given))
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+
+
+@pytest.mark.parametrize("kind", ["text", "draft", "llama"])
+def test_texts_and_exits_draft_and_are_kept_and_rejected_in_these_tests(by_turns, kind):
+    """Else the other tests would not try what they are about."""
+    model, how = way(kind)
+    ids = torch.tensor([repeating(40)])
+    out = model.generate(ids, mode="speculative", lookup=True, **how, **NEW)
+    layers = out.exit_layers[0].tolist()
+    assert 0 < layers.count(LOOKUP) < 30
+    assert (kind == "text") == ({*layers} == {LOOKUP, DEPTH})
+
+
+@pytest.mark.parametrize("kind", ["text", "draft"])
+@pytest.mark.parametrize("length", [1, 9, 60])
+def test_rounds_are_those_of_a_plain_loop(always, monkeypatch, kind, length):
+    """Draft for draft, and how many are kept."""
+    model, how = way(kind)
+    rounds, look_up, keep = [], Row.look_up, Row.keep
+
+    def looked(row, found):
+        rounds.append((found, 0))
+        look_up(row, found)
+
+    def kept(row, number, own):
+        if row.drafts and row.drafts[0].exit_layer == LOOKUP:
+            rounds[-1] = rounds[-1][0], number
+        keep(row, number, own)
+
+    monkeypatch.setattr(Row, "look_up", looked)
+    monkeypatch.setattr(Row, "keep", kept)
+    how = {**how, "threshold": 1}
+    prompted = repeating(length)
+    out = model.generate(torch.tensor([prompted]), mode="speculative", lookup=True, **how, **NEW)
+    text, expected = out.sequences[0].tolist(), []
+    at = length + 1
+    while at < len(text):
+        most = min(8, len(text) - at - 1)
+        found = found_by_transformers(text[:at], most, MATCH) if most else []
+        number = 0
+        while number < len(found) and found[number] == text[at + number]:
+            number += 1
+        expected.append((found, number))
+        at += number + 1
+    assert [one for one in rounds if one[0]] == [one for one in expected if one[0]]
+
+
+def test_a_kept_token_is_as_sure_as_the_end_is_of_it(always):
+    ids = torch.tensor([repeating(40)])
+    model = good_exit("llama")
+    full = model.generate(ids, mode="full", **NEW)
+    out = model.generate(ids, mode="speculative", lookup=True, threshold=1, **NEW)
+    assert (out.exit_layers == LOOKUP).any()
+    assert torch.equal(out.confidences, full.confidences)
+
+
+@pytest.mark.parametrize("kind", ["text", "draft", "llama"])
+def test_greedy_texts_are_full_depths_in_half_precision(by_turns, kind):
+    """Where windows round as single tokens do; see test_invariant."""
+    make, more = (drafting, ()) if kind == "draft" else (good_exit, ("llama",))
+    model = make.__wrapped__(*more).to(torch.bfloat16)
+    ids, mask = padded([repeating(length, length) for length in (40, 22, 31)])
+    given = {"attention_mask": mask, **NEW}
+    full = model.generate(ids, mode="full", **given)
+    out = model.generate(ids, mode="speculative", lookup=True, **way(kind)[1], **given)
+    assert (out.exit_layers == LOOKUP).any()
+    assert torch.equal(out.sequences, full.sequences)
+
+
+# -- whether it pays -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weighed(monkeypatch):
+    """Rounds are taken to cost what their weights say: nothing depends on what they take."""
+    clocks = {}
+    monkeypatch.setattr(
+        Sequences, "clock",
+        lambda _, number, cost: clocks.setdefault(cost, Clock(cost, timed=False)),
+    )  # fmt: skip
+
+
+def looked_up(model, ids, **more):
+    """Of the rounds of a text: how many there were, and how many had drafts of its own."""
+    found, learn = [], TextDrafts.learn
+
+    def learned(pace, limit, drafted, kept):
+        found.append(drafted)
+        learn(pace, limit, drafted, kept)
+
+    TextDrafts.learn = learned
+    try:
+        new = {"max_new_tokens": 200, "eos_token_id": None, "min_new_tokens": 200}
+        model.generate(torch.tensor([ids]), mode="speculative", lookup=True, **more, **new)
+    finally:
+        del TextDrafts.learn
+    return len(found), sum(drafted > 0 for drafted in found)
+
+
+class Says:
+    """A processor: what a text goes on with, whatever the model says."""
+
+    def __init__(self, start, tokens):
+        self.start, self.tokens = start, tokens
+
+    def __call__(self, ids, scores):
+        scores = torch.full_like(scores, -50.0)
+        scores[:, self.tokens[ids.shape[1] - self.start]] = 0.0
+        return scores
+
+
+def longer():
+    base = tiny("llama", max_position_embeddings=512)
+    return EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
+
+
+def test_a_text_that_repeats_itself_drafts_nearly_all_of_it(weighed):
+    ids = prompt(30)
+    says = Says(30, (ids * 9)[:201])
+    rounds, looked = looked_up(longer(), ids, threshold=1, logits_processor=[says])
+    assert rounds < 40
+    assert looked > rounds - 4
+
+
+def test_a_text_whose_repeats_end_otherwise_soon_drafts_no_more(weighed):
+    """Every other token is one that came before, and what follows is new."""
+    ids, draw = prompt(30), random.Random(1)
+    said = [draw.choice(ids) if place % 2 else draw.randrange(3, 96) for place in range(201)]
+    says = Says(30, said)
+    rounds, looked = looked_up(longer(), ids, threshold=1, logits_processor=[says])
+    assert rounds > 150
+    assert 0 < looked < rounds / 4
+
+
+# -- what cannot be had --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"mode": "full"}, "lookup is not possible with mode full"),
+        ({"mode": "threshold"}, "lookup is not possible with mode threshold"),
+        ({"mode": "fixed", "exit_layers": [2]}, "lookup is not possible with mode fixed"),
+        ({"lookup": "yes"}, "lookup 'yes' is not possible: give True or False"),
+        ({"threshold": 2}, "threshold 2 is outside"),
+        ({"exit_layers": [9]}, "exit layer 9 does not exist"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(asked, message):
+    given = {"mode": "speculative", "lookup": True, **asked}
+    with pytest.raises(UserError, match=message):
+        good_exit("llama").generate(torch.tensor([prompt(5)]), max_new_tokens=3, **given)
+
+
+def test_a_prompt_may_not_look_up_where_the_others_do_not():
+    """As they share passes, which are made ready for what all may do."""
+    model = good_exit("llama")
+    engine = Engine(model, [2, 3], capacity=64)
+    with pytest.raises(UserError, match="lookup is off for all prompts"):
+        engine.submit(Request(prompt(5), Speculative(DEPTH, lookup=True), 30))
+    prompts = [{"input_ids": prompt(5), "lookup": True}]
+    with pytest.raises(UserError, match="prompt 0: lookup is off for all prompts"):
+        next(model.generate_batch(prompts, mode="speculative", **NEW))
+
+
+def test_prompts_of_a_batch_look_up_each_for_itself(always):
+    model, ids = good_exit("llama"), repeating(30)
+    prompts = [{"input_ids": ids, "lookup": lookup} for lookup in (True, False)]
+    common = {"mode": "speculative", "lookup": True, "threshold": 0.02, "capacity": 100, **NEW}
+    out = dict(model.generate_batch(prompts, **common))
+    assert torch.equal(out[0].sequences, out[1].sequences)
+    assert (out[0].exit_layers == LOOKUP).any()
+    assert not (out[1].exit_layers == LOOKUP).any()
+
+
+def test_without_drafts_it_is_full_depth():
+    model = good_exit("llama")
+    out = model.generate(
+        torch.tensor([repeating(30)]), mode="speculative", lookup=True, max_pending=0, **NEW
+    )
+    assert {*out.exit_layers[0].tolist()} == {DEPTH}
+
+
+def test_an_exit_at_the_last_layer_is_no_hindrance():
+    """It could not draft; the text can."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1/1", arch="norm")).eval()
+    ids = torch.tensor([repeating(30)])
+    out = model.generate(ids, mode="speculative", lookup=True, **NEW)
+    assert torch.equal(out.sequences, model.generate(ids, mode="full", **NEW).sequences)
+    with pytest.raises(UserError, match="cannot draft with the exit at the last layer"):
+        model.generate(ids, mode="speculative", lookup=True, exit_layers="1/1", **NEW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from ee_tuning.decode.settings import POLICIES, check_stages
 from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
-from ee_tuning.exit_config import exit_name
+from ee_tuning.exit_config import exit_name, mean_depth
 from ee_tuning.invariant import Invariant
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
@@ -233,9 +234,8 @@ def _print_legend(console: Console, layers: list[int], depth: int, seconds: floa
             f"  {exit_name(layer)} ({share:.0%})", style=f"bold {depth_colour(layer, depth)}"
         )
     console.print(legend)
-    mean = sum(layers) / len(layers)
     console.print(
-        f"{len(layers)} tokens, mean depth {mean:.1f} of {depth} layers, "
+        f"{len(layers)} tokens, mean depth {mean_depth(Counter(layers)):.1f} of {depth} layers, "
         f"{len(layers) / seconds:.1f} tokens/s with the prompt",
         highlight=False,
     )

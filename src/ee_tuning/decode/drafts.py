@@ -8,16 +8,17 @@ without verification: what leaves at an exit is settled there.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ee_tuning.decode.ahead import TOKENS, Ahead
-from ee_tuning.decode.pace import Clock, plan
+from ee_tuning.decode.lookup import COST
+from ee_tuning.decode.pace import Clock, plan, promised
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 from ee_tuning.decode.wanted import Prediction, Predictions
-from ee_tuning.exit_config import DRAFT
+from ee_tuning.exit_config import DRAFT, LOOKUP
 
 Settled = tuple[Row, list[Token]]
 
@@ -56,11 +57,13 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             for (row, said), choice in zip(ending, choose(asked), strict=True):
                 drafts, kept = row.drafts, choice.kept
                 row.keep(kept, choice.token)
+                for draft, one in zip(drafts[:kept], said, strict=False):
+                    if draft.exit_layer == LOOKUP:
+                        draft.confidence = one.confidence
                 own = Token(choice.token, layer, said[kept].confidence)
                 own.rejected = [draft.id for draft in drafts[kept:]]
                 settled.append(_settled(row, choice, [*drafts[:kept], own]))
-                if row.pace is not None:
-                    row.pace.learn(row.limit, len(drafts), kept)
+                row.learn(drafts, kept)
     return settled
 
 
@@ -80,8 +83,7 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             own = Token(choice.token, row.policy.end, said[kept].confidence)
             own.rejected = [draft.id for draft in drafts[kept:]]
             settled.append(_settled(row, choice, [*drafts[:kept], own]))
-            if row.pace is not None:
-                row.pace.learn(row.limit, len(drafts), kept)
+            row.learn(drafts, kept)
     return settled
 
 
@@ -128,19 +130,27 @@ def next_round(
     layered = [row for row in beginning if row.policy.bar is None]
     clocks = [_limit(sequences, alike) for alike in (chained, layered)]
     sequences.catch_up(chained)
+    texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
-    if alone is not None and not rows[0].limit:
-        return [_rest(sequences, rows[0], alone, clocks[0] or clocks[1])]
+    if alone is not None and not rows[0].limit and not rows[0].drafts:
+        told = [clock for clock in (*clocks, *texts) if clock is not None]
+        return [_rest(sequences, rows[0], alone, told)]
     captured, start = len(sequences.passes.graphs), time.perf_counter()
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
         settled += draft_round(sequences, others)
     seconds, fresh = time.perf_counter() - start, len(sequences.passes.graphs) > captured
-    for alike, clock in zip((chained, layered), clocks, strict=True):
+    for alike, clock, text in zip((chained, layered), clocks, texts, strict=True):
         # Not what is compiled, as it is met for the first time, nor what others are part of.
-        if clock is not None and not fresh and len(alike) == len(rows):
-            clock.learn(max(row.pace.asked for row in alike if row.pace is not None), seconds)
+        if fresh or len(alike) < len(rows):
+            continue
+        asked = max((row.pace.asked for row in alike if row.pace is not None), default=0)
+        looked = max((row.text.asked for row in alike if row.text is not None), default=0)
+        if clock is not None and not looked:
+            clock.learn(asked, seconds)
+        if text is not None and not asked:
+            text.learn(looked, seconds)
     return settled
 
 
@@ -160,19 +170,48 @@ def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
     return clock
 
 
-def _rest(sequences: Sequences, row: Row, ahead: Ahead, clock: Clock | None) -> Settled:
+def _look_up(sequences: Sequences, rows: Sequence[Row], exits: Clock | None) -> Clock | None:
+    """Let `rows` go on with the drafts that their texts have, if these promise more tokens a second
+    than the exits' drafts; gives the clock of such rounds.
+
+    exits: the clock of rounds in which these draft.
+    """
+    texts = [(row, row.text) for row in rows if row.text is not None]
+    if not texts or any(row.policy.steady for row in rows):
+        return None
+    clock, paces = sequences.clock(len(rows), COST), [text for _, text in texts]
+    looks = clock.looks()
+    most = 0 if looks else plan(paces, [row.left for row, _ in texts], clock)
+    found = [text.find(row.ids, max(0, min(most, row.left - 1))) for row, text in texts]
+    own = promised(paces, [len(drafts) for drafts in found], clock, len(rows) - len(texts))
+    asked = [(row, row.pace) for row in rows if row.pace is not None]
+    theirs = float(len(rows))
+    if exits is not None:
+        limits = [row.limit for row, _ in asked]
+        theirs = promised([pace for _, pace in asked], limits, exits, len(rows) - len(asked))
+    if looks or (any(found) and own > theirs):
+        for row, _ in asked:
+            row.limit = 0
+        for (row, _), drafts in zip(texts, found, strict=True):
+            row.look_up(drafts)
+    return clock
+
+
+def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock]) -> Settled:
     """Some tokens at full depth, of a row of which drafts do not pay; fewer, if that is no more
-    than a look at what such a token takes."""
-    pace, captured = row.pace, len(sequences.passes.graphs)
-    looks = pace is not None and pace.asked > 0
+    than a look at what such a token takes, and a text's drafts may follow soon.
+
+    clocks: of rounds that have none now.
+    """
+    captured, paces = len(sequences.passes.graphs), (row.pace, row.text)
+    looks = any(pace is not None and pace.asked > 0 for pace in paces)
     start = time.perf_counter()
     tokens = ahead.go_on(row, TOKENS // 2 if looks else TOKENS)
     seconds = (time.perf_counter() - start) / max(1, len(tokens))
-    if pace is not None and clock is not None:
-        for _ in tokens:
-            pace.learn(0, 0, 0)
-        if len(sequences.passes.graphs) == captured:
-            clock.learn(0, seconds)
+    for _ in tokens:
+        row.learn([], 0)
+    for clock in clocks if len(sequences.passes.graphs) == captured else ():
+        clock.learn(0, seconds)
     return row, tokens
 
 

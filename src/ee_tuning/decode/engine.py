@@ -42,7 +42,9 @@ from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
+from ee_tuning.decode.settings import Policy
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
 
 # A settled token of a request; None where it failed, for the reason `request.error`.
@@ -85,7 +87,8 @@ class Engine:
             self.ahead = Ahead(self.passes, self.sequences.stops)
         self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress
-        self._draft_costs = {layer: draft_cost(model, layer) for layer in exit_layers}
+        exits = [layer for layer in exit_layers if layer != LOOKUP]
+        self._draft_costs = {layer: draft_cost(model, layer) for layer in exits}
         self._waiting: deque[Request] = deque()
         self._seeds: Seeds | None = None  # while there is something to do
 
@@ -210,12 +213,19 @@ class Engine:
             row = self.sequences.enter(request, slot, self._seeds)
             policy = row.policy
             if policy.verifies and not policy.steady:
-                # A captured chain has as many drafts as it may, and the end is looked for after it.
-                stops = policy.bar is None or not self.passes.compile
-                cost = self._draft_costs[min(policy.exit_layers)]
-                row.pace = Pace(policy.max_pending, cost, stops)
+                row.pace = self._pace(policy)
+                row.limit = row.limit if row.pace is not None else 0
             new.append(row)
         return new
+
+    def _pace(self, policy: Policy) -> Pace | None:
+        """Of the drafts that exits make; None, where the text alone may draft."""
+        exits = [layer for layer in policy.exit_layers if layer != LOOKUP]
+        if not exits:
+            return None
+        # A captured chain has as many drafts as it may, and the end is looked for after it.
+        stops = policy.bar is None or not self.passes.compile
+        return Pace(policy.max_pending, self._draft_costs[min(exits)], stops)
 
     def _settle(self, row: Row, tokens: list[Token]) -> Iterator[Event]:
         """Hand out the last tokens of row.ids, until one of them ends the text."""

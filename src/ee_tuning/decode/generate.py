@@ -24,8 +24,16 @@ from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.engines import ROOM, AnyEngine, engine_for, engines_of
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
-from ee_tuning.decode.settings import POLICIES, Policy, active_layers, check_pending, make_policy
+from ee_tuning.decode.settings import (
+    POLICIES,
+    Policy,
+    active_layers,
+    check_mode,
+    check_pending,
+    make_policy,
+)
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
 
 
@@ -35,7 +43,8 @@ class GenerateOutput(ModelOutput):
 
     sequences: (B, P + N) int64, prompts and new tokens, then padding. exit_layers: (B, N) int64,
     the layer each new token left at, 0 for a kept draft of a draft exit, and where a text has
-    ended. confidences: (B, N) fp32, how sure it was there.
+    ended, -1 for a kept one from the text itself (`lookup`). confidences: (B, N) fp32, how sure it
+    was there; of -1 the end, which kept it.
     """
 
     sequences: Tensor | None = None
@@ -172,8 +181,8 @@ def generate_batch(
     capacity: tokens of a prompt with its text at most; default: the backbone's context. Where
         rotary frequencies change at a length (longrope), default: that; with more, all texts have
         those of long ones.
-    leaving, audit, kwargs: as for `generate`, for all prompts. Their `exit_layers` and
-        `max_pending` bound those of the single prompts.
+    leaving, audit, kwargs: as for `generate`, for all prompts. Their `exit_layers`, `max_pending`
+        and `lookup` bound those of the single prompts.
 
     Raises:
         UserError: as `generate`. A prompt that cannot be had is refused by its number when its turn
@@ -213,10 +222,11 @@ def generate_batch(
 
 def widest(model: Network, leaving: Leaving) -> tuple[list[int], int]:
     """The exits and the bound of pending tokens that those of single prompts are within."""
+    check_mode(leaving)
     leaving = with_certified(model, leaving)
     check_pending(leaving.max_pending)
-    drafts = leaving.mode in POLICIES and POLICIES[leaving.mode].verifies
-    return active_layers(model, leaving.exit_layers, drafts), leaving.max_pending
+    layers = active_layers(model, leaving.exit_layers, POLICIES[leaving.mode].verifies)
+    return [LOOKUP] * leaving.lookup + layers, leaving.max_pending
 
 
 def _prompt_requests(

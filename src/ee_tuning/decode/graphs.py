@@ -87,7 +87,7 @@ class Sizes:
         the final exit.
 
         is_first, is_last: the first segment takes ids, the last one is the backbone's end. drafts:
-        of a draft exit come before the first segment.
+        of a draft exit, or of a text, come before the first segment.
         """
         for i in range(segments):
             final = is_last and i == segments - 1

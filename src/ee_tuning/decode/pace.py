@@ -175,3 +175,13 @@ def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
             found, most = number, rate
     clock.promise(most)
     return found
+
+
+def promised(paces: Sequence[Pace], numbers: Sequence[int], clock: Clock, idle: int = 0) -> float:
+    """Tokens of a round with up to so many drafts of each, in the time of one without any.
+
+    idle: sequences in it that have none.
+    """
+    found = [pace.outlook(most + 1)[-1] for pace, most in zip(paces, numbers, strict=True)]
+    tokens = idle + sum(tokens for tokens, _ in found)
+    return tokens / clock.rounds(max((asked for _, asked in found), default=0))

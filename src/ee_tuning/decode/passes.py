@@ -22,7 +22,7 @@ from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes, compiled
 from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window
-from ee_tuning.exit_config import DRAFT
+from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.exits import Exit
 from ee_tuning.exits.head import Head
 from ee_tuning.invariant import Invariant
@@ -61,6 +61,7 @@ class Passes:
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
         drafts = DRAFT in exit_layers
+        self._whole_drafts = drafts or LOOKUP in exit_layers
         self.sizes, self.most = Sizes(slots, capacity, longest, compile, drafts), longest
         self.longest = longest = self.sizes.longest
         most = self.backbone.end or max(capacity, self.backbone.context or 0)
@@ -246,8 +247,8 @@ class Passes:
         start = time.perf_counter()
         self.control.zero_()
         self.control[:, 0] = torch.arange(self.slots, device=self.device)
-        drafts = self.chains is not None
-        every = self.sizes.every(len(self._steps), self.is_first, self.is_last, drafts)
+        sizes = len(self._steps), self.is_first, self.is_last, self._whole_drafts
+        every = self.sizes.every(*sizes)
         for (i, rows, length, reach, after, final), measure in product(every, measures):
             in_order = self.in_order(list(range(rows)))
             wanted = Wanted(after, final, measure, samples if after != "nothing" else 0)

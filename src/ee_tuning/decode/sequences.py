@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ee_tuning.decode.chains import Link
 from ee_tuning.decode.draws import ALL, NOTHING, samples_of
+from ee_tuning.decode.lookup import TextDrafts
 from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.passes import Passes
@@ -18,6 +19,7 @@ from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.wanted import Prediction, Read, Wanted, Window
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import LOOKUP
 
 
 def never(ids: Sequence[int]) -> bool:
@@ -52,6 +54,7 @@ class Row:
     has computed. door: the segment it stands before. pending: tokens that left since the last one
     that went to the end; limit: how many may; pace: sets it, if they are drafts. asks: what follows
     the newest token is not known yet. linked: how many settled tokens the draft exit has computed.
+    text: the drafts that its text has, if it may.
     """
 
     def __init__(self, request: Request, slot: int, through: int, ends: bool) -> None:
@@ -66,6 +69,7 @@ class Row:
         self.pending = 0
         self.asks = True
         self.linked = len(self.ids)
+        self.text = TextDrafts(self.policy.max_pending) if self.policy.lookup else None
 
     @property
     def begins(self) -> bool:
@@ -115,6 +119,21 @@ class Row:
         self.linked, self.drafts = len(self.ids), drafts
         self.ids += [draft.id for draft in drafts]
         self.done = [len(self.ids)] * self.through
+
+    def look_up(self, found: list[int]) -> None:
+        """Go on with drafts from its text, and ask no exit, until the end has verified them."""
+        # How sure the end is of those that it keeps, it says then.
+        self.drafts = [Token(token, LOOKUP, 0.0) for token in found]
+        self.ids += found
+        self.limit, self.pending = 0, len(found)
+
+    def learn(self, drafts: Sequence[Token], kept: int) -> None:
+        """Of the drafts of a round so many were kept."""
+        looked = len(drafts) if drafts and drafts[0].exit_layer == LOOKUP else 0
+        if self.text is not None:
+            self.text.learn(looked, looked, kept if looked else 0)
+        if self.pace is not None:
+            self.pace.learn(self.limit, 0 if looked else len(drafts), 0 if looked else kept)
 
     @property
     def left(self) -> int:
@@ -275,6 +294,10 @@ class Sequences:
                 f"{room}: ask for fewer, or raise capacity"
             )
         missing = sorted({*policy.exit_layers} - {*self.exit_layers})
+        if LOOKUP in missing:
+            raise UserError(
+                "lookup is off for all prompts, and this one asks for it: turn it on there, too"
+            )
         if missing:
             raise UserError(
                 f"the exit at layer {missing[0]} is not among those of all prompts, "

@@ -11,7 +11,7 @@ from ee_tuning.config import MEASURES, Leaving
 from ee_tuning.decode.certified import with_certified
 from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import DRAFT, Layers, parse_layers, parse_threshold
+from ee_tuning.exit_config import DRAFT, LOOKUP, Layers, parse_layers, parse_threshold
 from ee_tuning.model import Network
 
 
@@ -22,6 +22,7 @@ class Policy:
     end: the layer at which every token stops. thresholds: of the active exits before it, by layer.
     measure: of confidence. max_pending: tokens that may have left since the last one that went to
     the end. bar: where a draft exit drafts, what its confidences multiplied must not fall below.
+    lookup: the text itself may draft, too.
     """
 
     end: int
@@ -29,6 +30,7 @@ class Policy:
     measure: str = Leaving.measure
     max_pending: int = Leaving.max_pending
     bar: float | None = None
+    lookup: bool = False
 
     mode: ClassVar[str]
     needs_exits: ClassVar[bool] = True
@@ -57,9 +59,10 @@ class Policy:
 
     @property
     def exit_layers(self) -> list[int]:
-        """Every layer at which a token may stop at an exit, by depth; first, a draft exit's."""
-        draft = [] if self.bar is None else [DRAFT]
-        return [*draft, *self.thresholds, *([] if self.final else [self.end])]
+        """Every layer at which a token may stop at an exit, by depth; first, where there are such
+        drafts, `LOOKUP` and a draft exit's."""
+        text, draft = [LOOKUP] * self.lookup, [] if self.bar is None else [DRAFT]
+        return [*text, *draft, *self.thresholds, *([] if self.final else [self.end])]
 
 
 class Full(Policy):
@@ -105,19 +108,19 @@ class Speculative(Policy):
 
     @classmethod
     def read(cls, leaving: Leaving, thresholds: Mapping[int, float], depth: int) -> Policy:
-        """Of exits before the last layer; of none, there are no drafts."""
-        if DRAFT in thresholds:
-            bar = thresholds[DRAFT]
-            if bar == 1 or not leaving.max_pending:
-                return Full.read(leaving, {}, depth)
-            return cls(depth, {}, leaving.measure, leaving.max_pending, bar)
+        """Of exits before the last layer, or of the text; of neither, there are no drafts."""
         if depth in thresholds:
             raise UserError(
                 f"mode speculative cannot draft with the exit at the last layer, {depth}: leave "
                 "it out of exit_layers"
             )
-        policy = super().read(leaving, thresholds, depth)
-        return policy if policy.thresholds else Full.read(leaving, {}, depth)
+        layers = {layer: bar for layer, bar in thresholds.items() if layer != DRAFT}
+        policy = super().read(leaving, layers, depth)
+        if thresholds.get(DRAFT, 1) < 1:
+            policy.bar = thresholds[DRAFT]
+        policy.lookup = leaving.lookup
+        drafts = policy.exit_layers and leaving.max_pending
+        return policy if drafts else Full.read(leaving, {}, depth)
 
 
 class Audited(Speculative):
@@ -136,26 +139,46 @@ def make_policy(model: Network, leaving: Leaving) -> Policy:
     Raises:
         UserError: an unknown mode, measure or exit, or thresholds that are not those of the exits.
     """
+    check_mode(leaving)
     leaving = with_certified(model, leaving)
     mode, measure, least = leaving.mode, leaving.measure, leaving.min_depth
-    if mode not in POLICIES:
-        raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(POLICIES)}")
     if measure not in MEASURES:
         raise UserError(f"measure {measure!r} is unknown: use one of {', '.join(MEASURES)}")
     check_pending(leaving.max_pending)
     if not isinstance(least, int) or least < 0:
         raise UserError(f"min_depth {least!r} is not possible: give a layer's number")
     named = active_layers(model, leaving.exit_layers, POLICIES[mode].verifies)
+    if leaving.lookup and not leaving.exit_layers:
+        named = [layer for layer in named if layer < model.backbone.num_layers]
     active = [k for k in named if k >= least or k == DRAFT]
-    if not named and POLICIES[mode].needs_exits:
+    needs_exits = POLICIES[mode].needs_exits and not leaving.lookup
+    if not named and needs_exits:
         raise UserError(
             f"mode {mode} needs an exit at a layer, and there is a draft exit alone, which serves "
             "mode speculative only"
         )
-    if not active and POLICIES[mode].needs_exits:
+    if not active and needs_exits:
         raise UserError(f"min_depth {least} leaves no exit active, of those at {named}")
     thresholds = _thresholds(leaving.threshold, active)
     return POLICIES[mode].read(leaving, thresholds, model.backbone.num_layers)
+
+
+def check_mode(leaving: Leaving) -> None:
+    """Refuse a mode that is none, and drafts from the text where nothing verifies them.
+
+    Raises:
+        UserError: says which modes there are.
+    """
+    mode, lookup = leaving.mode, leaving.lookup
+    if mode not in POLICIES:
+        raise UserError(f"mode {mode!r} is unknown: use one of {', '.join(POLICIES)}")
+    if not isinstance(lookup, bool):
+        raise UserError(f"lookup {lookup!r} is not possible: give True or False")
+    if lookup and not POLICIES[mode].verifies:
+        raise UserError(
+            f"lookup is not possible with mode {mode}, which verifies no drafts: use mode "
+            "speculative, with threshold 1 for drafts from the text alone"
+        )
 
 
 def check_stages(mode: str, pp: int) -> None:

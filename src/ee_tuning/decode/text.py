@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.exit_config import LOOKUP
 
 
 class TextStream:
@@ -61,7 +62,9 @@ class TextStream:
 
 
 def depth_colour(layer: int, depth: int) -> str:
-    """From green (early) over yellow to red (full depth), as ``#rrggbb``."""
+    """From green (early) over yellow to red (full depth), as ``#rrggbb``; blue for `LOOKUP`."""
+    if layer == LOOKUP:
+        return "#4682dc"
     share = layer / depth
     red, green = min(1.0, 2 * share), min(1.0, 2 * (1 - share))
     return f"#{int(60 + 160 * red):02x}{int(60 + 130 * green):02x}46"

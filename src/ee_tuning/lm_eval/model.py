@@ -23,6 +23,7 @@ from ee_tuning.decode.generate import widest
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import mean_depth
 from ee_tuning.lm_eval.scoring import score
 from ee_tuning.losses import LOGITS
 
@@ -49,7 +50,7 @@ class Record:
         """For the results: ``tokens``, ``mean_depth``, ``shares`` by layer, ``tokens_per_pass`` (to
         the end) and ``tokens_per_second``, prompts included.
 
-        A kept draft counts with the layer it was drafted at, a draft exit's with 0.
+        A kept draft counts with the layer it was drafted at, a draft exit's or a text's with 0.
         """
         tokens, ends = sum(self.layers.values()), self.layers[depth]
         if not tokens:
@@ -57,7 +58,7 @@ class Record:
         shares = {layer: self.layers[layer] / tokens for layer in sorted(self.layers)}
         return {
             "tokens": tokens,
-            "mean_depth": sum(layer * share for layer, share in shares.items()),
+            "mean_depth": mean_depth(self.layers),
             "shares": shares,
             "tokens_per_pass": tokens / ends if ends else None,
             "tokens_per_second": self.generated / self.seconds if self.generated else None,

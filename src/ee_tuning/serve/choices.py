@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.decode import Request, Token
 from ee_tuning.decode.text import TextStream
+from ee_tuning.exit_config import mean_depth
 from ee_tuning.serve.processors import Likely, Seen
 
 
@@ -156,7 +158,7 @@ class Choice:
         """Where the tokens left, for the client."""
         seconds = self.ended - self.started
         return {
-            "mean_depth": round(sum(self.layers) / max(1, len(self.layers)), 3),
+            "mean_depth": round(mean_depth(Counter(self.layers)), 3),
             "exit_layers": self.layers,
             "drafted": self.drafted,
             "kept": self.kept,

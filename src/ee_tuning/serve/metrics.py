@@ -7,7 +7,7 @@ from collections import Counter as Tokens
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ee_tuning.calibrate.audit import Audit
-from ee_tuning.exit_config import exit_name
+from ee_tuning.exit_config import exit_name, mean_depth
 from ee_tuning.serve.choices import Choice, Delta
 
 P = "ee_tuning:"
@@ -91,8 +91,7 @@ class Metrics:
             counter.inc(number - self._told[layer])
             self.generated.labels(self._name).inc(number - self._told[layer])
             self._told[layer] = number
-        depth = sum(layer * number for layer, number in self._told.items())
-        self.mean_depth.labels(self._name).set(depth / max(1, self._told.total()))
+        self.mean_depth.labels(self._name).set(mean_depth(self._told))
         self.running.labels(self._name).set(running)
         self.waiting.labels(self._name).set(waiting)
         if self._audit is not None:
