@@ -224,7 +224,8 @@ def _read_part(file: Any, name: str, p: Tensor | None) -> Tensor:
     """What parameter `p` needs of a tensor in a file."""
     if not isinstance(p, SplitParameter):
         return file.get_tensor(name)
-    return read_part(file.get_slice(name), p.split_dim, p.mesh)
+    (cut,) = p.cuts
+    return read_part(file.get_slice(name), cut.dim, cut.mesh)
 
 
 def base_of(folder: Path, saved: dict[str, Any], model: str | None) -> str:

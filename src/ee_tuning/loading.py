@@ -40,11 +40,11 @@ from ee_tuning.own_code import causal_lm_class, check_kernels, own_code
 from ee_tuning.slices import (
     STYLES,
     SUMMED,
+    Cut,
     SplitParameter,
     Style,
     head_style,
     layer_plan,
-    made_part,
     read_part,
     split_linear,
 )
@@ -320,7 +320,8 @@ def _read_slice(
             return nn.Parameter(stored[:].to(p.dtype), requires_grad=False)
         # A copy: a part of what is mapped would keep all pages that were looked at in memory.
         values = read_part(stored, dim, tp).to(p.dtype, copy=True).contiguous()
-        part = made_part(SplitParameter(values, requires_grad=False), dim, tp)
+        part = SplitParameter(values, requires_grad=False)
+        part.cuts = (Cut(dim, tp),)
         places = np.unravel_index(sample_places(p.numel()).numpy(), tuple(p.shape))
         one_by_one = [tuple(slice(i, i + 1) for i in place) for place in zip(*places, strict=True)]
         part.sample = torch.cat([stored[place].flatten() for place in one_by_one])

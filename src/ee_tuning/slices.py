@@ -87,15 +87,33 @@ class ParallelLinear(nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
-class SplitParameter(nn.Parameter):
-    """This process's part of a parameter that is split along `split_dim`; otherwise ordinary.
+class Cut(NamedTuple):
+    """A dim along which a tensor is cut, and the processes that have a part each."""
 
-    sample: of the whole tensor's values, those that tell backbones apart, where only this part
-    was ever in memory; see `ee_tuning.loading.tensor_hashes`.
+    dim: int
+    mesh: DeviceMesh
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part."""
+        return values.chunk(self.mesh.size(), self.dim)[self.mesh.get_local_rank()]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The whole of what every process has a part of."""
+        parts = DTensor.from_local(
+            values.contiguous(), self.mesh, [Shard(self.dim)], run_check=False
+        )
+        return parts.full_tensor()
+
+
+class SplitParameter(nn.Parameter):
+    """This process's part of a parameter; otherwise ordinary.
+
+    cuts: one after another, each of what the one before gave. sample: of the whole tensor's values,
+    those that tell backbones apart, where only this part was ever in memory; see
+    `ee_tuning.loading.tensor_hashes`.
     """
 
-    split_dim: int
-    mesh: DeviceMesh
+    cuts: tuple[Cut, ...]
     sample: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitParameter:
@@ -108,38 +126,40 @@ class SplitParameter(nn.Parameter):
     def whole_shape(self) -> torch.Size:
         """The shape of the parameter that this is a part of."""
         shape = list(self.shape)
-        shape[self.split_dim] *= self.mesh.size()
+        for dim, mesh in self.cuts:
+            shape[dim] *= mesh.size()
         return torch.Size(shape)
 
 
 def split_parameter(
     p: Tensor, dim: int, mesh: DeviceMesh, kind: type[SplitParameter] = SplitParameter
 ) -> SplitParameter:
-    """This process's part of `p`, cut along `dim` into as many as `mesh` has processes."""
-    values = p.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].clone()
-    return made_part(kind(values, p.requires_grad), dim, mesh)
+    """This process's part of `p`, cut along `dim` into as many as `mesh` has processes.
+
+    `p` may be a part itself.
+    """
+    cut = Cut(dim, mesh)
+    made = kind(cut.own(p.detach()).clone(), p.requires_grad)
+    made.cuts = (*_cuts(p), cut)
+    return made
 
 
-def made_part(p: SplitParameter, dim: int, mesh: DeviceMesh) -> SplitParameter:
-    """`p`, whose values are this process's part, told so."""
-    p.split_dim, p.mesh = dim, mesh
-    return p
+def _cuts(p: Tensor) -> tuple[Cut, ...]:
+    return p.cuts if isinstance(p, SplitParameter) else ()
 
 
 def whole(p: Tensor, values: Tensor) -> Tensor:
     """The whole tensor of which `values` is this process's part, split as parameter `p` is."""
-    if not isinstance(p, SplitParameter):
-        return values
-    placements = [Shard(p.split_dim)]
-    parts = DTensor.from_local(values.contiguous(), p.mesh, placements, run_check=False)
-    return parts.full_tensor()
+    for cut in reversed(_cuts(p)):
+        values = cut.gather(values)
+    return values
 
 
 def part(p: Tensor, values: Tensor) -> Tensor:
     """This process's part of `values`, split as parameter `p` is."""
-    if not isinstance(p, SplitParameter):
-        return values
-    return values.chunk(p.mesh.size(), p.split_dim)[p.mesh.get_local_rank()]
+    for cut in _cuts(p):
+        values = cut.own(values)
+    return values
 
 
 def read_part(stored: Any, dim: int, mesh: DeviceMesh) -> Tensor:

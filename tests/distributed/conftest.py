@@ -11,6 +11,9 @@ BACKBONES = {
     "llama": ("llama", {}),
     "tied": ("qwen3", {"tie_word_embeddings": True}),
     "biased": ("phi", {}),
+    # Of an MLP's second matrix, cut by columns into two, rows have one block of 256, or are cut.
+    "blocks": ("llama", {"intermediate_size": 512}),
+    "cut-blocks": ("llama", {"intermediate_size": 384}),
 }
 
 

@@ -16,6 +16,7 @@ LAYOUTS = {
     "dp2-tp2": {"dp": 2, "tp": 2}, "dp2-pp2": {"dp": 2, "pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2},
     "dp2-tp2-pp2": {"dp": 2, "tp": 2, "pp": 2}, "dp2-shard": {"dp": 2, "shard": True},
     "dp2-pp2-shard": {"dp": 2, "pp": 2, "shard": True},
+    "dp2-tp2-shard": {"dp": 2, "tp": 2, "shard": True},
     "dp2-frozen": {"dp": 2, "shard": True, "shard_backbone": True},
     "dp2-tp2-frozen": {"dp": 2, "tp": 2, "shard_backbone": True},
     "tp2-sequence": {"tp": 2, "sequence_parallel": True},

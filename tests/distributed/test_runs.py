@@ -29,6 +29,7 @@ VARIANTS = {
     "vocabulary": (2, {"tp": 2}, {"exit_vocab": 200}),
     "shard-bf16": (4, {"dp": 2, "pp": 2, "shard": True}, {"precision": "bf16", "layers": "3",
         "arch": "norm", "head": "own", "micro_batch_size": 1, "dynamic_weights": False}),
+    "shard-tp-sequence": (4, {"dp": 2, "tp": 2, "shard": True, "sequence_parallel": True}, {}),
     "measured": (2, {"pp": 2, "balance": "measured"}, {}),
     "warm-up": (2, {"pp": 2}, {"loss_weights": [1.0, 0.5, 2.0, 1.0], "loss_weight_warmup": 4}),
     "kl-pp": (4, {"pp": 4}, {"loss": "mixed", "layers": "1,3,4", "arch": "mlp,layer,norm",
@@ -46,9 +47,25 @@ VARIANTS = {
 EIGHT_BIT = {"optimizer": "adamw-8bit", "exit_vocab": 256, "layers": "3", "arch": "norm",
     "head": "own", "clip": 0.0}  # fmt: skip
 
+EIGHT_BIT_MLP = EIGHT_BIT | {"layers": "2,3", "arch": "mlp", "clip": 0.005}
+# Split over ranks: every matrix in blocks, or the MLP's second one across them.
+EIGHT_BIT_SPLIT = {
+    f"8bit-{backbone}-{name}": (size, layout | {"model": backbone})
+    for backbone in ("blocks", "cut-blocks")
+    for name, size, layout in (
+        ("one", 1, {}), ("tp", 2, {"tp": 2}), ("tp-shard", 4, {"tp": 2, "dp": 2, "shard": True})
+    )
+}  # fmt: skip
+
+EIGHT_BIT_ON = [
+    ("8bit-blocks-on", "8bit-blocks-one", 2, {"tp": 2}),
+    ("8bit-cut-blocks-on", "8bit-cut-blocks-one", 2, {"tp": 2}),
+    ("8bit-cut-blocks-on-one", "8bit-cut-blocks-tp", 1, {"tp": 1}),
+]
+
 
 @pytest.fixture(scope="module")
-def runs(new_runs):
+def runs(new_runs, backbones):
     """Runs by the names above, and "-one" for the same settings in one process."""
     runs = new_runs()
     runs.add("part", 8, dp=2, tp=2, pp=2, steps=4, keep=2)
@@ -68,15 +85,23 @@ def runs(new_runs):
     runs.add("whole", 1, steps=4)
     for name, shard in (("8bit", False), ("8bit-shard", True)):
         runs.add(name, 2, dp=2, shard=shard, **EIGHT_BIT)
+    for name, (size, layout) in EIGHT_BIT_SPLIT.items():
+        path = str(backbones / layout["model"])
+        runs.add(name, size, backend="eager", **EIGHT_BIT_MLP | layout | {"model": path})
     runs.start()
     return runs
 
 
 @pytest.fixture(scope="module")
-def going_on(runs):
+def going_on(runs, backbones):
     """The same after others have gone on from what those left."""
     cut_off_before_the_last_step(runs.root / "8bit-shard", runs.root / "8bit-whole", 3)
     runs.add("8bit-whole", 2, dp=2, shard=False, resume=True, **EIGHT_BIT)
+    for name, before, size, layout in EIGHT_BIT_ON:
+        cut_off_before_the_last_step(runs.root / before, runs.root / name, 3)
+        backbone = {"model": str(backbones / EIGHT_BIT_SPLIT[before][1]["model"])}
+        again = EIGHT_BIT_MLP | layout | backbone | {"resume": True}
+        runs.add(name, size, backend="eager", **again)
     for name in ("a", "b", "damaged"):
         cut_off_before_the_last_step(runs.root / "part", runs.root / name)
     (runs.root / "damaged/checkpoints/step-000003/exit-5.safetensors").unlink()
@@ -130,6 +155,27 @@ def test_8_bit_state_is_sharded_along_its_blocks(going_on):
     assert {"head.weight:exp_avg:codes", "head.weight:exp_avg:scale"} <= going_on.tensors(
         "8bit-shard", path
     ).keys()
+
+
+@pytest.mark.parametrize("name", [n for n in EIGHT_BIT_SPLIT if not n.endswith("one")])
+def test_8_bit_state_is_split(runs, name):
+    """In the blocks that one process has, or, where these would be cut, as it is."""
+    one = f"{name.partition('-tp')[0]}-one"
+    close(runs, one, name, 1e-5)
+    path = "checkpoints/step-000003/optimizer-2.safetensors"
+    expected, found = runs.tensors(one, path), runs.tensors(name, path)
+    assert "mlp.mlp.down_proj.weight:exp_avg:scale" in expected
+    alike = {key for key in expected if key.endswith((":codes", ":scale")) and key in found}
+    assert len(alike) == (12 if "cut" in name else 16)
+    assert (expected.keys() == found.keys()) == ("cut" not in name)
+    for key in alike:
+        assert found[key].shape == expected[key].shape
+        assert (found[key].float() - expected[key].float()).abs().max() <= 4, key
+
+
+@pytest.mark.parametrize(("name", "before"), [(name, before) for name, before, *_ in EIGHT_BIT_ON])
+def test_8_bit_state_goes_on_split_otherwise(going_on, name, before):
+    close(going_on, before, name, 1e-5)
 
 
 @pytest.mark.parametrize("size", [4096, 8192, 3 * 4096, 1000, 8192 + 128])

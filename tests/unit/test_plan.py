@@ -126,7 +126,6 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ("--global-batch-size 0", "global_batch_size is 0: it must be at least 1"),
         ("--seq-length 0", "seq_length is 0: it must be at least 1"),
         ("--micro-batch-size 0", "micro_batch_size is 0: it must be at least 1"),
-        ("--gpus 2 --tp 2 --optimizer adamw-8bit", "--optimizer adamw-8bit cannot be had"),
         ("--gpus 2 --tp 2 --exit-vocab 999", "tp is 2: it must divide the tokens that exits know"),
         ("--gpus 32", "global_batch_size 16 is less than dp 32"),
         ("--stage-layers 16 16", "stage_layers needs --pp"),
@@ -187,7 +186,7 @@ def test_plan_says_that_a_gpu_has_no_fp8_units(precision, large, capsys):
 @pytest.mark.parametrize(
     ("settings", "never"),
     [
-        ({"tp": 2}, ["adamw-8bit", "--master-weights"]),
+        ({"tp": 2}, []),
         ({"precision": "fp32"}, ["--master-weights"]),
         ({"arch": "embedding"}, ["--head shared"]),
     ],

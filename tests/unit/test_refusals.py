@@ -10,9 +10,7 @@ from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.check import check
 
 REFUSED = [
-    ({"tp": 2, "optimizer": "adamw-8bit"}, ["adamw-8bit", "--tp", "blocks"]),
     ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
-    ({"tp": 2, "dp": 2, "shard": True}, ["--shard", "--tp", "cut twice"]),
     ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),
     ({"shard_backbone": True}, ["--shard-backbone", "--dp 1", "no other rank"]),
     (

@@ -55,12 +55,16 @@ def without_labels(batch: Batch) -> Batch:
 
 
 class ShardedParameter(SplitParameter):
-    """A data-parallel rank's part of a trainable parameter.
+    """A data-parallel rank's part of a trainable parameter, which may be a part itself, by --tp.
 
-    whole_grad: the gradient of all of it, of this rank's samples, until it is summed.
+    whole_grad: the gradient of all that the ranks share, of this one's samples, until it is summed.
     """
 
     whole_grad: Tensor | None = None
+
+    def together(self, values: Tensor) -> Tensor:
+        """What the ranks share, of which `values` is this one's part."""
+        return self.cuts[-1].gather(values)
 
 
 def shard_exits(
@@ -78,6 +82,8 @@ def shard_exits(
                 divides = p is not None and p.requires_grad and len(p) % mesh.dp == 0
                 if p is not None and divides and fits(p, mesh.dp):
                     part = split_parameter(p, 0, mesh.axis("dp"), ShardedParameter)
+                    if hasattr(p, "summed"):
+                        part.summed = True  # type: ignore[attr-defined]
                     module._parameters[name] = part
 
 
@@ -92,7 +98,7 @@ class GradientSum:
         self.works: list[Callable[[], object]] = []
         for p in exit.parameters():
             if isinstance(p, ShardedParameter):
-                self._scatter(p)
+                self._scatter(p, mesh)
             elif p.grad is not None:
                 self._reduce(p, p.grad, mesh)
 
@@ -104,11 +110,13 @@ class GradientSum:
             assert work is not None
             self.works.append(work.wait)
 
-    def _scatter(self, p: ShardedParameter) -> None:
+    def _scatter(self, p: ShardedParameter, mesh: Mesh) -> None:
         if p.whole_grad is None:
             return
         p.grad, whole = torch.empty_like(p), p.whole_grad.contiguous()
-        group = p.mesh.get_group()
+        if hasattr(p, "summed"):
+            mesh.sum_over("tp", whole)
+        group = mesh.group("dp")
         work = reduce_scatter(p.grad, whole, group=group, async_op=True)
         assert work is not None
         self.works.append(work.wait)

@@ -253,14 +253,20 @@ def split_layer(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> None
 
 def total_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The norm of the gradients of `parameters`, the other processes' parts included."""
-    split = [p for p in parameters if isinstance(p, SplitParameter)]
-    rest = [p for p in parameters if not isinstance(p, SplitParameter)]
-    norm = torch.nn.utils.get_total_norm(_gradients(rest))
-    if not split:
+    alike: dict[tuple[DeviceMesh, ...], list[Tensor]] = {}
+    for p in parameters:
+        cuts = p.cuts if isinstance(p, SplitParameter) else ()
+        alike.setdefault(tuple(cut.mesh for cut in cuts), []).append(p)
+    norm = torch.nn.utils.get_total_norm(_gradients(alike.pop((), [])))
+    if not alike:
         return norm
-    square = torch.nn.utils.get_total_norm(_gradients(split)) ** 2
-    dist.all_reduce(square, group=split[0].mesh.get_group())
-    return (norm.to(square.device) ** 2 + square).sqrt()
+    square = norm**2
+    for meshes, own in alike.items():
+        part = torch.nn.utils.get_total_norm(_gradients(own)) ** 2
+        for mesh in meshes:
+            dist.all_reduce(part, group=mesh.get_group())
+        square = square.to(part.device) + part
+    return square.sqrt()
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -192,14 +192,10 @@ def check_parallel(config: TuneConfig) -> None:
     sequence = ("--sequence-parallel", config.sequence_parallel)
     precision = config.backbone_precision
     kept = (f"--backbone-precision {precision}", precision != "same")
-    eight_bit = ("--optimizer adamw-8bit", config.optimizer == "adamw-8bit")
-    blocks = "it quantises its state in blocks, which the parts of a matrix would cut"
     packed = ("--backbone-precision " + precision, precision not in ("same", "fp8"))
     scales = "its package keeps a matrix in whole rows or blocks, which it does not cut"
     refused = [
         (tp, packed, scales),
-        (tp, eight_bit, blocks),
-        (tp, shard, "a matrix would be cut twice"),
         (frozen, kept, "matrices are gathered in the dtype of the checkpoint"),
         (alone, shard, "there is no other rank to share with"),
         (alone, frozen, "there is no other rank to share with"),

@@ -12,11 +12,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ee_tuning.adapter import CONFIG_NAME, checkpoints, saved_config
@@ -25,7 +25,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.files import put_at, read_json, write_json, writing
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
-from ee_tuning.slices import part, whole
+from ee_tuning.slices import COLUMNS, SplitParameter, part, whole
 from ee_tuning.tune.optimizers import Optimizers, set_learning_rate
 
 Contents = dict[str, dict[str, str]]  # what a run works on, by kind and name: hashes of it
@@ -132,7 +132,7 @@ def _check_contents(path: Path, before: Contents, now: Contents) -> None:
                 )
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -144,24 +144,39 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def exit_tensors(
     model: Network, optimizers: Optimizers, layer: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """An exit's weights and its optimizer's state by name, whole, on the host."""
     weights, states = {}, {}
     for name, p in model.exit(layer).named_parameters():
         weights[name] = whole(p, p.detach())
         for key, state in optimizers[layer].state[p].items():
             for inner, value in _plain_tensors(state):
-                full = whole(p, value) if _is_split(p, value, inner) else value
-                states[":".join((name, key, *inner))] = full.contiguous()
+                states[":".join((name, key, *inner))] = _whole(p, value, inner).contiguous()
     return weights, states
 
 
-def _is_split(p: torch.Tensor, value: torch.Tensor, inner: tuple[str, ...]) -> bool:
-    """Whether a tensor of the state of `p` is split as `p` is: also the scales of its blocks."""
-    return value.shape == p.shape or inner == ("scale",)
+def _whole(p: Tensor, value: Tensor, inner: tuple[str, ...]) -> Tensor:
+    """A tensor of the state of `p`, whole: split as `p` is are also the scales of its blocks."""
+    if inner == ("scale",):
+        return whole(p, _by_row(p, value, p.shape[0])).flatten()
+    return whole(p, value) if value.shape == p.shape else value
 
 
-def _common_tensors(model: Network) -> dict[str, torch.Tensor]:
+def _part(p: Tensor, value: Tensor, inner: str) -> Tensor:
+    """This process's part of a tensor of a quantised state: see `_whole`."""
+    if inner == "scale":
+        rows = p.whole_shape[0] if isinstance(p, SplitParameter) else p.shape[0]
+        return part(p, _by_row(p, value, rows)).flatten()
+    return part(p, value) if inner == "codes" else value
+
+
+def _by_row(p: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """Scales (blocks,) of `p` or of its whole, which has so many rows, as they are cut."""
+    in_columns = isinstance(p, SplitParameter) and any(cut.dim == COLUMNS for cut in p.cuts)
+    return scales.view(rows, -1) if in_columns else scales
+
+
+def _common_tensors(model: Network) -> dict[str, Tensor]:
     """The reduced vocabulary, if there is one, and torch's random state."""
     tensors = {"random:cpu": torch.get_rng_state()}
     if model.vocabulary is not None:
@@ -171,7 +186,7 @@ def _common_tensors(model: Network) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _plain_tensors(state: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+def _plain_tensors(state: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
     """A tensor of a state, or the plain tensors that a quantised one is made of, by name."""
     if not is_traceable_wrapper_subclass(state):
         return [((), state)]
@@ -179,29 +194,45 @@ def _plain_tensors(state: torch.Tensor) -> list[tuple[tuple[str, ...], torch.Ten
 
 
 @torch.no_grad()
-def _restore_exit(model: Network, layer: int, weights: dict[str, torch.Tensor]) -> None:
+def _restore_exit(model: Network, layer: int, weights: dict[str, Tensor]) -> None:
     for name, p in model.exit(layer).named_parameters():
         p.copy_(part(p, weights[name]))
 
 
 def _restore_optimizer(
-    model: Network, optimizers: Optimizers, layer: int, tensors: dict[str, torch.Tensor]
+    model: Network, optimizers: Optimizers, layer: int, tensors: dict[str, Tensor]
 ) -> None:
-    """Put an optimizer's saved state, or this process's part of it, into place."""
+    """Put an optimizer's saved state, or this process's part of it, into place.
+
+    What is quantised here need not have been there, where it may have been cut otherwise.
+    """
     parameters, optimizer = dict(model.exit(layer).named_parameters()), optimizers[layer]
-    if any(key.count(":") == 2 for key in tensors):
+    if not isinstance(optimizer, torch.optim.AdamW):
         _make_state(optimizer)
+    saved: dict[tuple[str, str], dict[str, Tensor]] = {}
     for path, value in tensors.items():
-        name, key, *inner = path.split(":")
-        p = parameters[name]
-        state: dict[str, Any] = optimizer.state[p]
-        if inner:
-            own = getattr(state[key], inner[0])
-            own.copy_(part(p, value) if _is_split(p, own, (inner[0],)) else value)
-        elif key == "step":  # on the host, but for fused kernels
-            state[key] = value.to(p.device) if optimizer.defaults.get("fused") else value
+        name, key, *rest = path.split(":")
+        saved.setdefault((name, key), {})["".join(rest)] = value
+    for (name, key), values in saved.items():
+        p, state = parameters[name], optimizer.state[parameters[name]]
+        own = state.get(key)
+        if key == "step":  # on the host, but for fused kernels
+            state[key] = values[""].to(p.device if optimizer.defaults.get("fused") else "cpu")
+        elif own is not None and is_traceable_wrapper_subclass(own) and "" not in values:
+            for inner, value in values.items():
+                getattr(own, inner).copy_(_part(p, value, inner))
+        elif own is None:
+            state[key] = part(p, values[""]).to(p.device)
         else:
-            state[key] = part(p, value).to(p.device)
+            own.copy_(part(p, _plain(values)).to(p.device))
+
+
+def _plain(values: dict[str, Tensor]) -> Tensor:
+    """A tensor of a state that was saved as it is, or as what a quantised one is made of."""
+    if "" in values:
+        return values[""]
+    blocks = values["qmap"][values["codes"].int()].view(len(values["scale"]), -1)
+    return (blocks * values["scale"].unsqueeze(1)).view(values["codes"].shape)
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:

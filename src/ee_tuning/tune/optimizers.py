@@ -18,7 +18,7 @@ from torch import Tensor
 from ee_tuning.exits import Exit
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import ShardedParameter
-from ee_tuning.slices import whole
+from ee_tuning.slices import SplitParameter
 from ee_tuning.tune_config import Schedule
 
 # Of torchao's 8-bit state: values that share a scale, and of how many values one has it at least.
@@ -61,12 +61,17 @@ def _adamw_8bit(seed: int, layer: int) -> Any:
 
     The random bits with which it rounds bf16 weights are a function of (seed, layer, step): a run
     that goes on from a checkpoint rounds as if it had not stopped, and exits tuned together as if
-    each were alone. Of sharded weights all ranks round their parts with the same bits, so that
-    those that each of them has whole stay the same.
+    each were alone. Of weights that are split all ranks round their parts with the same bits, so
+    that those that each of them has whole stay the same.
+
+    A part that would cut blocks of the whole keeps its state in the weights' dtype.
     """
     from torchao.optim import AdamW8bit
 
     class Seeded(AdamW8bit):
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            return super()._new_buffer(p, signed) if has_blocks(p) else torch.zeros_like(p)
+
         def step(self, closure: Any = None) -> Any:
             parameters = [p for group in self.param_groups for p in group["params"]]
             # torchao counts steps on the host, whatever device the state is on.
@@ -79,13 +84,21 @@ def _adamw_8bit(seed: int, layer: int) -> Any:
     return Seeded
 
 
+def has_blocks(p: Tensor, parts: int = 1) -> bool:
+    """Whether the 8-bit state of `p`, or of so many parts of it along its first dim, is quantised.
+
+    It is where torchao does so with the whole parameter, if blocks of that are in one part each.
+    """
+    dims = [cut.dim for cut in p.cuts] if isinstance(p, SplitParameter) else []
+    together = p.shape[max(dims, default=0) :].numel()  # values next to each other in the whole
+    if not max(dims, default=0):
+        together //= parts
+    return p.numel() // parts >= QUANTISED and together % BLOCK == 0
+
+
 def cuts_no_block(p: Tensor, parts: int) -> bool:
     """Whether the 8-bit state of so many parts of `p`, cut along its first dim, is that of `p`."""
-
-    def has_blocks(size: int) -> bool:
-        return size >= QUANTISED and size % BLOCK == 0
-
-    return not has_blocks(p.numel()) or has_blocks(p.numel() // parts)
+    return not has_blocks(p) or has_blocks(p, parts)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -152,7 +165,7 @@ def working_copies(exit: Exit, dtype: torch.dtype | None) -> Iterator[HandedOver
     ]
     for parameters, name, p in swapped:
         cast = p.detach().to(dtype if p.dim() >= 2 else p.dtype)
-        gathered = whole(p, cast) if isinstance(p, ShardedParameter) else cast
+        gathered = p.together(cast) if isinstance(p, ShardedParameter) else cast
         parameters[name] = torch.nn.Parameter(gathered)
         parameters[name].register_post_accumulate_grad_hook(partial(gradients.take, p))  # type: ignore[union-attr]
     try:
