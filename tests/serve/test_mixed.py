@@ -2,13 +2,17 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
 
 import pytest
 import torch
 from helpers.prompts import prompt
 from helpers.serving import in_a_thread
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.serve.bodies import Generation
+from ee_tuning.serve.config import ServeConfig
+from ee_tuning.serve.load import check_settings
 
 WAYS = [
     {"mode": "full"},
@@ -18,6 +22,8 @@ WAYS = [
     {"mode": "fixed", "exit_layers": [3]},
     {"mode": "speculative", "threshold": 0.0},
     {"mode": "speculative", "threshold": 0.02, "min_depth": 2},
+    {"mode": "speculative", "threshold": 0.02, "lookup": True},
+    {"mode": "speculative", "threshold": 1, "lookup": True},
     {"repetition_penalty": 1.3, "mode": "threshold", "threshold": 0.02},
 ]
 
@@ -122,3 +128,43 @@ def test_a_draft_exit_serves_beside_the_others(drafting, monkeypatch):
             assert own["drafted"] == own["kept"] + rejected > 0
         assert all(own <= {1, 2, 4} for own in layers[3::5])
         assert running.ask("/lens", {"tokens": [5, 6, 7], "first": 2})["places"]
+
+
+def test_texts_draft_for_themselves_where_there_are_no_exits(base, monkeypatch):
+    """Whether that pays or not; the server may be asked for it by each request."""
+    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda *_: 3)
+    monkeypatch.setattr("ee_tuning.decode.drafts.promised", lambda paces, *_: 9.0)
+    monkeypatch.setattr("ee_tuning.decode.pace.Clock.looks", lambda clock: False)
+    body = {"prompt": prompt(6) * 6, "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+    with in_a_thread(model=base, slots=4) as running:
+        (full,) = running.complete(**body, mode="full")["choices"]
+        assert {*full["ee"]["exit_layers"]} == {4}
+        seen = set()
+        for mode in ("speculative", "auto", "auto"):  # auto tries both
+            (own,) = running.complete(**body, mode=mode, lookup=True)["choices"]
+            layers = own["ee"]["exit_layers"]
+            assert own["text"] == full["text"]
+            assert own["ee"]["kept"] == layers.count(-1) <= own["ee"]["drafted"]
+            assert own["ee"]["mean_depth"] == pytest.approx(4 * layers.count(4) / 40, abs=1e-3)
+            seen |= {*layers}
+        assert seen == {-1, 4}
+        assert 'layer="lookup"' in urlopen(f"{running.url}/metrics").read().decode()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "threshold"}, {"mode": "full"}, {"threshold": "calibrated"}],
+)
+def test_a_server_that_verifies_nothing_looks_nothing_up(tiny_exits, settings):
+    with pytest.raises(UserError, match="lookup is not possible with mode"):
+        check_settings(ServeConfig(exits=tiny_exits, lookup=True, **settings))
+
+
+def test_what_a_server_looks_up_by_default_is_for_requests_that_are_verified(tiny_exits):
+    with in_a_thread(exits=tiny_exits, slots=4, lookup=True) as running:
+        read = running.served.reader._policy
+        asked = [{}, {"mode": "threshold"}, {"mode": "full"}, {"seed": 1}, {"lookup": False}]
+        asked += [{"seed": 1, "lookup": True}, {"mode": "speculative"}]
+        found = [read(Generation(**one)) for one in asked]
+    assert [policy.lookup for _, policy in found] == [True, *[False] * 4, True, True]
+    assert [policy.mode for _, policy in found][3:6] == ["full", "speculative", "speculative"]

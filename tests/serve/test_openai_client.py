@@ -248,7 +248,10 @@ def test_speculation_is_a_requests_own(client):
         ("exit_layers", {"extra_body": {"exit_layers": [5]}}),
         ("min_tokens", {"extra_body": {"min_tokens": 9}}),
         ("stop_token_ids", {"extra_body": {"stop_token_ids": [4096]}}),
-        ("lookup", {"extra_body": {"lookup": True}}),
+        ("max_pending", {"extra_body": {"max_pending": 3}}),
+        ("lookup", {"extra_body": {"lookup": 1}}),
+        ("lookup", {"extra_body": {"lookup": True, "mode": "threshold", "threshold": 0.5}}),
+        ("lookup", {"extra_body": {"lookup": True, "mode": "full"}}),
         ("colour", {"extra_body": {"colour": "red"}}),
     ],
 )

@@ -228,8 +228,8 @@ def _check_mode(config: GenerationConfig) -> None:
     if mode not in ("greedy_search", "sample"):
         name = "beam search" if config.num_beams != 1 else mode.replace("_", " ")
         raise UserError(
-            f"{name} is not possible with early exits: leave out what asks for it, num_beams or "
-            "prompt_lookup_num_tokens for instance"
+            f"{name} is not possible with early exits: leave out what asks for it, num_beams for "
+            "instance; for prompt_lookup_num_tokens there is lookup=True with mode speculative"
         )
     if config.guidance_scale not in (None, 1):
         raise UserError("guidance_scale is not possible with early exits: leave it out")

@@ -180,9 +180,13 @@ def _look_up(sequences: Sequences, rows: Sequence[Row], exits: Clock | None) -> 
     if not texts or any(row.policy.steady for row in rows):
         return None
     clock, paces = sequences.clock(len(rows), COST), [text for _, text in texts]
+    found = [text.drafts(row.ids, row.left - 1) for row, text in texts]
+    if not any(found):
+        return clock
+    rooms = [row.left if drafts else 1 for (row, _), drafts in zip(texts, found, strict=True)]
     looks = clock.looks()
-    most = 0 if looks else plan(paces, [row.left for row, _ in texts], clock)
-    found = [text.find(row.ids, max(0, min(most, row.left - 1))) for row, text in texts]
+    most = 0 if looks else plan(paces, rooms, clock)
+    found = [drafts[:most] for drafts in found]
     own = promised(paces, [len(drafts) for drafts in found], clock, len(rows) - len(texts))
     asked = [(row, row.pace) for row in rows if row.pace is not None]
     theirs = float(len(rows))

@@ -109,6 +109,7 @@ class Pace:
         """longest: drafts at most. cost: of a draft, as a share of a pass at full depth. stops: a
         round whose drafts end early takes less time."""
         self.longest, self.cost, self.stops = longest, cost, stops
+        self.hope = self.HOPE
         self.asked = 0  # drafts that the last round had to make, one in vain included
         self._ahead, self._tokens = 0.0, 0
         self._unpaid: list[int] = []
@@ -146,7 +147,7 @@ class Pace:
 
         room: how many tokens more are wanted: the last needs no draft.
         """
-        tokens, number, right, chance, asked = 1.0, 0.0, 1.0, self.HOPE, 1.0
+        tokens, number, right, chance, asked = 1.0, 0.0, 1.0, self.hope, 1.0
         weight, found = self.FIRST, [(1.0, 0.0)]
         for place in range(max(0, min(self.longest, room - 1))):
             chance = (self._kept[place] + weight * chance) / (self._tried[place] + weight)

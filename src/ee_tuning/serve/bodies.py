@@ -13,7 +13,7 @@ from ee_tuning.config import Measure, Mode
 from ee_tuning.serve.errors import Refused
 
 TOP = 20  # likeliest tokens that may be asked for
-ABSENT = {"lookup", "max_pending"}  # of decoding, but not of single requests
+ABSENT = {"max_pending"}  # of decoding, but not of single requests
 MOST = 128  # texts that one request may ask for
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -65,6 +65,7 @@ class Generation(Body):
     exit_layers: Annotated[list[TokenId], Field(max_length=1000)] | Name | None = None
     min_depth: TokenId | None = None
     measure: Measure | None = None
+    lookup: bool | None = None
     return_exits: bool | None = None
 
 

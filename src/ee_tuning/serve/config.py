@@ -30,6 +30,9 @@ class ServeConfig(Compiles, ActiveExits, Settings):
         "confidence from which a token leaves, or is a draft; per exit: 8:0.9,16:0.7; or "
         "calibrated: mode auto is threshold then",
     )
+    lookup: bool = option(
+        False, "speculative requests that say nothing else draft from the text itself, too"
+    )
     audit: int = option(
         100,
         "of texts with calibrated thresholds, one in so many is verified, and the risk among the "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.calibrate.audit import Audit
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.data.chats import with_template
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
@@ -15,7 +16,7 @@ from ee_tuning.decode.load import tokenizer_of
 from ee_tuning.decode.settings import active_layers
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import DRAFT, ExitConfig
+from ee_tuning.exit_config import DRAFT, LOOKUP, ExitConfig
 from ee_tuning.model import Network
 from ee_tuning.serve.app import Served
 from ee_tuning.serve.config import ServeConfig
@@ -37,13 +38,13 @@ def served(config: ServeConfig, log: Log) -> Iterator[Served]:
     check_settings(config)
     model, tokenizer, exit_layers = load_model(config)
     capacity = room(config.capacity, model)
-    leaving = config.leaving(threshold=config.threshold)
+    leaving = config.leaving(threshold=config.threshold, lookup=config.lookup)
     reader = Reader(model, tokenizer, exit_layers, leaving, config.mode, capacity)
     reader.check_defaults()
     name = (config.exits or config.model).rstrip("/")
     with engines_of(model).lend(
         model,
-        exit_layers,
+        [LOOKUP, *exit_layers],  # any request may ask for it
         slots=config.slots,
         capacity=capacity,
         max_pending=config.max_pending,
@@ -66,8 +67,13 @@ def check_settings(config: ServeConfig) -> None:
     """
     if not config.exits and not config.model:
         raise UserError("nothing to serve: name exits with --exits, or a backbone with --model")
-    if not config.exits and config.mode not in ("auto", "full"):
+    drafts = config.lookup and config.mode == "speculative"
+    if not config.exits and config.mode not in ("auto", "full") and not drafts:
         raise UserError(f"mode {config.mode} needs exits: give them with --exits")
+    leaves = config.mode == "auto" and config.threshold == CALIBRATED
+    if config.lookup and (leaves or config.mode not in ("auto", "speculative")):
+        mode = "auto with calibrated thresholds" if leaves else config.mode
+        raise UserError(f"lookup is not possible with mode {mode}: use mode speculative")
     for name, least in (
         ("slots", 1),
         ("capacity", 0),

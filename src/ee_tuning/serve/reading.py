@@ -230,22 +230,28 @@ class Reader:
         threshold = given.get("threshold", self.leaving.threshold)
         if mode == "auto" and threshold == CALIBRATED:
             mode = "threshold"
-        if mode not in ("auto", "full") and not self.exit_layers:
+        # Of requests that do not ask for it, for those alone whose drafts are verified.
+        lookup = given.get("lookup", self.leaving.lookup and mode in ("auto", "speculative"))
+        drafts = bool(self.exit_layers) or (lookup and mode == "speculative")
+        if mode not in ("auto", "full") and not drafts:
             raise Refused(f"mode: {mode} needs exits, and this model has none", "mode")
         # A seed is to give the same text whatever the server takes to be faster.
         auto = mode == "auto" and not (body.seed is not None and temperature_of(body))
-        leaving = {**vars(self.leaving), **given, "mode": mode}
+        leaving = {**vars(self.leaving), **given, "mode": mode, "lookup": lookup}
         if mode == "auto":
-            auto = auto and bool(self.drafting)
-            leaving["mode"] = "speculative" if auto else "full"
-            if auto and not leaving["exit_layers"] and DRAFT not in self.drafting:
-                leaving["exit_layers"] = self.drafting
+            auto = auto and bool(self.drafting or lookup)
+            drafts = auto or bool(given.get("lookup"))
+            leaving |= {"mode": "speculative" if drafts else "full", "lookup": lookup and drafts}
+            if drafts and not leaving["exit_layers"] and DRAFT not in self.drafting:
+                leaving["exit_layers"] = self.drafting or ""
         if leaving["mode"] == "full" and threshold == CALIBRATED:
             leaving["threshold"] = 1.0
         try:
             return auto, self._made(leaving)
         except UserError as error:
-            named = [name for name in (*given, "mode") if name in str(error)]
+            # The one that it speaks of first.
+            said = str(error)
+            named = sorted((name for name in (*given, "mode") if name in said), key=said.find)
             field = named[0] if named else next(iter(given), "mode")
             raise Refused(f"{field}: {error}", field) from error
 
