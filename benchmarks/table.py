@@ -271,6 +271,7 @@ TABLES = {
     "scaling.md": {
         "parallel": partial(parallel, "parallel-cpu"),
         "parallel-gpu": partial(parallel, "parallel-gpu"),
+        "parallel-gpu-pp": partial(parallel, "parallel-gpu-pp"),
         "parallel-gpu-check": partial(parallel, "parallel-gpu-check"),
         "pipeline": pipeline,
         "layouts": layouts,
