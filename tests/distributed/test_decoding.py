@@ -85,7 +85,7 @@ def found(exits, tmp_path_factory):
         {"name": "overlap", **two, "stage_layers": [2, 3], "todo": "overlap",
          "calls": [early | {"file": str(folder / "begun")}]},
         {"name": "at-once", **two, "stage_layers": [1, 4], "todo": "at_once",
-         "calls": [early | {"threshold": {1: 1.0, 2: 0.0, 4: 0.0}}]},
+         "calls": [early | {"threshold": {1: 1.0, 2: 0.0, 4: 0.0}, "max_pending": 2}]},
     ]  # fmt: skip
     show = {"exits": common["exits"], "prompt": "def function", "device": "cpu"}
     show |= {"max_new_tokens": 9}
@@ -179,11 +179,11 @@ def test_the_next_token_begins_before_the_last_stage_has_done_this_one(found, ex
     assert torch.equal(out["sequences"], expected["sequences"])
 
 
-def test_a_stage_tells_what_it_found_before_it_goes_deeper(found):
+def test_what_left_within_a_stage_goes_deeper_with_the_next_token_that_does(found):
     """The second stage has segments up to the exits at 2 and 4 and to the end, 5."""
     prompt, *windows = result(found, "at-once", 1)["found"]
     assert prompt == 0
-    assert windows == [2, 0, 4, 5] * 5
+    assert windows == [2, 0, 2, 0, 2, 4, 5, 0, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Pipeline-based decoding (arXiv 2312.04916): an engine whose layers are cut into stages.
 
 Every token goes through all stages, one after another. The stage at which it leaves tells the first
-one, which begins the next token at once, while later stages go on computing K/V of this one. So
-nothing is recomputed, and no token waits for layers that it does not need.
+one, which begins the next token at once. What this one still lacks of its stage is computed with
+the row's next token that goes on from there, in one pass; later stages go on computing K/V of what
+has come to them. So nothing is recomputed, and no token waits for layers that it does not need.
 
 Every stage is given the same requests, sees the same tokens in the same order, and gives the same
 events.
@@ -28,6 +29,8 @@ from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
+
+LATE = 8  # tokens of a row that wait within a stage at most: the next stage hears of them then
 
 
 class Stage:
@@ -66,6 +69,8 @@ class Stage:
         # Fewer at a time, so that every stage has something to do.
         self._pp, self._at_a_time = mesh.pp, math.ceil(slots / mesh.pp)
         self._answers: list[News] = []  # to the first stage
+        # By slot, tokens that left within this stage and were not handed on yet.
+        self._late: dict[int, list[News]] = {}
         self._given_up = False
         self._mistake: UserError | None = None  # of a request: no further one is taken
 
@@ -106,6 +111,7 @@ class Stage:
             raise
         finally:
             self.sequences.clear()
+            self._late.clear()
             self.streams = False
 
     def _lead(self, waiting: Iterator[Request]) -> Iterator[tuple[Request, Token]]:
@@ -200,22 +206,28 @@ class Stage:
         """Take the tokens that have come through this stage, and hand them on."""
         rows = self.sequences.rows
         alive = {item.slot: row for item in news if (row := rows[item.slot]) is not None}
+        left: set[int] = set()  # slots of rows that wait within this stage for their next token
         for i, layer in enumerate(self.sequences.stops):
-            here = [row for row in alive.values() if i < row.through]
+            here = [row for row in alive.values() if i < row.through and row.slot not in left]
             for answers in self.sequences.advance(i, here):
                 for row, found in answers:
-                    # Where it leaves, it is told, and goes on all the same.
                     if row.is_last(i) or row.policy.leaves(layer, found, row.ids):
                         self._answer(row, layer, found)
+                        if i < row.through - 1 and len(self._late.get(row.slot, ())) < LATE:
+                            left.add(row.slot)
             self._post_answers()
         self._post_answers(alive=True)
         for item in news:
+            self._late.setdefault(item.slot, []).append(item)
+        told = [item for slot in dict.fromkeys(item.slot for item in news) if slot not in left
+                for item in self._late.pop(slot)]  # fmt: skip
+        for item in told:
             given = alive.get(item.slot)
             item.states = int(given is not None and self._goes_beyond(given))
             item.asks = given is not None and given.asks and item.position == len(given.ids) - 1
-        if news and not self.passes.is_last:
-            hidden = self.passes.take(*_places([item for item in news if item.states]))
-            self._mail.tell_next(Message(Kind.TOKENS, news, hidden))
+        if told and not self.passes.is_last:
+            hidden = self.passes.take(*_places([item for item in told if item.states]))
+            self._mail.tell_next(Message(Kind.TOKENS, told, hidden))
 
     def _answer(self, row: Row, layer: int, found: Prediction) -> None:
         """What follows the newest token of a row is found."""

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ee_tuning import grouped
-from ee_tuning.backbone import Backbone, Segment, attention_name
+from ee_tuning.backbone import Backbone, Segment, attention_name, in_memory
 from ee_tuning.errors import UserError
 from ee_tuning.invariant.attention import NAME
 from ee_tuning.invariant.products import can_multiply, products
@@ -36,7 +36,8 @@ class Invariant:
 
     def final(self, backbone: Backbone) -> nn.Module:
         """The final exit; call it with ``inputs_embeds=hidden``, as `Backbone.output`."""
-        head = backbone.head if self.missing else products([backbone.head])[0]
+        there = in_memory(backbone.head) and not self.missing
+        head = products([backbone.head])[0] if there else backbone.head
         return backbone.output(head, backbone.norm)
 
     def attach(self, segments: Sequence[Segment], caches: Sequence[Any]) -> None:
@@ -59,9 +60,9 @@ def _missing(backbone: Backbone, compiled: bool) -> str | None:
         return "it attends so that many texts are written fast"
     if not getattr(backbone.model, "_supports_attention_backend", False):
         return f"{type(backbone.model).__name__} attends by itself"
-    if not _is_linear(backbone.head):
+    if in_memory(backbone.head) and not _is_linear(backbone.head):
         return f"the head is a {type(backbone.head).__name__}"
-    for layer in backbone.layers:
+    for layer in filter(in_memory, backbone.layers):
         try:
             attention = layer.get_submodule(attention_name(layer))
         except UserError:
