@@ -5,12 +5,17 @@ import torch
 from helpers.families import tiny
 from helpers.models import good_exit
 from helpers.prompts import prompt
-from helpers.windows import logits, wide
+from helpers.windows import SIZES, logits, wide
 from torch import nn
+from transformers.activations import ACT2FN
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.decode.passes import Passes
+from ee_tuning.decode.prompts import read
+from ee_tuning.decode.wanted import Wanted
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.invariant import Invariant
-from ee_tuning.invariant.products import Weights, products
+from ee_tuning.invariant.products import InBlocks, Weights, is_activation, products
 
 # Plain; soft-capped, with windows; transposed weights; biases, a tied head; windows, LayerNorm.
 FAMILIES = ["llama", "gemma2", "gpt2", "llama-tied-bias", "starcoder2", "qwen3"]
@@ -46,6 +51,103 @@ def test_a_token_has_the_same_bits_whichever_thread_computes_it(family, heads):
             assert torch.equal(logits(model, ids, [6] * 15, rows=5, capacity=200), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+def reading(model, layers, given, wanted=("last", True)):
+    """Passes that have read prompts, by slot: these, the logits after each, and how many stood
+    beside each other at most."""
+    passes = Passes(model, layers, slots=5, capacity=120, longest=8)
+    most, found, prompts = 0, {}, passes.prompts
+
+    def counting(some, *others):
+        nonlocal most
+        most = max(most, len(some))
+        return prompts(some, *others)
+
+    passes.prompts = counting
+    for reads in read(passes, given, len(passes.segments) - 1, Wanted(*wanted), None):
+        found |= {one.slot: one.found.logits.clone() for one in reads}
+    return passes, found, most
+
+
+def kept(passes, slot):
+    """K and V of a slot, of layers and exits."""
+    caches = [*passes.caches, *passes.exit_caches.values()]
+    caches += [] if passes.chains is None else [passes.chains.cache]
+    layers = [layer for cache in caches for layer in cache.slot_layers]
+    return [x[slot] for layer in layers for x in (layer.keys, layer.values)]
+
+
+WITH_EXITS = {
+    "exits": ExitConfig("1,2,3", arch="mlp,norm,layer"),
+    "draft exit": ExitConfig("0", arch="draft"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [*FAMILIES, "mistral", "gemma3", *WITH_EXITS])
+def test_prompts_beside_each_other_are_read_as_alone(kind, dtype):
+    """The logits after them and all K/V, bit for bit; some are longer than a window."""
+    if kind in WITH_EXITS:
+        model = EarlyExitModel.from_base(tiny("llama", **SIZES).to(dtype), WITH_EXITS[kind]).eval()
+    else:
+        model = wide(kind, dtype)
+    layers = {"exits": [1, 2, 3], "draft exit": [DRAFT]}.get(kind, [])
+    given = {slot: prompt(length, slot) for slot, length in [(3, 40), (0, 1), (4, 17), (1, 7)]}
+    passes, found, most = reading(model, layers, given)
+    assert most == len(given)
+    for slot, ids in given.items():
+        other, alone, _ = reading(model, layers, {2: ids})
+        assert torch.equal(found[slot], alone[2])
+        for one, same in zip(kept(passes, slot), kept(other, 2), strict=True):
+            assert torch.equal(one, same)
+    if dtype == torch.float32:  # where another order of sums changes a number by no more than this
+        with torch.inference_mode():
+            whole = model.backbone.model(torch.tensor([given[3]])).logits[0, -1]
+        assert torch.allclose(found[3], whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_beside_each_other_are_cut_between_threads_as_alone(dtype):
+    """With so many tokens that torch lets several threads compute one activation, a GELU."""
+    sizes = {"intermediate_size": 192, "max_position_embeddings": 256}
+    model = wide("starcoder2", dtype, **sizes)
+    given = {slot: prompt(length, slot) for slot, length in enumerate((100, 3, 90, 118))}
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 3, 5):
+            torch.set_num_threads(number)
+            found = reading(model, [], given)[1]
+            for slot, ids in given.items():
+                assert torch.equal(found[slot], reading(model, [], {slot: ids})[1][slot])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_long_prompts_and_those_that_an_exit_goes_on_with_are_read_one_by_one(monkeypatch):
+    model = wide("llama", torch.float32)
+    given = {slot: prompt(9, slot) for slot in range(3)}
+    assert reading(model, [2], given)[2] == 3
+    assert reading(model, [2], given, wanted=("last", False))[2] == 1
+    monkeypatch.setattr("ee_tuning.decode.prompts.BESIDE", 20)
+    assert reading(model, [2], given)[2] == 2
+    assert reading(model, [2], {0: prompt(30)})[2] == 1
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
+@pytest.mark.parametrize("threads", [1, 3, 5])
+def test_an_activation_does_not_depend_on_how_many_tokens_there_are(name, threads):
+    activation, before = ACT2FN[name], torch.get_num_threads()
+    x = torch.randn(1, 700, 200)[:, :, :192]
+    assert is_activation(activation)
+    try:
+        torch.set_num_threads(threads)
+        whole = InBlocks(activation)(x)
+        for number in (1, 2, 100, 171, 257, 500):
+            assert torch.equal(InBlocks(activation)(x[:, :number]), whole[:, :number])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(whole, activation(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,18 @@ class State:
     ids: Tensor | None = None
     sources: tuple[Tensor, ...] = ()
     stop: int = 0
+
+    def split(self, lengths: Sequence[int]) -> list[State]:
+        """The states of texts that stand one after another in the only row: each (1, T, …), for
+        exits to attend within; with the call, if there is one text."""
+        parts, stop = [], 0
+        for length in lengths:
+            start, stop = stop, stop + length
+            sources = tuple(source[:, start:stop] for source in self.sources)
+            hidden, positions = self.hidden[:, start:stop], self.position_ids[:, start:stop]
+            call = self.call if len(lengths) == 1 else None
+            parts.append(State(hidden, positions, call, sources=sources, stop=self.stop))
+        return parts
 
 
 class Segment:

@@ -28,7 +28,8 @@ class Place:
     slots: (n,) int64, one per row of the batch; positions: (n, T) int64. reach: K/V up to this
     position are looked at. in_order: the slots are 0, 1, …, n − 1. empty: nothing is in the slots
     yet, so tokens attend to those of the same pass alone. start: the first position, where there
-    is one row, that of slot 0, and the host may know it.
+    is one row, that of slot 0, and the host may know it. texts: where those of all slots stand one
+    after another in one row of the batch, how many tokens each has; what follows is padding.
     """
 
     slots: Tensor
@@ -37,6 +38,7 @@ class Place:
     in_order: bool
     empty: bool = False
     start: int | None = None
+    texts: Sequence[int] | None = None
     _found: dict[Any, Any] = field(default_factory=dict)
 
     def remembered(self, key: tuple[Any, ...], find: Callable[..., Any]) -> Any:
@@ -64,6 +66,7 @@ class SlotLayer(CacheLayerMixin):
         self.place: Place
         self.rows: Tensor
         self.places: Tensor | slice
+        self.lasting: Tensor | slice  # which tokens of the pass are written
         self.keys: Tensor
         self.values: Tensor
 
@@ -96,7 +99,14 @@ class SlotLayer(CacheLayerMixin):
     def put(self, place: Place) -> None:
         """The next pass is at `place`; of tokens that share a place, the last ones stay."""
         self.place, self.rows = place, place.slots[:, None]
-        positions = place.positions[:, -self.size :]
+        self.lasting, positions = slice(-self.size, None), place.positions[:, -self.size :]
+        if place.texts is not None:
+            lengths = torch.tensor(place.texts, device=place.slots.device)
+            length_of = lengths.repeat_interleave(lengths)
+            from_end = length_of - place.positions[0, : len(length_of)]
+            self.lasting = (from_end <= self.size).nonzero()[:, 0]
+            self.rows = place.slots.repeat_interleave(lengths)[self.lasting][None]
+            positions = place.positions[:, self.lasting]
         if place.start is not None and place.reach <= self.size:
             self.places = slice(place.start, place.reach)  # faster than one by one
         else:
@@ -116,7 +126,8 @@ class SlotLayer(CacheLayerMixin):
         if isinstance(self.places, slice):
             kept[0, :, self.places] = new
         else:
-            kept[self.rows, :, self.places] = new[:, :, -self.size :].transpose(1, 2)
+            lasting = new[:, :, self.lasting].to(kept.dtype)  # another one only under autocast
+            kept[self.rows, :, self.places] = lasting.transpose(1, 2)
         if self.whole:
             return kept[:, :, : -(-place.reach // ALIGNED) * ALIGNED]
         if place.in_order:
@@ -192,6 +203,7 @@ class SlotCache(Cache):
                 layer.put(place)
             else:
                 layer.place, layer.rows, layer.places = place, alike.rows, alike.places
+                layer.lasting = alike.lasting
 
 
 @torch.inference_mode()

@@ -8,25 +8,25 @@ the *ring* before the next segment until that one computes it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from ee_tuning.backbone import Segment, State
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
-from ee_tuning.decode.draws import Draws, drawn, places_of
+from ee_tuning.decode.draws import Draws
 from ee_tuning.decode.graphs import Graphs, Sizes, compiled
-from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window
+from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window, predict
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.exits import Exit
 from ee_tuning.exits.head import Head
 from ee_tuning.invariant import Invariant
-from ee_tuning.losses import confidence, likeliest
 from ee_tuning.model import Network
 from ee_tuning.slices import group_of
 
@@ -83,7 +83,7 @@ class Passes:
         self._steps = model.segments(*cuts, change=self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
         self._final = self.invariant.final(self.backbone)
-        self._predict = compiled(_predict, compile)
+        self._predict = compiled(predict, compile)
         self._begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
         self.group = group_of(model)
         self.graphs = Graphs(self.device)
@@ -105,31 +105,58 @@ class Passes:
         return self.group is None and self.graphs.branch
 
     @torch.inference_mode()
-    def prompt(self, slot: int, inputs: Sequence[int] | Tensor, last: int, wanted: Wanted) -> Read:
-        """Read a prompt into an empty slot in one pass, neither compiled nor padded.
+    def prompts(self, given: Mapping[int, Any], last: int, wanted: Wanted) -> Iterator[Read]:
+        """Read prompts into empty slots in one pass, neither compiled nor padded; several, if they
+        can stand `beside` each other.
 
-        inputs: ids, or for a later stage hidden states (P, H). last: the last segment to run.
+        given: by slot, ids, or for a later stage hidden states (P, H). last: the last segment to
+        run. What is given is good until the next one is.
         """
-        hidden = torch.as_tensor(inputs, device=self.device)[None]
-        positions = torch.arange(len(inputs), device=self.device)[None]
-        slots = torch.tensor([slot], device=self.device)
-        self._put(Place(slots, positions, len(inputs), in_order=False, empty=True))
-        ids, states = hidden, []
-        for i, segment in enumerate(self.segments[: last + 1]):
-            state = segment(hidden, positions, self.caches[i])
-            states.append(state)
-            hidden, exit = state.hidden, self.exits.get(segment.stop)
-            if exit is not None and exit.segment is not None and i < last:
-                exit.features(state, self.exit_caches[segment.stop])
-        if self.chains is not None and self.segments[last].stop == self.backbone.num_layers:
-            self.chains.prompt(slots, ids, positions, states)
+        texts = [torch.as_tensor(inputs, device=self.device) for inputs in given.values()]
+        lengths = [len(text) for text in texts]
+        padding = 0, self.invariant.padding(sum(lengths)) if self.beside else 0
+        places = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        hidden, positions = (F.pad(x, padding)[None] for x in (torch.cat(texts), places))
+        slots = torch.tensor([*given], device=self.device)
+        place = Place(slots, positions, max(lengths), in_order=False, empty=True)
+        place.texts = lengths if self.beside else None
+        self._put(place)
+        states = []
+        for i, segment in enumerate((self._steps if self.beside else self.segments)[: last + 1]):
+            masks = self._masks(segment, self.caches[i]) if self.beside else None
+            states.append(segment(hidden, positions, self.caches[i], masks))
+            hidden = states[-1].hidden
+        parts = [state.split(lengths) for state in states]
+        for row, text in enumerate(texts):
+            yield self._read_prompt(slots[row : row + 1], text, [one[row] for one in parts], wanted)
+
+    def _read_prompt(
+        self, slots: Tensor, text: Tensor, states: Sequence[State], wanted: Wanted
+    ) -> Read:
+        """What one text (P,) or (P, H) of a pass, in `slots` (1,), leaves behind and is followed
+        by."""
+        state, last = states[-1], len(states) - 1
+        positions = state.position_ids
+        for cache in self.exit_caches.values():
+            cache.put(Place(slots, positions, len(text), in_order=False, empty=True))
+        for segment, own in zip(self.segments[:last], states[:last], strict=True):
+            exit = self.exits.get(segment.stop)
+            if exit is not None and exit.segment is not None:
+                exit.features(own, self.exit_caches[segment.stop])
+        if self.chains is not None and state.stop == self.backbone.num_layers:
+            self.chains.prompt(slots, text[None], positions, states)
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
-        found = _predict(self._final, exit, state, self._exit_cache(last), rows, wanted)
-        found = self._agreed(found)
-        head, prediction = self._head(last, wanted), None
+        exit, kept = self.exits.get(state.stop), self._exit_cache(last)
+        found = self._agreed(predict(self._final, exit, state, kept, rows, wanted))
+        prediction = None
         if found is not None:
-            prediction = _read(found[0], found[1], [0], head).of(0, 0)
-        return Read(slot, prediction, None if self.is_last else hidden[0])
+            prediction = Predictions.read(*found, [0], self._head(last, wanted)).of(0, 0)
+        return Read(int(slots), prediction, None if self.is_last else state.hidden[0])
+
+    @property
+    def beside(self) -> bool:
+        """Whether prompts can be read in one pass, none of which changes a bit of another's."""
+        return self.invariant.beside and self.group is None and self.is_first and self.is_last
 
     @torch.inference_mode()
     def forget(self, slot: int) -> None:
@@ -174,7 +201,7 @@ class Passes:
             return None
         places = {slot: row for row, slot in enumerate(slots)}
         rows = [places[window.slot] for window in windows]
-        return _read(found[0], found[1], rows, self._head(i, wanted))
+        return Predictions.read(found[0], found[1], rows, self._head(i, wanted))
 
     @torch.inference_mode()
     def ahead(
@@ -273,7 +300,7 @@ class Passes:
         """Segment `i` on the windows that `control` tells of: for each row slot, first position,
         number of tokens, and before the first segment these; as long as `length` is.
 
-        Gives what `_predict` does.
+        Gives what `predict` does.
         """
         control, segment = self.control[:rows, : 3 + length], self._steps[i]
         slots, counts = control[:, 0], control[:, 2]
@@ -354,47 +381,3 @@ def _begin(
 def _keep(ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
     """Let hidden states (n, T, H) of slots (n,) wait in a ring."""
     ring[slots[:, None], positions % ring.shape[1]] = hidden
-
-
-def _predict(
-    final: nn.Module,
-    exit: Exit | None,
-    state: State,
-    cache: SlotCache | None,
-    rows: Rows,
-    wanted: Wanted,
-) -> tuple[Tensor, Tensor] | None:
-    """Logits (n, A, N) of the tokens that the exit knows, and (2, n, A): the likeliest tokens, or
-    those drawn (exact in fp32 up to 2²⁴), and the confidence in the likeliest.
-
-    final: see `Invariant.final`. A `layer` exit always keeps its K/V of all tokens.
-    """
-    features = state.hidden
-    if exit is not None and (cache is not None or not wanted.final):
-        features = exit.features(state, cache)
-    if wanted.after == "nothing":
-        return None
-    features = state.hidden if wanted.final else features
-    positions = rows.positions
-    if wanted.after == "last":
-        last = (rows.counts - 1).clamp(min=0)
-        at = torch.arange(len(last), device=last.device), last
-        features, positions = features[at][:, None], positions[at][:, None]
-    head = None if exit is None or wanted.final else exit.output
-    if head is None:
-        known, tokens = final(inputs_embeds=features).logits.float(), None
-    else:
-        known, tokens = head.known_logits(features).float(), head.tokens
-    found = likeliest(known)
-    if wanted.samples:
-        draws = rows.draws[rows.slots]
-        place = places_of(draws, positions)
-        found = drawn(known, found, draws, place, wanted.samples, tokens)
-    found = found if tokens is None else tokens[found]
-    return known, torch.stack([found.float(), confidence(known, wanted.measure)])
-
-
-def _read(known: Tensor, answers: Tensor, rows: list[int], head: Head | None = None) -> Predictions:
-    """The one wait for the device in a pass."""
-    tokens, confidences = answers.tolist()
-    return Predictions(known, tokens, confidences, rows, head)

@@ -1,4 +1,6 @@
-"""Reading prompts: each whole in a pass of its own, or short ones together in compiled passes."""
+"""Reading prompts: whole ones in a pass that is not compiled, side by side where that changes
+nothing, or short ones in windows, together, where passes are compiled.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.wanted import Read, Wanted, Window
 
 CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
+BESIDE = 512  # tokens of prompts in one pass, if there are several
 
 Inputs = Mapping[int, Sequence[int] | Tensor]
 Starts = Callable[[int], list[int]]
@@ -26,16 +29,33 @@ def read(
     given: by slot, ids or for a later stage hidden states (P, H). starts: of a segment, as for
     `Passes.window`, whatever it says of these slots.
     """
-    short = {}
-    for slot, inputs in given.items():
-        if passes.compile and len(inputs) <= CHUNK * CHUNKS:
-            short[slot] = inputs
-        else:
-            yield [passes.prompt(slot, inputs, last, wanted)]
+    short = {
+        slot: inputs
+        for slot, inputs in given.items()
+        if passes.compile and len(inputs) <= CHUNK * CHUNKS
+    }
+    # An exit that predicts reads its own text alone: its products have no order of their own.
+    beside = passes.beside and (wanted.final or wanted.after == "nothing")
+    whole = {slot: inputs for slot, inputs in given.items() if slot not in short}
+    for some in _groups(whole, BESIDE if beside else 0):
+        for found in passes.prompts(some, last, wanted):
+            yield [found]
     every, together = list(short), passes.sizes.together
     for first in range(0, len(every), together):
         some = {slot: short[slot] for slot in every[first : first + together]}
         yield from _in_chunks(passes, some, last, wanted, starts)
+
+
+def _groups(given: Inputs, most: int) -> Iterator[Inputs]:
+    """Prompts in turn, several of `most` tokens in all, or one."""
+    some: dict[int, Sequence[int] | Tensor] = {}
+    for slot, inputs in given.items():
+        if some and sum(map(len, some.values())) + len(inputs) > most:
+            yield some
+            some = {}
+        some[slot] = inputs
+    if some:
+        yield some
 
 
 def _in_chunks(

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ee_tuning.backbone import State
+from ee_tuning.decode.cache import SlotCache
+from ee_tuning.decode.draws import drawn, places_of
+from ee_tuning.exits import Exit
 from ee_tuning.exits.head import Head
+from ee_tuning.losses import confidence, likeliest
 
 
 @dataclass
@@ -67,6 +73,14 @@ class Predictions:
     rows: list[int]
     head: Head | None = None
 
+    @classmethod
+    def read(
+        cls, known: Tensor, answers: Tensor, rows: list[int], head: Head | None = None
+    ) -> Predictions:
+        """What `predict` gave: the one wait for the device in a pass."""
+        tokens, confidences = answers.tolist()
+        return cls(known, tokens, confidences, rows, head)
+
     @property
     def logits(self) -> Tensor:
         """(n, A, V) fp32, good until the next pass."""
@@ -113,3 +127,41 @@ class Read:
     slot: int
     found: Prediction | None
     hidden: Tensor | None
+
+
+def predict(
+    final: nn.Module,
+    exit: Exit | None,
+    state: State,
+    cache: SlotCache | None,
+    rows: Rows,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor] | None:
+    """Logits (n, A, N) of the tokens that the exit knows, and (2, n, A): the likeliest tokens, or
+    those drawn (exact in fp32 up to 2²⁴), and the confidence in the likeliest.
+
+    final: see `Invariant.final`. A `layer` exit always keeps its K/V of all tokens.
+    """
+    features = state.hidden
+    if exit is not None and (cache is not None or not wanted.final):
+        features = exit.features(state, cache)
+    if wanted.after == "nothing":
+        return None
+    features = state.hidden if wanted.final else features
+    positions = rows.positions
+    if wanted.after == "last":
+        last = (rows.counts - 1).clamp(min=0)
+        at = torch.arange(len(last), device=last.device), last
+        features, positions = features[at][:, None], positions[at][:, None]
+    head = None if exit is None or wanted.final else exit.output
+    if head is None:
+        known, tokens = final(inputs_embeds=features).logits.float(), None
+    else:
+        known, tokens = head.known_logits(features).float(), head.tokens
+    found = likeliest(known)
+    if wanted.samples:
+        draws = rows.draws[rows.slots]
+        place = places_of(draws, positions)
+        found = drawn(known, found, draws, place, wanted.samples, tokens)
+    found = found if tokens is None else tokens[found]
+    return known, torch.stack([found.float(), confidence(known, wanted.measure)])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ee_tuning.attention import register
 from ee_tuning.invariant.products import kernels
+from ee_tuning.invariant.texts import attend_texts
 
 NAME = "ee_tuning_invariant"
 ALL = 1 << 30  # tokens of a window that sees all
@@ -34,10 +35,13 @@ def attend(
     """transformers' attention function for a pass of decoding: (n, T, heads, D).
 
     query: (n, heads, T, E). key, value: those of all slots, up to where the pass looks, or what the
-    layer makes of them. Which a token sees, the cache of `module` says; the mask is not asked.
+    layer makes of them; of whole texts, their own. Which a token sees, the cache of `module` says;
+    the mask is not asked.
     """
     place, window = module.kept.place, module.kept.window or ALL
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if place.texts is not None:
+        return attend_texts(query, key, value, place.texts, window, scale, softcap, s_aux), None
     if query.device.type == "cpu" and softcap is None and s_aux is None:
         return _on_cpu(module.kept, query, key, value, scale), None
     if query.device.type == "cpu":

@@ -13,7 +13,7 @@ from ee_tuning import grouped
 from ee_tuning.backbone import Backbone, Segment, attention_name, in_memory
 from ee_tuning.errors import UserError
 from ee_tuning.invariant.attention import NAME
-from ee_tuning.invariant.products import can_multiply, products
+from ee_tuning.invariant.products import InBlocks, can_multiply, is_activation, products
 from ee_tuning.twin import twin
 
 # What the families call linear layers that are given the same input.
@@ -23,12 +23,22 @@ TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 class Invariant:
     """Twins of a backbone's layers whose results for a token do not depend on what is beside it.
 
-    missing: why that cannot be had, None where it can.
+    missing: why that cannot be had, None where it can. beside: whether whole texts can stand side
+    by side in a pass, too.
     """
 
     def __init__(self, backbone: Backbone, compiled: bool = False) -> None:
         """compiled: whether the twins will be."""
         self.missing = _missing(backbone, compiled)
+        # On CUDA the products are made for few tokens.
+        self.beside = self.missing is None and backbone.device.type == "cpu"
+
+    @staticmethod
+    def padding(tokens: int) -> int:
+        """How many to add to so many tokens of whole texts. A CPU's library makes a product for
+        each number of tokens that it meets, of half a megabyte: so there are few."""
+        step = max(4, (1 << tokens.bit_length()) // 8)
+        return -tokens % step
 
     def layer(self, layer: nn.Module) -> nn.Module:
         """The twin of a layer, or the layer where that cannot be had."""
@@ -94,6 +104,9 @@ def _twin(layer: nn.Module) -> nn.Module:
         if not all(one in linears for one in paths):
             paths = [path]
         parts |= zip(paths, products([linears[one] for one in paths]), strict=True)
+    if next(layer.parameters()).device.type == "cpu":
+        named = layer.named_modules()
+        parts |= {path: InBlocks(module) for path, module in named if is_activation(module)}
     name = attention_name(layer)
     attention = twin(layer.get_submodule(name), {})
     attention.config = copy.copy(attention.config)

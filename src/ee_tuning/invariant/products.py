@@ -1,4 +1,4 @@
-"""Products with frozen weights, in which a row does not depend on how many there are."""
+"""Products with frozen weights, and activations: a row does not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2CLS
 
 from ee_tuning.devices import free_memory
 
@@ -18,7 +19,12 @@ except ImportError:
 
 ONEDNN = "_linear_pointwise"  # torch's name for oneDNN's product
 MOST_ROOM = 4  # times what is copied must be free: twice that, and as much for the rest
+BLOCK = 16_384  # numbers that torch gives one thread, whatever the activation, if there are no more
 SHARED = 8  # tokens of a product that oneDNN's order of the weights is chosen for
+
+ACTIVATIONS: Any = tuple(
+    {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
+)
 
 # What was made of layers before: engines of a model share it.
 _made: WeakKeyDictionary[nn.Module, tuple[Any, list[Weights]]] = WeakKeyDictionary()
@@ -119,6 +125,32 @@ class Product(nn.Module):
         if all(one is None for one in results):
             self.others.clear()
         return found
+
+
+class InBlocks(nn.Module):
+    """An activation, a block of tokens at a time.
+
+    Torch cuts larger ones between threads wherever that may be, and computes what is left of a
+    thread's part behind its last whole vector one by one, with other last bits.
+    """
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, N) → (…, N)."""
+        x = x.contiguous()  # what is not has other kernels, but if it is of one token
+        if x.numel() <= BLOCK:
+            found: Tensor = self.activation(x)
+            return found
+        blocks = x.flatten(0, -2).split(max(1, BLOCK // x.shape[-1]))
+        return torch.cat([self.activation(block) for block in blocks]).view(x.shape)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether it is one of transformers', without weights."""
+    return isinstance(module, ACTIVATIONS) and not any(True for _ in module.parameters())
 
 
 def products(linears: Sequence[nn.Module]) -> list[nn.Module]:

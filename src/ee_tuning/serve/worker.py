@@ -238,14 +238,14 @@ class Worker:
         """Hand the next texts to the engine, if there are slots, and not too much to read since the
         last round. Gives how much there is now; 0 if there will be a round.
 
-        Passes that are not compiled read one prompt after another: whose was read hears of it
-        before the next one is.
+        Where prompts are read one after another, whose was read hears of it before the next one is.
         """
         passes, tokens = self.engine.passes, 0
         live = sum(not row.request.cancelled for row in self.engine.sequences.live)
         if live and self._read >= PROMPTS:
             return 0
-        free = passes.slots - live if passes.compile else min(1, passes.slots - live)
+        together = passes.compile or passes.beside
+        free = passes.slots - live if together else min(1, passes.slots - live)
         with self._changed:
             while self._waiting and free and self._read + tokens < PROMPTS:
                 job, choice = self._waiting.popleft()
