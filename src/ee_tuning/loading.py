@@ -30,7 +30,7 @@ from transformers.utils import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ee_tuning.backbone import Anatomy, check_unquantised, find_anatomy
+from ee_tuning.backbone import Anatomy, check_unquantised, find_anatomy, layer_plan
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import read_json
 from ee_tuning.fingerprint import sample_places
@@ -39,12 +39,10 @@ from ee_tuning.hub import check_there, find_file
 from ee_tuning.own_code import causal_lm_class, check_kernels, own_code
 from ee_tuning.slices import (
     STYLES,
-    SUMMED,
     Cut,
     SplitParameter,
     Style,
     head_style,
-    layer_plan,
     read_part,
     split_linear,
 )
@@ -270,15 +268,15 @@ def _with_parts(
 
 def _split_by_plan(model: PreTrainedModel, anatomy: Anatomy, layers: frozenset[int]) -> Left:
     """The linear layers of `layers` (from 1) that the model's tensor-parallel plan splits."""
-    plan = {k: v for k, v in layer_plan(model.config, anatomy.layers).items() if v != SUMMED}
     found: Left = {}
     for number in sorted(layers):
         path = f"{anatomy.trunk}.{anatomy.layers}.{number - 1}"
-        modules = dict(model.get_submodule(path).named_modules())
+        layer = model.get_submodule(path)
+        modules = dict(layer.named_modules())
         found |= {
             f"{path}.{name}": (modules[name], STYLES[style])
-            for name, style in plan.items()
-            if name in modules
+            for name, style in layer_plan(model.config, anatomy.layers, layer).items()
+            if name in modules and style in STYLES
         }
     return found
 

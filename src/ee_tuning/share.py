@@ -19,7 +19,7 @@ from ee_tuning.adapter import (
     read_weights,
     saved_exits,
 )
-from ee_tuning.backbone import in_memory
+from ee_tuning.backbone import in_memory, plan_of
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import check_fp8
 from ee_tuning.errors import UserError
@@ -31,7 +31,6 @@ from ee_tuning.parallel.frozen import FrozenShard, FrozenShards
 from ee_tuning.parallel.tensor import split_layer
 from ee_tuning.quantise import check_installed, nothing_to_quantise, quantise
 from ee_tuning.quantise.fp8 import freeze_in_fp8
-from ee_tuning.slices import layer_plan
 from ee_tuning.tune_config import FrozenPrecision
 from ee_tuning.vocabulary import Vocabulary
 
@@ -222,8 +221,7 @@ def to_device(network: Network, share: Share) -> None:
         if quantises and in_memory(layer):
             quantised += quantise(layer, precision, network.dtype)
             if share.slices:
-                plan = layer_plan(network.config, network.backbone.anatomy.layers)
-                split_layer(layer, plan, share.slices.mesh)
+                split_layer(layer, plan_of(network.backbone), share.slices.mesh)
         if share.shard and in_memory(layer):
             shards[number] = FrozenShard(layer, share.shard)
     network.to(device)

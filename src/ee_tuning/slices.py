@@ -40,6 +40,7 @@ STYLES = {
     "rowwise_split_input": Style(COLUMNS, whole_input=True, whole_output=True),
 }
 SUMMED = "replicated_with_grad_allreduce"  # whole, but each process sees some of its inputs only
+HEADS = "heads"  # an attention that counts its heads: it has those of its matrices' parts
 Read = Callable[[str, int | None], nn.Parameter]
 
 
@@ -167,27 +168,6 @@ def read_part(stored: Any, dim: int, mesh: DeviceMesh) -> Tensor:
     size = stored.get_shape()[dim] // mesh.size()
     first = size * mesh.get_local_rank()
     return stored[(slice(None),) * dim + (slice(first, first + size),)]
-
-
-def layer_plan(config: Any, layers: str) -> dict[str, str]:
-    """Style of each module of a layer, by its path in the layer, from transformers' own plan.
-
-    layers: where the trunk keeps its layers.
-
-    Raises:
-        UserError: the model has none, or one with styles of which this knows nothing.
-    """
-    whole = getattr(config, "base_model_tp_plan", None) or {}
-    prefix = f"{layers}.*."
-    plan = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
-    unknown = sorted(set(plan.values()) - {*STYLES, SUMMED})
-    if not plan or unknown:
-        reason = f"uses {', '.join(unknown)}" if unknown else "does not exist"
-        raise UserError(
-            f"transformers' tensor-parallel plan for {config.model_type} {reason}: use --tp 1, "
-            "with --dp or --pp"
-        )
-    return plan
 
 
 def group_of(model: nn.Module) -> Group | None:

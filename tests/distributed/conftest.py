@@ -14,6 +14,9 @@ BACKBONES = {
     # Of an MLP's second matrix, cut by columns into two, rows have one block of 256, or are cut.
     "blocks": ("llama", {"intermediate_size": 512}),
     "cut-blocks": ("llama", {"intermediate_size": 384}),
+    # For which transformers has no plan.
+    "stablelm": ("stablelm", {}),
+    "opt": ("opt", {}),
 }
 
 

@@ -30,6 +30,7 @@ LAYOUTS = {
     "tp2": ("llama", {"tp": 2}), "tp2-compiled": ("llama", {"tp": 2, "backend": "aot_eager"}),
     "both": ("llama", {"tp": 2, "pp": 2}),
     "tied-pp2": ("tied", {"pp": 2}), "tied-tp2": ("tied", {"tp": 2}),
+    "stablelm-tp2": ("stablelm", {"tp": 2}),
     "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
 }  # fmt: skip
 END = 23  # a token that some texts have
@@ -53,7 +54,7 @@ def exits(backbones, tokenizer, tmp_path_factory):
     windows.save_pretrained(backbones / "windows")
     narrow = tiny("llama", num_hidden_layers=1, num_key_value_heads=1, vocab_size=300)
     narrow.save_pretrained(backbones / "narrow")
-    for name in ("llama", "tied", "gpt2", "windows", "narrow"):
+    for name in ("llama", "tied", "gpt2", "windows", "narrow", "stablelm"):
         config = ExitConfig("1,2,4", arch=["norm", "mlp", "layer"])
         config = ExitConfig("1") if name == "narrow" else config
         model = EarlyExitModel.from_base(str(backbones / name), config)
@@ -195,7 +196,7 @@ def test_what_left_within_a_stage_goes_deeper_with_the_next_token_that_does(foun
         ("one-stage", "stage_layers needs --pp"),
         ("drafts", "mode speculative cannot be had with --pp: "),
         ("heads", "tp is 2: it must divide the backbone's num_key_value_heads, 1"),
-        ("no-plan", "transformers' tensor-parallel plan for gpt2 does not exist"),
+        ("no-plan", "gpt2 cannot be split by --tp: attn.c_attn in its layers is a Conv1D; use"),
     ],
 )
 def test_what_cannot_be_is_refused_on_every_rank(found, name, reason):

@@ -76,7 +76,10 @@ CHANGES = {
         ("int8-tp", "--backbone-precision torchao-int8 cannot be had with --tp"),
         ("no-gpu", "device 'cuda:97' cannot be used: "),
         ("few", "global_batch_size 1 is less than dp 2"),
-        ("no-plan", "tensor-parallel plan for gpt2 does not exist"),
+        (
+            "no-plan",
+            "gpt2 cannot be split by --tp: attn.c_attn in its layers is a Conv1D; use --tp 1",
+        ),
         ("other-settings", "rank 1 has other settings than rank 0"),
         ("other-paths", "rank 1 has other settings than rank 0"),
         ("other-data", "rank 1 has other data than rank 0"),

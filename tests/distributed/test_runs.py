@@ -43,6 +43,7 @@ VARIANTS = {
     "draft-alone-pp": (2, {"pp": 2}, {"layers": "", "arch": "draft", "head": "shared",
         "draft_steps": 2}),
 }  # fmt: skip
+NO_PLAN = [("stablelm", "stablelm", {"sequence_parallel": True}), ("opt", "opt", {})]
 # The head's state, of 256 × 32 values, is in blocks; the rest is too small for that.
 EIGHT_BIT = {"optimizer": "adamw-8bit", "exit_vocab": 256, "layers": "3", "arch": "norm",
     "head": "own", "clip": 0.0}  # fmt: skip
@@ -85,6 +86,9 @@ def runs(new_runs, backbones):
     runs.add("whole", 1, steps=4)
     for name, shard in (("8bit", False), ("8bit-shard", True)):
         runs.add(name, 2, dp=2, shard=shard, **EIGHT_BIT)
+    for name, family, layout in NO_PLAN:
+        runs.add(name, 2, tp=2, model=str(backbones / family), **layout)
+        runs.add(f"{name}-one", model=str(backbones / family))
     for name, (size, layout) in EIGHT_BIT_SPLIT.items():
         path = str(backbones / layout["model"])
         runs.add(name, size, backend="eager", **EIGHT_BIT_MLP | layout | {"model": path})
@@ -129,7 +133,7 @@ def cut_off_before_the_last_step(run, copy, steps=4):
     shutil.rmtree(copy / f"checkpoints/step-{steps:06d}")
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "chunks", "unequal"])
+@pytest.mark.parametrize("name", [*VARIANTS, "chunks", "unequal", "stablelm", "opt"])
 def test_settings_and_shapes_of_pipelines(runs, name):
     one = "measured" if name == "chunks" else name  # of the same settings
     close(runs, f"{one}-one", name, 1e-5)

@@ -3,7 +3,7 @@
 import pytest
 from helpers.families import tiny
 
-from ee_tuning.backbone import Backbone
+from ee_tuning.backbone import Backbone, plan_of
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.parallel.tensor import check_splits
@@ -64,5 +64,27 @@ def test_a_tensor_parallel_size_that_does_not_divide(tp, message):
 def test_what_has_no_plan_has_one_part():
     backbone = Backbone(tiny("gpt2"))
     check_splits(backbone, 1)
-    with pytest.raises(UserError, match="plan for gpt2 does not exist: use --tp 1"):
+    with pytest.raises(
+        UserError,
+        match=r"gpt2 cannot .*: attn\.c_attn in its layers is a Conv1D",
+    ):
         check_splits(backbone, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "reason"),
+    [
+        ("falcon", "self_attention.query_key_value", "not known to be queries, keys or values"),
+        ("gpt_bigcode", "attn.c_attn", "not known to be queries, keys or values alone"),
+        ("bitnet", "self_attn.attn_sub_norm", "parameters that lie between"),
+        ("diffllama", "self_attn", "parameters that lie between"),
+        ("gptj", "attention or MLP", "not one matrix that writes to the residual"),
+    ],
+)
+def test_a_family_without_a_plan_is_split_or_the_module_in_the_way_is_named(family, module, reason):
+    with pytest.raises(UserError, match=f"{family} cannot be split by --tp: {module} .*{reason}"):
+        plan_of(Backbone(tiny(family)))
+    for name in ("opt", "biogpt", "stablelm"):
+        styles = list(plan_of(Backbone(tiny(name))).values())
+        assert styles.count("rowwise") == 2
+        assert styles.count("colwise") >= 4

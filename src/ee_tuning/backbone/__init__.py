@@ -1,7 +1,8 @@
 """The backbone: a dense decoder-only causal LM of transformers, taken apart and cut into segments.
 
 `families` has what the generic path cannot see, `anatomy` finds the parts, `positions` knows how
-long texts may be, `segment` runs a slice of the layers, and `backbone` puts them together.
+long texts may be, `splits` how processes split a layer, `segment` runs a slice of the layers, and
+`backbone` puts them together.
 """
 
 from ee_tuning.backbone.anatomy import (
@@ -16,9 +17,11 @@ from ee_tuning.backbone.anatomy import (
 from ee_tuning.backbone.backbone import Backbone
 from ee_tuning.backbone.families import FAMILIES, Family
 from ee_tuning.backbone.segment import Call, Segment, State
+from ee_tuning.backbone.splits import WRITES_BACK, layer_plan, plan_of
 
 __all__ = [
     "FAMILIES",
+    "WRITES_BACK",
     "Anatomy",
     "Backbone",
     "Call",
@@ -29,6 +32,8 @@ __all__ = [
     "check_unquantised",
     "find_anatomy",
     "in_memory",
+    "layer_plan",
     "mlp_names",
+    "plan_of",
     "slice_config",
 ]

@@ -21,15 +21,20 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ee_tuning.backbone import Backbone, Segment, State, attention_name, in_memory, mlp_names
+from ee_tuning.backbone import (
+    WRITES_BACK,
+    Backbone,
+    Segment,
+    State,
+    attention_name,
+    in_memory,
+    mlp_names,
+)
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import ExitSpec
 from ee_tuning.exits.head import Head
 from ee_tuning.slices import SplitParameter, part
 from ee_tuning.twin import twin
-
-# What the families call the matrix with which an MLP or an attention writes to the residual.
-WRITES_BACK = {"o_proj", "out_proj", "down_proj", "c_proj", "fc2", "dense", "dense_4h_to_h"}
 
 
 class Exit(nn.Module):

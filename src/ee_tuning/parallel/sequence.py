@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ee_tuning.backbone import Segment
 from ee_tuning.collectives import Group, gathered
 from ee_tuning.errors import UserError
-from ee_tuning.slices import SEQUENCE
+from ee_tuning.slices import HEADS, SEQUENCE
 
 
 class SequencePart:
@@ -64,6 +64,7 @@ def regions(plan: dict[str, str]) -> set[str]:
     Raises:
         UserError: a child itself is split, so that there is no place to gather before it.
     """
+    plan = {name: style for name, style in plan.items() if style != HEADS}
     bare = sorted(name for name in plan if "." not in name)
     if bare:
         raise UserError(

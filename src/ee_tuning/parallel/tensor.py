@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ee_tuning.backbone import Backbone
+from ee_tuning.backbone import Backbone, plan_of
 from ee_tuning.collectives import Group, summed
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
@@ -26,13 +26,13 @@ from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.sequence import SequencePart, gather_before, regions
 from ee_tuning.slices import (
     COLUMNS,
+    HEADS,
     STYLES,
     SUMMED,
     ParallelLinear,
     SplitParameter,
     Style,
     head_style,
-    layer_plan,
     split_linear,
 )
 
@@ -148,7 +148,7 @@ def split_model(
     if mesh.tp == 1:
         return
     backbone, tp = model.backbone, mesh.axis("tp")
-    plan = layer_plan(backbone.config, backbone.anatomy.layers)
+    plan = plan_of(backbone)
     head = head_style(gather)
     exits = [model.exit(layer) for layer in model.exit_layers]
     if teacher:
@@ -224,11 +224,11 @@ def check_splits(backbone: Backbone, tp: int) -> None:
     backbone: may be on the meta device.
 
     Raises:
-        UserError: names what cannot be split; see also `layer_plan`.
+        UserError: names what cannot be split; see also `ee_tuning.backbone.layer_plan`.
     """
     if tp == 1:
         return
-    config, plan = backbone.config, layer_plan(backbone.config, backbone.anatomy.layers)
+    config, plan = backbone.config, plan_of(backbone)
     sizes = {"vocab_size": config.vocab_size}
     if any(style == "colwise" and "att" in name for name, style in plan.items()):
         heads = config.num_attention_heads
@@ -247,8 +247,20 @@ def split_layer(module: nn.Module, plan: dict[str, str], tp: DeviceMesh) -> None
             continue
         if style == SUMMED:
             _sum_gradients(modules[name])
+        elif style == HEADS:
+            _count_heads(modules[name], tp.size())
         else:
             split_linear(modules[name], name, STYLES[style], tp)
+
+
+def _count_heads(attention: nn.Module, parts: int) -> None:
+    """Let an attention that counts its heads count those of this process."""
+    config: Any = attention.config
+    counts = {"num_heads": config.num_attention_heads}
+    counts["num_key_value_heads"] = getattr(config, "num_key_value_heads", None)
+    for name, count in counts.items():
+        if hasattr(attention, name):
+            setattr(attention, name, count // parts)
 
 
 def total_norm(parameters: Sequence[Tensor]) -> Tensor:
