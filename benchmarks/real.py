@@ -20,6 +20,7 @@ import argparse
 import gzip
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,6 +35,7 @@ from ways import Answer, Own, Settings, Way, folder_name, next_tokens, own_ways
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.exit_config import mean_depth
 from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
 
@@ -145,7 +147,7 @@ def figures(results: Sequence[Timed], full: Sequence[Timed], depth: int, greedy:
     if drafted:
         found |= {"share_kept": round((tokens - rounds) / drafted, 3), "drafted": drafted}
     if layers:
-        found["mean_depth"] = round(mean(layers), 2)
+        found["mean_depth"] = round(mean_depth(Counter(layers)), 2)
         found["share_that_leaves"] = round(mean(layer < depth for layer in layers), 3)
     return found
 
@@ -185,8 +187,12 @@ class Bench:
             self.drafters = economize_models(args.model, args.economize, self.device)
 
     def own(self, settings: Settings) -> dict[str, Way]:
-        """Full depth, then every mode of every folder of exits."""
+        """Full depth, the text's own drafts, then every mode of every folder of exits."""
         found: dict[str, Way] = {FULL: Own(self.first, {"mode": "full"}, settings)}
+        text = {"mode": "speculative", "threshold": 1.0, "lookup": True}
+        for longest in self.args.longest:
+            own = Own(self.first, {**text, "max_pending": longest}, settings)
+            found[f"lookup, up to {longest}"] = own
         for folder, model in self.models.items():
             for name, way in own_ways(model, folder, self.args).items():
                 found[name] = Own(model, way, settings)

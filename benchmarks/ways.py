@@ -118,6 +118,9 @@ def own_ways(model: EarlyExitModel, name: str, args: Any) -> dict[str, dict[str,
             for longest in args.longest:
                 way = {"mode": "speculative", "threshold": bar, "max_pending": longest}
                 found[f"{name}: draft exit, bar {bar:g}, up to {longest}"] = way
+                found[f"{name}: draft exit + lookup, bar {bar:g}, up to {longest}"] = {
+                    **way, "lookup": True
+                }  # fmt: skip
     layers = [layer for layer in model.all_exit_layers if layer != DRAFT]
     if not layers:
         return found
