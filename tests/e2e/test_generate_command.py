@@ -6,6 +6,7 @@ import io
 import shutil
 
 import pytest
+from helpers.lookups import let_texts_draft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_tuning.cli import main
@@ -94,9 +95,25 @@ def test_min_p_of_one_is_greedy(exits, capsys):
     assert "def a" + greedy(exits, "def a") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("threshold", ["1", "0.01"])
+def test_a_text_drafts_for_itself(exits, threshold, monkeypatch, capsys):
+    """Whether that pays or not: the text is full depth's, the legend says what was looked up."""
+    let_texts_draft(monkeypatch, most=3)
+    long = ["--prompt", "def a def a def a", "--max-new-tokens", "60"]
+    main(run(exits, *long))
+    full = capsys.readouterr().out.split("left at layer")[0]
+    main(run(exits, *long, "--mode", "speculative", "--threshold", threshold, "--lookup"))
+    text, legend = capsys.readouterr().out.split("left at layer")
+    assert text == full
+    assert "lookup (" in legend
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--prompt", "x", "--lookup"], "lookup is not possible with mode full"),
+        (["--prompt", "x", "--lookup", "--mode", "threshold"], "lookup is not possible with mode"),
+        (["--prompt", "x", "--lookup", "--mode", "speculative", "--pp", "2"], "with --pp"),
         (["--prompt", "x", "--system", "s"], "give --chat"),
         (["--prompt", "x", "--do-sample", "--min-p", "2"], "min_p"),
         (["--prompt", "x", "--repetition-penalty", "0"], "penalty"),

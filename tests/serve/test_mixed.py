@@ -6,6 +6,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from helpers.lookups import let_texts_draft
 from helpers.prompts import prompt
 from helpers.serving import in_a_thread
 
@@ -132,9 +133,7 @@ def test_a_draft_exit_serves_beside_the_others(drafting, monkeypatch):
 
 def test_texts_draft_for_themselves_where_there_are_no_exits(base, monkeypatch):
     """Whether that pays or not; the server may be asked for it by each request."""
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda *_: 3)
-    monkeypatch.setattr("ee_tuning.decode.drafts.promised", lambda paces, *_: 9.0)
-    monkeypatch.setattr("ee_tuning.decode.pace.Clock.looks", lambda clock: False)
+    let_texts_draft(monkeypatch, most=3)
     body = {"prompt": prompt(6) * 6, "max_tokens": 40, "ignore_eos": True, "temperature": 0}
     with in_a_thread(model=base, slots=4) as running:
         (full,) = running.complete(**body, mode="full")["choices"]

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.lookups import let_texts_draft
 from helpers.prompts import padded, prompt
 from torch._dynamo.utils import counters
 
@@ -53,6 +54,19 @@ def test_passes_of_sampled_texts_are_warmed_up(model, monkeypatch):
     graphs = counters["stats"]["unique_graphs"]
     torch.manual_seed(0)
     model.generate(torch.tensor([prompt(5)]), compile=True, max_new_tokens=20, **way)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_passes_that_verify_what_a_text_drafts_are_warmed_up(model, monkeypatch):
+    """Also where the first segment is the last one."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    way = {"mode": "speculative", "threshold": 1, "lookup": True}
+    model.warm_up(capacity=96, compile=True, max_pending=3, **way)
+    graphs = counters["stats"]["unique_graphs"]
+    let_texts_draft(monkeypatch, most=3)
+    ids = torch.tensor([prompt(4) * 5])
+    assert_same(model, {"input_ids": ids}, **way, **COMMON)
+    assert (model.generate(ids, compile=True, **way, **COMMON).exit_layers == -1).any()
     assert counters["stats"]["unique_graphs"] == graphs
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.lookups import let_texts_draft
 from helpers.models import DEPTH, drafting, good_exit
 from helpers.prompts import padded, prompt
 from hypothesis import HealthCheck, given, settings
@@ -73,23 +74,14 @@ def test_a_text_that_repeats_nothing_has_no_drafts():
 
 @pytest.fixture
 def by_turns(monkeypatch):
-    """Rounds have as many drafts as they may: a share of them those of the text, by lot."""
-    draw, share = random.Random(0), [0.5]
-
-    def promised(paces, *_):
-        texts = any(isinstance(pace, TextDrafts) for pace in paces)
-        return 99.0 if texts and draw.random() < share[0] else 0.0
-
-    monkeypatch.setattr(Clock, "looks", lambda clock: False)
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, *_: paces[0].longest)
-    monkeypatch.setattr("ee_tuning.decode.drafts.promised", promised)
-    return share
+    """Rounds have as many drafts as they may: half of them those of the text, by lot."""
+    let_texts_draft(monkeypatch, share=0.5)
 
 
 @pytest.fixture
-def always(by_turns):
+def always(monkeypatch):
     """Texts draft wherever they have something."""
-    by_turns[0] = 1.0
+    let_texts_draft(monkeypatch)
 
 
 def repeating(length, seed=0):
@@ -108,7 +100,7 @@ def way(kind):
     return good_exit(kind), {"threshold": 0.02}
 
 
-@settings(UNTIMED, max_examples=40)
+@settings(UNTIMED, max_examples=25)
 @given(
     kind=st.sampled_from(["text", "draft", "llama", "mistral", "gemma3", "gpt2"]),
     longest=st.integers(1, 9),
