@@ -175,7 +175,8 @@ def test_a_kept_token_is_as_sure_as_the_end_is_of_it(always):
     full = model.generate(ids, mode="full", **NEW)
     out = model.generate(ids, mode="speculative", lookup=True, threshold=1, **NEW)
     assert (out.exit_layers == LOOKUP).any()
-    assert torch.equal(out.confidences, full.confidences)
+    # Layers so narrow may round otherwise in a window, see docs/decoding.md.
+    torch.testing.assert_close(out.confidences, full.confidences, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["text", "draft", "llama"])
