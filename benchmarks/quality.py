@@ -6,8 +6,8 @@ python benchmarks/quality.py --model demo/smollm2 --exits layers --draft-exits d
 Scores come from lm-eval's command, one process for each way and form of prompts; `--jobs` of them
 run at a time, uncompiled. HumanEval is asked in the chat template. **Its programs are run**, in
 processes of their own but no sandbox. Speeds are of one text at a time, compiled, on the prompts of
-`real.py`, and nothing else of this runs meanwhile. With a certificate of `ee-tuning calibrate`
-beside the exits its threshold is among the ways.
+`real.py`; they are compiled for meanwhile, and the clock starts when all scores are there. With a
+certificate of `ee-tuning calibrate` beside the exits its threshold is among the ways.
 
 Every score and speed is in `scores.json` and `speeds.json` of --out as soon as it is there, and is
 not asked for again; the table and the plot are of those that there are.
@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -49,6 +51,7 @@ from ee_tuning.files import read_json, write_json, write_text
 from ee_tuning.loading import load_tokenizer
 
 FULL = "full depth"
+PARTS = ("scores", "speeds")
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def score(way: Way, names: list[str], args: argparse.Namespace) -> dict[str, Any
             *asked[0].told, *(["--limit", str(args.limit)] if args.limit else []),
         ]  # fmt: skip
         start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+        left = max(1.0, args.end - time.monotonic())
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=left)
         if done.returncode:
             raise RuntimeError(f"{way.name}: lm-eval ended with {done.stderr[-2000:]}")
         (path,) = Path(folder).rglob("results_*.json")
@@ -170,6 +174,25 @@ def write_speeds(ways: list[Way], args: Any, meet: Any, turn: Any) -> None:
 
     meet, turn: all who measure wait for each other before the clock starts, then take turns.
     """
+    try:
+        owns, calls = warmed(ways, args)
+        meet.wait()
+    except BaseException:
+        meet.abort()  # nobody waits for one that failed
+        raise
+    depth = owns[FULL].model.backbone.num_layers
+    with turn:
+        for name, one in calls.items():
+            results = {way: [timed(own, *call, 3) for call in one] for way, own in owns.items()}
+            found = kept(args, "speeds")
+            for way, own_results in results.items():
+                row = figures(own_results, results[FULL], depth, greedy=True)
+                found.setdefault(way, {}).setdefault(name, row)  # of full depth, the first one's
+            write_json(args.out / "speeds.json", found)
+
+
+def warmed(ways: list[Way], args: Any) -> tuple[dict[str, Own], dict[str, list[Any]]]:
+    """Ways with one engine and full depth, by name, ready; and their calls by set."""
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     model = EarlyExitModel.from_pretrained(ways[0].exits, args.model, dtype=dtype, device=device)
@@ -183,15 +206,7 @@ def write_speeds(ways: list[Way], args: Any, meet: Any, turn: Any) -> None:
         own.warm_up(1, longest + args.new_tokens)
         for one in calls.values():
             own(*one[0])
-    meet.wait()
-    with turn:
-        for name, one in calls.items():
-            results = {way: [timed(own, *call, 3) for call in one] for way, own in owns.items()}
-            found = kept(args, "speeds")
-            for way, own_results in results.items():
-                row = figures(own_results, results[FULL], model.backbone.num_layers, greedy=True)
-                found.setdefault(way, {}).setdefault(name, row)  # of full depth, the first one's
-            write_json(args.out / "speeds.json", found)
+    return owns, calls
 
 
 def kept(args: argparse.Namespace, part: str) -> dict[str, Any]:
@@ -200,25 +215,27 @@ def kept(args: argparse.Namespace, part: str) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def measure_speeds(ways: list[Way], args: argparse.Namespace) -> None:
-    """Speeds of the ways that lack them: what has one engine in a process of its own."""
+@contextmanager
+def speeds_measured(ways: list[Way], args: argparse.Namespace) -> Iterator[None]:
+    """Behind this, there are speeds of all ways: what has one engine in a process of its own, which
+    is compiled for inside."""
     found, engines = kept(args, "speeds"), dict[tuple[str, str], list[Way]]()
     for way in ways:
         if not sets_of(args).keys() <= found.get(way.name, {}).keys():
             engines.setdefault(way.engine, []).append(way)
-    if not engines:
-        return
     spawn = multiprocessing.get_context("spawn")
-    meet, turn = spawn.Barrier(len(engines)), spawn.Lock()
+    meet, turn = spawn.Barrier(len(engines) + 1), spawn.Lock()
     workers = [
         spawn.Process(target=write_speeds, args=(own, args, meet, turn)) for own in engines.values()
     ]
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
-        if any(worker.exitcode for worker in workers):
-            meet.abort()  # the others do not wait for one that failed
-        workers[0].join(0.2)
+    try:
+        yield
+        meet.wait()
+    except BaseException:
+        meet.abort()
+        raise
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
@@ -226,7 +243,7 @@ def measure_speeds(ways: list[Way], args: argparse.Namespace) -> None:
 
 
 def measure_scores(ways: list[Way], args: argparse.Namespace) -> None:
-    """The scores that are not there yet."""
+    """The scores that are not there yet, as far as there is time."""
     found, path = kept(args, "scores"), args.out / "scores.json"
     forms = {TASKS[name].told for name in args.tasks}
     wanted = [
@@ -246,8 +263,11 @@ def measure_scores(ways: list[Way], args: argparse.Namespace) -> None:
             if run.exception() is None:
                 found.setdefault(runs[run].name, {}).update(run.result())
                 write_json(path, found)
-    for run in runs:  # what the others found is written by now
-        run.result()
+    for run, way in runs.items():  # what the others found is written by now
+        if isinstance(run.exception(), subprocess.TimeoutExpired):
+            print(f"{way.name}: no time was left for scores", flush=True)
+        else:
+            run.result()
 
 
 def measured(ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
@@ -331,14 +351,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="questions of a task; 0: all")
     parser.add_argument("--batch", type=int, default=32, help="questions at a time")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e6, help="for scores, at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/experiments-demo"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     ways = ways_of(args)
-    for part in args.parts:
-        PARTS[part](ways, args)
+    args.end = time.monotonic() + 60 * args.minutes
+    with speeds_measured(ways, args) if "speeds" in args.parts else nullcontext():
+        if "scores" in args.parts:
+            measure_scores(ways, args)
     found = measured(ways, args)
-    settings = {name: str(value) for name, value in vars(args).items()}
+    settings = {name: str(value) for name, value in vars(args).items() if name != "end"}
     here = f"{hardware(pick_device('auto'))}; {versions()}"
     machine = here if args.parts else kept(args, "quality")["machine"]
     write_json(args.out / "quality.json", {"machine": machine, "settings": settings, "ways": found})
@@ -347,8 +370,6 @@ def main() -> None:
     draw(found, args.tasks, args.out / "quality.svg")
     print(text)
 
-
-PARTS = {"speeds": measure_speeds, "scores": measure_scores}
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,15 @@
-"""Whether `ee-tuning suggest` promises what `ee-tuning evaluate` then measures.
+"""Whether `ee-tuning suggest` promises what is then measured, as `real.py` measures it.
 
 Lets `suggest` choose an exit, tunes it, and measures drafting with it; or does so with exits that
-there are. Beside what the probe promised there is what the same reckoning says of the tuned exit.
+there are. Beside what the probe promised there is, for each set of prompts, what the same reckoning
+says of the tuned exit on it: `predicted`, to be compared with `measured`.
 
-python benchmarks/suggest.py --model demo/model --data demo/data/train.jsonl \
-    --held-out demo/data/validation.jsonl --out benchmarks/results/suggest-demo.json
-python benchmarks/suggest.py --exits demo/exits --layer 8 --threshold 0.5 --longest 2 \
-    --held-out demo/data/validation.jsonl --out suggest.json
+python benchmarks/suggest.py --model demo/smollm2 --data own.jsonl \\
+    --out benchmarks/results/suggest-smollm2.json
+python benchmarks/suggest.py --model demo/model --data demo/data/train.jsonl --sets documents \\
+    --out benchmarks/results/suggest-demo.json
+python benchmarks/suggest.py --exits demo/exits --layer 8 --threshold 0.5 --longest 2 \\
+    --sets documents --out suggest.json
 """
 
 from __future__ import annotations
@@ -14,44 +17,48 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from io import StringIO
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
+from real import Prompts, Timed, chat_prompts, code_prompts, document_prompts, figures, timed
+from ways import Own, Settings
 
-from ee_tuning.commands.evaluate import evaluate
-from ee_tuning.config import EvaluateConfig, TuneConfig
+from ee_tuning import EarlyExitModel
+from ee_tuning.config import TuneConfig
 from ee_tuning.costs import draft_cost
-from ee_tuning.data import load_packed
-from ee_tuning.decode.load import load_for_decoding
-from ee_tuning.devices import hardware, versions
-from ee_tuning.evaluate.speed import take_prompts
+from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.files import write_json
+from ee_tuning.loading import load_tokenizer
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import drafted
-from ee_tuning.suggest.probes import heard, written
+from ee_tuning.suggest.probes import heard
 from ee_tuning.suggest.rounds import measure, measure_full
 from ee_tuning.suggest.run import suggest
 from ee_tuning.tune import tune
 
-PROMPTS, LENGTH, NEW = 8, 32, 64
+ROUNDS = 3
+SETS: dict[str, Callable[[Any], Prompts]] = {
+    "code": lambda tokenizer: code_prompts(tokenizer, ""),
+    "chat": chat_prompts,
+    "documents": document_prompts,
+}
 
 
 def chosen(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """What `suggest` promises most of, paying or not, tuned into `folder`."""
-    config = SuggestConfig(
-        model=args.model, minutes=args.minutes, prompt_length=LENGTH, max_new_tokens=NEW
-    )
-    found = suggest(config, print)
+    found = suggest(SuggestConfig(model=args.model, minutes=args.minutes), print)
     best = max((one for one in found.candidates if one.measured), key=lambda one: one.speedup)
-    print(best)
+    print(best, flush=True)
+    places: dict[str, Any] = {} if best.layer == DRAFT else {"layers": [best.layer]}
     tune(
         TuneConfig(
-            model=args.model, layers=[best.layer], arch=best.arch, head="shared", out=folder,
-            data=args.data, valid_data=args.held_out, steps=args.steps, seq_length=256,
-            micro_batch_size=4, global_batch_size=8, lr=3e-3, min_lr=3e-4, loss="kl",
-            eval_every=0, save_every=0, overwrite=True,
+            model=args.model, arch=best.arch, head="shared", exit_vocab=best.vocab, out=folder,
+            data=args.data, valid_fraction=0.01, steps=args.steps, seq_length=256,
+            micro_batch_size=args.batch, global_batch_size=args.batch, lr=3e-3, min_lr=3e-4,
+            loss="kl", eps=1e-8, eval_every=0, save_every=0, overwrite=True, **places,
         )
     )  # fmt: skip
     return {
@@ -60,55 +67,95 @@ def chosen(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measured(owns: dict[str, Own], prompts: Prompts, way: dict[str, Any]) -> dict[str, Any]:
+    """What drafting brings on some prompts, as it is and as it is reckoned to be."""
+    model = owns["full"].model
+    calls = [torch.tensor([ids], device=model.device) for ids in prompts]
+    longest = max(calls, key=lambda ids: ids.shape[1])
+    for own in owns.values():
+        own.warm_up(1, longest.shape[1] + own.settings.new_tokens)
+        own(longest, torch.ones_like(longest))
+    # In turns, so that a machine that slows down slows both alike.
+    every = [
+        {name: [timed(own, ids, torch.ones_like(ids), 1) for ids in calls] for name, own in pairs}
+        for pairs in [owns.items()] * ROUNDS
+    ]
+    results: dict[str, list[Timed]] = {
+        name: [
+            min(tries, key=lambda one: one.best)
+            for tries in zip(*(one[name] for one in every), strict=True)
+        ]
+        for name in owns
+    }
+    texts = [
+        (len(ids), ids + one.answer.texts[0])
+        for ids, one in zip(prompts, results["full"], strict=True)
+        if len(one.answer.texts[0]) > 1
+    ]
+    middle = sorted(prompts, key=len)[len(prompts) // 2]
+    full = measure_full(model, middle)
+    costs = measure(model, way["layer"], middle, True, full)
+    said = [heard(model, [ids], start)[way["layer"]][0] for start, ids in texts]
+    cost = draft_cost(model, way["layer"])
+    told = drafted(said, way["threshold"], way["longest"], cost, costs)
+    tokens = sum(len(ids) - start - 1 for start, ids in texts)
+    seconds = len(texts) * full.prompt + tokens * full.round(0, asked=False)
+    row = figures(results["drafting"], results["full"], model.backbone.num_layers, greedy=True)
+    predicted = seconds / told.seconds
+    return {
+        "predicted": predicted,
+        "measured": row["against_full"],
+        "off": predicted / row["against_full"] - 1,
+        "tokens_per_round_predicted": told.tokens / told.ends,
+        **row,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model")
     parser.add_argument("--data", nargs="+")
-    parser.add_argument("--held-out", nargs="+", required=True)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8, help="of 256 tokens")
     parser.add_argument("--exits")
     parser.add_argument("--layer", type=int)
     parser.add_argument("--threshold", type=float)
     parser.add_argument("--longest", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
+    parser.add_argument("--prompts", type=int, default=8, help="of each set")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         way = {"layer": args.layer, "threshold": args.threshold, "longest": args.longest}
+        exits = args.exits or f"{folder}/exits"
         if not args.exits:
-            args.exits = f"{folder}/exits"
-            way = chosen(args, args.exits)
-        config = EvaluateConfig(
-            exits=args.exits, data=args.held_out, thresholds=way["threshold"], prompts=PROMPTS,
-            prompt_length=LENGTH, max_new_tokens=NEW, rounds=args.rounds, seq_length=256,
-            max_tokens=256, exit_layers=[way["layer"]], max_pending=way["longest"],
-            out=f"{folder}/evaluated",
-        )  # fmt: skip
-        model, tokenizer = load_for_decoding(config)
-        rows = load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
-        prompts = take_prompts(rows, PROMPTS, LENGTH)
-        said = heard(model, written(model, prompts, NEW), LENGTH)[way["layer"]]
-        full = measure_full(model, prompts[0])
-        costs = measure(model, way["layer"], prompts[0], True, full)
-        cost = draft_cost(model, way["layer"])
-        told = drafted(said, way["threshold"], way["longest"], cost, costs)
-        rounds = len(prompts) * (full.prompt + (NEW - 1) * full.round(0, asked=False))
-        found = evaluate(config, Console(file=StringIO()))
-    measured = found["threshold_rows"][0]["speculative"]
-    result = {
-        "machine": f"{hardware(model.device)}; {versions()}",
-        "settings": vars(args),
-        **way,
-        "predicted": rounds / told.seconds,
-        "measured": measured["speedup"],
-        "identical_texts": measured["identical_texts"],
-    }
-    write_json(Path(args.out), result)
-    names = ("probe", "predicted", "measured", "identical_texts")
-    print({name: result[name] for name in names if name in result})
+            way = chosen(args, exits)
+        device = pick_device("auto")
+        model = EarlyExitModel.from_pretrained(
+            exits, args.model, dtype=pick_dtype("auto", device), device=device
+        )
+        ends = torch.tensor([model.generation_config.eos_token_id]).flatten().tolist()
+        settings = Settings(args.new_tokens, frozenset(ends))
+        how = {
+            "mode": "speculative", "exit_layers": [way["layer"]], "threshold": way["threshold"],
+            "max_pending": way["longest"],
+        }  # fmt: skip
+        owns = {
+            "full": Own(model, {"mode": "full"}, settings),
+            "drafting": Own(model, how, settings),
+        }
+        tokenizer = load_tokenizer(args.model or model.model.name_or_path)
+        given = {name: str(value) for name, value in vars(args).items()}
+        result = {"machine": f"{hardware(device)}; {versions()}", "settings": given, **way}
+        result["sets"] = sets = {}
+        for name in args.sets:
+            sets[name] = measured(owns, SETS[name](tokenizer)[: args.prompts], way)
+            write_json(args.out, result)
+            print(name, {key: sets[name][key] for key in ("predicted", "measured", "off")})
 
 
 if __name__ == "__main__":

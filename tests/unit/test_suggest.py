@@ -20,7 +20,7 @@ from ee_tuning.decode.pace import Clock
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, drafted, left
 from ee_tuning.suggest.probes import heard, tuned, written
-from ee_tuning.suggest.rounds import DraftedPattern, Pattern, measure, measure_full
+from ee_tuning.suggest.rounds import ChainedPattern, DraftedPattern, Pattern, measure, measure_full
 from ee_tuning.suggest.run import Candidate, Suggestion
 
 FREE = Costs({(0, False): 1.0, (0, True): 1.0, (8, False): 1.0, (8, True): 1.0}, prompt=0.0)
@@ -74,6 +74,31 @@ def test_drafts_go_to_the_end_as_often_as_predicted(monkeypatch, threshold, long
     assert told.seconds == told.ends - 3  # a round each, but for the prompts' tokens
 
 
+@pytest.mark.parametrize("bar", [0.0, 0.0001, 0.002])
+@pytest.mark.parametrize("longest", [1, 3, 8])
+def test_chains_go_to_the_end_as_often_as_predicted(monkeypatch, bar, longest):
+    """Whatever a draft exit says after what is right is known ahead; after that, nothing counts."""
+    monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", draft_cost)
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Even)
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", arch="draft"))
+    texts = spoken(model)
+    tuned(model, texts, seconds=2.0)
+    said = heard(model, texts, 6)[0]
+    assert [len(one) for one in said] == [23] * 3
+    assert sum(said[0].right) > 3
+    told = drafted(said, bar, longest, draft_cost(model, 0), FREE)
+    ends, kept = 0, 0
+    for text in texts:
+        out = model.generate(
+            torch.tensor([text[:6]]), mode="speculative", threshold=bar, max_pending=longest,
+            max_new_tokens=24, min_new_tokens=24, do_sample=False,
+        )  # fmt: skip
+        assert out.sequences[0].tolist() == text
+        ends += (out.exit_layers == 4).sum().item()
+        kept += (out.exit_layers == 0).sum().item()
+    assert (told.ends, told.tokens) == (ends, ends + kept)
+
+
 def test_tokens_that_leave_for_good_are_counted():
     sure, right = [0.9, 0.1, 0.9, 0.9, 0.9], [True, True, False, True, True]
     told = left([Heard(sure, right)], 0.5, 2, FREE)
@@ -105,6 +130,20 @@ def test_rounds_that_are_timed_have_so_many_tokens_that_leave(monkeypatch, kind,
     assert layers == ([2] * number + [4]) * (9 // (number + 1))
 
 
+@pytest.mark.parametrize("number", [0, 2, 8])
+def test_rounds_of_a_draft_exit_have_so_many_drafts(monkeypatch, number):
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", arch="draft"))
+    monkeypatch.setattr("ee_tuning.decode.sampling.Chooser.verify", all_kept)
+    policy = ChainedPattern(4, {}, max_pending=8, number=number)
+    engine = Engine(model, [0], capacity=64)
+    engine.submit(Request(prompt(5), policy, 40))
+    engine.step()
+    (row,) = engine.sequences.live
+    row.pace, row.limit = None, number
+    layers = [token.exit_layer for _, token in engine.step()]
+    assert layers == [0] * number + [4]
+
+
 def all_kept(chooser, ids, said, drafts):
     return len(drafts), said[-1].token
 
@@ -128,7 +167,7 @@ def test_probes_are_tuned_and_the_backbone_is_not():
 
 
 def test_the_command_on_a_tiny_model(base, tmp_path, capsys, monkeypatch):
-    for name, value in (("LENGTH", 24), ("TUNED", 12), ("ASKED", 4)):
+    for name, value in (("LENGTH", 24), ("TUNED", 12), ("ASKED", 4), ("LEAST_VOCABULARY", 300)):
         monkeypatch.setattr(f"ee_tuning.suggest.run.{name}", value)
     for name in ("ROUNDS", "TIMES"):
         monkeypatch.setattr(f"ee_tuning.suggest.rounds.{name}", 1)
@@ -136,9 +175,17 @@ def test_the_command_on_a_tiny_model(base, tmp_path, capsys, monkeypatch):
     flags = ["--minutes", "0.02", "--prompt-length", "4", "--max-new-tokens", "8"]
     main(["suggest", "--model", base, *flags, "--out", str(out)])
     found = json.loads(out.read_text())
-    assert {(one["layer"], one["arch"]) for one in found["candidates"]} == {
-        (layer, arch) for layer in (1, 2, 3) for arch in ("norm", "layer")
-    }
+    tried = [(one["layer"], one["arch"]) for one in found["candidates"] if not one["vocab"]]
+    assert sorted(tried) == sorted(
+        [(layer, arch) for layer in (1, 2, 3) for arch in ("norm", "layer")] + [(0, "draft")]
+    )
+    (fewer,) = [one for one in found["candidates"] if one["vocab"]]
+    assert fewer["vocab"] == 64
+    whole = max(
+        (one for one in found["candidates"] if one["arch"] != "norm" and not one["vocab"]),
+        key=lambda one: one["speedup"],
+    )
+    assert (fewer["layer"], fewer["arch"]) == (whole["layer"], whole["arch"])
     assert all(one["measured"] and one["speedup"] > 0 for one in found["candidates"])
     assert found["full"] > 0
     text = capsys.readouterr().out
@@ -152,6 +199,10 @@ def test_it_says_whether_anything_pays():
         found = Suggestion([one], 100.0, {"norm": 30}, 60.0)
         return "\n".join(advice(SuggestConfig(model="m"), found))
 
+    draft = Candidate(0, "draft", 0.5, 1.8, 0.1, 6, 2.9, None, True, 3072)
+    (_, tune, decode, _) = advice(SuggestConfig(model="m"), Suggestion([draft], 9.0, {}, 1.0))
+    assert "--model m --arch draft --exit-vocab 3072 --head shared" in tune
+    assert "--mode speculative --threshold 0.1 --max-pending 6" in decode
     assert "no exit will pay here: the best promises 0.93×" in said(0.93)
     assert "--layers 8 --arch layer" not in said(0.93)
     text = said(1.4, (1.6, 0.8, 0.97))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ee_tuning.devices import hardware, pick_device, versions
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.files import write_json
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.run import PAYS, Suggestion
@@ -38,9 +39,10 @@ def table(found: Suggestion) -> Table:
     shown = Table(
         title="exits, as probes tuned for a minute promise",
         caption=f"full depth: {found.full:.0f} tokens/s; ~: counted by weights, not timed; "
-        "leaving: mode threshold, with the threshold and the tokens that stay the backbone's own",
+        "drafting: with the threshold and drafts at most; leaving: mode threshold, with the "
+        "threshold and the tokens that stay the backbone's own",
     )
-    for column in ("layer", "arch", "agrees", "drafting", "threshold", "drafts", "leaving"):
+    for column in ("layer", "arch", "tokens", "agrees", "drafting", "leaving"):
         shown.add_column(column, justify="right", no_wrap=True)
     for one in found.candidates:
         about = "" if one.measured else "~"
@@ -49,12 +51,11 @@ def table(found: Suggestion) -> Table:
             speedup, threshold, agreement = one.leaving
             leaving = f"{about}{speedup:.2f}× ({threshold:g}, {agreement:.1%})"
         shown.add_row(
-            str(one.layer),
+            "–" if one.layer == DRAFT else str(one.layer),
             one.arch,
+            f"{one.vocab:,}" if one.vocab else "all",
             f"{one.agreement:.1%}",
-            f"{about}{one.speedup:.2f}×",
-            f"{one.threshold:g}",
-            str(one.longest),
+            f"{about}{one.speedup:.2f}× ({one.threshold:g}, {one.longest})",
             leaving,
         )
     return shown
@@ -71,11 +72,14 @@ def advice(config: SuggestConfig, found: Suggestion) -> list[str]:
             "depth's speed, decoded one text at a time."
         )
     else:
+        place = "" if best.layer == DRAFT else f" after layer {best.layer}"
+        exits = "" if best.layer == DRAFT else f" --layers {best.layer}"
+        known = f" --exit-vocab {best.vocab}" if best.vocab else ""
         lines += [
-            f"Drafting with a {best.arch} exit after layer {best.layer} promises "
+            f"Drafting with a {best.arch} exit{place} promises "
             f"{best.speedup:.2f}× full depth's speed ({best.speedup * found.full:.0f} tokens/s), "
             "one text at a time, and the backbone's own text:",
-            f"  ee-tuning tune --model {config.model} --layers {best.layer} --arch {best.arch} "
+            f"  ee-tuning tune --model {config.model}{exits} --arch {best.arch}{known} "
             "--head shared --loss kl --data … --out exits/",
             "  ee-tuning generate --exits exits/ --mode speculative "
             f"--threshold {best.threshold:g} --max-pending {best.longest} --prompt …",

@@ -19,17 +19,46 @@ class Heard:
     sure: list[float]
     right: list[bool]
 
+    def __len__(self) -> int:
+        return len(self.sure)
+
+    def drafts(self, at: int, threshold: float, most: int) -> tuple[int, int]:
+        """How many of up to `most` drafts are made from place `at` on, and the first ones right."""
+        made = _run(self.sure, at, threshold, most)
+        return made, _run([float(right) for right in self.right], at, 1.0, made)
+
+
+@dataclass(frozen=True)
+class Chains(Heard):
+    """The same of a draft exit: of the chain that begins at each of these places, what it says of
+    its first tokens, `chains[at][j]`, as long as all before were right; the first is in `sure`."""
+
+    chains: list[list[tuple[float, bool]]]
+
+    def drafts(self, at: int, threshold: float, most: int) -> tuple[int, int]:
+        """A chain ends with the draft at which the product of how sure it was falls below."""
+        certain, made = 1.0, 0
+        for sure, _ in self.chains[at][:most]:
+            if made and certain < threshold:
+                break
+            certain, made = certain * sure, made + 1
+        rights = [float(right) for _, right in self.chains[at]]
+        return made, _run(rights, 0, 1.0, made)
+
 
 @dataclass(frozen=True)
 class Costs:
     """Seconds of decoding with an exit.
 
     rounds: by the number of tokens that leave in one and whether the exit was asked once more, in
-    vain, before one goes to the end. prompt: of reading the prompt.
+    vain, before one goes to the end. prompt: of reading the prompt. stops: a round whose drafts end
+    early takes no longer than one that may have no more; and a draft that is none is asked for.
     """
 
     rounds: Mapping[tuple[int, bool], float]
     prompt: float
+    stops: bool = True
+    asks: bool = True
 
     def round(self, number: int, asked: bool) -> float:
         """Of a round in which so many tokens leave: on the line between what was measured."""
@@ -56,17 +85,17 @@ def drafted(
 ) -> Told:
     """Mode ``speculative``: rounds of drafts, as many as `plan` lets them have.
 
-    cost: of a draft, as `ee_tuning.costs.draft_cost` has it.
+    threshold: of a draft exit, its bar. cost: of a draft, as `ee_tuning.costs.draft_cost` has it.
     """
     seconds, tokens, ends, clock = 0.0, 0, 0, Clock(cost)
     for text in texts:
-        pace, at, number = Pace(longest, cost), 0, len(text.sure)
+        pace, at, number = Pace(longest, cost, costs.stops), 0, len(text)
         seconds, tokens, ends = seconds + costs.prompt, tokens + number + 1, ends + 1
         while at < number:
             most = min(plan([pace], [number - at], clock), number - at - 1)
-            drafts = _run(text.sure, at, threshold, most)
-            kept = _run([float(right) for right in text.right], at, 1.0, drafts)
-            took = costs.round(drafts, asked=drafts < most)
+            drafts, kept = text.drafts(at, threshold, most)
+            made = drafts if costs.stops else most
+            took = costs.round(made, asked=costs.asks and drafts < most)
             pace.learn(most, drafts, kept)
             clock.learn(pace.asked, took)
             seconds, at, ends = seconds + took, at + kept + 1, ends + 1

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.config import TuneConfig
+from ee_tuning.backbone import State
+from ee_tuning.config import Leaving, TuneConfig
 from ee_tuning.decode import generate_batch
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import Objective, confidence
 from ee_tuning.model import Network
-from ee_tuning.suggest.predict import Heard
+from ee_tuning.suggest.predict import Chains, Heard
 from ee_tuning.tune.optimizers import build_optimizers, set_learning_rate
 from ee_tuning.tune.step import Batch, Tuner
 
@@ -62,7 +64,9 @@ def batches(texts: Sequence[list[int]]) -> list[Batch]:
 
 def tuned(model: Network, texts: Sequence[list[int]], seconds: float) -> int:
     """Tune all exits for so long, on the final exit's distribution; gives the number of steps."""
-    given = batches(texts)
+    given, usual = batches(texts), TuneConfig()
+    if model.draft is not None:
+        model.draft.steps, model.draft.decay = usual.draft_steps, usual.draft_decay
     tuner = Tuner(
         model,
         build_optimizers(model, TuneConfig(lr=RATE)),
@@ -87,19 +91,45 @@ def tuned(model: Network, texts: Sequence[list[int]], seconds: float) -> int:
 def heard(model: Network, texts: Sequence[list[int]], start: int) -> dict[int, list[Heard]]:
     """What every exit says before each token of greedy texts, from place `start` + 1 on.
 
-    start: tokens of the prompts; the one after them always goes to the end.
+    start: tokens of the prompts; the one after them always goes to the end. A draft exit has chains
+    of up to `Leaving.max_pending` drafts.
     """
     found: dict[int, list[Heard]] = {layer: [] for layer in model.exit_layers}
     for batch in batches(texts):
         ids = batch["input_ids"].to(model.device)
         descent = model.chain.descend(ids[:, :-1])
         for layer in model.exit_layers:
+            if layer == DRAFT:
+                found[layer] += _chains(model, descent.to(layer), ids, start)
+                continue
             logits = model.exit(layer)(descent.to(layer))[:, start:]
-            found[layer] += _heard(logits, ids[:, start + 1 :])
+            said = zip(*_said(logits, ids[:, start + 1 :]), strict=True)
+            found[layer] += [Heard(*one) for one in said]
     return found
 
 
-def _heard(logits: Tensor, following: Tensor) -> list[Heard]:
-    right = (logits.argmax(-1) == following).tolist()
-    sure = confidence(logits).tolist()
-    return [Heard(*one) for one in zip(sure, right, strict=True)]
+def _said(logits: Tensor, following: Tensor) -> tuple[list[list[float]], list[list[bool]]]:
+    """How sure, and whether right: (B, T) each."""
+    return confidence(logits).tolist(), (logits.argmax(-1) == following).tolist()
+
+
+def _chains(model: Network, state: State, ids: Tensor, start: int) -> list[Heard]:
+    """Of texts (B, T + 1): the j-th draft of a chain stands j − 1 places behind its first one."""
+    draft = model.draft
+    assert draft is not None
+    draft.steps = Leaving.max_pending
+    said = [_said(draft.logits(features), ids[:, 1:]) for features in draft.predictions(state)]
+    found: list[Heard] = []
+    places = range(start, ids.shape[1] - 1)
+    for row in range(len(ids)):
+        chains = [
+            [
+                (sure[row][place + step], right[row][place + step])
+                for step, (sure, right) in enumerate(said)
+                if place + step < places.stop
+            ]
+            for place in places
+        ]
+        firsts = [chain[0] for chain in chains]
+        found.append(Chains([sure for sure, _ in firsts], [right for _, right in firsts], chains))
+    return found

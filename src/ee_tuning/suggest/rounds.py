@@ -17,6 +17,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.decode import Engine, Policy, Request
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.wanted import Prediction
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.model import Network
 from ee_tuning.suggest.predict import Costs
 
@@ -54,6 +55,14 @@ class DraftedPattern(Pattern):
     verifies = True
 
 
+class ChainedPattern(DraftedPattern):
+    """So many drafts of a draft exit, however sure it is: see `Policy.bar`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.bar = 0.0
+
+
 def measure_full(model: Network, prompt: list[int]) -> Costs:
     """Seconds of a token at full depth."""
     policy, seconds, prompts = Pattern(model.backbone.num_layers), [], []
@@ -71,17 +80,21 @@ def measure(model: Network, layer: int, prompt: list[int], drafts: bool, full: C
 
     drafts: whether tokens that leave are verified. full: what full depth costs.
     """
-    longest, end = Leaving.max_pending, model.backbone.num_layers
-    kind = DraftedPattern if drafts else Pattern
+    longest, end, chains = Leaving.max_pending, model.backbone.num_layers, layer == DRAFT
+    kind = ChainedPattern if chains else DraftedPattern if drafts else Pattern
     kinds = [(n, asked) for n in NUMBERS for asked in (False, True) if n < longest or not asked]
-    rounds = {}
+    rounds, at = {}, {} if chains else {layer: 0.5}
     with _engine(model, [layer], prompt) as engine, _engine(model, [], prompt) as other:
         for number, asked in kinds:
-            policy = kind(end, {layer: 0.5}, max_pending=longest, number=number, asked=asked)
+            if chains and asked:  # it is asked for drafts alone
+                continue
+            policy = kind(end, at, max_pending=longest, number=number, asked=asked)
             with _sequence(engine, policy, prompt), _sequence(other, Pattern(end), prompt):
                 ratios = [_go(engine, end, ROUNDS) / _go(other, end, ROUNDS) for _ in range(TIMES)]
             rounds[number, asked] = median(ratios) * full.round(0, asked=False)
-    return Costs(rounds, full.prompt)
+    # A captured chain has as many drafts as it may: see `Engine`.
+    captured = chains and engine.passes.compile
+    return Costs(rounds, full.prompt, stops=not captured, asks=not chains)
 
 
 @contextmanager

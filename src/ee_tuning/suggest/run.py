@@ -14,16 +14,20 @@ from ee_tuning.data import load_packed
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.speed import take_prompts
-from ee_tuning.exit_config import ExitConfig
+from ee_tuning.exit_config import DRAFT, ExitConfig
 from ee_tuning.loading import load_config, load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.share import New, Share, load
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, Told, drafted, left
-from ee_tuning.suggest.probes import heard, tuned, written
+from ee_tuning.suggest.probes import batches, heard, tuned, written
 from ee_tuning.suggest.rounds import measure, measure_full
+from ee_tuning.vocabulary import LEAST as LEAST_VOCABULARY
+from ee_tuning.vocabulary import count_tokens, most_frequent
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+BARS = (0.05, 0.1, 0.2, 0.4, 0.6)  # of a draft exit
+SHARES = 4, 16  # of the vocabulary, one in so many tokens, that are tried
 LONGEST = (1, 2, 3, 4, 6, 8)  # drafts
 LENGTH = 128  # tokens of a text that probes are tuned on
 TUNED, ASKED = 64, 16  # texts to tune on, and prompts that speed is predicted for
@@ -39,7 +43,8 @@ class Candidate:
     speedup: predicted, over full depth, of mode ``speculative`` with the threshold `threshold` and
     drafts of at most `longest`; tokens_per_pass: with it, for each token that goes to the end.
     leaving: the same of mode ``threshold``, (speed-up, threshold, agreement), or None where no
-    threshold keeps enough. measured: whether rounds were timed, or only counted.
+    threshold keeps enough, as of a draft exit. measured: whether rounds were timed, or only
+    counted. vocab: tokens that it knows; 0: all.
     """
 
     layer: int
@@ -51,6 +56,7 @@ class Candidate:
     tokens_per_pass: float
     leaving: tuple[float, float, float] | None
     measured: bool
+    vocab: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class _Search:
 
 def suggest(config: SuggestConfig, say: Callable[[str], None] = lambda text: None) -> Suggestion:
     """Probe exits of `config.model`: a ``norm`` exit with the shared head after every layer, then a
-    ``layer`` exit after the few that promise most.
+    ``layer`` exit after the few that promise most, a ``draft`` exit, and that of the last two which
+    promises more with reduced vocabularies.
 
     say: told what is being done.
 
@@ -109,12 +116,18 @@ def suggest(config: SuggestConfig, say: Callable[[str], None] = lambda text: Non
     size = model.backbone.config.vocab_size
     tokenizer = load_tokenizer(config.model, size, config.trust_remote_code)
     search = _begin(config, model, tokenizer, say)
-    half = max(1.0, (config.minutes * 60 - (time.perf_counter() - begun)) / 2)
+    third = max(1.0, (config.minutes * 60 - (time.perf_counter() - begun)) / 3)
     steps: dict[str, int] = {}
-    steps["norm"], found = _try(search, model, "norm", half)
-    shortlist = [one.layer for one in found if one.measured]
+    steps["norm"], found = _try(search, model, "norm", third)
+    shortlist, more = [one.layer for one in found if one.measured], list[Candidate]()
     del model
-    steps["layer"], more = _try(search, _probes(config, shortlist, "layer", share), "layer", half)
+    probes = {}
+    for arch, layers in (("layer", shortlist), ("draft", [DRAFT])):
+        probes[arch] = _probes(config, layers, arch, share)
+        steps[arch], tried = _try(search, probes[arch], arch, third)
+        more += tried
+    best = max(more, key=lambda one: one.speedup)
+    more += _with_fewer_tokens(search, probes[best.arch], best)
     found = sorted([*found, *more], key=lambda one: (not one.measured, -one.speedup))
     tokens = len(search.prompts) * config.max_new_tokens
     return Suggestion(found, tokens / search.full_seconds, steps, time.perf_counter() - begun)
@@ -171,20 +184,44 @@ def _begin(
 
 def _try(search: _Search, model: Network, arch: str, seconds: float) -> tuple[int, list[Candidate]]:
     """Tune exits of one kind for about two thirds of the time, and measure the best of them."""
-    search.say(f"tuning probes: {arch}, after layers {model.exit_layers}")
+    places = "" if arch == "draft" else f", after layers {model.exit_layers}"
+    search.say(f"tuning probes: {arch}{places}")
     steps = tuned(model, search.texts, seconds * 2 / 3)
     said = heard(model, search.spoken, search.config.prompt_length)
     rough = [_counted(search, model, layer, arch, said[layer]) for layer in model.exit_layers]
     rough.sort(key=lambda one: -one.speedup)
-    found = rough[SHORTLIST:]
-    for one in rough[:SHORTLIST]:
-        search.say(f"timing rounds: {arch}, after layer {one.layer}")
-        timed = [
-            measure(model, one.layer, search.prompts[0], drafts, search.full)
-            for drafts in (True, False)
-        ]
-        found.append(_candidate(search, model, one.layer, arch, said[one.layer], *timed))
-    return steps, found
+    timed = [_timed(search, model, one.layer, arch, said[one.layer]) for one in rough[:SHORTLIST]]
+    return steps, [*timed, *rough[SHORTLIST:]]
+
+
+def _timed(search: _Search, model: Network, layer: int, arch: str, said: list[Heard]) -> Candidate:
+    """What an exit promises by what its rounds take."""
+    known = model.vocabulary
+    search.say(
+        f"timing rounds: {arch}{f', after layer {layer}' if layer != DRAFT else ''}"
+        f"{f', {len(known.tokens):,} tokens' if known else ''}"
+    )
+    ways = (True,) if layer == DRAFT else (True, False)
+    costs = [measure(model, layer, search.prompts[0], drafts, search.full) for drafts in ways]
+    return _candidate(search, model, layer, arch, said, *costs)
+
+
+def _with_fewer_tokens(search: _Search, model: Network, one: Candidate) -> list[Candidate]:
+    """The same exit, knowing the tokens alone that are most frequent in the texts that probes were
+    tuned on; none of a vocabulary that is small as it is."""
+    size, found = model.backbone.config.vocab_size, list[Candidate]()
+    if size < LEAST_VOCABULARY:
+        return found
+    exits = ExitConfig([one.layer], arch=one.arch, head="shared")
+    state = model.exit(one.layer).state_dict()
+    counts = count_tokens(batches(search.texts), size)
+    for number in dict.fromkeys(max(64, size // share // 64 * 64) for share in SHARES):
+        fewer = load(New(model.model, exits), Share(), Network)
+        fewer.exit(one.layer).load_state_dict(state)
+        fewer.reduce_vocabulary(most_frequent(counts, number))
+        said = heard(fewer, search.spoken, search.config.prompt_length)
+        found.append(_timed(search, fewer, one.layer, one.arch, said[one.layer]))
+    return found
 
 
 def _counted(
@@ -200,25 +237,28 @@ def _counted(
         },
         search.full.prompt,
     )
-    return replace(_candidate(search, model, layer, arch, said, costs, costs), measured=False)
+    both = (costs,) if layer == DRAFT else (costs, costs)
+    return replace(_candidate(search, model, layer, arch, said, *both), measured=False)
 
 
 def _candidate(
     search: _Search, model: Network, layer: int, arch: str, said: list[Heard],
-    verified: Costs, unverified: Costs,
+    verified: Costs, unverified: Costs | None = None,
 ) -> Candidate:  # fmt: skip
-    """An exit with the settings that promise most. verified, unverified: costs in the two modes."""
+    """An exit with the settings that promise most. verified, unverified: costs in the two modes, or
+    the one that a draft exit has."""
     draft, full = draft_cost(model, layer), search.full_seconds
     ways = {
         (threshold, longest): drafted(said, threshold, longest, draft, verified)
-        for threshold in THRESHOLDS
+        for threshold in (BARS if layer == DRAFT else THRESHOLDS)
         for longest in LONGEST
     }
     threshold, longest = min(ways, key=lambda way: ways[way].seconds)
     told = ways[threshold, longest]
-    leaving: dict[float, Told] = {
-        one: left(said, one, Leaving.max_pending, unverified) for one in THRESHOLDS
-    }
+    leaving: dict[float, Told] = {}
+    if unverified:
+        for one in THRESHOLDS:
+            leaving[one] = left(said, one, Leaving.max_pending, unverified)
     kept = {one: what for one, what in leaving.items() if what.agreement >= LEAST}
     best = min(kept, key=lambda one: kept[one].seconds, default=None)
     places = [right for text in said for right in text.right]
@@ -232,4 +272,5 @@ def _candidate(
         tokens_per_pass=told.tokens / told.ends,
         leaving=None if best is None else (full / kept[best].seconds, best, kept[best].agreement),
         measured=True,
+        vocab=len(model.vocabulary.tokens) if model.vocabulary else 0,
     )
