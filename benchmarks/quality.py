@@ -4,8 +4,8 @@ python benchmarks/quality.py --model demo/smollm2 --exits layers --draft-exits d
     --thresholds 0.9 0.75 0.6 --jobs 8 --out benchmarks/results/experiments-smollm2
 
 Scores come from lm-eval's command, one process for each way and form of prompts; `--jobs` of them
-run at a time, uncompiled. HumanEval is asked in the chat template. **Its programs are run**, in
-processes of their own but no sandbox. Speeds are of one text at a time, compiled, on the prompts of
+run at a time, uncompiled. **HumanEval's programs are run**, in processes of their own but no
+sandbox. Speeds are of one text at a time, compiled, on the prompts of
 `real.py`; they are compiled for meanwhile, and the clock starts when all scores are there. With a
 certificate of `ee-tuning calibrate` beside the exits its threshold is among the ways.
 
@@ -64,11 +64,7 @@ class Tasks:
 
 
 TASKS = {
-    "HumanEval": Tasks(
-        ("local_humaneval_chat",),
-        "pass@1",
-        ("--apply_chat_template", "--gen_kwargs", "max_gen_toks=256"),
-    ),
+    "HumanEval": Tasks(("local_humaneval",), "pass@1", ("--gen_kwargs", "max_gen_toks=256")),
     "puzzles": Tasks(
         (
             "local_chain_sum",
@@ -351,21 +347,25 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="questions of a task; 0: all")
     parser.add_argument("--batch", type=int, default=32, help="questions at a time")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=1e6, help="for scores, at most")
+    parser.add_argument("--minutes", type=float, default=1e4, help="for scores, at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/experiments-demo"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     ways = ways_of(args)
+    if args.parts:
+        about = {
+            "machine": f"{hardware(pick_device('auto'))}; {versions()}",
+            "settings": {name: str(value) for name, value in vars(args).items()},
+        }
+        write_json(args.out / "quality.json", about)
     args.end = time.monotonic() + 60 * args.minutes
     with speeds_measured(ways, args) if "speeds" in args.parts else nullcontext():
         if "scores" in args.parts:
             measure_scores(ways, args)
     found = measured(ways, args)
-    settings = {name: str(value) for name, value in vars(args).items() if name != "end"}
-    here = f"{hardware(pick_device('auto'))}; {versions()}"
-    machine = here if args.parts else kept(args, "quality")["machine"]
-    write_json(args.out / "quality.json", {"machine": machine, "settings": settings, "ways": found})
-    text = f"## quality\n\n{quality_table(found, args.tasks)}\n\n{machine}\n"
+    about = kept(args, "quality")
+    write_json(args.out / "quality.json", about | {"ways": found})
+    text = f"## quality\n\n{quality_table(found, args.tasks)}\n\n{about['machine']}\n"
     write_text(args.out / "quality.md", text)
     draw(found, args.tasks, args.out / "quality.svg")
     print(text)
