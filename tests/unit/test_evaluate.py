@@ -185,6 +185,15 @@ def test_files_and_tables(run):
     assert saved["dtype"] == "float32"
     assert "4 (final)" in printed
     assert "transformers" in printed
+    assert "lookup" in printed
+
+
+def test_drafts_from_the_text_have_a_row_of_their_own(run):
+    found = run[0]["lookup"]
+    assert found["identical_texts"] == run[0]["prompts"]
+    assert 0 < found["speed"]["min"] <= found["speed"]["median"] <= found["speed"]["max"]
+    assert found["speedup"] > 0
+    assert "drafts from the text itself" in (run[1] / "report.html").read_text()
 
 
 def test_page_needs_nothing_from_outside(run):

@@ -188,10 +188,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
             f"{row['speedup']:.2f}×",
             f"{row['speculative']['speedup']:.2f}×" if row["speculative"] else "",
         )
-    theirs = result["transformers"]
-    speeds.add_row(
-        "transformers", "", "", "", speed_text(theirs["speed"]), f"{theirs['speedup']:.2f}×"
-    )
+    for name in ("lookup", "transformers"):
+        found = result[name]
+        speeds.add_row(name, "", "", "", speed_text(found["speed"]), f"{found['speedup']:.2f}×")
     return [exits, speeds]
 
 

@@ -64,7 +64,8 @@ def measure_thresholds(
     In a round each method runs all prompts once, so that a machine that slows down slows all
     alike; speed-ups are ratios within a round. mesh: the ranks that share the prompts; one goes on
     with a prompt by itself, so speeds are those of one process. Returns ``threshold_rows``, the
-    speed of transformers' own ``generate``, and ``samples`` to show.
+    speed with drafts from the text alone, ``lookup``, and of transformers' own ``generate``, and
+    ``samples`` to show.
     """
     inputs = [torch.tensor([ids], device=model.backbone.device) for ids in prompts]
     methods = _methods(model, thresholds, config)
@@ -76,8 +77,7 @@ def measure_thresholds(
     theirs = seconds["transformers"]
     each = {name: _middles(rounds) for name, rounds in taken.items()}
 
-    def drafted(threshold: float) -> dict[str, Any] | None:
-        name = ("speculative", threshold)
+    def drafted(name: Any) -> dict[str, Any] | None:
         if name not in methods:
             return None
         texts = _identical_texts(outputs[name], outputs["full"])
@@ -95,12 +95,13 @@ def measure_thresholds(
             "speedup": speedups[threshold],
             "speedup_interval": bootstrap(each["full"], each[threshold]),
             "speedup_over_transformers": _speedup(theirs, seconds[threshold]),
-            "speculative": drafted(threshold),
+            "speculative": drafted(("speculative", threshold)),
         }
         for threshold in thresholds
     ]
     return {
         "threshold_rows": rows,
+        "lookup": drafted("lookup"),
         "transformers": {"speed": speeds["transformers"], "speedup": speedups["transformers"]},
         "full": {"speed": speeds["full"], "speedup": 1.0},
         "tokens_per_prompt": config.max_new_tokens,
@@ -180,6 +181,7 @@ def _methods(model: Network, thresholds: list[float], config: EvaluateConfig) ->
         },
         "transformers": lambda ids: model.backbone.model.generate(ids, **length),
         "full": ours("full"),
+        "lookup": ours("speculative", lookup=True, exit_layers=drafting or ""),
         **{threshold: ours("threshold", threshold) for threshold in thresholds},
     }
 
