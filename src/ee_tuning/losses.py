@@ -57,6 +57,10 @@ class Softmax:
         found = self.log_probabilities(logits)
         return F.nll_loss(found, targets, ignore_index=IGNORED, reduction="none")
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The first of the largest: (…, V) → (…) int64."""
+        return likeliest(logits)
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all parts of the vocabulary of their `values`."""
         return values

@@ -40,6 +40,12 @@ VARIANTS = {
         "arch": "mlp", "head": "own"}),
     "draft-pp": (4, {"pp": 4}, {"layers": "0,2", "arch": "draft,mlp", "head": "shared,own",
         "draft_sources": "1,2,4", "draft_steps": 3, "loss": "acceptance"}),
+    "draft-tp": (2, {"tp": 2}, {"layers": "0,2", "arch": "draft,mlp", "head": "own",
+        "exit_vocab": 200, "draft_sources": "1,2,4", "draft_steps": 3, "loss": "acceptance"}),
+    "draft-tp-sequence": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, {"layers": "0,2",
+        "arch": "draft,mlp", "head": "shared", "draft_sources": "1,2,4", "draft_steps": 2}),
+    "draft-tp-shard": (4, {"tp": 2, "dp": 2, "shard": True}, {"layers": "", "arch": "draft",
+        "head": "shared", "draft_steps": 2, "loss": "kl", "init": "copy"}),
     "draft-alone-pp": (2, {"pp": 2}, {"layers": "", "arch": "draft", "head": "shared",
         "draft_steps": 2}),
 }  # fmt: skip

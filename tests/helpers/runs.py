@@ -59,7 +59,7 @@ def close(runs, one, many, tolerance):
     """Losses within a relative `tolerance`, weights within 2% of what AdamW's steps may move."""
     for a, b in zip(runs.records(one), runs.records(many), strict=True):
         assert a["step"] == b["step"]
-        for key in a.keys() & {"loss", "grad_norm", "valid_loss"}:
+        for key in a.keys() & {"loss", "grad_norm", "valid_loss", "draft_loss", "draft_agreement"}:
             assert b[key] == pytest.approx(a[key], rel=tolerance), key
     expected, found = runs.tensors(one), runs.tensors(many)
     assert expected.keys() == found.keys()

@@ -148,7 +148,7 @@ class DraftExit(NormExit):
 
     def hidden(self, state: State, cache: Cache | None) -> Tensor:
         """The first draft's output at every token."""
-        states = before(torch.cat(state.sources, dim=-1), state.position_ids)
+        states = before(self._read(state), state.position_ids)
         assert state.ids is not None
         return self.first_step(state.ids, states, state.position_ids, cache, state.boundaries)
 
@@ -159,13 +159,19 @@ class DraftExit(NormExit):
         began at t − j + 1, and are meaningless where that is before the text's beginning.
         """
         assert self.norm is not None
-        return [self.norm(h) for h in self._unrolled(state, self.steps)]
+        found = [self.norm(h) for h in self._unrolled(state, self.steps)]
+        return found if self.sequence is None else [self.sequence.shared(h) for h in found]
+
+    def _read(self, state: State) -> Tensor:
+        """The states of all positions after the sources, side by side, (B, T, n·H)."""
+        states = torch.cat(state.sources, dim=-1)
+        return states if self.sequence is None else self.sequence.gather(states)
 
     def _unrolled(self, state: State, steps: int) -> list[Tensor]:
         """The output (B, T, H) of each of so many steps."""
         assert state.ids is not None
         chains = _Chains(self, state)
-        h, found = torch.cat(state.sources, dim=-1), []
+        h, found = self._read(state), []
         for step in range(steps):
             advance = self.later_step if step else self.first_step
             last = before(h, state.position_ids)

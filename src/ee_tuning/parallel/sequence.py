@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ee_tuning.backbone import Segment
-from ee_tuning.collectives import Group, gathered
+from ee_tuning.collectives import Group, gathered, used_apart
 from ee_tuning.errors import UserError
 from ee_tuning.slices import HEADS, SEQUENCE
 
@@ -32,6 +32,10 @@ class SequencePart:
     def gather(self, x: Tensor, terms: bool = False) -> Tensor:
         """(B, T/tp, H) → (B, T, H). terms: of its gradient, each process will have a term."""
         return gathered(x, self.group, SEQUENCE, terms)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """x (B, T, H), the same on each process, of whose gradient each will have a term."""
+        return used_apart(x, self.group)
 
     def prepare(self, segment: Segment) -> None:
         """Let the layers of `segment` see this process's positions; its mask and positions are

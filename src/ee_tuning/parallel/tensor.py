@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ee_tuning.backbone import Backbone, plan_of
 from ee_tuning.collectives import Group, summed
 from ee_tuning.errors import UserError
-from ee_tuning.exits import Exit
+from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.exits.head import as_buffers
 from ee_tuning.losses import IGNORED, Softmax
 from ee_tuning.model import Network
@@ -64,6 +64,13 @@ class SplitSoftmax(Softmax):
         here = (targets >= self.start) & (targets < self.start + self.size)
         places = torch.where(here, targets - self.start, IGNORED)
         return _CrossEntropy.apply(logits, places, targets != IGNORED, self.group)
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The first of the largest of all processes' logits: (…, V/tp) → (…) int64."""
+        largest, place = logits.max(-1)
+        size, none = logits.shape[-1], torch.iinfo(torch.int64).max
+        here = largest == self.group.reduce(largest, "max")
+        return self.group.reduce((place + size * self.group.rank).where(here, none), "min")
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of every process's `values`."""
@@ -182,9 +189,11 @@ def _split_sequence(model: Network, runs: range, plan: dict[str, str], part: Seq
         _gather_in(model.backbone.layers[number], plan, part)
     for exit in (model.exit(layer) for layer in model.exit_layers):
         exit.sequence = part
-        # Its terms of the features' gradient are summed once, where these are gathered.
-        _let_gather(exit)
+        # The terms of its features' gradient are summed once, where these are gathered.
         _let_gather(exit.output.linear)
+        if isinstance(exit, DraftExit):  # it looks back: what it reads is gathered
+            continue
+        _let_gather(exit)
         for module in exit.layer_parts():
             _gather_in(module, plan, part)
         if exit.segment is not None:

@@ -149,11 +149,6 @@ def check_model(model: Network, config: TuneConfig) -> None:
         raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
-    if model.draft and config.tp > 1:
-        raise UserError(
-            f"a draft exit cannot be tuned with tp {config.tp}: it reads states of the whole "
-            "backbone; use --tp 1, with --dp or --pp"
-        )
     if model.draft and config.shard_backbone and config.start == "fitted" and not config.exits:
         raise UserError(
             "a draft exit cannot be fitted with --shard-backbone: it runs whole layers; use "

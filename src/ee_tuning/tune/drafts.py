@@ -36,7 +36,9 @@ def measure_drafts(tuner: Tuner, batches: Iterable[Batch], steps: int) -> Drafts
     model, draft = tuner.model, tuner.model.draft
     sums = torch.zeros(steps, 4, dtype=torch.float64, device=tuner.device)
     for batch in batches:
-        placed = tuner.place(batch | {"known": model.known_labels(batch["labels"])})
+        labels, vocabulary = batch["labels"], model.vocabulary
+        places = vocabulary.to_places(labels) if vocabulary else labels
+        placed = tuner.place(batch | {"known": places})
         with tuner.cast():
             descent = tuner.transport.enter(model, placed)
             if draft is not None:
@@ -55,13 +57,13 @@ def _measured(tuner: Tuner, draft: DraftExit, placed: Batch, descent: Descent) -
     """The sums of `_one` by step, of a micro-batch."""
     model, sums = tuner.model, []
     state = descent.to(DRAFT)
-    final = descent.ahead(model.backbone.num_layers)
+    final, softmax = tuner.final(descent), draft.output.softmax
     predictions = tuner.predictions(DRAFT, state)
     labels = [
         [one for one, _ in draft.targets(placed[name], state)] for name in ("labels", "known")
     ]
     for tokens in chunks(placed["labels"], model.config.vocab_size):
-        taken = model.backbone.final_logits(final[:, tokens]).argmax(-1)
+        taken = softmax.likeliest(model.backbone.final_logits(final[:, tokens]))
         for step, features in enumerate(predictions):
             asked, known = (one[step][:, tokens] for one in labels)
             sums.append(_one(draft.output, features[:, tokens], taken, asked, known))
@@ -70,8 +72,10 @@ def _measured(tuner: Tuner, draft: DraftExit, placed: Batch, descent: Descent) -
 
 def _one(head: Head, features: Tensor, taken: Tensor, labels: Tensor, known: Tensor) -> Tensor:
     """Of a chunk: summed loss and tokens that it is of, places that agree, and all places."""
-    logits = head.logits(features)
-    loss = cross_entropy(logits, known)
+    logits = head.known_logits(features)
+    loss = cross_entropy(logits, known, softmax=head.softmax)
     asked = labels[:, 1:] != IGNORED
-    agree = (logits.argmax(-1) == taken)[:, :-1] & asked
+    found = head.softmax.likeliest(logits)
+    found = found if head.tokens is None else head.tokens[found]
+    agree = (found == taken)[:, :-1] & asked
     return torch.stack([loss.total.double(), loss.count, agree.sum(), asked.sum()]).double()

@@ -174,9 +174,14 @@ def _states(model: Network, descent: Descent, placed: Batch) -> Rows:
     enters, start = model.backbone.num_layers - 1, model.stage.start
     hidden, kept = descent.hidden, {**descent.kept, start: descent.hidden}
     cuts = sorted(layer for layer in {*model.sources, enters} if layer > start)
+    part = model.chain.part
     for segment in model.segments([], sources=cuts):
+        if part:
+            part.prepare(segment)
         given = hidden, placed["position_ids"]
         hidden = segment(*given, boundaries=placed.get("boundaries")).hidden
         kept[segment.stop] = hidden
-    states = torch.cat([kept[layer] for layer in model.sources], dim=-1)
-    return before(states, placed["position_ids"]), kept[enters]
+    states, wanted = torch.cat([kept[layer] for layer in model.sources], dim=-1), kept[enters]
+    if part:
+        states, wanted = part.gather(states), part.gather(wanted)
+    return before(states, placed["position_ids"]), wanted
