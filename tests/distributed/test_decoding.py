@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import launch_decoding
 from helpers.families import tiny
+from helpers.models import drafting
 from rich.console import Console
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -31,6 +32,8 @@ LAYOUTS = {
     "both": ("llama", {"tp": 2, "pp": 2}),
     "tied-pp2": ("tied", {"pp": 2}), "tied-tp2": ("tied", {"tp": 2}),
     "stablelm-tp2": ("stablelm", {"tp": 2}),
+    "drafts-tp2": ("drafts", {"tp": 2}),
+    "drafts-tp2-compiled": ("drafts", {"tp": 2, "backend": "aot_eager"}),
     "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
 }  # fmt: skip
 END = 23  # a token that some texts have
@@ -40,6 +43,11 @@ def calls_of(name):
     """Fewer of the layouts that take long."""
     few = [CALLS[1], CALLS[3], CALLS[-2]]
     drafts = {"mode": "speculative", "threshold": 0.5}
+    if name.startswith("drafts"):
+        chains = [{"mode": "speculative", "threshold": bar, "max_pending": 4} for bar in (0.0, 0.3)]
+        if name == "drafts-tp2":
+            return [*chains, chains[1] | {"do_sample": True}]
+        return [chains[1] | {"alone": True, "compile": True}]
     if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
         return [call | {"alone": True, "compile": True} for call in (*few[:2], drafts)]
     return CALLS if name in ("pp2", "pp3") else [*few, drafts] if name == "tp2" else few
@@ -61,6 +69,11 @@ def exits(backbones, tokenizer, tmp_path_factory):
         for layer in model.exit_layers:
             model.exit(layer).head.weight.data.mul_(8)
         model.save_pretrained(root / name)
+    drafts = drafting.__wrapped__()
+    drafts.model.save_pretrained(backbones / "drafts")
+    drafts = EarlyExitModel.from_base(str(backbones / "drafts"), ExitConfig("0", arch="draft"))
+    drafts.load_state_dict(drafting.__wrapped__().state_dict())
+    drafts.save_pretrained(root / "drafts")
     return root
 
 
@@ -135,6 +148,12 @@ def test_every_rank_gives_what_one_process_gives(found, exits, name):
             torch.testing.assert_close(
                 out["confidences"], wanted["confidences"], rtol=1e-3, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("name", ["drafts-tp2", "drafts-tp2-compiled"])
+def test_ranks_keep_drafts_of_a_draft_exit(found, name):
+    for out in result(found, name)["found"]:
+        assert (out["exit_layers"] == 0).any()
 
 
 def test_tokens_leave_at_several_layers_and_texts_end(exits):

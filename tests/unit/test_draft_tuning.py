@@ -10,13 +10,11 @@ from helpers.steps import exit_gradients
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning import losses as losses_module
-from ee_tuning.config import TuneConfig
 from ee_tuning.costs import draft_cost, work
 from ee_tuning.exits.draft import before
 from ee_tuning.losses import Objective, cross_entropy, rejection
-from ee_tuning.plan.check import check_model
 from ee_tuning.tune.drafts import measure_drafts
 from ee_tuning.tune.fitted import fit
 from ee_tuning.tune.optimizers import build_optimizers
@@ -350,12 +348,6 @@ def test_a_draft_costs_its_map_its_layer_and_its_head():
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", "draft"))
     layer, head = 3 * 32 * 32 + 3 * 32 * 48, 96 * 32
     assert draft_cost(model, 0) == (5 * 32 * 32 + layer + head) / (4 * layer + head)
-
-
-def test_split_matrices_are_refused():
-    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("0,2", "draft,norm"))
-    with pytest.raises(UserError, match="a draft exit cannot be tuned with"):
-        check_model(model, TuneConfig(seq_length=32, tp=2))
 
 
 def test_a_draft_is_pickled():

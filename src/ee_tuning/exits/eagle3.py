@@ -24,9 +24,16 @@ from ee_tuning.backbone import Backbone, State
 from ee_tuning.errors import UserError
 from ee_tuning.exits.archs import trainable
 from ee_tuning.exits.draft import DraftExit
+from ee_tuning.slices import ParallelLinear
 
 # Families whose layer is the one that the layout has: pre-norm, with a gate, without biases.
 LAYERS = ("llama", "mistral")
+
+
+NOT_SPLIT = (
+    "an eagle3 exit cannot be had with --tp: its block reads and writes a state beside a token, in "
+    "matrices that no plan for layers splits; use --tp 1, or --arch draft"
+)
 
 
 class Eagle3Exit(DraftExit):
@@ -90,6 +97,8 @@ def _two_wide(layer: nn.Module, backbone: Backbone) -> nn.Module:
             f"an eagle3 exit is a layer of Llama's, without biases, and the backbone's are of type "
             f"{backbone.config.model_type}: use --arch draft"
         )
+    if any(isinstance(linear, ParallelLinear) for linear in linears):
+        raise UserError(NOT_SPLIT)
     block: Any = layer
     attention = block.self_attn
     for name in ("q_proj", "k_proj", "v_proj"):
