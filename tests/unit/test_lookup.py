@@ -15,8 +15,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Engine, Request, Speculative
 from ee_tuning.decode.lookup import COST, MATCH, Lookup, TextDrafts
-from ee_tuning.decode.pace import Clock
-from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import LOOKUP
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -195,16 +194,6 @@ def test_greedy_texts_are_full_depths_in_half_precision(by_turns, kind):
 # -- whether it pays -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def weighed(monkeypatch):
-    """Rounds are taken to cost what their weights say: nothing depends on what they take."""
-    clocks = {}
-    monkeypatch.setattr(
-        Sequences, "clock",
-        lambda _, number, cost: clocks.setdefault(cost, Clock(cost, timed=False)),
-    )  # fmt: skip
-
-
 def looked_up(model, ids, **more):
     """How many drafts of its own each round of a text had."""
     found, learn = [], TextDrafts.learn
@@ -239,7 +228,7 @@ def longer():
     return EarlyExitModel.from_base(base, ExitConfig("2", arch="norm")).eval()
 
 
-def test_a_text_that_repeats_itself_drafts_nearly_all_of_it(weighed):
+def test_a_text_that_repeats_itself_drafts_nearly_all_of_it():
     ids = prompt(30)
     says = Says(30, (ids * 9)[:201])
     rounds = looked_up(longer(), ids, threshold=1, logits_processor=[says])
@@ -247,7 +236,7 @@ def test_a_text_that_repeats_itself_drafts_nearly_all_of_it(weighed):
     assert rounds.count(0) < 4
 
 
-def test_a_text_whose_repeats_go_on_otherwise_loses_little(weighed):
+def test_a_text_whose_repeats_go_on_otherwise_loses_little():
     """Every other token is one that came before, and what follows is new."""
     ids, draw = prompt(30), random.Random(1)
     said = [draw.choice(ids) if place % 2 else draw.randrange(3, 96) for place in range(201)]
@@ -315,6 +304,28 @@ def test_an_exit_at_the_last_layer_is_no_hindrance():
     assert torch.equal(out.sequences, model.generate(ids, mode="full", **NEW).sequences)
     with pytest.raises(UserError, match="cannot draft with the exit at the last layer"):
         model.generate(ids, mode="speculative", lookup=True, exit_layers="1/1", **NEW)
+
+
+@pytest.mark.parametrize(
+    ("arch", "cost", "texts"), [("draft", 0.02, True), ("norm", 0.5, True), ("norm", 0.02, False)]
+)
+def test_rounds_have_the_drafts_that_promise_more(monkeypatch, arch, cost, texts):
+    """A text says what no model knows of, first anything, then its prompt again and again. An exit
+    at a layer is asked as the end is, so it is always right, and costs much or little; a draft exit
+    is always wrong."""
+    monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", lambda *_: cost)
+    base = tiny("llama", max_position_embeddings=512)
+    model = EarlyExitModel.from_base(base, ExitConfig("0" if arch == "draft" else "2", arch=arch))
+    ids = prompt(30)
+    says = Says(30, [*prompt(60, 5), *(ids * 6)])
+    out = model.eval().generate(
+        torch.tensor([ids]), mode="speculative", threshold=0.0, lookup=True,
+        logits_processor=[says], max_new_tokens=200, eos_token_id=None,
+    )  # fmt: skip
+    layers = out.exit_layers[0].tolist()
+    assert layers[:60].count(LOOKUP) < 10
+    assert (layers[70:].count(LOOKUP) > 90) == texts
+    assert (layers[70:].count(2) > 90) == (not texts)
 
 
 def test_drafts_behind_more_tokens_count_for_themselves():

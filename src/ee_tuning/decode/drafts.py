@@ -172,7 +172,7 @@ def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
 
 def _look_up(sequences: Sequences, rows: Sequence[Row], exits: Clock | None) -> Clock | None:
     """Let `rows` go on with the drafts that their texts have, if these promise more tokens a second
-    than the exits' drafts; gives the clock of such rounds.
+    than the exits' drafts; gives the clock of such rounds. None do beside rows that always draft.
 
     exits: the clock of rounds in which these draft.
     """
