@@ -20,7 +20,7 @@ from ee_tuning.decode.pace import Clock
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, drafted, left
 from ee_tuning.suggest.probes import heard, tuned, written
-from ee_tuning.suggest.rounds import ChainedPattern, DraftedPattern, Pattern, measure, measure_full
+from ee_tuning.suggest.rounds import leaving, measure, measure_full
 from ee_tuning.suggest.run import Candidate, Suggestion
 
 FREE = Costs({(0, False): 1.0, (0, True): 1.0, (8, False): 1.0, (8, True): 1.0}, prompt=0.0)
@@ -114,34 +114,33 @@ def test_costs_between_measured_ones_lie_on_a_line():
     assert costs.round(3, asked=True) == 2.0
 
 
-@pytest.mark.parametrize("kind", [Pattern, DraftedPattern])
-@pytest.mark.parametrize(("number", "asked"), [(0, False), (0, True), (2, False), (2, True)])
-def test_rounds_that_are_timed_have_so_many_tokens_that_leave(monkeypatch, kind, number, asked):
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(("number", "asked"), [(0, False), (0, True), (2, False), (8, False)])
+def test_rounds_that_are_timed_have_so_many_tokens_that_leave(monkeypatch, drafts, number, asked):
     model = early_exit(arch="norm")
     monkeypatch.setattr("ee_tuning.decode.sampling.Chooser.verify", all_kept)
-    policy = kind(4, {2: 0.5}, max_pending=8, number=number, asked=asked)
-    engine = Engine(model, [2], capacity=64)
-    request = Request(prompt(5), policy, 40)
-    engine.submit(request)
-    engine.step()
-    (row,) = engine.sequences.live
-    row.pace, row.limit = None, number + asked
-    layers = [token.exit_layer for _ in range(12) for _, token in engine.step()][:9]
-    assert layers == ([2] * number + [4]) * (9 // (number + 1))
+    layers = timed_layers(model, 2, number, leaving(model, 2, number, drafts, asked))
+    assert layers == ([2] * number + [4]) * (18 // (number + 1))
 
 
 @pytest.mark.parametrize("number", [0, 2, 8])
 def test_rounds_of_a_draft_exit_have_so_many_drafts(monkeypatch, number):
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", arch="draft"))
     monkeypatch.setattr("ee_tuning.decode.sampling.Chooser.verify", all_kept)
-    policy = ChainedPattern(4, {}, max_pending=8, number=number)
-    engine = Engine(model, [0], capacity=64)
-    engine.submit(Request(prompt(5), policy, 40))
+    layers = timed_layers(model, 0, number, leaving(model, 0, number, drafts=True))
+    assert layers == ([0] * number + [4]) * (18 // (number + 1))
+
+
+def timed_layers(model, layer, number, policy):
+    """Of the first 18 tokens, or as many as whole rounds have, that follow a prompt's."""
+    engine, found = Engine(model, [layer], capacity=96), []
+    engine.submit(Request(prompt(5), policy, 90))
     engine.step()
     (row,) = engine.sequences.live
-    row.pace, row.limit = None, number
-    layers = [token.exit_layer for _, token in engine.step()]
-    assert layers == [0] * number + [4]
+    row.pace, row.limit = None, policy.max_pending
+    while len(found) < 18:
+        found += [token.exit_layer for _, token in engine.step()]
+    return found[: 18 // (number + 1) * (number + 1)]
 
 
 def all_kept(chooser, ids, said, drafts):
