@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold, drafts
 from ee_tuning.decode.ahead import TOKENS, Ahead
+from ee_tuning.decode.rounds import ROUNDS
 from ee_tuning.exit_config import DRAFT
 
 CAPACITY = 96
@@ -183,3 +184,85 @@ def test_a_text_rests_ahead_where_drafts_do_not_pay(exit, monkeypatch):
     expected = written(engine_of(model, [], ahead=False), Full(4, max_pending=3), 60)
     assert [token for token, *_ in found] == [token for token, *_ in expected]
     assert {TOKENS, TOKENS // 2} == {*counts}
+
+
+BARS = {"none stops": 0.0, "some stop": 0.001, "each stops": 0.9}
+
+
+def drafted(model, bar, ahead, number=40, sampled=False, stops=None):
+    """Tokens with their layers and the drafts that they came in the place of."""
+    engine = engine_of(model, [DRAFT], ahead)
+    warp = LogitsProcessorList([TemperatureLogitsWarper(0.7)] if sampled else [])
+    chooser = Chooser(warp, sample=sampled, seed=5 if sampled else None)
+    policy = Speculative(4, {}, max_pending=3, bar=bar)
+    request = Request(prompt(7), policy, 7 + number, chooser, *([stops] if stops else []))
+    return [
+        (token.id, token.exit_layer, list(token.rejected)) for _, token in engine.stream([request])
+    ]
+
+
+@pytest.mark.parametrize("bar", BARS.values(), ids=BARS)
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("limit", [1, 3])
+def test_rounds_have_the_drafts_of_the_twin(bar, sampled, limit, monkeypatch):
+    """And keep the same."""
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: limit)
+    found, expected = (drafted(drafting(), bar, ahead, sampled=sampled) for ahead in (True, False))
+    assert found == expected
+    if not sampled:
+        assert any(layer == DRAFT for _, layer, _ in found)
+        assert any(rejected for *_, rejected in found)
+
+
+@pytest.mark.parametrize("family", ["mistral", "eagle3"])
+def test_rounds_of_other_families_and_architectures(family, monkeypatch):
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    model = drafting(family)
+    found, expected = (drafted(model, 0.0, ahead) for ahead in (True, False))
+    assert found == expected
+
+
+@pytest.mark.parametrize("end", [1, 2, 5, 9])
+def test_a_text_ends_within_rounds(end, monkeypatch):
+    """What the device has written behind the end is not the text's."""
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    whole = drafted(drafting(), 0.0, ahead=True)
+    found = drafted(drafting(), 0.0, ahead=True, stops=lambda ids: len(ids) == 7 + end)
+    assert [token for token, *_ in found] == [token for token, *_ in whole[:end]]
+
+
+def test_a_text_with_drafts_that_becomes_the_only_one_goes_on_as_it_was(monkeypatch):
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    texts = []
+    for ahead in (True, False):
+        engine = engine_of(drafting(), [DRAFT], ahead, slots=3)
+        policy = Speculative(4, {}, max_pending=3, bar=0.0)
+        sizes = ((9, 11), (5, 50), (4, 3))
+        texts.append(
+            by_text(engine, [Request(prompt(one), policy, one + more) for one, more in sizes])
+        )
+    assert texts[0] == texts[1]
+
+
+def test_no_numbers_within_rounds_fail_a_text_behind_what_was_right(monkeypatch):
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    engine = engine_of(drafting(), [DRAFT], ahead=True)
+    settle, seen = engine.ahead.rounds._settle, []
+
+    def spoilt(*given):
+        seen.append(1)
+        *others, answers = given
+        if len(seen) > ROUNDS + 1:
+            answers = torch.stack([answers[0], torch.full_like(answers[1], torch.nan)])
+        settle(*others, answers)
+
+    engine.ahead.rounds._settle = spoilt
+    request = Request(prompt(7), Speculative(4, {}, max_pending=3, bar=0.0), 67)
+    engine.submit(request)
+    events = [event for _ in range(8) for event in engine.step() if not engine.busy or event]
+    expected = [token for token, *_ in drafted(drafting(), 0.0, ahead=False, number=60)]
+    tokens = [token.id for _, token in events if token is not None]
+    assert ROUNDS < len(tokens) < 60
+    assert tokens == expected[: len(tokens)]
+    assert events[-1] == (request, None)
+    assert "not finite" in str(request.error)

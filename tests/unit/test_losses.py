@@ -281,6 +281,16 @@ def test_the_likeliest_is_the_first_of_the_largest(size):
     assert likeliest(logits)[1, 1] == size // 2
 
 
+@pytest.mark.parametrize("size", [7, 2**15, 2**15 + 1])
+def test_confidence_in_pieces_is_the_largest_probability(size):
+    torch.manual_seed(size)
+    logits = 3 * torch.randn(4, 3, size)
+    logits[0, :, : size // 3] = logits[1, 1] = -torch.inf
+    logits[2, 2, 1] = torch.nan
+    expected = torch.exp(logits.amax(-1) - logits.logsumexp(-1))
+    assert torch.allclose(confidence(logits), expected, rtol=1e-5, equal_nan=True)
+
+
 def test_confidence_is_the_largest_probability():
     logits = 3 * torch.randn(4, 640)
     assert torch.allclose(confidence(logits), logits.softmax(-1).amax(-1), rtol=1e-5)

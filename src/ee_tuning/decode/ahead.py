@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.draws import ALL
 from ee_tuning.decode.graphs import compiled
 from ee_tuning.decode.passes import Passes
+from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Chooser, Token, check_evidence
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.settings import Policy
@@ -39,12 +41,14 @@ class Ahead:
     """
 
     def __init__(self, passes: Passes, stops: Sequence[int]) -> None:
-        """stops: the layer at which each segment ends."""
+        """stops: the layer at which each segment ends. rounds: where it has drafts of a draft exit,
+        for rows that `serves` serves."""
         self.passes, self._stops, device = passes, stops, passes.device
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, device=device)
         self._goes_on = torch.zeros(1, dtype=torch.int32, device=device)
+        self.rounds = None if passes.chains is None else Rounds(passes, passes.chains)
         self._enter = compiled(_enter, passes.compile)
         self._decide = compiled(_decide, passes.compile)
 
@@ -152,6 +156,8 @@ class Ahead:
             in_order = self.passes.in_order([0])
             begin = partial(self._state.copy_, told)
             self._tokens(asks, limit, end, in_order, policy, samples, begin)
+        if self.rounds is not None:
+            self.rounds.warm_up(measures, (min(samples, ALL), samples))
 
 
 def _take(row: Row, number: int, layer: int, i: int, confidence: float) -> Token:

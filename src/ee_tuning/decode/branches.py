@@ -55,27 +55,35 @@ def can_branch() -> bool:
 
 
 class Branches:
-    """Pieces in one graph: each runs if `goes_on` (1,) int32 is not 0 after the one before.
+    """Pieces in one graph: each runs if `goes_on` (1,) int32 is not 0 after the one before, and
+    what is `last` behind them.
 
     Raises:
         RuntimeError: the driver refuses.
     """
 
-    def __init__(self, pieces: Sequence[torch.cuda.CUDAGraph], goes_on: Tensor) -> None:
-        """pieces: captured, with their graphs kept. They keep the memory that they work in."""
-        self._pieces, self._goes_on = list(pieces), goes_on
+    def __init__(
+        self,
+        pieces: Sequence[torch.cuda.CUDAGraph],
+        goes_on: Tensor,
+        last: torch.cuda.CUDAGraph | None = None,
+    ) -> None:
+        """pieces, last: captured, with their graphs kept. They keep the memory they work in."""
+        self._pieces, self._goes_on = [*pieces, last], goes_on
         self._module = _checked(driver.cuModuleLoadData(SET_CONDITION))
         graph = inner = _checked(driver.cuGraphCreate(0))
-        for place, piece in enumerate(pieces):
-            child = driver.CUgraph(piece.raw_cuda_graph())
-            node = _checked(driver.cuGraphAddChildGraphNode(inner, None, 0, child))
-            if place < len(pieces) - 1:
-                inner = self._branch(graph, inner, node)
+        node = top = _child(graph, None, pieces[0])
+        for piece in pieces[1:]:
+            branch, body = self._branch(graph, inner, node)
+            top = branch if inner is graph else top
+            inner, node = body, _child(body, None, piece)
+        if last is not None:
+            _child(graph, top, last)
         self._run = _checked(driver.cuGraphInstantiate(graph, 0))
         weakref.finalize(self, _destroy, self._run, graph, self._module).atexit = False
 
-    def _branch(self, graph: Any, inner: Any, node: Any) -> Any:
-        """A condition behind `node` of the graph `inner`, part of `graph`; gives its body."""
+    def _branch(self, graph: Any, inner: Any, node: Any) -> tuple[Any, Any]:
+        """A condition behind `node` of `inner`, part of `graph`: its own node, and its body."""
         context = _checked(driver.cuCtxGetCurrent())
         handle = _checked(driver.cuGraphConditionalHandleCreate(graph, context, 0, 0))
         setter = driver.CUDA_KERNEL_NODE_PARAMS()
@@ -91,13 +99,20 @@ class Branches:
         branch.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
         branch.conditional.size = 1
         edges = [None] if driver.CUDA_VERSION >= 13000 else []  # kinds of edges: the usual one
-        _checked(driver.cuGraphAddNode(inner, [told], *edges, 1, branch))
-        return branch.conditional.phGraph_out[0]
+        node = _checked(driver.cuGraphAddNode(inner, [told], *edges, 1, branch))
+        return node, branch.conditional.phGraph_out[0]
 
     def __call__(self) -> None:
         """Run on the current stream."""
         stream = torch.cuda.current_stream().cuda_stream
         _checked(driver.cuGraphLaunch(self._run, stream))
+
+
+def _child(graph: Any, before: Any, piece: torch.cuda.CUDAGraph) -> Any:
+    """A piece as a node of a graph, behind another one."""
+    behind = None if before is None else [before]
+    child = driver.CUgraph(piece.raw_cuda_graph())
+    return _checked(driver.cuGraphAddChildGraphNode(graph, behind, int(bool(behind)), child))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

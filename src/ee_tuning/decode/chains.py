@@ -25,6 +25,7 @@ from ee_tuning.decode.cache import Place, SlotCache
 from ee_tuning.decode.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes, compiled
 from ee_tuning.exits import DraftExit
+from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence, likeliest
 
 
@@ -41,14 +42,37 @@ class Link:
     limit: int = 0
 
 
-class Query(NamedTuple):
-    """How a draft is chosen: the measure of confidence, how it is drawn (see `draws`), and for n
-    rows, theirs of `Draws`, (n, 5), and the places (n, 1) in noise of what drafts follow."""
+class Tables(NamedTuple):
+    """What chains of n rows are made from: of `Chains`.
 
+    table: (n, 4 + T) int64: slot, first position of a window, its tokens' number, drafts at most,
+    and these tokens. states: (slots, ring, W), of the sources, by position. bars: (slots,). draws:
+    (slots, 5), the table of `Draws`.
+    """
+
+    table: Tensor
+    states: Tensor
+    bars: Tensor
+    draws: Tensor
+
+
+class Step(NamedTuple):
+    """How drafts are made, the same for all rows.
+
+    reach, in_order, start: see `Place`. limit: the last position. measure: of confidence; None:
+    there are no drafts. samples: how they are drawn, see `draws`.
+    """
+
+    reach: int
+    in_order: bool
+    limit: int
     measure: str | None
     samples: int
-    draws: Tensor
-    place: Tensor
+    start: int | None = None
+
+
+# Tokens (n,), the confidence in the likeliest ones, and hidden states (n, 1, H).
+Found = tuple[Tensor, Tensor, Tensor]
 
 
 class Chains:
@@ -61,6 +85,7 @@ class Chains:
     def __init__(
         self,
         exit: DraftExit,
+        invariant: Invariant,
         cache: SlotCache,
         sizes: Sizes,
         graphs: Graphs | None,
@@ -68,32 +93,38 @@ class Chains:
         draws: Tensor,
         limit: int,
     ) -> None:
-        """cache: for the exit's block. graphs: where passes are compiled. control: what a pass of
-        the first segment is told, (slots, 3 + tokens), see `Passes`. draws: the table of `Draws`.
-        limit: the last position."""
-        self.exit, self.cache, self.sizes, self.graphs = exit, cache, sizes, graphs
-        self._control, self._draws, self._limit = control, draws, limit
+        """invariant: of the backbone's products. cache: for the exit's block. graphs: where
+        passes are compiled. control: what a pass of the first segment is told, (slots, 3 + tokens),
+        see `Passes`. draws: the table of `Draws`. limit: the last position."""
+        self.exit, self.cache = exit, cache
+        self.twin = invariant.exit(exit, cache)  # runs in its place, but on prompts
+        self.sizes, self.graphs = sizes, graphs
+        self.control, self.draws, self.limit = control, draws, limit
         weight = exit.first.weight
         width, device = weight.shape[0], weight.device
         slots, size = len(control), 2 * sizes.longest
-        self._states = torch.zeros(
+        self.states = torch.zeros(
             (slots, size, width * len(exit.sources)), dtype=weight.dtype, device=device
         )
         self.bars = torch.zeros(slots, device=device)
-        self._table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
-        self._first = compiled(_first_draft, graphs is not None)
-        self._later = compiled(_later_draft, graphs is not None)
+        self.table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
+        # How many drafts come before one, for the device.
+        self.numbers = torch.arange(sizes.longest + 1, device=device)
+        self._first = compiled(first_draft, graphs is not None)
+        self._later = compiled(later_draft, graphs is not None)
+        self._tell = compiled(tell, graphs is not None)
+        self._keep = compiled(_keep, graphs is not None)
 
     def keep(self, slots: Tensor, positions: Tensor, state: State) -> None:
         """Take in what a segment's pass gives for the tokens of slots (n,) at positions (n, T)."""
         if state.sources:
-            places = positions % self._states.shape[1]
-            self._states[slots[:, None], places, self._part(state)] = torch.cat(state.sources, -1)
+            part = self._part(state)
+            self._keep(self.states[..., part], slots, positions, state.sources)
 
     def forget(self, slot: int) -> None:
         """As of passes."""
         self.cache.forget(slot)
-        self._states[slot] = 0
+        self.states[slot] = 0
 
     def _part(self, state: State) -> slice:
         """Where the sources of a segment are among all of them."""
@@ -106,7 +137,7 @@ class Chains:
     ) -> None:
         """K/V of a whole prompt (1, P) that was read in one pass of some segments."""
         sources = torch.cat([one for state in states for one in state.sources], -1)
-        self._states[slots, positions[0, -1:] % self._states.shape[1]] = sources[:, -1]
+        self.states[slots, positions[0, -1:] % self.states.shape[1]] = sources[:, -1]
         earlier = torch.nn.functional.pad(sources[:, :-1], (0, 0, 1, 0))
         self.cache.put(Place(slots, positions, ids.shape[1], in_order=False, empty=True))
         self.exit.first_step(ids, earlier, positions, self.cache)
@@ -144,7 +175,7 @@ class Chains:
             end = max(end, link.first + max(length, number + count))
             padding = [0] * (length - number)
             table.append([slot, link.first, number, link.limit, *link.ids, *padding])
-        self._table[: len(slots), : 4 + length].copy_(torch.tensor(table), non_blocking=True)
+        self.table[: len(slots), : 4 + length].copy_(torch.tensor(table), non_blocking=True)
         in_order = self._in_order(slots)
         if self.graphs is None:
             reach = max(row[1] for row in table) + length
@@ -156,9 +187,9 @@ class Chains:
 
     def warm_up(self, counts: Iterable[int], measures: Sequence[str], samples: int) -> None:
         """Compile and capture every size; see `Passes.warm_up`."""
-        self._table.zero_()
-        self._table[:, 0] = torch.arange(len(self._table), device=self._table.device)
-        self._table[:, 2] = 1
+        self.table.zero_()
+        self.table[:, 0] = torch.arange(len(self.table), device=self.table.device)
+        self.table[:, 2] = 1
         for (rows, length, reach), measure in product(self.sizes.chains(), measures):
             in_order = self._in_order(list(range(rows)))
             for count in counts if length == self.sizes.windows[-1] else ():
@@ -180,117 +211,111 @@ class Chains:
         measure: str,
         samples: int,
     ) -> Tensor | None:
-        table = self._table[:rows, : 4 + length]
-        slots, firsts, counts, limits = table[:, :4].unbind(1)
-        ids, lasts = table[:, 4:], firsts + counts - 1
-        positions = firsts[:, None] + torch.arange(length, device=table.device)
-        earlier = positions - 1
-        states = self._states[slots[:, None], earlier % self._states.shape[1]]
-        states = states.masked_fill((earlier < 0)[..., None], 0)
-        place = Place(slots, positions, reach, in_order)
-        self._put(place, reach - length)
-        draws = self._draws[slots]
-        spots = places_of(draws, lasts[:, None]) if samples else lasts[:, None]
-        query = Query(measure if count else None, samples, draws, spots)
-        found = self._first(
-            self.exit, self.cache, (ids, states, positions.clamp(max=self._limit)),
-            self._masks(), counts, query,
-        )  # fmt: skip
+        tables, alone = self.tables(rows, length), self.graphs is None and rows == 1 and in_order
+        step = Step(reach, in_order, self.limit, measure if count else None, samples)
+        first = step._replace(start=reach - length if alone else None)
+        found = self._first(self.twin, self.cache, tables, first)
         if found is None:
             return None
-        drafts, sure = [found[0]], [found[1]]
-        certain, bars, hidden = found[1], self.bars[slots], found[2]
+        drafts, sures, certain = [found[0]], [found[1]], found[1]
         for number in range(1, count):
             if self.graphs is None:
-                if not bool(((certain >= bars) & (limits > number)).any()):
+                slots, limits = tables.table[:, 0], tables.table[:, 3]
+                if not bool(((certain >= self.bars[slots]) & (limits > number)).any()):
                     break
                 reach += 1
-            at = (lasts + number)[:, None]
-            self._put(Place(slots, at, reach, in_order), reach - 1)
-            token, confidence, hidden = self._later(
-                self.exit, self.cache, (drafts[-1][:, None], hidden, at.clamp(max=self._limit)),
-                self._masks(), query._replace(place=places_of(draws, at) if samples else at),
-            )  # fmt: skip
-            certain = certain * confidence
-            drafts.append(token)
-            sure.append(confidence)
-        return self._say(slots, lasts, ids, limits, drafts, sure)
+                step = step._replace(reach=reach, start=reach - 1 if alone else None)
+            before = self.numbers[number], found[0], found[2]
+            found = self._later(self.twin, self.cache, tables, before, step)
+            certain = certain * found[1]
+            drafts.append(found[0])
+            sures.append(found[1])
+        tokens, sure = torch.stack(drafts, 1), torch.stack(sures, 1)
+        numbers = self._tell(tables, self.control, tokens, sure)
+        return torch.cat([numbers[:, None].float(), tokens.float(), sure], dim=1)
 
-    def _say(
-        self, slots: Tensor, lasts: Tensor, ids: Tensor, limits: Tensor,
-        drafts: list[Tensor], sure: list[Tensor],
-    ) -> Tensor:  # fmt: skip
-        """What `draft` gives; and tell the pass that verifies."""
-        tokens, sures, rows = torch.stack(drafts, 1), torch.stack(sure, 1), len(slots)
-        goes_on = sures.cumprod(1)[:, :-1] >= self.bars[slots][:, None]
-        numbers = (1 + goes_on.sum(1)).minimum(limits)
-        counts = lasts - self._table[:rows, 1]
-        newest = ids.gather(1, counts[:, None])
-        told = [slots[:, None], lasts[:, None], torch.full_like(newest, 1 + len(drafts))]
-        control = torch.cat([*told, newest, tokens], dim=1)
-        self._control[:rows, : control.shape[1]] = control
-        return torch.cat([numbers[:, None].float(), tokens.float(), sures], dim=1)
+    def tables(self, rows: int, length: int) -> Tables:
+        """What the chains of so many rows, with windows of so many tokens, are made from."""
+        return Tables(self.table[:rows, : 4 + length], self.states, self.bars, self.draws)
 
     def _in_order(self, slots: list[int]) -> bool:
         """As of passes."""
-        whole = self.graphs is None or len(slots) == len(self._table)
+        whole = self.graphs is None or len(slots) == len(self.table)
         return whole and slots == list(range(len(slots)))
 
-    def _put(self, place: Place, start: int) -> None:
-        """The next step is at `place`; start: its first position, if there is one row, eager."""
-        if self.graphs is None and len(place.slots) == 1 and place.in_order:
-            place.start = start
-        self.cache.put(place)
 
-    def _masks(self) -> Any:
-        (layer,) = self.cache.slot_layers
-        if not layer.hides and self.exit.sees_first:
-            return None
-        mask = layer.mask(self._states.dtype)
-        if not self.exit.sees_first:  # of the texts' later tokens; there is no window then
-            later = (layer.place.positions > 0)[:, None, :, None]
-            mask[..., :1].masked_fill_(later, torch.finfo(mask.dtype).min)
-        return self.exit.segment.masks(lambda _: mask)
+def first_draft(exit: Any, cache: SlotCache, tables: Tables, step: Step) -> Found | None:
+    """The first drafts, from windows; their K/V alone, if there is no measure.
 
-
-def _first_draft(
-    exit: DraftExit,
-    cache: SlotCache,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    masks: Any,
-    counts: Tensor,
-    query: Query,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """See `_ask`, of the last token of windows of `counts` (n,) tokens; no measure: K/V alone.
-
-    inputs: ids, states of the tokens before them, positions.
+    exit: a draft exit, or its twin. cache: for its block.
     """
-    ids, states, positions = inputs
-    hidden = exit.first_step(ids, states, positions, cache, masks)
-    if query.measure is None:
+    slots, firsts, counts, _ = tables.table[:, :4].unbind(1)
+    ids, states = tables.table[:, 4:], tables.states
+    positions = firsts[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    earlier = positions - 1
+    before = states[slots[:, None], earlier % states.shape[1]]
+    before = before.masked_fill((earlier < 0)[..., None], 0)
+    cache.put(Place(slots, positions, step.reach, step.in_order, start=step.start))
+    masks = _masks(exit, cache, states.dtype)
+    hidden = exit.first_step(ids, before, positions.clamp(max=step.limit), cache, masks)
+    if step.measure is None:
         return None
     rows = torch.arange(len(counts), device=counts.device)
-    return _ask(exit, hidden[rows, (counts - 1).clamp(min=0)][:, None], query)
+    last = (counts - 1).clamp(min=0)
+    return _ask(exit, hidden[rows, last][:, None], tables, (firsts + last)[:, None], step)
 
 
-def _later_draft(
-    exit: DraftExit,
-    cache: SlotCache,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    masks: Any,
-    query: Query,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `_ask`. inputs: drafts (n, 1), the exit's output at the tokens before, positions."""
-    return _ask(exit, exit.later_step(*inputs, cache, masks), query)
+def later_draft(exit: Any, cache: SlotCache, tables: Tables, before: Found, step: Step) -> Found:
+    """Drafts behind others. before: how many these are, the last ones (n,), and hidden theirs."""
+    number, tokens, hidden = before
+    slots, firsts, counts, _ = tables.table[:, :4].unbind(1)
+    at = (firsts + counts - 1 + number)[:, None]
+    cache.put(Place(slots, at, step.reach, step.in_order, start=step.start))
+    masks = _masks(exit, cache, tables.states.dtype)
+    ids, limit = tokens[:, None], step.limit
+    hidden = exit.later_step(ids, hidden, at.clamp(max=limit), cache, masks)
+    return _ask(exit, hidden, tables, at, step)
 
 
-def _ask(exit: DraftExit, hidden: Tensor, query: Query) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens (n,) that are drafted, how sure of the likeliest, and hidden (n, 1, H)."""
-    assert exit.norm is not None
-    assert query.measure is not None
+def tell(tables: Tables, control: Tensor, tokens: Tensor, sures: Tensor) -> Tensor:
+    """Tell the pass that verifies, by `control` of `Passes`, of drafts (n, k) with confidences;
+    gives how many these are: (n,).
+
+    A chain ends with its draft at which `sures` multiplied fall below the bar.
+    """
+    slots, firsts, counts, limits = tables.table[:, :4].unbind(1)
+    goes_on = sures.cumprod(1)[:, :-1] >= tables.bars[slots][:, None]
+    newest = tables.table[:, 4:].gather(1, (counts - 1).clamp(min=0)[:, None])
+    lasts, number = (firsts + counts - 1)[:, None], torch.full_like(newest, 1 + tokens.shape[1])
+    told = torch.cat([slots[:, None], lasts, number, newest, tokens], dim=1)
+    control[: len(told), : told.shape[1]] = told
+    return (1 + goes_on.sum(1)).minimum(limits)
+
+
+def _ask(exit: Any, hidden: Tensor, tables: Tables, at: Tensor, step: Step) -> Found:
+    """What follows tokens at positions `at` (n, 1), from the exit's output at these."""
+    assert step.measure is not None
     logits, tokens = exit.output.known_logits(exit.norm(hidden)).float(), exit.output.tokens
     found = likeliest(logits)
-    if query.samples:
-        found = drawn(logits, found, query.draws, query.place, query.samples, tokens)
-    token, sure = found[:, 0], confidence(logits[:, 0], query.measure)
+    if step.samples:
+        draws = tables.draws[tables.table[:, 0]]
+        found = drawn(logits, found, draws, places_of(draws, at), step.samples, tokens)
+    token, sure = found[:, 0], confidence(logits[:, 0], step.measure)
     return token if tokens is None else tokens[token], sure, hidden
+
+
+def _masks(exit: Any, cache: SlotCache, dtype: torch.dtype) -> Any:
+    """What the block is told that the tokens of the next step see."""
+    (layer,) = cache.slot_layers
+    if not layer.hides and exit.sees_first:
+        return None
+    mask = layer.mask(dtype)
+    if not exit.sees_first:  # of the texts' later tokens; there is no window then
+        later = (layer.place.positions > 0)[:, None, :, None]
+        mask[..., :1].masked_fill_(later, torch.finfo(mask.dtype).min)
+    return exit.segment.masks(lambda _: mask)
+
+
+def _keep(states: Tensor, slots: Tensor, positions: Tensor, sources: Sequence[Tensor]) -> None:
+    """Keep hidden states after some source layers in their part of a ring."""
+    states[slots[:, None], positions % states.shape[1]] = torch.cat(list(sources), -1)

@@ -15,6 +15,7 @@ import torch
 from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST
 from ee_tuning.decode.pace import Clock, plan, promised
+from ee_tuning.decode.rounds import ROUNDS, Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 from ee_tuning.decode.wanted import Prediction, Predictions
@@ -55,15 +56,7 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in ending]
             # Keep: the drafts that it agrees with, and its own token after these.
             for (row, said), choice in zip(ending, choose(asked), strict=True):
-                drafts, kept = row.drafts, choice.kept
-                row.keep(kept, choice.token)
-                for draft, one in zip(drafts[:kept], said, strict=False):
-                    if draft.exit_layer == LOOKUP:
-                        draft.confidence = one.confidence
-                own = Token(choice.token, layer, said[kept].confidence)
-                own.rejected = [draft.id for draft in drafts[kept:]]
-                settled.append(_settled(row, choice, [*drafts[:kept], own]))
-                row.learn(drafts, kept)
+                settled.append(_kept(row, said, choice))
     return settled
 
 
@@ -78,13 +71,21 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
         found = _verified_chains(sequences, alike, measure)
         asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
         for (row, said), choice in zip(found, choose(asked), strict=True):
-            drafts, kept = row.drafts, choice.kept
-            row.keep(kept, choice.token)
-            own = Token(choice.token, row.policy.end, said[kept].confidence)
-            own.rejected = [draft.id for draft in drafts[kept:]]
-            settled.append(_settled(row, choice, [*drafts[:kept], own]))
-            row.learn(drafts, kept)
+            settled.append(_kept(row, said, choice))
     return settled
+
+
+def _kept(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
+    """A row goes on with the drafts that the end agrees with, and its own token after these."""
+    drafts, kept = row.drafts, choice.kept
+    row.keep(kept, choice.token)
+    for draft, one in zip(drafts[:kept], said, strict=False):
+        if draft.exit_layer == LOOKUP:
+            draft.confidence = one.confidence
+    own = Token(choice.token, row.policy.end, said[kept].confidence)
+    own.rejected = [draft.id for draft in drafts[kept:]]
+    row.learn(drafts, kept)
+    return _settled(row, choice, [*drafts[:kept], own])
 
 
 def _verified_chains(
@@ -132,9 +133,12 @@ def next_round(
     sequences.catch_up(chained)
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
-    if alone is not None and not rows[0].limit and not rows[0].drafts:
-        told = [clock for clock in (*clocks, *texts) if clock is not None]
-        return [_rest(sequences, rows[0], alone, told)]
+    if alone is not None and not rows[0].drafts:
+        if not rows[0].limit:
+            told = [clock for clock in (*clocks, *texts) if clock is not None]
+            return [_rest(sequences, rows[0], alone, told)]
+        if alone.rounds is not None and chained:
+            return [_rounds(sequences, rows[0], alone.rounds, clocks[0])]
     captured, start = len(sequences.passes.graphs), time.perf_counter()
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
@@ -216,6 +220,24 @@ def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock])
         row.learn([], 0)
     for clock in clocks if len(sequences.passes.graphs) == captured else ():
         clock.learn(0, seconds)
+    return row, tokens
+
+
+def _rounds(sequences: Sequences, row: Row, ahead: Rounds, clock: Clock | None) -> Settled:
+    """Some rounds of a row that are not looked at one by one, but where its text may draft."""
+    number = max(1, min(ROUNDS, row.left // (row.limit + 1))) if row.text is None else 1
+    captured, start = len(sequences.passes.graphs), time.perf_counter()
+    verified = ahead.go_on(row, number, sequences.drawn([row]))
+    seconds = (time.perf_counter() - start) / number
+    tokens: list[Token] = []
+    asked = 0
+    for drafts, said in verified:
+        row.draft(drafts)
+        (choice,) = choose([Asked(row.request.chooser, row.ids, said, row.drafts)])
+        tokens += _kept(row, said, choice)[1]
+        asked += 0 if row.pace is None else row.pace.asked
+    if clock is not None and len(sequences.passes.graphs) == captured:
+        clock.learn(asked / len(verified), seconds)
     return row, tokens
 
 

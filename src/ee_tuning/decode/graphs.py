@@ -141,28 +141,35 @@ class Graphs:
 
     def branched(
         self, key: Hashable, steps: Sequence[Callable[[], None]], goes_on: Tensor,
-        begin: Callable[[], Any], tune: bool,
+        begin: Callable[[], Any], tune: bool, last: Callable[[], None] | None = None,
     ) -> Callable[[], None]:  # fmt: skip
-        """What runs `steps`, each if `goes_on` (1,) int32 is not 0 after the one before.
+        """What runs `steps`, each if `goes_on` (1,) int32 is not 0 after the one before, and `last`
+        behind them in any case.
 
         On CUDA the host is not asked. begin: takes back what steps have done. tune: as for `run`.
         """
         if key not in self._kept:
             with _compiling(tune):
-                self._kept[key] = self._branches(steps, goes_on, begin)
+                self._kept[key] = self._branches(steps, goes_on, begin, last)
         return self._kept[key]
 
     def _branches(
-        self, steps: Sequence[Callable[[], None]], goes_on: Tensor, begin: Callable[[], Any]
-    ) -> Callable[[], None]:
+        self, steps: Sequence[Callable[[], None]], goes_on: Tensor, begin: Callable[[], Any],
+        last: Callable[[], None] | None,
+    ) -> Callable[[], None]:  # fmt: skip
         if self._on_gpu:
-            return Branches([self._graph(step, begin, keep=True)[0] for step in steps], goes_on)
+            every = [*steps, *([] if last is None else [last])]
+            pieces = [self._graph(step, begin, keep=True)[0] for step in every]
+            number = len(steps)
+            return Branches(pieces[:number], goes_on, *pieces[number:])
 
         def run() -> None:
             for step in steps:
                 step()
                 if not goes_on.item():
                     break
+            if last is not None:
+                last()
 
         begin()
         run()

@@ -30,14 +30,14 @@ class Clock:
         where nothing may depend on what rounds take."""
         self.cost, self.timed = cost, timed
         self._plain: deque[float] = deque(maxlen=self.LATELY)
-        self._drafted: deque[tuple[int, float]] = deque(maxlen=self.LATELY)
+        self._drafted: deque[tuple[float, float]] = deque(maxlen=self.LATELY)
         self._usual = 0.0  # z
         self._line = 1.0, cost
         self._looks = self._known = self._resting = self._drafting = 0
         self._until = self.RARELY
 
-    def learn(self, drafts: int, seconds: float) -> None:
-        """Take in a round that had to make so many drafts."""
+    def learn(self, drafts: float, seconds: float) -> None:
+        """Take in a round that had to make so many drafts; of several, the means."""
         if not self.timed:
             return
         if self._plain:

@@ -82,7 +82,7 @@ class Passes:
         cuts = list(self.exits), stage.stop
         self._steps = model.segments(*cuts, change=self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
-        self._final = self.invariant.final(self.backbone)
+        self._final = self.invariant.final()
         self._predict = compiled(predict, compile)
         self._begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
         self.group = group_of(model)
@@ -94,8 +94,8 @@ class Passes:
             for segment in {*self.segments, *self._steps}:
                 segment.keep(draft.sources)
             self.chains = Chains(
-                draft, self.exit_caches.pop(DRAFT), self.sizes, self.graphs if compile else None,
-                self.control, self.draws.table, self.limit,
+                draft, self.invariant, self.exit_caches.pop(DRAFT), self.sizes,
+                self.graphs if compile else None, self.control, self.draws.table, self.limit,
             )  # fmt: skip
 
     @property

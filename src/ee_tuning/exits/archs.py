@@ -69,6 +69,17 @@ class Exit(nn.Module):
         """What is made as a layer of the backbone is, or a part of one."""
         return []
 
+    def twin(self, backbone: Backbone, parts: dict[str, nn.Module], head: nn.Module) -> Exit:
+        """The same exit with others at the paths in `parts`, and `head` for its matrix."""
+        own = twin(self, parts)
+        assert isinstance(own, Exit)
+        own.output = self.output.twin(backbone, head)
+        own._connect(backbone)
+        return own
+
+    def _connect(self, backbone: Backbone) -> None:
+        """Make what runs the exit's modules within the backbone's code."""
+
     def as_layers(self, layers: list[nn.Module]) -> list[nn.Module]:
         """The layers of an ordinary model that computes what the exit does.
 
@@ -174,7 +185,10 @@ class MlpExit(NormExit):
         layer = backbone.layers[spec.layer - 1]
         mlps = {name: trainable(layer.get_submodule(name)) for name in mlp_names(layer)}
         self.mlp = nn.ModuleDict(mlps)
-        replay = _Replay()
+        self._connect(backbone)
+
+    def _connect(self, backbone: Backbone) -> None:
+        replay, layer = _Replay(), backbone.layers[self.spec.layer - 1]
         parts: dict[str, nn.Module] = {attention_name(layer): replay, **self.mlp}
         self._again = replay, twin(layer, parts)
 
@@ -203,6 +217,9 @@ class LayerExit(NormExit):
         """See `Exit`."""
         super().__init__(backbone, spec)
         self.block = trainable(backbone.layers[-1])
+        self._connect(backbone)
+
+    def _connect(self, backbone: Backbone) -> None:
         self.segment = backbone.block(self.block)
 
     def layer_parts(self) -> list[nn.Module]:

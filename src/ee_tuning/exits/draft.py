@@ -68,6 +68,9 @@ class DraftExit(NormExit):
         self.first = _passing(1 + len(self.sources), hidden, backbone)
         self.later = _passing(2, hidden, backbone)
         self.block = trainable(backbone.layers[-1])
+        self._connect(backbone)
+
+    def _connect(self, backbone: Backbone) -> None:
         self.segment = backbone.block(self.block)
 
     def layer_parts(self) -> list[nn.Module]:

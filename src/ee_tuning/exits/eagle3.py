@@ -58,7 +58,7 @@ class Eagle3Exit(DraftExit):
             self.first.weight.zero_()
             self.first.weight[:, -hidden:].fill_diagonal_(1)
         self.block = _two_wide(trainable(backbone.layers[-1]), backbone)
-        self.segment = backbone.block(self.block)
+        self._connect(backbone)
         if self.segment.windows() != [None]:
             raise UserError(
                 "an eagle3 exit sees the whole text, and the backbone's last layer a sliding "

@@ -74,6 +74,12 @@ class Head(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         return rows
 
+    def twin(self, backbone: Backbone, linear: nn.Module) -> Head:
+        """The same head with another matrix that has the same values."""
+        own = copy.copy(self)
+        own._parts = self._parts | {"output": backbone.output(linear)}
+        return own
+
     def keep_final(self, backbone: Backbone, group: Group) -> None:
         """Of a reduced vocabulary, keep what the final exit needs for this process's tokens: see
         `final`. To be called before the backbone's head is split."""

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ee_tuning import grouped
 from ee_tuning.backbone import Backbone, Segment, attention_name, in_memory
 from ee_tuning.errors import UserError
+from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.invariant.attention import NAME
 from ee_tuning.invariant.products import InBlocks, can_multiply, is_activation, products
 from ee_tuning.twin import twin
@@ -30,6 +31,7 @@ class Invariant:
     def __init__(self, backbone: Backbone, compiled: bool = False) -> None:
         """compiled: whether the twins will be."""
         self.missing = _missing(backbone, compiled)
+        self._backbone = backbone
         # On CUDA the products are made for few tokens.
         self.beside = self.missing is None and backbone.device.type == "cpu"
 
@@ -44,11 +46,29 @@ class Invariant:
         """The twin of a layer, or the layer where that cannot be had."""
         return layer if self.missing else _twin(layer)
 
-    def final(self, backbone: Backbone) -> nn.Module:
+    def final(self) -> nn.Module:
         """The final exit; call it with ``inputs_embeds=hidden``, as `Backbone.output`."""
         there = in_memory(backbone.head) and not self.missing
         head = products([backbone.head])[0] if there else backbone.head
         return backbone.output(head, backbone.norm)
+
+    def exit(self, exit: DraftExit, cache: Any) -> Exit:
+        """The twin of a draft exit, or the exit where that cannot be had. cache: for its block.
+
+        Its sums have one order, too; of products of few tokens they are the faster ones.
+        """
+        linear, backbone = exit.output.linear, self._backbone
+        dtype = linear.weight.dtype
+        if self.missing or not (_is_linear(linear) and can_multiply(backbone.device, dtype)):
+            return exit
+        parts = _products(exit)
+        if exit.sees_first:  # else its own mask hides some of what a text's tokens see
+            parts = {path: one for path, one in parts.items() if not path.startswith("block.")}
+            parts["block"] = _twin(exit.block)
+        own = exit.twin(backbone, parts, products([linear])[0])
+        if exit.sees_first and own.segment is not None:
+            self.attach([own.segment], [cache])
+        return own
 
     def attach(self, segments: Sequence[Segment], caches: Sequence[Any]) -> None:
         """Let the attention of twins look at its K/V: of each segment a cache of `slot_layers`."""
@@ -93,7 +113,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _twin(layer: nn.Module) -> nn.Module:
-    linears = {path: module for path, module in layer.named_modules() if _is_linear(module)}
+    name = attention_name(layer)
+    attention = twin(layer.get_submodule(name), {})
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = NAME  # type: ignore[union-attr]
+    attention.kept = None  # type: ignore[assignment]
+    return twin(layer, {name: attention, **_products(layer)})
+
+
+def _products(module: nn.Module) -> dict[str, nn.Module]:
+    """By path, what stands in for the linear layers of a module."""
+    linears = {path: one for path, one in module.named_modules() if _is_linear(one)}
     parts: dict[str, nn.Module] = {}
     for path in linears:
         if path in parts:
@@ -104,12 +134,7 @@ def _twin(layer: nn.Module) -> nn.Module:
         if not all(one in linears for one in paths):
             paths = [path]
         parts |= zip(paths, products([linears[one] for one in paths]), strict=True)
-    if next(layer.parameters()).device.type == "cpu":
-        named = layer.named_modules()
-        parts |= {path: InBlocks(module) for path, module in named if is_activation(module)}
-    name = attention_name(layer)
-    attention = twin(layer.get_submodule(name), {})
-    attention.config = copy.copy(attention.config)
-    attention.config._attn_implementation = NAME  # type: ignore[union-attr]
-    attention.kept = None  # type: ignore[assignment]
-    return twin(layer, {name: attention, **parts})
+    if next(module.parameters()).device.type == "cpu":
+        named = module.named_modules()
+        parts |= {path: InBlocks(one) for path, one in named if is_activation(one)}
+    return parts
