@@ -143,6 +143,7 @@ class Ahead:
         answers = found[1][:, 0, 0]
         self._decide(self._state, self._said, self._goes_on, answers, segments[-1], ends)
 
+    @torch.inference_mode()
     def warm_up(self, limit: int, measures: Sequence[str], samples: int = 0) -> None:
         """Capture what texts of mode ``threshold`` with all exits, and of ``full``, ask for.
 

@@ -130,6 +130,7 @@ class Rounds:
     def _tables(self) -> Tables:
         return self.chains.tables(1, self.passes.most)
 
+    @torch.inference_mode()
     def warm_up(self, measures: Sequence[str], samples: tuple[int, int]) -> None:
         """Capture what texts ask for; see `Ahead.warm_up`."""
         chains = self.chains
