@@ -306,8 +306,7 @@ class Passes:
         slots, counts = control[:, 0], control[:, 2]
         ring = None if segment.is_first else self._rings[i]
         positions, position_ids, inputs = self._begin(control, ring, self.limit)
-        known = rows == 1 and in_order and not self.compile
-        start = reach - length if known else None
+        start = reach - length if rows == 1 and in_order and not self.compile else None
         self._put(Place(slots, positions, reach, in_order, start=start))
         masks = self._masks(segment, self.caches[i])
         inputs = control[:, 3:] if inputs is None else inputs

@@ -48,6 +48,7 @@ class Invariant:
 
     def final(self) -> nn.Module:
         """The final exit; call it with ``inputs_embeds=hidden``, as `Backbone.output`."""
+        backbone = self._backbone
         there = in_memory(backbone.head) and not self.missing
         head = products([backbone.head])[0] if there else backbone.head
         return backbone.output(head, backbone.norm)
