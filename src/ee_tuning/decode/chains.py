@@ -185,14 +185,18 @@ class Chains:
         key = (*size, in_order, measure, samples)
         return slots, self._run(key)
 
-    def warm_up(self, counts: Iterable[int], measures: Sequence[str], samples: int) -> None:
-        """Compile and capture every size; see `Passes.warm_up`."""
+    def warm_up(
+        self, counts: Iterable[int], measures: Sequence[str], samples: int, alone: bool
+    ) -> None:
+        """Compile and capture every size; see `Passes.warm_up`. alone: there are drafts of one text
+        that is alone, for which there is no `Rounds`."""
         self.table.zero_()
         self.table[:, 0] = torch.arange(len(self.table), device=self.table.device)
         self.table[:, 2] = 1
         for (rows, length, reach), measure in product(self.sizes.chains(), measures):
             in_order = self._in_order(list(range(rows)))
-            for count in counts if length == self.sizes.windows[-1] else ():
+            drafts = length == self.sizes.windows[-1] and (alone or rows > 1)
+            for count in counts if drafts else ():
                 self._run((rows, length, count, reach, in_order, measure, min(samples, ALL)))
             self._run((rows, length, 0, reach, in_order, "", NOTHING))
 

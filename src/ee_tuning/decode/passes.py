@@ -281,7 +281,7 @@ class Passes:
             wanted = Wanted(after, final, measure, samples if after != "nothing" else 0)
             self._run((i, rows, length, reach, in_order, wanted))
         if self.chains is not None:
-            self.chains.warm_up(range(1, self.most), measures, samples)
+            self.chains.warm_up(range(1, self.most), measures, samples, alone=not self.branch)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
