@@ -58,8 +58,8 @@ def test_what_fits_is_sorted_by_speed(model, config):
 
 
 def test_what_tune_would_refuse_is_not_found(model, config):
-    eight_bit = dataclasses.replace(config, optimizer="adamw-8bit")
-    assert {x.tp for x in search(model, eight_bit, PARTS, 8, 1000)} == {1}
+    packed = dataclasses.replace(config, backbone_precision="torchao-int8")
+    assert {x.tp for x in search(model, packed, PARTS, 8, 1000)} == {1}
     few = dataclasses.replace(config, global_batch_size=2)
     assert max(x.dp for x in search(model, few, PARTS, 8, 1000)) == 2
 

@@ -62,6 +62,17 @@ def tokens_per_second(account, config, gpu):
     return tokens / sum(step_seconds(account, config, gpu).values())
 
 
+def test_memory_of_a_pipeline_is_what_was_measured():
+    """Of the fuller one of two stages, on two GPUs."""
+    result = json.loads((BENCHMARKS / "results/parallel-gpu-pp.json").read_text())
+    given = result["settings"]
+    sizes = {k: int(given[k]) for k in ("seq_length", "micro_batch_size", "global_batch_size")}
+    config = TuneConfig(layers=given["layers"], head=given["head"], pp=2, **sizes)
+    account = account_of(shaped(given["shape"], config), config)
+    expected = sum(largest_stage(account, config).values()) / GIB
+    assert expected == pytest.approx(max(result["layouts"]["pp2"]["peak_gib"]), rel=0.15)
+
+
 def test_a_small_model_is_as_fast_as_its_products_are_started():
     """From FLOP alone it would be ten times as fast; 135m-*.json of the results were measured."""
     config = TuneConfig(layers="10,15,20", micro_batch_size=1)

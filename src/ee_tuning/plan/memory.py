@@ -34,7 +34,8 @@ def memory(account: Account, config: TuneConfig, stage: range) -> dict[str, floa
     Gradients are those of one exit, or of all where the hidden states of a whole batch would take
     more; see `ee_tuning.costs.room`. With a loss that needs the final exit's logits,
     layers deeper than the exits are in memory too, and with --pp the micro-batches that enter
-    early. With --tp, of one rank's part of all that it splits.
+    early. With --pp, states wait for all exits of a stage: its layers run first. With --tp, of one
+    rank's part of all that it splits.
     """
     tp, wide, weight = config.tp, itemsize(config), _weight(config)
     positions = tp if config.sequence_parallel else 1  # by which hidden states are divided
@@ -53,7 +54,7 @@ def memory(account: Account, config: TuneConfig, stage: range) -> dict[str, floa
         "exits' weights": weight * sum(sizes),
         "optimizer state": (2.1 if config.optimizer == "adamw-8bit" else 8) * sum(sizes),
         "gradients": gradients + _beside_gradients(exits, config),
-        "hidden states": _states(account, config, waiting, len(exits)),
+        "hidden states": _states(account, config, waiting, len(exits), wait=config.pp > 1),
         "activations": wide * tokens * (5 * widest / tp + 8 * account.hidden / positions)
         + _beside_activations(account, config),
         "logits": 2 * wide * logits,
@@ -126,8 +127,11 @@ def _beside_gradients(exits: list[ExitWork], config: TuneConfig) -> float:
     return 6 * max(_tuned(exits, config.tp), default=0.0) if _weight(config) == 4 else 0.0
 
 
-def _states(account: Account, config: TuneConfig, tokens: float, exits: int) -> float:
-    """Bytes of what so many exits need of the hidden states of `tokens`."""
+def _states(
+    account: Account, config: TuneConfig, tokens: float, exits: int, wait: bool = False
+) -> float:
+    """Bytes of what so many exits need of the hidden states of `tokens`. wait: of all at once."""
     positions = config.tp if config.sequence_parallel else 1
     state = account.hidden * itemsize(config) / positions
-    return state_bytes(tokens, state, exits, config.loss != "ce" or DRAFT in account.exits)
+    wait = wait or config.loss != "ce" or DRAFT in account.exits
+    return state_bytes(tokens, state, exits, wait)
