@@ -260,7 +260,17 @@ def calibration() -> str:
     return "\n".join(lines)
 
 
+def experiments(name: str) -> str:
+    """What `experiments.py` or `quality.py` wrote of SmolLM2."""
+    text = (RESULTS / "experiments-smollm2" / name).read_text(encoding="utf-8")
+    return text.replace("## ", "### ").strip()
+
+
 TABLES = {
+    "experiments.md": {
+        "quality": partial(experiments, "quality.md"),
+        "tables": partial(experiments, "tables.md"),
+    },
     "calibration.md": {"calibration": calibration},
     "efficiency.md": {
         "steps": steps,

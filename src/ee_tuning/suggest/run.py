@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
@@ -112,18 +112,19 @@ def suggest(config: SuggestConfig, say: Callable[[str], None] = lambda text: Non
     depth = load_config(config.model, config.trust_remote_code).num_hidden_layers
     if depth < 2:
         raise UserError("the backbone has one layer alone: there is no place for an exit")
-    model = _probes(config, range(1, depth), "norm", share)
+    exits = ExitConfig([*range(1, depth)], arch="norm", head="shared")
+    model = load(New(config.model, exits, config.trust_remote_code), share, Network)
     size = model.backbone.config.vocab_size
     tokenizer = load_tokenizer(config.model, size, config.trust_remote_code)
     search = _begin(config, model, tokenizer, say)
     third = max(1.0, (config.minutes * 60 - (time.perf_counter() - begun)) / 3)
     steps: dict[str, int] = {}
     steps["norm"], found = _try(search, model, "norm", third)
-    shortlist, more = [one.layer for one in found if one.measured], list[Candidate]()
+    shortlist, more = sorted(one.layer for one in found if one.measured), list[Candidate]()
+    backbone, probes = model.model, {}
     del model
-    probes = {}
     for arch, layers in (("layer", shortlist), ("draft", [DRAFT])):
-        probes[arch] = _probes(config, layers, arch, share)
+        probes[arch] = _probes(backbone, layers, arch)
         steps[arch], tried = _try(search, probes[arch], arch, third)
         more += tried
     best = max(more, key=lambda one: one.speedup)
@@ -141,10 +142,10 @@ def _check(config: SuggestConfig) -> None:
             raise UserError(f"{name} {getattr(config, name)} is too small: give at least {least}")
 
 
-def _probes(config: SuggestConfig, layers: Sequence[int], arch: str, share: Share) -> Network:
-    """The backbone with new exits."""
-    exits = ExitConfig(sorted(layers), arch=arch, head="shared")
-    return load(New(config.model, exits, config.trust_remote_code), share, Network)
+def _probes(backbone: PreTrainedModel, layers: list[int], arch: str) -> Network:
+    """The same backbone with new exits."""
+    exits = ExitConfig([*layers], arch=arch, head="shared")
+    return load(New(backbone, exits), Share(), Network)
 
 
 def _begin(
@@ -212,11 +213,10 @@ def _with_fewer_tokens(search: _Search, model: Network, one: Candidate) -> list[
     size, found = model.backbone.config.vocab_size, list[Candidate]()
     if size < LEAST_VOCABULARY:
         return found
-    exits = ExitConfig([one.layer], arch=one.arch, head="shared")
     state = model.exit(one.layer).state_dict()
     counts = count_tokens(batches(search.texts), size)
     for number in dict.fromkeys(max(64, size // share // 64 * 64) for share in SHARES):
-        fewer = load(New(model.model, exits), Share(), Network)
+        fewer = _probes(model.model, [one.layer], one.arch)
         fewer.exit(one.layer).load_state_dict(state)
         fewer.reduce_vocabulary(most_frequent(counts, number))
         said = heard(fewer, search.spoken, search.config.prompt_length)
