@@ -52,12 +52,14 @@ class Costs:
 
     rounds: by the number of tokens that leave in one and whether the exit was asked once more, in
     vain, before one goes to the end. prompt: of reading the prompt. stops: a round whose drafts end
-    early takes no longer than one that may have no more; and a draft that is none is asked for.
+    early takes no longer than one that may have no more. paced: the `Pace` knows. asks: a draft
+    that is none is asked for, too.
     """
 
     rounds: Mapping[tuple[int, bool], float]
     prompt: float
     stops: bool = True
+    paced: bool = True
     asks: bool = True
 
     def round(self, number: int, asked: bool) -> float:
@@ -89,7 +91,7 @@ def drafted(
     """
     seconds, tokens, ends, clock = 0.0, 0, 0, Clock(cost)
     for text in texts:
-        pace, at, number = Pace(longest, cost, costs.stops), 0, len(text)
+        pace, at, number = Pace(longest, cost, costs.paced), 0, len(text)
         seconds, tokens, ends = seconds + costs.prompt, tokens + number + 1, ends + 1
         while at < number:
             most = min(plan([pace], [number - at], clock), number - at - 1)

@@ -58,9 +58,11 @@ def measure(model: Network, layer: int, prompt: list[int], drafts: bool, full: C
             asked = timed(leaving(model, layer, 0, drafts, asked=True), 0)
             for number in NUMBERS[:-1]:
                 found[number, True] = asked + found[number, False] - found[0, False]
-        # A captured chain has as many drafts as it may: see `Engine`.
         captured = chains and engine.passes.compile
-    return Costs(found, full.prompt, stops=not captured, asks=not chains)
+        alone = engine.ahead is not None and engine.ahead.rounds is not None
+    return Costs(
+        found, full.prompt, stops=alone or not captured, paced=not captured, asks=not chains
+    )
 
 
 def leaving(model: Network, layer: int, number: int, drafts: bool, asked: bool = False) -> Policy:
