@@ -367,7 +367,8 @@ def main() -> None:
     write_json(args.out / "quality.json", about | {"ways": found})
     text = f"## quality\n\n{quality_table(found, args.tasks)}\n\n{about['machine']}\n"
     write_text(args.out / "quality.md", text)
-    draw(found, args.tasks, args.out / "quality.svg")
+    if any(one["sets"] for one in found.values()):
+        draw(found, args.tasks, args.out / "quality.svg")
     print(text)
 
 
