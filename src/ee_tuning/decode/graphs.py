@@ -36,7 +36,8 @@ class Sizes:
         self, slots: int, capacity: int, longest: int, compile: bool, drafts: bool = False
     ) -> None:
         """capacity: tokens of a sequence. longest: those of a window that are asked for. drafts: of
-        a draft exit, which are read at once, however many: a few tokens more cost nothing."""
+        a draft exit, or of texts alone, which are read at once, however many: a few tokens more
+        cost nothing."""
         self.windows = sorted({1, longest}) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._links = sorted({longest, CHUNK})
         self._lengths = sorted({*self.windows, CHUNK})
@@ -81,21 +82,28 @@ class Sizes:
         return _next(number, self._links)
 
     def every(
-        self, segments: int, is_first: bool, is_last: bool, drafts: bool = False
+        self,
+        segments: int,
+        is_first: bool,
+        is_last: bool,
+        drafts: bool = False,
+        texts: bool = False,
     ) -> Iterator[tuple[int, int, int, int, str, bool]]:
         """Every pass: segment, rows, length, reach, after which tokens it predicts, and whether by
         the final exit.
 
-        is_first, is_last: the first segment takes ids, the last one is the backbone's end. drafts:
-        of a draft exit, or of a text, come before the first segment.
+        is_first, is_last: the first segment takes ids, the last one is the backbone's end. drafts,
+        texts: of a draft exit, of texts, come before the first segment.
         """
         for i in range(segments):
-            final = is_last and i == segments - 1
+            final, begins = is_last and i == segments - 1, i == 0 and is_first and not drafts
             # Before the first segment there is one token at a time, but of prompts and drafts.
-            windows = [1] if i == 0 and is_first and not drafts else self.windows
+            windows = [1] if begins else self.windows
             afters = ("last", "nothing", "each") if final else ("last", "nothing")
-            sizes = product(self._rows, self._reaches, sorted({*windows, CHUNK}), afters)
-            for rows, reach, length, after in sizes:
+            asked = [*product(sorted({*windows, CHUNK}), afters)]
+            if begins and texts:  # which are on their way to be verified, or are it here
+                asked += product(self.windows[1:], ("each",) if final else ("last", "nothing"))
+            for rows, reach, (length, after) in product(self._rows, self._reaches, asked):
                 yield i, rows, length, reach, after, final and after != "nothing"
 
 

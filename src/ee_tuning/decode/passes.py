@@ -60,8 +60,8 @@ class Passes:
         self.backbone = model.backbone
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
-        drafts = DRAFT in exit_layers
-        self._whole_drafts = drafts or LOOKUP in exit_layers
+        self._texts = LOOKUP in exit_layers
+        drafts = DRAFT in exit_layers or list(exit_layers) == [LOOKUP]
         self.sizes, self.most = Sizes(slots, capacity, longest, compile, drafts), longest
         self.longest = longest = self.sizes.longest
         most = self.backbone.end or max(capacity, self.backbone.context or 0)
@@ -274,8 +274,8 @@ class Passes:
         start = time.perf_counter()
         self.control.zero_()
         self.control[:, 0] = torch.arange(self.slots, device=self.device)
-        sizes = len(self._steps), self.is_first, self.is_last, self._whole_drafts
-        every = self.sizes.every(*sizes)
+        sizes = len(self._steps), self.is_first, self.is_last
+        every = self.sizes.every(*sizes, self.chains is not None, self._texts)
         for (i, rows, length, reach, after, final), measure in product(every, measures):
             in_order = self.in_order(list(range(rows)))
             wanted = Wanted(after, final, measure, samples if after != "nothing" else 0)
