@@ -27,6 +27,7 @@ from ee_tuning.decode.graphs import Graphs, Sizes, compiled
 from ee_tuning.exits import DraftExit
 from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence, likeliest
+from ee_tuning.slices import group_of
 
 
 @dataclass
@@ -110,6 +111,7 @@ class Chains:
         self.table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
         # How many drafts come before one, for the device.
         self.numbers = torch.arange(sizes.longest + 1, device=device)
+        self._group = group_of(exit)
         self._first = compiled(first_draft, graphs is not None)
         self._later = compiled(later_draft, graphs is not None)
         self._tell = compiled(tell, graphs is not None)
@@ -221,6 +223,7 @@ class Chains:
         found = self._first(self.twin, self.cache, tables, first)
         if found is None:
             return None
+        found = self._agreed(found)
         drafts, sures, certain = [found[0]], [found[1]], found[1]
         for number in range(1, count):
             if self.graphs is None:
@@ -230,13 +233,20 @@ class Chains:
                 reach += 1
                 step = step._replace(reach=reach, start=reach - 1 if alone else None)
             before = self.numbers[number], found[0], found[2]
-            found = self._later(self.twin, self.cache, tables, before, step)
+            found = self._agreed(self._later(self.twin, self.cache, tables, before, step))
             certain = certain * found[1]
             drafts.append(found[0])
             sures.append(found[1])
         tokens, sure = torch.stack(drafts, 1), torch.stack(sures, 1)
         numbers = self._tell(tables, self.control, tokens, sure)
         return torch.cat([numbers[:, None].float(), tokens.float(), sure], dim=1)
+
+    def _agreed(self, found: Found) -> Found:
+        """With --tp, the first process's drafts on all, and how sure: see `Passes`."""
+        if self._group is None:
+            return found
+        tokens, sure = self._group.first(torch.stack([found[0].double(), found[1].double()]))
+        return tokens.long(), sure.float(), found[2]
 
     def tables(self, rows: int, length: int) -> Tables:
         """What the chains of so many rows, with windows of so many tokens, are made from."""
