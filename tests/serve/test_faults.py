@@ -198,7 +198,7 @@ def test_a_step_that_fails_ends_what_was_in_progress_alone(tiny_exits, monkeypat
 
 def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
     warm = threading.Event()
-    monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", lambda *_: float(warm.wait(30)))
+    monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", lambda *_: warm.wait(30))
     states = []
 
     def look():
@@ -216,7 +216,7 @@ def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
 
 
 def _serve(exits, servers):
-    with in_a_thread(exits=exits) as running:
+    with in_a_thread(exits=exits, compile="on") as running:
         servers.append(running)
         return running.served.worker.state
 

@@ -274,7 +274,7 @@ def test_prompts_that_are_read_together_go_on_at_the_next_stage(monkeypatch):
 
 
 def test_there_is_nothing_to_warm_up_where_nothing_compiles():
-    assert long_model().warm_up(mode="speculative", compile=False) == 0
+    assert long_model().warm_up(mode="speculative", compile=False) < 1
 
 
 def test_padding_writes_over_nothing_that_is_known():

@@ -138,16 +138,18 @@ def test_long_prompts_and_those_that_an_exit_goes_on_with_are_read_one_by_one(mo
 @pytest.mark.parametrize("threads", [1, 3, 5])
 def test_an_activation_does_not_depend_on_how_many_tokens_there_are(name, threads):
     activation, before = ACT2FN[name], torch.get_num_threads()
-    x = torch.randn(1, 700, 200)[:, :, :192]
     assert is_activation(activation)
     try:
         torch.set_num_threads(threads)
-        whole = InBlocks(activation)(x)
-        for number in (1, 2, 100, 171, 257, 500):
-            assert torch.equal(InBlocks(activation)(x[:, :number]), whole[:, :number])
+        for width in (192, 48, 37):
+            x = torch.randn(1, 700, 200)[:, :, :width]
+            whole = InBlocks(activation)(x)
+            # Torch has another GELU for what does not lie in one piece.
+            assert torch.allclose(whole, activation(x), atol=5e-6)
+            for number in (1, 2, 100, 171, 257, 500):
+                assert torch.equal(InBlocks(activation)(x[:, :number]), whole[:, :number])
     finally:
         torch.set_num_threads(before)
-    assert torch.allclose(whole, activation(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -26,7 +26,6 @@ self-speculation what left is a draft until the next token that goes to the end 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -97,20 +96,15 @@ class Engine:
         """How many slots have a sequence in them."""
         return len(self.sequences.live)
 
-    def warm_up(
-        self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING
-    ) -> float:
-        """Compile and capture everything now; gives the seconds it took.
+    def warm_up(self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING) -> None:
+        """Compile and capture everything now.
 
         samples: what texts do to choose their tokens, see `ee_tuning.decode.draws`.
         """
         assert not self.busy
-        start = time.perf_counter()
-        seconds = self.passes.warm_up(measures, samples)
-        if self.ahead is None:
-            return seconds
-        self.ahead.warm_up(self.sequences.max_pending, measures, samples)
-        return time.perf_counter() - start
+        self.passes.warm_up(measures, samples)
+        if self.ahead is not None:
+            self.ahead.warm_up(self.sequences.max_pending, measures, samples)
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -267,7 +268,9 @@ def warm_up(
             model, policy.exit_layers, slots=slots, capacity=capacity,
             max_pending=policy.max_pending, compile=compile,
         )  # fmt: skip
-        return engine.warm_up([policy.measure], samples)
+        start = time.perf_counter()
+        engine.warm_up([policy.measure], samples)
+    return time.perf_counter() - start
 
 
 def _output(

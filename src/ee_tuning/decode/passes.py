@@ -7,7 +7,6 @@ the *ring* before the next segment until that one computes it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -264,14 +263,13 @@ class Passes:
         return places[0], places[1] % (2 * self.longest)
 
     @torch.inference_mode()
-    def warm_up(self, measures: Sequence[str] = ("probability",), samples: int = 0) -> float:
+    def warm_up(self, measures: Sequence[str] = ("probability",), samples: int = 0) -> None:
         """Compile, and capture on CUDA, what decoding with all slots free will ask for.
 
-        samples: see `draws`. A sequence must not be in progress. Gives the seconds that it took.
+        samples: see `draws`. A sequence must not be in progress.
         """
         if not self.compile:
-            return 0.0
-        start = time.perf_counter()
+            return
         self.control.zero_()
         self.control[:, 0] = torch.arange(self.slots, device=self.device)
         sizes = len(self._steps), self.is_first, self.is_last
@@ -284,7 +282,6 @@ class Passes:
             self.chains.warm_up(range(1, self.most), measures, samples, alone=not self.branch)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     def _run(self, key: tuple[Any, ...]) -> Any:
         """`forward` of these arguments, as a graph where there are graphs."""

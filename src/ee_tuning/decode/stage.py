@@ -79,12 +79,10 @@ class Stage:
         """How many slots have a sequence in them."""
         return len(self.sequences.live)
 
-    def warm_up(
-        self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING
-    ) -> float:
+    def warm_up(self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING) -> None:
         """As of an engine."""
         assert not self.busy
-        return self.passes.warm_up(measures, samples)
+        self.passes.warm_up(measures, samples)
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`; drafts are refused, too."""

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
@@ -20,6 +21,7 @@ except ImportError:
 ONEDNN = "_linear_pointwise"  # torch's name for oneDNN's product
 MOST_ROOM = 4  # times what is copied must be free: twice that, and as much for the rest
 BLOCK = 16_384  # numbers that torch gives one thread, whatever the activation, if there are no more
+LANES = 64  # numbers that torch computes at a time, or a multiple
 SHARED = 8  # tokens of a product that oneDNN's order of the weights is chosen for
 
 ACTIVATIONS: Any = tuple(
@@ -128,10 +130,10 @@ class Product(nn.Module):
 
 
 class InBlocks(nn.Module):
-    """An activation, a block of tokens at a time.
+    """An activation, a block of tokens at a time, each token of whole vectors.
 
-    Torch cuts larger ones between threads wherever that may be, and computes what is left of a
-    thread's part behind its last whole vector one by one, with other last bits.
+    Torch cuts larger ones between threads wherever that may be, and computes what is left behind
+    the last whole vector one by one, with other last bits.
     """
 
     def __init__(self, activation: nn.Module) -> None:
@@ -140,12 +142,17 @@ class InBlocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, N) → (…, N)."""
+        width = x.shape[-1]
+        if width % LANES:
+            x = F.pad(x, (0, -width % LANES))
         x = x.contiguous()  # what is not has other kernels, but if it is of one token
         if x.numel() <= BLOCK:
-            found: Tensor = self.activation(x)
-            return found
-        blocks = x.flatten(0, -2).split(max(1, BLOCK // x.shape[-1]))
-        return torch.cat([self.activation(block) for block in blocks]).view(x.shape)
+            y = self.activation(x)
+        else:
+            blocks = x.flatten(0, -2).split(max(1, BLOCK // x.shape[-1]))
+            y = torch.cat([self.activation(block) for block in blocks]).view(x.shape)
+        found: Tensor = y[..., :width]
+        return found
 
 
 def is_activation(module: nn.Module) -> bool:

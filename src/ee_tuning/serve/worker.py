@@ -14,6 +14,7 @@ import torch
 
 from ee_tuning.calibrate.audit import Audit
 from ee_tuning.decode import Engine, Full, Request
+from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.serve.choices import Choice, Delta, Settled
 from ee_tuning.serve.errors import Refused
@@ -22,6 +23,8 @@ from ee_tuning.serve.metrics import Metrics
 from ee_tuning.serve.speed import Faster
 
 PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
+# What is compiled before the first request, of the ways to choose tokens: see `decode.draws`.
+WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead
 
 Log = Callable[[dict[str, Any]], None]
@@ -169,7 +172,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self.engine.warm_up(self._measures)
+            self._warm_up()
             self.state = "ready"
             while self._wait():
                 self._call()
@@ -177,6 +180,16 @@ class Worker:
         except Exception as error:
             self._die(error)
         self._end("stopped" if self._stopping else self.state)
+
+    def _warm_up(self) -> None:
+        """Compile and capture, where passes are compiled, what most requests ask for."""
+        start = time.perf_counter()
+        for samples in WARM.values() if self.engine.passes.compile else ():
+            self.engine.warm_up(self._measures, samples)
+        seconds = round(time.perf_counter() - start, 1)
+        self.log(
+            {"event": "warm", "seconds": seconds, "sampling": [*WARM], "measures": self._measures}
+        )
 
     def _wait(self) -> bool:
         """Wait for something to do; False: to stop."""
