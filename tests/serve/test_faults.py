@@ -15,6 +15,7 @@ from helpers.families import tiny
 from helpers.serving import in_a_thread
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
 from ee_tuning.serve.choices import Choice
 
 LONG = {"prompt": [5, 9], "max_tokens": 10_000, "ignore_eos": True, "temperature": 0}
@@ -197,8 +198,13 @@ def test_a_step_that_fails_ends_what_was_in_progress_alone(tiny_exits, monkeypat
 
 
 def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
-    warm = threading.Event()
-    monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", lambda *_: warm.wait(30))
+    warm, compiled = threading.Event(), []
+
+    def warm_up(_, measures, samples):
+        compiled.append((measures, samples))
+        warm.wait(30)
+
+    monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", warm_up)
     states = []
 
     def look():
@@ -213,6 +219,9 @@ def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
         warm.set()
         assert waiting.result(60) == "ready"
     assert states[0] in (None, "warming up")
+    assert compiled == [(["probability"], samples) for samples in (NOTHING, ALL, ALL | TOP_P)]
+    (line,) = [line for line in servers[0].log if line["event"] == "compiled"]
+    assert line["sampling"] == ["greedy", "temperature", "temperature and top_p"]
 
 
 def _serve(exits, servers):

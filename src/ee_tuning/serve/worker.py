@@ -182,14 +182,14 @@ class Worker:
         self._end("stopped" if self._stopping else self.state)
 
     def _warm_up(self) -> None:
-        """Compile and capture, where passes are compiled, what most requests ask for."""
+        """Compile and capture what most requests ask for, where passes are compiled."""
+        if not self.engine.passes.compile:
+            return
         start = time.perf_counter()
-        for samples in WARM.values() if self.engine.passes.compile else ():
+        for samples in WARM.values():
             self.engine.warm_up(self._measures, samples)
         seconds = round(time.perf_counter() - start, 1)
-        self.log(
-            {"event": "warm", "seconds": seconds, "sampling": [*WARM], "measures": self._measures}
-        )
+        self.log({"event": "compiled", "seconds": seconds, "sampling": [*WARM]})
 
     def _wait(self) -> bool:
         """Wait for something to do; False: to stop."""
