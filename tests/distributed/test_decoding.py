@@ -50,7 +50,8 @@ def calls_of(name):
         return [chains[1] | {"alone": True, "compile": True}]
     if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
         return [call | {"alone": True, "compile": True} for call in (*few[:2], drafts)]
-    return CALLS if name in ("pp2", "pp3") else [*few, drafts] if name == "tp2" else few
+    texts = drafts | {"threshold": 1, "lookup": True}
+    return CALLS if name in ("pp2", "pp3") else [*few, drafts, texts] if name == "tp2" else few
 
 
 @pytest.fixture(scope="module")
