@@ -8,6 +8,7 @@ from pathlib import Path
 import decode
 import pytest
 import regenerate
+import rounds
 import savings
 import serve
 import speedup
@@ -56,6 +57,15 @@ def test_decoding_in_every_way(tmp_path, monkeypatch):
     assert all(way["tokens_per_second"]["median"] > 0 for way in found["decoding"].values())
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     assert table.decoding().count("| tiny |") == 9  # transformers' two ways, too
+
+
+def test_what_asking_and_drafting_take(tmp_path, monkeypatch):
+    flags = "--shape tiny --device cpu --archs mlp --known 64 --prompt-length 5 --new-tokens 9"
+    found = run(rounds, monkeypatch, tmp_path / "rounds.json", f"{flags} --rounds 1")
+    assert {"0 asked", "1 asked", "2 asked"} <= found["asking"]["mlp"].keys()
+    rows = found["drafting"]
+    assert all(rows[f"{number} drafts, by the host"]["ms"] > 0 for number in range(1, 7))
+    assert rows["known tokens"] == 64
 
 
 def test_starts_of_exits_and_what_was_measured_before_is_kept(base, data, tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.models import drafting
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Engine, Fixed, Full, Request, Threshold
+from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold
+from ee_tuning.exit_config import DRAFT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -62,3 +64,25 @@ def test_a_text_alone_goes_through_branches_of_one_graph(family):
         text for branches, text in texts if not branches
     ]
     assert len({layer for _, text in texts for _, layer in text}) == 4
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rounds_of_drafts_go_through_branches_of_one_graph(sampled, monkeypatch):
+    """The text is that of full depth, and of the twin, whose host looks at each round."""
+    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, rooms, clock: 3)
+    model = drafting().cuda()
+    texts = []
+    for layers, rounds, policy in (
+        ([DRAFT], True, Speculative(4, {}, max_pending=3, bar=0.001)),
+        ([DRAFT], False, Speculative(4, {}, max_pending=3, bar=0.001)),
+        ([], False, Full(4, max_pending=3)),
+    ):
+        engine = Engine(model, layers, capacity=300, max_pending=3, compile=True)
+        assert engine.ahead is not None
+        if not rounds:
+            engine.ahead.rounds = None
+        chooser = Chooser(sample=sampled, seed=5 if sampled else None)
+        request = Request(list(range(3, 10)), policy, 290, chooser)
+        texts.append([token.id for _, token in engine.stream([request])])
+    assert len(texts[0]) == 283
+    assert texts[0] == texts[1] == texts[2]
