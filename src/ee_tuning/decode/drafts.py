@@ -236,6 +236,8 @@ def _rounds(sequences: Sequences, row: Row, ahead: Rounds, clock: Clock | None) 
         (choice,) = choose([Asked(row.request.chooser, row.ids, said, row.drafts)])
         tokens += _kept(row, said, choice)[1]
         asked += 0 if row.pace is None else row.pace.asked
+        if choice.error is not None:
+            break
     if clock is not None and len(sequences.passes.graphs) == captured:
         clock.learn(asked / len(verified), seconds)
     return row, tokens
