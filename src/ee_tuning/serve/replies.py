@@ -19,11 +19,12 @@ from ee_tuning.serve.processors import Likely
 from ee_tuning.serve.reading import Asked
 
 DONE = format_sse_event(data_str="[DONE]")
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # one for all chunks
 
 
 def event(data: dict[str, Any]) -> bytes:
     """One of a stream."""
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+    return format_sse_event(data_str=ENCODER.encode(data))
 
 
 @dataclass
