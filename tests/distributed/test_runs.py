@@ -57,13 +57,13 @@ EIGHT_BIT = {"optimizer": "adamw-8bit", "exit_vocab": 256, "layers": "3", "arch"
 EIGHT_BIT_MLP = EIGHT_BIT | {"layers": "2,3", "arch": "mlp", "clip": 0.005}
 # Split over ranks: every matrix in blocks, or the MLP's second one across them.
 EIGHT_BIT_SPLIT = {
-    f"8bit-{backbone}-{name}": (size, layout | {"model": backbone})
-    for backbone in ("blocks", "cut-blocks")
-    for name, size, layout in (
-        ("one", 1, {}), ("tp", 2, {"tp": 2}), ("tp-shard", 4, {"tp": 2, "dp": 2, "shard": True})
-    )
+    "8bit-blocks-one": (1, {"model": "blocks"}),
+    "8bit-blocks-tp": (2, {"tp": 2, "model": "blocks"}),
+    "8bit-blocks-tp-shard": (4, {"tp": 2, "dp": 2, "shard": True, "model": "blocks"}),
+    "8bit-cut-blocks-one": (1, {"model": "cut-blocks"}),
+    "8bit-cut-blocks-tp": (2, {"tp": 2, "model": "cut-blocks"}),
 }  # fmt: skip
-
+# By name: the run that is gone on from, and how.
 EIGHT_BIT_ON = [
     ("8bit-blocks-on", "8bit-blocks-one", 2, {"tp": 2}),
     ("8bit-cut-blocks-on", "8bit-cut-blocks-one", 2, {"tp": 2}),
