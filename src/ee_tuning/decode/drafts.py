@@ -207,12 +207,12 @@ def _look_up(sequences: Sequences, rows: Sequence[Row], exits: Clock | None) -> 
 
 def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock]) -> Settled:
     """Some tokens at full depth, of a row of which drafts do not pay; fewer, if that is no more
-    than a look at what such a token takes, and a text's drafts may follow soon.
+    than a look at what such a token takes.
 
     clocks: of rounds that have none now.
     """
-    captured, paces = len(sequences.passes.graphs), (row.pace, row.text)
-    looks = any(pace is not None and pace.asked > 0 for pace in paces)
+    captured = len(sequences.passes.graphs)
+    looks = row.pace is not None and row.pace.asked > 0
     start = time.perf_counter()
     tokens = ahead.go_on(row, TOKENS // 2 if looks else TOKENS)
     seconds = (time.perf_counter() - start) / max(1, len(tokens))
