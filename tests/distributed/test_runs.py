@@ -42,10 +42,9 @@ VARIANTS = {
         "draft_sources": "1,2,4", "draft_steps": 3, "loss": "acceptance"}),
     "draft-tp": (2, {"tp": 2}, {"layers": "0,2", "arch": "draft,mlp", "head": "own",
         "exit_vocab": 200, "draft_sources": "1,2,4", "draft_steps": 3, "loss": "acceptance"}),
-    "draft-tp-sequence": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, {"layers": "0,2",
-        "arch": "draft,mlp", "head": "shared", "draft_sources": "1,2,4", "draft_steps": 2}),
-    "draft-tp-shard": (4, {"tp": 2, "dp": 2, "shard": True}, {"layers": "", "arch": "draft",
-        "head": "shared", "draft_steps": 2, "loss": "kl", "init": "copy"}),
+    "draft-tp-shard-sequence": (4, {"tp": 2, "dp": 2, "shard": True, "sequence_parallel": True},
+        {"layers": "", "arch": "draft", "head": "shared", "draft_steps": 2, "loss": "kl",
+        "init": "copy"}),
     "draft-alone-pp": (2, {"pp": 2}, {"layers": "", "arch": "draft", "head": "shared",
         "draft_steps": 2}),
 }  # fmt: skip
@@ -66,7 +65,6 @@ EIGHT_BIT_SPLIT = {
 # By name: the run that is gone on from, and how.
 EIGHT_BIT_ON = [
     ("8bit-blocks-on", "8bit-blocks-one", 2, {"tp": 2}),
-    ("8bit-cut-blocks-on", "8bit-cut-blocks-one", 2, {"tp": 2}),
     ("8bit-cut-blocks-on-one", "8bit-cut-blocks-tp", 1, {"tp": 1}),
 ]
 

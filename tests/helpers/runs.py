@@ -32,7 +32,7 @@ class Runs:
         case |= {"ahead": str(self.root / f"{name}.ahead")} if ahead else {}
         self.cases.append(case)
 
-    def start(self, seconds=300):
+    def start(self, seconds=480):
         # Ranks that are not in a run wait for the next one: so the largest come first.
         more = [self.root / "data"]
         module = "helpers.launch_tuning"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.commands.suggest import advice
 from ee_tuning.costs import draft_cost
-from ee_tuning.decode import Engine, Request
+from ee_tuning.decode import Engine, Request, engines_of
 from ee_tuning.decode.pace import Clock
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, drafted, left
@@ -74,16 +75,23 @@ def test_drafts_go_to_the_end_as_often_as_predicted(monkeypatch, threshold, long
     assert told.seconds == told.ends - 3  # a round each, but for the prompts' tokens
 
 
+@cache
+def chained():
+    """A model with a tuned draft exit, texts of it, and what the exit said about these."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", arch="draft"))
+    texts = spoken(model)
+    tuned(model, texts, seconds=2.0)
+    return model, texts, heard(model, texts, 6)[0]
+
+
 @pytest.mark.parametrize("bar", [0.0, 0.0001, 0.002])
 @pytest.mark.parametrize("longest", [1, 3, 8])
 def test_chains_go_to_the_end_as_often_as_predicted(monkeypatch, bar, longest):
     """Whatever a draft exit says after what is right is known ahead; after that, nothing counts."""
     monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", draft_cost)
     monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Even)
-    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", arch="draft"))
-    texts = spoken(model)
-    tuned(model, texts, seconds=2.0)
-    said = heard(model, texts, 6)[0]
+    model, texts, said = chained()
+    engines_of(model).clear()  # with the clocks of other cases
     assert [len(one) for one in said] == [23] * 3
     assert sum(said[0].right) > 3
     told = drafted(said, bar, longest, draft_cost(model, 0), FREE)
