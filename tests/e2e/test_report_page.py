@@ -1,10 +1,9 @@
 """The page that `evaluate` writes, in a browser: light and dark, on a desk and on a phone."""
 
 import io
-import shutil
 
 import pytest
-from playwright.sync_api import sync_playwright
+from helpers.browser import IN_A_BROWSER, opened
 from rich.console import Console
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -12,11 +11,7 @@ from ee_tuning.commands.evaluate import evaluate
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.evaluate.report import write_report
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine"),
-]
+pytestmark = IN_A_BROWSER
 # What is wider than the window, and what is cut off by what it is in.
 WIDE = """() => [...document.querySelectorAll("body *")].filter(one => {
     const box = one.getBoundingClientRect();
@@ -73,10 +68,8 @@ def pages(base, data, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with opened() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
