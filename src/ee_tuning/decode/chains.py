@@ -114,7 +114,7 @@ class Chains:
         self._group = group_of(exit)
         self._first = compiled(first_draft, graphs is not None)
         self._later = compiled(later_draft, graphs is not None)
-        self._tell = compiled(tell, graphs is not None)
+        self.tell = compiled(tell, graphs is not None)
         self._keep = compiled(_keep, graphs is not None)
 
     def keep(self, slots: Tensor, positions: Tensor, state: State) -> None:
@@ -238,7 +238,7 @@ class Chains:
             drafts.append(found[0])
             sures.append(found[1])
         tokens, sure = torch.stack(drafts, 1), torch.stack(sures, 1)
-        numbers = self._tell(tables, self.control, tokens, sure)
+        numbers = self.tell(tables, self.control, tokens, sure)
         return torch.cat([numbers[:, None].float(), tokens.float(), sure], dim=1)
 
     def _agreed(self, found: Found) -> Found:

@@ -8,7 +8,7 @@ without verification: what leaves at an exit is settled there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -139,15 +139,15 @@ def next_round(
             return [_rest(sequences, rows[0], alone, told)]
         if alone.rounds is not None and chained:
             return [_rounds(sequences, rows[0], alone.rounds, clocks[0])]
-    captured, start = len(sequences.passes.graphs), time.perf_counter()
+    timed = _stopwatch(sequences)
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
         settled += draft_round(sequences, others)
-    seconds, fresh = time.perf_counter() - start, len(sequences.passes.graphs) > captured
+    seconds = timed()
     for alike, clock, text in zip((chained, layered), clocks, texts, strict=True):
-        # Not what is compiled, as it is met for the first time, nor what others are part of.
-        if fresh or len(alike) < len(rows):
+        # Not what others are part of.
+        if seconds is None or len(alike) < len(rows):
             continue
         asked = max((row.pace.asked for row in alike if row.pace is not None), default=0)
         looked = max((row.text.asked for row in alike if row.text is not None), default=0)
@@ -156,6 +156,19 @@ def next_round(
         if text is not None and not asked:
             text.learn(looked, seconds)
     return settled
+
+
+def _stopwatch(sequences: Sequences) -> Callable[[], float | None]:
+    """What tells the seconds since now; None, if something was met for the first time, and
+    compiled, meanwhile."""
+    graphs = sequences.passes.graphs
+    captured, start = len(graphs), time.perf_counter()
+
+    def seconds() -> float | None:
+        took = time.perf_counter() - start
+        return took if len(graphs) == captured else None
+
+    return seconds
 
 
 def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
@@ -211,24 +224,24 @@ def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock])
 
     clocks: of rounds that have none now.
     """
-    captured = len(sequences.passes.graphs)
     looks = row.pace is not None and row.pace.asked > 0
-    start = time.perf_counter()
+    timed = _stopwatch(sequences)
     tokens = ahead.go_on(row, TOKENS // 2 if looks else TOKENS)
-    seconds = (time.perf_counter() - start) / max(1, len(tokens))
+    seconds = timed()
     for _ in tokens:
         row.learn([], 0)
-    for clock in clocks if len(sequences.passes.graphs) == captured else ():
-        clock.learn(0, seconds)
+    if seconds is not None:
+        for clock in clocks:
+            clock.learn(0, seconds / max(1, len(tokens)))
     return row, tokens
 
 
 def _rounds(sequences: Sequences, row: Row, ahead: Rounds, clock: Clock | None) -> Settled:
     """Some rounds of a row that are not looked at one by one, but where its text may draft."""
     number = max(1, min(ROUNDS, row.left // (row.limit + 1))) if row.text is None else 1
-    captured, start = len(sequences.passes.graphs), time.perf_counter()
+    timed = _stopwatch(sequences)
     verified = ahead.go_on(row, number, sequences.drawn([row]))
-    seconds = (time.perf_counter() - start) / number
+    seconds = timed()
     tokens: list[Token] = []
     asked = 0
     for drafts, said in verified:
@@ -238,8 +251,8 @@ def _rounds(sequences: Sequences, row: Row, ahead: Rounds, clock: Clock | None) 
         asked += 0 if row.pace is None else row.pace.asked
         if choice.error is not None:
             break
-    if clock is not None and len(sequences.passes.graphs) == captured:
-        clock.learn(asked / len(verified), seconds)
+    if clock is not None and seconds is not None:
+        clock.learn(asked / len(verified), seconds / number)
     return row, tokens
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode.cache import SlotCache
-from ee_tuning.decode.chains import Chains, Found, Step, Tables, first_draft, later_draft, tell
+from ee_tuning.decode.chains import Chains, Found, Step, Tables, first_draft, later_draft
 from ee_tuning.decode.graphs import compiled
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
@@ -48,7 +48,6 @@ class Rounds:
         self._said = torch.zeros(ROUNDS, 3 + 4 * self.most, device=device)
         self._first = compiled(_first, passes.compile)
         self._later = compiled(_later, passes.compile)
-        self._tell = compiled(tell, passes.compile)
         self._settle = compiled(_settle, passes.compile)
 
     @torch.inference_mode()
@@ -119,7 +118,7 @@ class Rounds:
     def _verify(self, to: tuple[int, int, bool], wanted: Wanted) -> None:
         """The drafts' pass to the end, of so many tokens, reach and order."""
         passes, tables = self.passes, self._tables
-        made = self._tell(tables, passes.control, self._drafts, self._sures)
+        made = self.chains.tell(tables, passes.control, self._drafts, self._sures)
         last, nothing = len(passes.segments) - 1, Wanted("nothing", False)
         for i in range(last + 1):
             found = passes.forward(i, 1, *to, wanted if i == last else nothing)
