@@ -5,6 +5,7 @@ python benchmarks/table.py
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -299,5 +300,6 @@ def updated(text: str, doc: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for name in TABLES:
         (DOCS / name).write_text(updated((DOCS / name).read_text(), name))

@@ -6,9 +6,9 @@ python demo/demo.py --readme    # also put the measured tables into README.md
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,16 @@ def replace_in_readme(begin: str, end: str, body: str) -> None:
     readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}")
 
 
+def readme_wanted(doc: str) -> bool:
+    """Whether the command line says `--readme`; doc: of the script, whose first line is its help."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md, too")
+    return bool(parser.parse_args().readme)
+
+
 if __name__ == "__main__":
+    readme = readme_wanted(__doc__)
     seconds = run()
     print(f"\nThat took {seconds:.0f} s. The report with plots: demo/exits/report.html")
-    if "--readme" in sys.argv:
+    if readme:
         update_readme(seconds)

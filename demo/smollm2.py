@@ -9,7 +9,6 @@ lies in demo/smollm2-exits/ (see its card for how it was tuned).
 
 from __future__ import annotations
 
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from demo import ROOT, replace_in_readme
+from demo import ROOT, readme_wanted, replace_in_readme
 from ee_tuning import EarlyExitModel, UserError
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import replacing
@@ -109,8 +108,9 @@ def measure(console: Console) -> str:
 
 
 if __name__ == "__main__":
+    readme = readme_wanted(__doc__)
     make_backbone()
     table = measure(Console(highlight=False))
     print(f"\n{table}")
-    if "--readme" in sys.argv:
+    if readme:
         replace_in_readme(BEGIN, END, table)
