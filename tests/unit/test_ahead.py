@@ -10,7 +10,6 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold, drafts
 from ee_tuning.decode.ahead import TOKENS, Ahead
-from ee_tuning.decode.rounds import ROUNDS
 from ee_tuning.exit_config import DRAFT
 
 CAPACITY = 96
@@ -205,10 +204,14 @@ def drafted(model, bar, ahead, number=40, sampled=False, stops=None):
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("limit", [1, 3])
 def test_rounds_have_the_drafts_of_the_twin(bar, sampled, limit, monkeypatch):
-    """And keep the same."""
+    """And keep the same. Near a text's end there are fewer: a round that begins before it is known
+    how much is left goes no further than there is room in any case."""
     monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: limit)
-    found, expected = (drafted(drafting(), bar, ahead, sampled=sampled) for ahead in (True, False))
-    assert found == expected
+    found, expected = (
+        drafted(drafting(), bar, ahead, 48, sampled=sampled) for ahead in (True, False)
+    )
+    assert found[:40] == expected[:40]
+    assert [token for token, *_ in found] == [token for token, *_ in expected]
     if not sampled:
         assert any(layer == DRAFT for _, layer, _ in found)
         assert any(rejected for *_, rejected in found)
@@ -218,8 +221,9 @@ def test_rounds_have_the_drafts_of_the_twin(bar, sampled, limit, monkeypatch):
 def test_rounds_of_other_families_and_architectures(family, monkeypatch):
     monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
     model = drafting(family)
-    found, expected = (drafted(model, 0.0, ahead) for ahead in (True, False))
-    assert found == expected
+    found, expected = (drafted(model, 0.0, ahead, 48) for ahead in (True, False))
+    assert found[:40] == expected[:40]
+    assert [token for token, *_ in found] == [token for token, *_ in expected]
 
 
 @pytest.mark.parametrize("end", [1, 2, 5, 9])
@@ -244,8 +248,29 @@ def test_a_text_with_drafts_that_becomes_the_only_one_goes_on_as_it_was(monkeypa
     assert texts[0] == texts[1]
 
 
-# Each look runs a round in vain first, where its graph would be captured.
-@pytest.mark.parametrize("which", [range(2 * ROUNDS, 99), [2 * ROUNDS]], ids=["all", "one"])
+def test_another_text_comes_while_a_round_is_under_way(monkeypatch):
+    """What the device has begun is not taken, and the texts are those that they are alone."""
+    plans = itertools.cycle([3, 2, 1, 3, 3])
+    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    policy, model = Speculative(4, {}, max_pending=3, bar=0.0), drafting()
+    alone = [written(engine_of(model, [DRAFT], False), policy, 40, length=one) for one in (7, 9)]
+    engine = engine_of(model, [DRAFT], ahead=True, slots=2)
+    rounds, seen = engine.ahead.rounds, []
+    requests = [Request(prompt(length), policy, length + 40) for length in (7, 9)]
+    texts = {request: [] for request in requests}
+    engine.submit(requests[0])
+    while not all(request.finished for request in requests):
+        for request, token in engine.step():
+            texts[request].append(token.id)
+        live = engine.sequences.live
+        seen.append((len(live), bool(live) and rounds.underway(live[0])))
+        if len(texts[requests[0]]) > 12 and not texts[requests[1]] and len(live) == 1:
+            engine.submit(requests[1])
+    assert [*texts.values()] == [[token for token, *_ in text] for text in alone]
+    assert {(1, True), (2, True), (2, False), (1, False)} == {*seen} - {(0, False)}
+
+
+@pytest.mark.parametrize("which", [range(6, 99), [6]], ids=["all", "one"])
 def test_no_numbers_within_rounds_fail_a_text_behind_what_was_right(which, monkeypatch):
     monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
     engine = engine_of(drafting(), [DRAFT], ahead=True)
@@ -261,10 +286,10 @@ def test_no_numbers_within_rounds_fail_a_text_behind_what_was_right(which, monke
     engine.ahead.rounds._settle = spoilt
     request = Request(prompt(7), Speculative(4, {}, max_pending=3, bar=0.0), 67)
     engine.submit(request)
-    events = [event for _ in range(8) for event in engine.step() if not engine.busy or event]
+    events = [event for _ in range(9) for event in engine.step()]
     expected = [token for token, *_ in drafted(drafting(), 0.0, ahead=False, number=60)]
     tokens = [token.id for _, token in events if token is not None]
-    assert ROUNDS < len(tokens) < 60
+    assert 4 < len(tokens) < 60
     assert tokens == expected[: len(tokens)]
     assert events[-1] == (request, None)
     assert "not finite" in str(request.error)

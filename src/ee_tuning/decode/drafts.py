@@ -15,7 +15,7 @@ import torch
 from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST
 from ee_tuning.decode.pace import Clock, plan, promised
-from ee_tuning.decode.rounds import ROUNDS, Rounds
+from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 from ee_tuning.decode.wanted import Prediction, Predictions
@@ -134,11 +134,12 @@ def next_round(
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     if alone is not None and not rows[0].drafts:
-        if not rows[0].limit:
+        (row,), rounds = rows, alone.rounds
+        if rounds is not None and chained and (row.limit or rounds.underway(row)):
+            return [_lone_round(sequences, row, rounds, clocks[0])]
+        if not row.limit:
             told = [clock for clock in (*clocks, *texts) if clock is not None]
-            return [_rest(sequences, rows[0], alone, told)]
-        if alone.rounds is not None and chained:
-            return [_rounds(sequences, rows[0], alone.rounds, clocks[0])]
+            return [_rest(sequences, row, alone, told)]
     timed = _stopwatch(sequences)
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
@@ -236,24 +237,16 @@ def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock])
     return row, tokens
 
 
-def _rounds(sequences: Sequences, row: Row, ahead: Rounds, clock: Clock | None) -> Settled:
-    """Some rounds of a row that are not looked at one by one, but where its text may draft."""
-    number = max(1, min(ROUNDS, row.left // (row.limit + 1))) if row.text is None else 1
+def _lone_round(sequences: Sequences, row: Row, rounds: Rounds, clock: Clock | None) -> Settled:
+    """A round of a row, looked at while the device is at the next one."""
     timed = _stopwatch(sequences)
-    verified = ahead.go_on(row, number, sequences.drawn([row]))
-    seconds = timed()
-    tokens: list[Token] = []
-    asked = 0
-    for drafts, said in verified:
-        row.draft(drafts)
-        (choice,) = choose([Asked(row.request.chooser, row.ids, said, row.drafts)])
-        tokens += _kept(row, said, choice)[1]
-        asked += 0 if row.pace is None else row.pace.asked
-        if choice.error is not None:
-            break
-    if clock is not None and seconds is not None:
-        clock.learn(asked / len(verified), seconds / number)
-    return row, tokens
+    (drafts, said), seconds = rounds.go_on(row, sequences.drawn([row]))
+    row.draft(drafts)
+    (choice,) = choose([Asked(row.request.chooser, row.ids, said, row.drafts)])
+    settled = _kept(row, said, choice)
+    if clock is not None and row.pace is not None and timed() is not None:
+        clock.learn(row.pace.asked, seconds)
+    return settled
 
 
 def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:

@@ -131,6 +131,9 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     @property
     def branch(self) -> bool:
         """Whether what `branched` gives does not ask the host."""

@@ -1,14 +1,16 @@
-"""Rounds of drafts of one text, several between two looks of the host.
+"""Rounds of drafts of one text, each begun before the host has looked at the one before it.
 
-Where a text is alone, and drafts by a draft exit, the device begins the next round itself: it sees
-which drafts are those of the end, and what is settled is the next chain's window. A chain ends on
+Where a text is alone, and drafts by a draft exit, the device knows what the next round begins with:
+it sees which drafts are those of the end, and what is settled is the next chain's window. So it
+need not wait for the host, which reads a round while the next one is *under way*. A chain ends on
 the device, too: drafts are branches of one graph. `drafts.chain_round` is the twin.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -25,10 +27,67 @@ from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.wanted import Prediction, Predictions, Wanted
 from ee_tuning.exit_config import DRAFT
 
-ROUNDS = 3  # between two looks: those behind a text's end are lost, and new texts wait
-
 # The drafts of a round, and what the end says to each and to what follows the last one.
 Verified = tuple[list[Token], list[Prediction]]
+NO_LOGITS = torch.empty(0)  # those of a round are not kept
+
+
+class Key(NamedTuple):
+    """Rounds that are alike.
+
+    sizes: length and reach of the pass to the end, and whether its slots are in order. samples: how
+    drafts, and what the end says, are drawn.
+    """
+
+    name: str
+    sizes: tuple[int, int, bool]
+    measure: str
+    samples: tuple[int, int]
+
+
+class Line:
+    """A copy of what a round says, on its way to the host while the device goes on."""
+
+    def __init__(self, said: Tensor) -> None:
+        self._said, on_gpu = said, said.is_cuda
+        self._copy = torch.zeros(said.shape, pin_memory=on_gpu)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        self._seconds = 0.0
+
+    def follow(self, run: Callable[[], None]) -> Line:
+        """Run a round, and take a copy behind it: itself."""
+        start = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+        run()
+        self._copy.copy_(self._said, non_blocking=True)
+        if self._events:
+            self._events[1].record()
+        self._seconds = time.perf_counter() - start
+        return self
+
+    def read(self) -> tuple[list[float], float]:
+        """What the round said, waited for, and the seconds that it took the device."""
+        if self._events:
+            start, end = self._events
+            end.synchronize()
+            self._seconds = start.elapsed_time(end) / 1000
+        found: list[float] = self._copy.tolist()
+        return found, self._seconds
+
+
+@dataclass
+class Underway:
+    """A round that the device is at.
+
+    length: of the row's text where the round begins, as far as that is known. limit: its drafts at
+    most. line: where it is read.
+    """
+
+    row: Row
+    length: int
+    limit: int
+    line: Line
 
 
 class Rounds:
@@ -42,68 +101,97 @@ class Rounds:
         self._sures = torch.zeros(1, self.most, device=device)
         self._hidden = torch.zeros(1, 1, width, dtype=passes.dtype, device=device)
         self._goes_on = torch.zeros(1, dtype=torch.int32, device=device)
-        self._round = torch.zeros(1, dtype=torch.int64, device=device)
-        # By round: how many drafts, these, confidences; tokens and confidences of the end. Tokens
-        # are exact in fp32 up to 2²⁴.
-        self._said = torch.zeros(ROUNDS, 3 + 4 * self.most, device=device)
+        # How many drafts, these, confidences; tokens and confidences of the end. Tokens are exact
+        # in fp32 up to 2²⁴.
+        self._said = torch.zeros(3 + 4 * self.most, device=device)
+        self._lines = [Line(self._said) for _ in range(2)]
+        self._underway: Underway | None = None
         self._first = compiled(_first, passes.compile)
         self._later = compiled(_later, passes.compile)
         self._settle = compiled(_settle, passes.compile)
 
-    @torch.inference_mode()
-    def go_on(self, row: Row, count: int, drawn: int) -> list[Verified]:
-        """The next rounds of a row, up to `count` ≤ `ROUNDS`, of up to `row.limit` drafts each.
+    def underway(self, row: Row) -> bool:
+        """Whether the device is at the round that follows what is known of a row."""
+        one = self._underway
+        return one is not None and one.row is row and one.length == len(row.ids)
 
-        What follows one without a number that speaks for its tokens is left out. drawn: how drafts
-        are drawn, see `draws`.
+    @torch.inference_mode()
+    def go_on(self, row: Row, drawn: int) -> tuple[Verified, float]:
+        """The next round of a row, and its seconds; sets `row.limit` to its drafts at most.
+
+        `row.limit` was for the round that begins now: that one, or where it is under way already,
+        the one behind it. drawn: how drafts are drawn, see `draws`.
         """
-        chains, link, policy = self.chains, row.link(), row.policy
+        limit, samples = row.limit, (drawn, row.request.chooser.samples)
+        # A text's first round is looked at before there is another: many are of a few tokens.
+        goes_on = row.text is None and row.linked > len(row.request.ids)
+        if not self.underway(row):
+            self._underway = self._begin(row, limit, samples)
+        one = self._underway
+        assert one is not None
+        # Not beyond the end, whatever is kept of this one.
+        limit = min(limit, row.left - one.limit - 2)
+        behind = self._behind(one, limit, samples) if goes_on and limit > 0 else None
+        said, seconds = one.line.read()
+        found = self._read(said)
+        if behind is not None:
+            behind.length += kept_of(*found) + 1
+        self._underway, row.limit = behind, one.limit
+        return found, seconds
+
+    def _begin(self, row: Row, limit: int, samples: tuple[int, int]) -> Underway:
+        """A row's next round."""
+        chains, link = self.chains, row.link()
         ids = [*link.ids, *[0] * (self.passes.most - len(link.ids))]
-        told = torch.tensor([[row.slot, link.first, len(link.ids), link.limit, *ids]])
+        told = torch.tensor([[row.slot, link.first, len(link.ids), limit, *ids]])
 
         def begin() -> None:
             chains.table[:1, : told.shape[1]].copy_(told, non_blocking=True)
-            self._round.zero_()
 
-        end = len(row.ids) + count * (row.limit + 1)
-        samples = row.request.chooser.samples
-        run = self._rounds(row.slot, end, policy.measure, (drawn, samples), begin)
+        end = len(row.ids) + limit + 1
+        run = self._round(self._key(row.slot, end, row.policy.measure, samples), begin)
         begin()
-        for _ in range(count):
-            run()
-        found: list[Verified] = []
-        for said in self._said[:count].tolist():  # the one wait for the device
-            drafts, answers = self._read(said)
-            if found and not all(math.isfinite(one.confidence) for one in answers):
-                break
-            found.append((drafts, answers))
-        return found
+        return Underway(row, len(row.ids), limit, self._lines[0].follow(run))
+
+    def _behind(self, one: Underway, limit: int, samples: tuple[int, int]) -> Underway | None:
+        """The round behind `one`, of up to `limit` drafts; none, where it is to be captured first:
+        what it begins with is not known here."""
+        row = one.row
+        end = len(row.ids) + one.limit + 1 + limit + 1
+        key = self._key(row.slot, end, row.policy.measure, samples)
+        if key not in self.passes.graphs:
+            return None
+        if limit != one.limit:
+            self.chains.table[:1, 3].fill_(limit)
+        (line,) = (line for line in self._lines if line is not one.line)
+        return Underway(row, len(row.ids), limit, line.follow(self._round(key, lambda: None)))
 
     def _read(self, said: list[float]) -> Verified:
-        """What a line of `_said` says."""
+        """What `_said` says."""
         made, most = int(said[0]), self.most
-        parts = torch.tensor(said[1:]).split([most, most, most + 1, most + 1])
-        tokens, sures, ends, confidences = (part.tolist() for part in parts)
+        tokens, sures = said[1 : 1 + most], said[1 + most : 1 + 2 * most]
+        ends, confidences = said[1 + 2 * most : 2 + 3 * most], said[2 + 3 * most :]
         drafts = [Token(int(tokens[j]), DRAFT, sures[j]) for j in range(made)]
-        answers = Predictions(torch.empty(0), [ends], [confidences], [0])
+        answers = Predictions(NO_LOGITS, [ends], [confidences], [0])
         return drafts, [answers.at(0, place) for place in range(made + 1)]
 
-    def _rounds(
-        self, slot: int, end: int, measure: str, samples: tuple[int, int],
-        begin: Callable[[], Any],
-    ) -> Callable[[], None]:  # fmt: skip
-        """What runs a round of the text in `slot`, which is no longer than `end` before the next
-        look. samples: how drafts, and what the end says, are drawn. begin: sets the state."""
+    def _key(self, slot: int, end: int, measure: str, samples: tuple[int, int]) -> Key:
+        """What a round is of the text in `slot`, which is no longer than `end` behind it. samples:
+        how drafts, and what the end says, are drawn."""
         passes, sizes = self.passes, self.passes.sizes
         length = sizes.length(passes.most) if passes.compile else passes.most
-        reach = sizes.reach(end + length) if passes.compile else end + length
+        reach = sizes.reach(end + length)
         # Not compiled, the first position would be looked at on the host.
         in_order = passes.compile and passes.in_order([slot])
-        step = Step(reach, in_order, self.chains.limit, measure, samples[0])
+        return Key("rounds", (length, reach, in_order), measure, samples)
+
+    def _round(self, key: Key, begin: Callable[[], Any]) -> Callable[[], None]:
+        """What runs a round. begin: sets what it begins with, where it is to be captured."""
+        passes, (_, reach, in_order) = self.passes, key.sizes
+        step = Step(reach, in_order, self.chains.limit, key.measure, key.samples[0])
         drafts = [partial(self._draft, number, step) for number in range(self.most)]
-        to, wanted = (length, reach, in_order), Wanted("each", True, measure, samples[1])
-        verify = partial(self._verify, to, wanted)
-        key = "rounds", to, measure, samples
+        wanted = Wanted("each", True, key.measure, key.samples[1])
+        verify = partial(self._verify, key.sizes, wanted)
         return passes.graphs.branched(key, drafts, self._goes_on, begin, False, verify)
 
     def _draft(self, number: int, step: Step) -> None:
@@ -123,7 +211,7 @@ class Rounds:
         for i in range(last + 1):
             found = passes.forward(i, 1, *to, wanted if i == last else nothing)
         drafts = self._drafts, self._sures
-        self._settle(self._said, self._round, tables.table, made, *drafts, found[1])
+        self._settle(self._said, tables.table, made, *drafts, found[1])
 
     @property
     def _tables(self) -> Tables:
@@ -138,10 +226,9 @@ class Rounds:
 
         def begin() -> None:
             chains.table[:1] = told
-            self._round.zero_()
 
         for measure, end in product(measures, self.passes.sizes.ends(self.passes.most)):
-            self._rounds(0, end, measure, samples, begin)
+            self._round(self._key(0, end, measure, samples), begin)
 
 
 class Kept(NamedTuple):
@@ -182,21 +269,23 @@ def _later(
     kept.take(later_draft(exit, cache, tables, (number, token, kept.hidden), step), number, tables)
 
 
-def _settle(
-    said: Tensor, round: Tensor, table: Tensor, made: Tensor, drafts: Tensor, sures: Tensor,
-    answers: Tensor,
-) -> None:  # fmt: skip
-    """Keep the drafts that the end agrees with, and say what there was in this `round` (1,).
+def kept_of(drafts: Sequence[Token], said: Sequence[Prediction]) -> int:
+    """How many drafts are what the end says in their places, none before them being wrong."""
+    right = [draft.id == one.token for draft, one in zip(drafts, said, strict=False)]
+    return [*right, False].index(False)
 
-    said: (rounds, 3 + 4k). table: (1, 4 + tokens), of `Chains`, for the next one. made: (1,), how
-    many of drafts (1, k) there are. answers: (2, 1, T), T > k.
+
+def _settle(
+    said: Tensor, table: Tensor, made: Tensor, drafts: Tensor, sures: Tensor, answers: Tensor
+) -> None:
+    """Keep the drafts that the end agrees with, and say what there was in this round.
+
+    said: (3 + 4k,). table: (1, 4 + tokens), of `Chains`, for the next one. made: (1,), how many of
+    drafts (1, k) there are. answers: (2, 1, T), T > k.
     """
     most = drafts.shape[1]
     tokens, sure = answers[0, :, : most + 1], answers[1, :, : most + 1]
-    line = torch.cat([made[:, None].float(), drafts.float(), sures, tokens, sure], 1)
-    place = torch.arange(len(said), device=said.device) == round
-    said.copy_(torch.where(place[:, None], line, said))
-    round.add_(1)
+    said.copy_(torch.cat([made[:, None].float(), drafts.float(), sures, tokens, sure], 1)[0])
     index = torch.arange(most, device=said.device)
     same = (tokens[:, :most].long() == drafts) & (index < made)
     kept = same.long().cumprod(1).sum(1)
