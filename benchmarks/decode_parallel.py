@@ -14,7 +14,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,22 @@ def run(
     }
 
 
-def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> dict[str, Any]:
-    """Both ways to decode in one layout."""
+def measure(
+    args: argparse.Namespace, mesh: Mesh, device: torch.device
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each way to decode in one layout."""
     model = part(args, mesh, device)
     depth, early = model.backbone.num_layers, model.all_exit_layers[0]
-    return {
-        "full depth": run(model, mesh, args, lambda: Full(depth)),
-        "half leave at 1/4": run(
-            model, mesh, args, lambda: Pattern(depth, {early: 0.0}, max_pending=4)
-        ),
-    }
+    yield "full depth", run(model, mesh, args, lambda: Full(depth))
+    half = partial(Pattern, depth, {early: 0.0}, max_pending=4)
+    yield "half leave at 1/4", run(model, mesh, args, half)
+
+
+def tell(name: str, way: str, row: Any, args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Print what was found, and write all there is so far."""
+    print(name, way, json.dumps(row), flush=True)
+    if args.out:
+        write_json(args.out, result)
 
 
 def main() -> None:
@@ -117,15 +124,17 @@ def main() -> None:
         mesh = Mesh(1, *LAYOUTS[name])
         if rank >= mesh.size:
             continue
+        rows: dict[str, Any] = found.setdefault(name, {})
         try:
             with joined(mesh, device, number):
-                found[name] = measure(args, mesh, device)
+                for way, row in measure(args, mesh, device):
+                    rows[way] = row
+                    if rank == 0:
+                        tell(name, way, row, args, result)
         except ProcessFailed as error:
-            found[name] = {"error": str(error)}
-        if rank == 0:
-            print(name, json.dumps(found[name]), flush=True)
-        if rank == 0 and args.out:
-            write_json(args.out, result)
+            rows["error"] = str(error)
+            if rank == 0:
+                tell(name, "error", rows["error"], args, result)
         forget(device)
     texts = [one["full depth"]["text"] for one in found.values()] if args.check else []
     if rank == 0 and any(text != texts[0] for text in texts):

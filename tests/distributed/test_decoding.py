@@ -36,6 +36,12 @@ LAYOUTS = {
     "drafts-tp2-compiled": ("drafts", {"tp": 2, "backend": "aot_eager"}),
     "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
 }  # fmt: skip
+ALONE = {"alone": True, "max_new_tokens": 10, "eos_token_id": None}
+AHEAD = [
+    {"mode": "full", **ALONE}, {"threshold": 0.5, **ALONE},
+    {"threshold": {1: 1.0, 2: 0.0, 4: 0.0}, "max_pending": 2, "compile": True, **ALONE},
+]  # fmt: skip
+HALF = [{"mode": mode, "threshold": 0.0, **ALONE} for mode in ("full", "speculative")]
 END = 23  # a token that some texts have
 
 
@@ -102,6 +108,13 @@ def found(exits, tmp_path_factory):
         {"name": "at-once", **two, "stage_layers": [1, 4], "todo": "at_once",
          "calls": [early | {"threshold": {1: 1.0, 2: 0.0, 4: 0.0}, "max_pending": 2}]},
     ]  # fmt: skip
+    cases += [
+        {"name": name, **common, "exits": str(exits / family), "tp": 2, "todo": name,
+         "backend": "aot_eager", "calls": calls}
+        for name, family, calls in (
+            ("ahead", "llama", AHEAD), ("sums", "llama", []), ("half", "drafts", HALF)
+        )
+    ]  # fmt: skip
     show = {"exits": common["exits"], "prompt": "def function", "device": "cpu"}
     show |= {"max_new_tokens": 9}
     gpt2, narrow = ({"exits": str(exits / name)} for name in ("gpt2", "narrow"))
@@ -149,6 +162,36 @@ def test_every_rank_gives_what_one_process_gives(found, exits, name):
             torch.testing.assert_close(
                 out["confidences"], wanted["confidences"], rtol=1e-3, atol=1e-4
             )
+
+
+def test_ranks_decide_on_the_device_alike(found, exits):
+    """Where they send each other a little without NCCL."""
+    expected = launch_decoding.generate(
+        whole(exits, "llama"), [call | {"compile": False} for call in AHEAD]
+    )
+    for rank in (0, 1):
+        for out, wanted in zip(result(found, "ahead", rank)["found"], expected, strict=True):
+            assert torch.equal(out["sequences"], wanted["sequences"])
+            assert torch.equal(out["exit_layers"], wanted["exit_layers"])
+
+
+def test_sums_of_a_few_numbers_are_those_of_many(found):
+    """Bit for bit, as they are on the other rank, and as they were added up by hand."""
+    ranks = [result(found, "sums", rank)["found"] for rank in (0, 1)]
+    for plain, shared, other in zip(*ranks[0], ranks[1][1], strict=True):
+        assert plain.dtype == shared.dtype
+        assert torch.equal(plain, shared)
+        assert torch.equal(shared, other)
+    parts = [torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(r)) for r in (0, 1)]
+    first, second = (own[0] + own[1] + own[2] for own in parts)
+    assert torch.equal(ranks[0][0][0], first + second)
+
+
+def test_drafts_are_full_depths_tokens_in_half_precision_over_ranks(found):
+    """Products have one order, those that ranks have parts of, too."""
+    full, drafts = result(found, "half")["found"]
+    assert torch.equal(full["sequences"], drafts["sequences"])
+    assert (drafts["exit_layers"] == 0).any()
 
 
 @pytest.mark.parametrize("name", ["drafts-tp2", "drafts-tp2-compiled"])

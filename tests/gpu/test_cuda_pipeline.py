@@ -40,6 +40,7 @@ def test_two_gpus_give_what_one_gives(tmp_path):
         {"name": name, **common, **layout, "device": DEVICE, "calls": [c | more for c in CALLS]}
         for name, (layout, more) in LAYOUTS.items()
     ]
+    cases += [{"name": "sums", **common, "tp": 2, "todo": "sums", "device": DEVICE, "calls": []}]
     said = launch_decoding.start(cases, tmp_path)
     model = model.to(DEVICE)
     expected = launch_decoding.generate(model, [call | {"compile": False} for call in CALLS])
@@ -51,3 +52,6 @@ def test_two_gpus_give_what_one_gives(tmp_path):
             for out, wanted in zip(outputs, expected, strict=True):
                 assert torch.equal(out["sequences"], wanted["sequences"]), name
                 assert torch.equal(out["exit_layers"], wanted["exit_layers"]), name
+    assert not (tmp_path / "sums-0.error").exists(), said
+    plain, shared = torch.load(tmp_path / "sums-0.pt")["found"]
+    assert all(torch.equal(*both) for both in zip(plain, shared, strict=True))

@@ -19,18 +19,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 import ee_tuning.decode.engine as engine
-from ee_tuning import EarlyExitModel, UserError
+from ee_tuning import EarlyExitModel, UserError, peers
 from ee_tuning.commands.generate import generate as generate_command
 from ee_tuning.config import GenerateConfig
+from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engine_for, engines_of
+from ee_tuning.decode.graphs import Graphs
 from ee_tuning.decode.mail import Mail
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.stage import Stage
 from ee_tuning.devices import pick_device
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.peers import inbox
+from ee_tuning.slices import group_of
 from helpers.ranks import become, launch, run_ranks
 
 IDS = torch.tensor([[0, 0, 5, 9, 11], [3, 4, 6, 8, 9], [0, 0, 0, 0, 7]])
@@ -135,6 +140,68 @@ def die(model, calls):
     Stage.compute = count
     mesh.doing = "decoding"
     return generate(model, calls)
+
+
+class OnHost:
+    """What processes write into each other's memory goes through gloo here."""
+
+    def __init__(self, name):
+        self.group = _resolve_process_group(name)
+
+    def gather(self, words):
+        parts = [torch.empty_like(words) for _ in range(self.group.size())]
+        dist.all_gather(parts, words, self.group)
+        return torch.stack(parts)
+
+    def total(self, parts):
+        own = parts[0].float()
+        for part in parts[1:]:
+            own = own + part.float()
+        first, second = self.gather(own.flatten().view(torch.int32)).view(torch.float32)
+        return (first + second).view(own.shape)
+
+
+def ahead(model, calls):
+    """The device decides alone, as where small sums do not go through NCCL; each token of it."""
+    written, go_on = [], Ahead.go_on
+
+    def count(self, row, number):
+        written.append(go_on(self, row, number))
+        return written[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inbox, "_inboxes", {})
+        patch.setattr(peers, "share", lambda name, _: inbox._inboxes.update({name: OnHost(name)}))
+        patch.setattr(Graphs, "branch", True)
+        patch.setattr(Ahead, "go_on", count)
+        found = generate(model, calls)
+    assert sum(map(len, written)) > sum(call["max_new_tokens"] for call in calls) / 2
+    return found
+
+
+def sums(model, calls):
+    """Sums and gathers of a group by gloo or NCCL, and by way of `OnHost` or the GPUs' memory."""
+    group, device = group_of(model), model.backbone.device
+    draw = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    parts, found = torch.randn(3, 5, 7, generator=draw).to(device), []
+    group.share_memory(device)
+    own = inbox._inboxes if device.type == "cuda" else {group.name: OnHost(group.name)}
+    assert group.name in own
+    for shared in ({}, own):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inbox, "_inboxes", shared)
+            half = parts[0].to(torch.bfloat16)
+            found.append([
+                group.total(parts), group.reduce(half), group.gather(half, -1),
+                group.gather(half, 0), group.first(parts.double()), group.first(half),
+                group.total(parts.repeat(1, 300, 7)), group.total(parts[:1]),
+            ])  # fmt: skip
+    return found
+
+
+def half(model, calls):
+    """What `generate` gives in half precision."""
+    return generate(model.to(torch.bfloat16), calls)
 
 
 def work(case, path):

@@ -39,7 +39,7 @@ FLOORS = [
     ["exits", "backbone", "loading", "fingerprint", "gguf", "grouped"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],
     ["config", "tune_config", "exit_config", "files", "folders", "hub", "certificate"],
-    ["attention", "twin", "errors", "settings", "version", "collectives"],
+    ["attention", "twin", "errors", "settings", "version", "collectives", "peers"],
 ]
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

@@ -48,7 +48,10 @@ class Ahead:
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, device=device)
         self._goes_on = torch.zeros(1, dtype=torch.int32, device=device)
-        self.rounds = None if passes.chains is None else Rounds(passes, passes.chains)
+        chains = passes.chains
+        # With --tp each draft is told by the first process, between passes.
+        alone = passes.group is None
+        self.rounds = Rounds(passes, chains) if alone and chains is not None else None
         self._enter = compiled(_enter, passes.compile)
         self._decide = compiled(_decide, passes.compile)
 

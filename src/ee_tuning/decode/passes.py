@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.backbone import Segment, State
+from ee_tuning.collectives import Group
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws
@@ -84,7 +85,7 @@ class Passes:
         self._final = self.invariant.final()
         self._predict = compiled(predict, compile)
         self._begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
-        self.group = group_of(model)
+        self.group = _group_of(model)
         self.graphs = Graphs(self.device)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
             segment.compile(cache)
@@ -99,9 +100,13 @@ class Passes:
 
     @property
     def branch(self) -> bool:
-        """Whether segments can be branches of one graph: not with --tp, whose processes wait for
-        each other within them."""
-        return self.group is None and self.graphs.branch
+        """Whether segments can be branches of one graph: with --tp only where what they send goes
+        by way of the GPUs' memory, since NCCL cannot be part of a branch."""
+        if self.group is not None:
+            config, most = self.backbone.config, self.most
+            widest = max(config.hidden_size, -(-config.vocab_size // self.group.size))
+            return self.graphs.branch and self.group.holds(most * widest)
+        return self.graphs.branch
 
     @torch.inference_mode()
     def prompts(self, given: Mapping[int, Any], last: int, wanted: Wanted) -> Iterator[Read]:
@@ -279,7 +284,8 @@ class Passes:
             wanted = Wanted(after, final, measure, samples if after != "nothing" else 0)
             self._run((i, rows, length, reach, in_order, wanted))
         if self.chains is not None:
-            self.chains.warm_up(range(1, self.most), measures, samples, alone=not self.branch)
+            alone = not self.branch or self.group is not None
+            self.chains.warm_up(range(1, self.most), measures, samples, alone)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -361,6 +367,14 @@ class Passes:
         """
         whole = not self.compile or len(slots) == self.slots
         return whole and slots == list(range(len(slots)))
+
+
+def _group_of(model: Network) -> Group | None:
+    """The processes that its layers are split over, ready to send each other a little."""
+    group = group_of(model)
+    if group is not None:
+        group.share_memory(model.backbone.device)
+    return group
 
 
 def _begin(

@@ -15,6 +15,7 @@ from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.invariant.attention import NAME
 from ee_tuning.invariant.products import InBlocks, can_multiply, is_activation, products
+from ee_tuning.slices import ParallelLinear
 from ee_tuning.twin import twin
 
 # What the families call linear layers that are given the same input.
@@ -108,9 +109,9 @@ def _missing(backbone: Backbone, compiled: bool) -> str | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a plain linear layer, and all that it does is that."""
+    """Whether it is a plain linear layer, or a part of one, and all that it does is that."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) in (nn.Linear, Conv1D) and not hooks
+    return type(module) in (nn.Linear, Conv1D, ParallelLinear) and not hooks
 
 
 def _twin(layer: nn.Module) -> nn.Module:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
+from ee_tuning.collectives import Group
 from ee_tuning.devices import free_memory
+from ee_tuning.slices import COLUMNS, ParallelLinear
 
 try:  # comes with torch for CUDA alone
     from ee_tuning.invariant import kernels
@@ -64,7 +66,8 @@ class Weights:
 
     def __init__(self, linears: Sequence[nn.Module], packed: bool) -> None:
         matrices = [matrix(linear) for linear in linears]
-        biases: list[Any] = [linear.bias for linear in linears]
+        # Of a layer split by columns the terms are added up before its bias.
+        biases: list[Any] = [None if by_columns(one) else one.bias for one in linears]
         self.sizes = [len(one) for one in matrices]
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -77,7 +80,7 @@ class Weights:
         self.on_cpu = whole.device.type == "cpu"
         if packed:
             whole = torch.ops.mkldnn._reorder_linear_weight(whole, SHARED)
-        elif len(matrices) > 1 and all(type(linear) is nn.Linear for linear in linears):
+        elif len(matrices) > 1 and all(isinstance(linear, nn.Linear) for linear in linears):
             for linear, part in zip(linears, whole.split(self.sizes), strict=True):
                 linear.weight.data = part
         self.matrix = whole
@@ -90,14 +93,20 @@ class Weights:
             both = x.expand(2, *x.shape).contiguous() if alone else x
             y = torch.ops.mkldnn._linear_pointwise(both, self.matrix, self.bias, "none", [], "")
             return y[0] if alone else y
-        rows = x.reshape(-1, x.shape[-1])
-        parts = kernels.product(rows.contiguous(), self.matrix)
+        parts = self.terms(x)
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         if self.bias is not None:
             total = total + self.bias
         return total.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def terms(self, x: Tensor) -> Tensor:
+        """x (…, K) → (S, M, N), of M tokens, to be added up over S parts of K and, with --tp, over
+        the processes; on CUDA fp32."""
+        if self.on_cpu:
+            return self.times(x).reshape(1, -1, sum(self.sizes))
+        return kernels.product(x.reshape(-1, x.shape[-1]).contiguous(), self.matrix)
 
 
 class Product(nn.Module):
@@ -127,6 +136,39 @@ class Product(nn.Module):
         if all(one is None for one in results):
             self.others.clear()
         return found
+
+
+class Summed(nn.Module):
+    """In place of a linear layer split by columns: adds up the terms of all processes, in order."""
+
+    def __init__(self, weights: Weights, linear: ParallelLinear) -> None:
+        super().__init__()
+        self.weights, self.parallel = weights, linear.parallel
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, K/tp), or (…, K) where the layer is given that, → (…, N)."""
+        group = self.parallel.group
+        if self.parallel.style.whole_input:
+            x = group.own(x, -1)
+        y = group.total(self.weights.terms(x))
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Gathered(nn.Module):
+    """Behind the product of a layer split by rows: gathers what the processes have of the result.
+
+    own: gives this one's part, (…, N/tp).
+    """
+
+    def __init__(self, own: nn.Module, group: Group) -> None:
+        super().__init__()
+        self.own, self.group = own, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, K) → (…, N)."""
+        return self.group.gather(self.own(x), -1)
 
 
 class InBlocks(nn.Module):
@@ -160,13 +202,29 @@ def is_activation(module: nn.Module) -> bool:
     return isinstance(module, ACTIVATIONS) and not any(True for _ in module.parameters())
 
 
+def by_columns(linear: nn.Module) -> bool:
+    """Whether it is split over processes such that each has a term of what it gives."""
+    return isinstance(linear, ParallelLinear) and linear.parallel.style.dim == COLUMNS
+
+
 def products(linears: Sequence[nn.Module]) -> list[nn.Module]:
-    """Stand-ins for linear layers that are given the same input, or for one."""
+    """Stand-ins for linear layers that are given the same input, or for one; those that are
+    `by_columns` come alone."""
     found: list[nn.Module] = []
     for weights in _weights(linears):
         others: list[Any] = []
         found += [Product(weights, place, others) for place in range(len(weights.sizes))]
-    return found
+    return [_with_others(*both) for both in zip(linears, found, strict=True)]
+
+
+def _with_others(linear: nn.Module, own: Any) -> nn.Module:
+    """A product, of a layer that may be split with what the other processes have of it."""
+    if not isinstance(linear, ParallelLinear):
+        return own
+    if by_columns(linear):
+        return Summed(own.weights, linear)
+    style, group = linear.parallel.style, linear.parallel.group
+    return Gathered(own, group) if style.whole_output else own
 
 
 @torch.no_grad()
