@@ -290,6 +290,11 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "tokens_per_second": round(mean(row["tokens_per_second"] for row in own), 1),
             "slowest_request": min(row["slowest_request"] for row in own),
         }
+        | {
+            share: round(mean(row[share] for row in own), 4)
+            for share in ("next_token_differs", "next_token_leaves")
+            if share in own[0]
+        }
         for (way, batch, temperature), own in found.items()
     ]
 
@@ -308,7 +313,9 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0], help="0: greedy")
     parser.add_argument("--bars", type=float, nargs="*", default=[0.1], help="of a draft exit")
     parser.add_argument("--longest", type=int, nargs="*", default=[4, 6], help="drafts a round")
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.8, 0.7, 0.6])
+    parser.add_argument(
+        "--thresholds", nargs="*", default=["0.9", "0.8", "0.7", "0.6"], help="or 8:0.9,16:0.8, …"
+    )
     parser.add_argument("--draft-thresholds", type=float, nargs="*", default=[0.8])
     parser.add_argument("--peers", type=int, default=0, help="prompts of each set for the others")
     parser.add_argument("--economize", nargs="*", default=[], help="folders that peers.py wrote")

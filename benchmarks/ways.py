@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.decode.pace import Pace
-from ee_tuning.exit_config import DRAFT
+from ee_tuning.exit_config import DRAFT, parse_threshold
 
 
 @dataclass
@@ -128,9 +128,11 @@ def own_ways(model: EarlyExitModel, name: str, args: Any) -> dict[str, dict[str,
     kinds = "+".join(dict.fromkeys(spec.arch for spec in specs if spec.layer in layers))
     label = f"{name}: {kinds} exits at {', '.join(map(str, layers))}"
     named = {"exit_layers": ",".join(map(str, layers))}
-    for threshold in args.thresholds:
-        way = {"mode": "threshold", "threshold": threshold, **named}
-        found[f"{label}, threshold {threshold:g}"] = way
+    for given in args.thresholds:
+        read = parse_threshold(given)
+        own = read if isinstance(read, dict) else dict.fromkeys(layers, read)
+        way = {"mode": "threshold", "threshold": own, "exit_layers": ",".join(map(str, own))}
+        found[f"{label}, threshold {given}"] = way
     for threshold in args.draft_thresholds:
         way = {"mode": "speculative", "threshold": threshold, "max_pending": 4, **named}
         found[f"{label}, speculative {threshold:g}"] = way
@@ -139,9 +141,9 @@ def own_ways(model: EarlyExitModel, name: str, args: Any) -> dict[str, dict[str,
 
 @torch.no_grad()
 def next_tokens(
-    model: EarlyExitModel, texts: list[tuple[Tensor, list[int]]], threshold: float
+    model: EarlyExitModel, texts: list[tuple[Tensor, list[int]]], thresholds: dict[int, float]
 ) -> dict[str, float]:
-    """What a threshold does to the next token, given full depth's own texts.
+    """What the exits' thresholds do to the next token, given full depth's own texts.
 
     texts: prompts (1, P) with what full depth wrote. Gives the share of next tokens that are
     another than the final exit's, and the share that leaves.
@@ -153,9 +155,9 @@ def next_tokens(
         places = slice(prompt.shape[1] - 1, ids.shape[1] - 1)
         final = out.logits[0, places].argmax(-1)
         taken, left = final.clone(), torch.zeros_like(final, dtype=torch.bool)
-        for layer in sorted((k for k in out.exit_logits if k != DRAFT), reverse=True):
+        for layer in sorted(thresholds, reverse=True):
             sure, token = out.exit_logits[layer][0, places].float().softmax(-1).max(-1)
-            go = sure >= threshold
+            go = sure >= thresholds[layer]
             taken, left = torch.where(go, token, taken), left | go
         differs += int((taken != final).sum())
         leaves += int(left.sum())
