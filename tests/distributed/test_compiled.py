@@ -12,7 +12,7 @@ LAYOUTS = {"tp2": {}, "tp2-sequence": {"sequence_parallel": True}}
 @pytest.fixture(scope="module")
 def runs(new_runs):
     runs = new_runs()
-    common = {"layers": "2", "arch": "mlp", "head": "own", "steps": 2, "global_batch_size": 4}
+    common = {"layers": "1", "arch": "mlp", "head": "own", "steps": 2, "global_batch_size": 4}
     for name, layout in LAYOUTS.items():
         runs.add(name, 2, tp=2, compile="on", backend="aot_eager", **layout, **common)
     runs.add("one", compile="off", **common)

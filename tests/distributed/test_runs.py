@@ -75,13 +75,14 @@ def runs(new_runs, backbones):
     runs = new_runs()
     runs.add("part", 8, dp=2, tp=2, pp=2, steps=4, keep=2)
     for name, (size, layout, settings) in VARIANTS.items():
+        settings = {"save_every": 3} | settings
         runs.add(name, size, **layout, **settings)
         runs.add(f"{name}-one", **settings)
     completions = write_completions(runs.root / "completions.jsonl")
     runs.add("unequal", 4, dp=4, data=[completions])
     runs.add("unequal-one", data=[completions])
-    # Of 300 logits a token, 150 here: 5 positions of 2 rows at a time.
-    runs.add("chunks", 2, tp=2, logits=1500)
+    # Of 300 logits a token, 150 here: 12 positions of 2 rows at a time.
+    runs.add("chunks", 2, tp=2, logits=3600)
     runs.add("bf16", 4, tp=2, pp=2, precision="bf16")
     runs.add("bf16-one", precision="bf16")
     in_fp8 = {"exit_precision": "fp8", "layers": "2", "arch": "mlp", "head": "own"}
