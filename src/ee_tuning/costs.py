@@ -61,16 +61,24 @@ class Work:
 
 @dataclass(frozen=True)
 class ExitWork:
-    """An exit below its head, and the head, of which it keeps nothing if it is shared."""
+    """An exit below its head, and the head, of which it keeps nothing if it is shared.
+
+    unsplit: what of it --tp leaves whole on every process.
+    """
 
     below: Work
     head: Work
     shared: bool
+    unsplit: Work = Work()
 
     @property
     def whole(self) -> Work:
         """Both."""
         return self.below + self.head
+
+    def on_rank(self, tp: int) -> float:
+        """How many of its values one of `tp` tensor-parallel ranks tunes."""
+        return self.unsplit.values + (self.whole.values - self.unsplit.values) / tp
 
 
 @dataclass(frozen=True)
@@ -221,14 +229,18 @@ def _exit(exit: Exit, backbone: Backbone, attention: float, known: float, drafts
     below = sum(p.numel() for name, p in exit.named_parameters() if _is_below_head(name))
     attentions = (len(exit.segment.layers) if exit.segment else 0) * attention
     attentions *= steps * (steps + 1) // 2
-    tuned = []
+    tuned, split = [], exit.layer_parts()
+    unsplit = Work()
     for child, part in exit.named_children():
+        keeps = _is_below_head(f"{child}.") and part not in split
+        unsplit += Work(values=_values(part)) if keeps else Work()
         for matrix in _matrices(part, backbone) if _is_below_head(f"{child}.") else ():
             # A layer that is run again is frozen: no gradient goes beyond the parts that replace
             # its own.
             gradients = 1 if exit.records_call and matrix.reads_residual else 2
             found = matrix.work(gradients, times.get(child, steps))
             tuned.append(replace(found, weights=0) if child == "later" else found)
+            unsplit += found if keeps else Work()
     own = Work(values=below, forward=attentions, backward=2 * attentions)
     shared = exit.output.shared
     head = _part(backbone.head, backbone)
@@ -246,6 +258,7 @@ def _exit(exit: Exit, backbone: Backbone, attention: float, known: float, drafts
             backward=2 * weights * steps * gradients,
         ),
         shared,
+        unsplit,
     )
 
 

@@ -34,6 +34,7 @@ LAYOUTS = {
     "stablelm-tp2": ("stablelm", {"tp": 2}),
     "drafts-tp2": ("drafts", {"tp": 2}),
     "drafts-tp2-compiled": ("drafts", {"tp": 2, "backend": "aot_eager"}),
+    "eagle3-tp2": ("eagle3", {"tp": 2}),
     "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
 }  # fmt: skip
 ALONE = {"alone": True, "max_new_tokens": 10, "eos_token_id": None}
@@ -49,10 +50,12 @@ def calls_of(name):
     """Fewer of the layouts that take long."""
     few = [CALLS[1], CALLS[3], CALLS[-2]]
     drafts = {"mode": "speculative", "threshold": 0.5}
-    if name.startswith("drafts"):
+    if name.startswith(("drafts", "eagle3")):
         chains = [{"mode": "speculative", "threshold": bar, "max_pending": 4} for bar in (0.0, 0.3)]
         if name == "drafts-tp2":
             return [*chains, chains[1] | {"do_sample": True}]
+        if name == "eagle3-tp2":
+            return chains[:1]
         return [chains[1] | {"alone": True, "compile": True}]
     if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
         return [call | {"alone": True, "compile": True} for call in (*few[:2], drafts)]
@@ -76,11 +79,12 @@ def exits(backbones, tokenizer, tmp_path_factory):
         for layer in model.exit_layers:
             model.exit(layer).head.weight.data.mul_(8)
         model.save_pretrained(root / name)
-    drafts = drafting.__wrapped__()
-    drafts.model.save_pretrained(backbones / "drafts")
-    drafts = EarlyExitModel.from_base(str(backbones / "drafts"), ExitConfig("0", arch="draft"))
-    drafts.load_state_dict(drafting.__wrapped__().state_dict())
-    drafts.save_pretrained(root / "drafts")
+    for name, family in (("drafts", "llama"), ("eagle3", "eagle3")):
+        drafts = drafting.__wrapped__(family)
+        drafts.model.save_pretrained(backbones / name)
+        named = EarlyExitModel.from_base(str(backbones / name), drafts.exit_config)
+        named.load_state_dict(drafts.state_dict())
+        named.save_pretrained(root / name)
     return root
 
 
@@ -194,7 +198,7 @@ def test_drafts_are_full_depths_tokens_in_half_precision_over_ranks(found):
     assert (drafts["exit_layers"] == 0).any()
 
 
-@pytest.mark.parametrize("name", ["drafts-tp2", "drafts-tp2-compiled"])
+@pytest.mark.parametrize("name", ["drafts-tp2", "drafts-tp2-compiled", "eagle3-tp2"])
 def test_ranks_keep_drafts_of_a_draft_exit(found, name):
     for out in result(found, name)["found"]:
         assert (out["exit_layers"] == 0).any()

@@ -45,6 +45,8 @@ VARIANTS = {
     "draft-tp-shard-sequence": (4, {"tp": 2, "dp": 2, "shard": True, "sequence_parallel": True},
         {"layers": "", "arch": "draft", "head": "shared", "draft_steps": 2, "loss": "kl",
         "init": "copy"}),
+    "eagle3-tp": (2, {"tp": 2, "sequence_parallel": True}, {"layers": "", "arch": "eagle3",
+        "head": "own", "draft_sources": "1,2,4", "draft_steps": 2, "loss": "kl"}),
     "draft-alone-pp": (2, {"pp": 2}, {"layers": "", "arch": "draft", "head": "shared",
         "draft_steps": 2}),
 }  # fmt: skip

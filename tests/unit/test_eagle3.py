@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.backbone import plan_of
 from ee_tuning.cli import main
 from ee_tuning.export import eagle3_tensors
 
@@ -105,6 +106,17 @@ def test_a_copied_one_is_the_last_layer_once_more_on_the_high_state():
     high = model.chain.descend(IDS).to(0).sources[-1]
     last = model.backbone.segment(3, 4)(high[:, :-1], torch.arange(1, 11).expand(2, -1)).hidden
     assert torch.allclose(found[:, 1:], model.backbone.final_logits(last), atol=1e-5)
+
+
+def test_every_matrix_of_its_block_is_split_as_the_layers_are():
+    """For several processes: paths of the layer's plan lead to those that write to the state."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("", "eagle3"))
+    block, plan = model.draft.block, plan_of(model.backbone)
+    styles = {block.get_submodule(k): v for k, v in model.draft.splits(plan).items()}
+    linears = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert styles.keys() == set(linears.values())
+    writes = {"self_attn.o_proj.o_proj", "mlp.mlp.down_proj"}
+    assert {name for name, m in linears.items() if styles[m] == "rowwise"} == writes
 
 
 @pytest.mark.parametrize("vocabulary", [0, 40])

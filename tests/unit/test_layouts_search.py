@@ -89,11 +89,34 @@ def test_tensor_parallelism_and_the_sequence_divide_memory(model, config):
     whole = memory(account, config, range(32))
     split = dataclasses.replace(config, tp=2)
     half = memory(account, split, range(32))
-    assert half["optimizer state"] == whole["optimizer state"] / 2
+    # Of an exit all but its norms.
+    assert half["optimizer state"] == pytest.approx(whole["optimizer state"] / 2, rel=1e-4)
     assert half["activations"] < whole["activations"]
     sequence = memory(account, dataclasses.replace(split, sequence_parallel=True), range(32))
     assert sequence["hidden states"] == half["hidden states"] / 2
     assert sequence["activations"] == whole["activations"] / 2
+
+
+def test_ranks_keep_the_maps_of_a_draft_exit_whole(config):
+    """Its block and its head are divided: values, and seconds of each."""
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES["llama2-7b"]))
+        model = EarlyExitModel(backbone, ExitConfig("", "draft", head="own"))
+    account = account_of(model, config)
+    exit, draft, hidden = account.exits[0], model.draft, 4096
+    split = sum(p.numel() for part in (draft.block, draft.head) for p in part.parameters())
+    maps = (1 + len(model.sources) + 2) * hidden**2
+    assert exit.unsplit.values == pytest.approx(maps, rel=1e-3)
+    assert exit.on_rank(2) == exit.unsplit.values + split / 2
+    steps = config.draft_steps
+    flop = 3 * 2 * hidden**2 * ((1 + len(model.sources)) + 2 * (steps - 1))
+    assert exit.unsplit.flop == flop
+    split = dataclasses.replace(config, tp=2)
+    whole, half = (memory(account, one, range(32))["optimizer state"] for one in (config, split))
+    assert half == pytest.approx(whole * exit.on_rank(2) / exit.on_rank(1))
+    parts = Seconds(layer=0.0, exit=1.0, optimizer=0.0, unsplit=0.5)
+    alone, both = (expected(account, one, parts).tokens_per_second for one in (config, split))
+    assert both / alone == pytest.approx(1 / 0.75, rel=1e-2)
 
 
 def test_plan_shows_the_best_layouts(tmp_path, capsys):

@@ -3,12 +3,11 @@
 import pytest
 from helpers.families import tiny
 
-from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.backbone import Backbone, plan_of
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.parallel.tensor import check_splits
-from ee_tuning.plan.check import check, check_model
+from ee_tuning.plan.check import check
 
 REFUSED = [
     ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
@@ -89,9 +88,3 @@ def test_a_family_without_a_plan_is_split_or_the_module_in_the_way_is_named(fami
         styles = list(plan_of(Backbone(tiny(name))).values())
         assert styles.count("rowwise") == 2
         assert styles.count("colwise") >= 4
-
-
-def test_an_eagle3_exit_is_not_split():
-    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("0", "eagle3"))
-    with pytest.raises(UserError, match="an eagle3 exit cannot be had with --tp: its block"):
-        check_model(model, TuneConfig(seq_length=32, tp=2))

@@ -69,6 +69,10 @@ class Exit(nn.Module):
         """What is made as a layer of the backbone is, or a part of one."""
         return []
 
+    def splits(self, plan: dict[str, str]) -> dict[str, str]:
+        """How these are split over processes, by a plan for the backbone's layers."""
+        return plan
+
     def twin(self, backbone: Backbone, parts: dict[str, nn.Module], head: nn.Module) -> Exit:
         """The same exit with others at the paths in `parts`, and `head` for its matrix."""
         own = twin(self, parts)

@@ -13,6 +13,7 @@ token brings the states of the one before it, and the first has none.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,16 +25,9 @@ from ee_tuning.backbone import Backbone, State
 from ee_tuning.errors import UserError
 from ee_tuning.exits.archs import trainable
 from ee_tuning.exits.draft import DraftExit
-from ee_tuning.slices import ParallelLinear
 
 # Families whose layer is the one that the layout has: pre-norm, with a gate, without biases.
 LAYERS = ("llama", "mistral")
-
-
-NOT_SPLIT = (
-    "an eagle3 exit cannot be had with --tp: its block reads and writes a state beside a token, in "
-    "matrices that no plan for layers splits; use --tp 1, or --arch draft"
-)
 
 
 class Eagle3Exit(DraftExit):
@@ -64,6 +58,14 @@ class Eagle3Exit(DraftExit):
                 "an eagle3 exit sees the whole text, and the backbone's last layer a sliding "
                 "window of it: use --arch draft"
             )
+
+    def splits(self, plan: dict[str, str]) -> dict[str, str]:
+        """As the layer's, but that what writes is one step further in, see `_Behind`."""
+        path = {"self_attn.o_proj": "self_attn.o_proj.o_proj"}
+        return {
+            f"mlp.{name}" if name.startswith("mlp.") else path.get(name, name): style
+            for name, style in plan.items()
+        }
 
     def _joined_first(self, ids: Tensor, states: Tensor, position_ids: Tensor) -> Tensor:
         return self._joined_later(ids, self.first(states), position_ids)
@@ -97,8 +99,6 @@ def _two_wide(layer: nn.Module, backbone: Backbone) -> nn.Module:
             f"an eagle3 exit is a layer of Llama's, without biases, and the backbone's are of type "
             f"{backbone.config.model_type}: use --arch draft"
         )
-    if any(isinstance(linear, ParallelLinear) for linear in linears):
-        raise UserError(NOT_SPLIT)
     block: Any = layer
     attention = block.self_attn
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -112,12 +112,13 @@ def _two_wide(layer: nn.Module, backbone: Backbone) -> nn.Module:
 
 
 def _beside(linear: Any) -> nn.Linear:
-    """A map of two states side by side that is `linear` of the second, and leaves the first."""
-    weight = linear.weight
-    kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    wide = nn.Linear(2 * linear.in_features, linear.out_features, bias=False, **kind)
-    with torch.no_grad():
-        wide.weight.copy_(torch.cat([torch.zeros_like(weight), weight], dim=1))
+    """A map of two states side by side that is `linear` of the second, and leaves the first.
+
+    Of a layer split by rows, this process's part.
+    """
+    wide, weight = copy.deepcopy(linear), linear.weight.detach()
+    wide.in_features *= 2
+    wide.weight.data = torch.cat([torch.zeros_like(weight), weight], dim=1)
     return wide
 
 

@@ -175,7 +175,7 @@ def split_model(
 
 def _split_exit(exit: Exit, plan: dict[str, str], tp: DeviceMesh, head: Style) -> None:
     for module in exit.layer_parts():
-        split_layer(module, plan, tp)
+        split_layer(module, exit.splits(plan), tp)
     if not exit.output.shared or exit.output.picked is not None:
         split_linear(exit.output.linear, "an exit's head", head, tp)
     if exit.output.picked is not None:

@@ -10,7 +10,6 @@ from torch import nn
 from ee_tuning.config import PlanConfig, TuneConfig
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import drafts_alone
-from ee_tuning.exits.eagle3 import NOT_SPLIT
 from ee_tuning.model import Network
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
@@ -150,8 +149,6 @@ def check_model(model: Network, config: TuneConfig) -> None:
         raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
-    if model.draft and model.draft.spec.arch == "eagle3" and config.tp > 1:
-        raise UserError(NOT_SPLIT)
     if model.draft and config.shard_backbone and config.start == "fitted" and not config.exits:
         raise UserError(
             "a draft exit cannot be fitted with --shard-backbone: it runs whole layers; use "

@@ -80,14 +80,16 @@ def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
     # A ring sends everything twice, but for a process's own part.
     sum_over_tp = 2 * (tp - 1) / tp * hidden / INSIDE
     layer = max(parts.layer / tp, parts.least_layer) + 2 * sum_over_tp
-    exit = max(parts.exit / tp, parts.least_exit) + 4 * sum_over_tp
+    exit = parts.unsplit + (parts.exit - parts.unsplit) / tp
+    exit = max(exit, parts.least_exit) + 4 * sum_over_tp
     teacher, most = config.loss != "ce", len(account.layers)
     runs = most if teacher else account.deepest
     kept = range(most if config.runs_whole else account.deepest)
     costs = [layer * (k < runs) + exit * len(account.in_stage(range(k, k + 1))) for k in kept]
     stages = cut_stages(costs, config.pp, config.stage_layers)
     numbers = [len(account.in_stage(stage)) for stage in stages]
-    work = [n * (exit + parts.optimizer / tp / each) for n in numbers]
+    optimizer = parts.optimizer * _on_rank(account, tp)
+    work = [n * (exit + optimizer / each) for n in numbers]
     send = hidden / tp / (INSIDE if tp * dp * pp <= NODE else OUTSIDE) if pp > 1 else 0.0
     together = [goes_side_by_side(account, config, stage) for stage in stages]
     forward = [len(range(stage.start, min(stage.stop, runs))) * layer for stage in stages]
@@ -99,9 +101,15 @@ def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
     return Layout(dp, tp, pp, rate, max(0.0, idle), gib)
 
 
+def _on_rank(account: Account, tp: int) -> float:
+    """The share of all exits' values that a tensor-parallel rank tunes."""
+    exits = account.exits.values()
+    return sum(exit.on_rank(tp) for exit in exits) / max(1, sum(e.whole.values for e in exits))
+
+
 def _last_sum(account: Account, config: TuneConfig) -> float:
     """Seconds of the data-parallel sum of the last exit, in fp32; those before are hidden."""
-    values = account.in_stage(range(account.deepest))[-1].whole.values / config.tp
+    values = account.in_stage(range(account.deepest))[-1].on_rank(config.tp)
     inside = config.tp * config.dp <= NODE  # ranks are numbered with tp, then dp, innermost
     return 4 * values * 2 * (config.dp - 1) / config.dp / (INSIDE if inside else OUTSIDE)
 

@@ -92,7 +92,7 @@ def _weight(config: Precision) -> int:
 
 def _tuned(exits: list[ExitWork], tp: int) -> list[float]:
     """How many values of each exit a tensor-parallel rank tunes."""
-    return [exit.whole.values / tp for exit in exits]
+    return [exit.on_rank(tp) for exit in exits]
 
 
 def _layers(account: Account, config: TuneConfig, stage: range) -> list[Work]:
@@ -122,8 +122,10 @@ def _beside_gradients(exits: list[ExitWork], config: TuneConfig) -> float:
     that is about to be added.
     """
     if itemsize(config) == 4:
-        parts = [part.values for exit in exits for part in (exit.below, exit.head)]
-        return 4 * max(parts, default=0) / config.tp
+        heads = [exit.head.values / config.tp for exit in exits]
+        sizes = _tuned(exits, config.tp)
+        below = [size - head for size, head in zip(sizes, heads, strict=True)]
+        return 4 * max([*below, *heads], default=0.0)
     return 6 * max(_tuned(exits, config.tp), default=0.0) if _weight(config) == 4 else 0.0
 
 

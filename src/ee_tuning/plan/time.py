@@ -19,6 +19,7 @@ class Seconds:
     """Seconds on one GPU: of a micro-batch in a layer and in an exit, of an exit's optimizer.
 
     least_layer, least_exit: what is left of the first two however often matrices are split.
+    unsplit: of an exit, what --tp does not divide.
     """
 
     layer: float
@@ -26,6 +27,7 @@ class Seconds:
     optimizer: float
     least_layer: float = 0.0
     least_exit: float = 0.0
+    unsplit: float = 0.0
 
 
 def step_seconds(account: Account, config: TuneConfig, gpu: Gpu) -> dict[str, float]:
@@ -63,7 +65,9 @@ def seconds_of_parts(account: Account, config: TuneConfig, gpu: Gpu) -> Seconds:
     """`step_seconds`, per layer and exit and micro-batch."""
     taken = step_seconds(account, config, gpu)
     number = math.ceil(config.global_batch_size / config.micro_batch_size)
-    exits = len(account.exits)
+    exits, rate = len(account.exits), rates(config, gpu)["tuned"]
+    tokens = config.global_batch_size * config.seq_length / number
+    unsplit = sum(exit.unsplit.flop for exit in account.exits.values()) * tokens / rate
     runs = len(account.layers) if config.loss != "ce" else account.deepest
     least = [
         least_seconds(exit.below) + least_seconds(exit.head) for exit in account.exits.values()
@@ -74,4 +78,5 @@ def seconds_of_parts(account: Account, config: TuneConfig, gpu: Gpu) -> Seconds:
         taken["optimizer"] / exits,
         sum(map(least_seconds, account.layers[:runs])) / runs,
         sum(least) / exits,
+        unsplit / exits,
     )
