@@ -72,6 +72,24 @@ def test_chains_are_those_of_a_plain_loop(
         assert one[2] == pytest.approx(same.confidences, abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "eagle3"])
+@pytest.mark.parametrize("length", [5, 16, 40])
+def test_prompts_that_are_read_in_windows(rounds, family, length, monkeypatch):
+    """Each leaves the exit's K/V, too. In the sizes of compiled passes, not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for name in ("graphs", "passes", "prompts"):
+        monkeypatch.setattr(f"ee_tuning.decode.{name}.CHUNK", 16)
+    model, ids = drafting(family), prompt(length, length)
+    out = model.generate(
+        torch.tensor([ids]), mode="speculative", threshold=0.01, max_pending=3, compile=True,
+        max_new_tokens=20, eos_token_id=None,
+    )  # fmt: skip
+    text, expected = draft_loop(model, ids, 20, 3, 0.01, "probability")
+    assert out.sequences[0].tolist() == text
+    found = [(one[1], one[3]) for one in rounds if one[1]]
+    assert found == [(one.drafts, one.kept) for one in expected if one.drafts]
+
+
 def test_drafts_are_kept_and_rejected_in_these_tests(rounds):
     """Else the other tests would not try what they are about."""
     for family in ("llama", "mistral", "gemma3", "eagle3"):

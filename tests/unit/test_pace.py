@@ -147,4 +147,4 @@ def test_looks_are_rarer_the_more_drafts_bring():
             count += 1
         return count
 
-    assert Clock.RARELY < until_look(1) < until_look(6) < 100
+    assert Clock.RARELY < until_look(1) < until_look(6) < 200

@@ -116,6 +116,7 @@ class Chains:
         self._later = compiled(later_draft, graphs is not None)
         self.tell = compiled(tell, graphs is not None)
         self._keep = compiled(_keep, graphs is not None)
+        self._read = compiled(_read, graphs is not None)
 
     def keep(self, slots: Tensor, positions: Tensor, state: State) -> None:
         """Take in what a segment's pass gives for the tokens of slots (n,) at positions (n, T)."""
@@ -144,6 +145,14 @@ class Chains:
         self.cache.put(Place(slots, positions, ids.shape[1], in_order=False, empty=True))
         self.exit.first_step(ids, earlier, positions, self.cache)
 
+    def read(self, control: Tensor, reach: int, in_order: bool) -> None:
+        """K/V of the tokens of the pass to the end that has just been, part of it.
+
+        control: what the pass was told, (n, 3 + T).
+        """
+        step = Step(reach, in_order, self.limit, None, NOTHING)
+        self._read(self.twin, self.cache, control, self.states, step)
+
     def fill(self, links: Sequence[Link], starts: Sequence[int]) -> None:
         """K/V of settled tokens alone."""
         self._advance(links, starts, 0, "", NOTHING)
@@ -169,7 +178,7 @@ class Chains:
         given = {link.slot: link for link in links}
         slots, length = sorted(given), max(len(link.ids) for link in links)
         if self.graphs is not None:
-            slots, length = self.sizes.filled(slots), self.sizes.link(length)
+            slots, length = self.sizes.filled(slots), self.sizes.windows[-1]
         table, end = [], 0
         for slot in slots:
             link = given.get(slot) or Link(slot, starts[slot], (0,))
@@ -195,10 +204,10 @@ class Chains:
         self.table.zero_()
         self.table[:, 0] = torch.arange(len(self.table), device=self.table.device)
         self.table[:, 2] = 1
-        for (rows, length, reach), measure in product(self.sizes.chains(), measures):
+        length = self.sizes.windows[-1]
+        for (rows, reach), measure in product(self.sizes.chains(), measures):
             in_order = self._in_order(list(range(rows)))
-            drafts = length == self.sizes.windows[-1] and (alone or rows > 1)
-            for count in counts if drafts else ():
+            for count in counts if alone or rows > 1 else ():
                 self._run((rows, length, count, reach, in_order, measure, min(samples, ALL)))
             self._run((rows, length, 0, reach, in_order, "", NOTHING))
 
@@ -264,19 +273,33 @@ def first_draft(exit: Any, cache: SlotCache, tables: Tables, step: Step) -> Foun
     exit: a draft exit, or its twin. cache: for its block.
     """
     slots, firsts, counts, _ = tables.table[:, :4].unbind(1)
-    ids, states = tables.table[:, 4:], tables.states
+    hidden = _windows(exit, cache, (slots, firsts, tables.table[:, 4:]), tables.states, step)
+    if step.measure is None:
+        return None
+    rows = torch.arange(len(counts), device=counts.device)
+    last = (counts - 1).clamp(min=0)
+    return _ask(exit, hidden[rows, last][:, None], tables, (firsts + last)[:, None], step)
+
+
+def _windows(
+    exit: Any, cache: SlotCache, windows: tuple[Tensor, Tensor, Tensor], states: Tensor, step: Step
+) -> Tensor:
+    """The exit's output (n, T, H) at windows: slots (n,), first positions (n,), tokens (n, T)."""
+    slots, firsts, ids = windows
     positions = firsts[:, None] + torch.arange(ids.shape[1], device=ids.device)
     earlier = positions - 1
     before = states[slots[:, None], earlier % states.shape[1]]
     before = before.masked_fill((earlier < 0)[..., None], 0)
     cache.put(Place(slots, positions, step.reach, step.in_order, start=step.start))
     masks = _masks(exit, cache, states.dtype)
-    hidden = exit.first_step(ids, before, positions.clamp(max=step.limit), cache, masks)
-    if step.measure is None:
-        return None
-    rows = torch.arange(len(counts), device=counts.device)
-    last = (counts - 1).clamp(min=0)
-    return _ask(exit, hidden[rows, last][:, None], tables, (firsts + last)[:, None], step)
+    hidden: Tensor = exit.first_step(ids, before, positions.clamp(max=step.limit), cache, masks)
+    return hidden
+
+
+def _read(exit: Any, cache: SlotCache, control: Tensor, states: Tensor, step: Step) -> None:
+    """K/V alone of windows that `control` of `Passes` tells of: what else there is of the exit,
+    the compiler leaves out."""
+    _windows(exit, cache, (control[:, 0], control[:, 1], control[:, 3:]), states, step)
 
 
 def later_draft(exit: Any, cache: SlotCache, tables: Tables, before: Found, step: Step) -> Found:

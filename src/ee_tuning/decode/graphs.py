@@ -39,7 +39,6 @@ class Sizes:
         a draft exit, or of texts alone, which are read at once, however many: a few tokens more
         cost nothing."""
         self.windows = sorted({1, longest}) if drafts else _sizes(longest, LENGTH_FACTOR)
-        self._links = sorted({longest, CHUNK})
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
@@ -73,13 +72,9 @@ class Sizes:
         """Of texts that windows of so many tokens may follow, the longest of each reach."""
         return [reach - self.length(length) for reach in self._reaches]
 
-    def chains(self) -> Iterator[tuple[int, int, int]]:
-        """Every window of a draft exit: rows, length, reach."""
-        yield from product(self._rows, self._links, self._reaches)
-
-    def link(self, number: int) -> int:
-        """Tokens of a draft exit's window for so many."""
-        return _next(number, self._links)
+    def chains(self) -> Iterator[tuple[int, int]]:
+        """Every window of a draft exit, all of which are of as many tokens: rows, reach."""
+        yield from product(self._rows, self._reaches)
 
     def every(
         self,

@@ -19,7 +19,7 @@ class Clock:
     LATELY = 48  # rounds that count, with drafts and without
     LEAST = 3  # rounds without drafts before there are any with
     RARELY = 6  # rounds with drafts between two looks at one without, at least
-    SHARE = 0.01  # of what drafts bring, what is given up for these
+    SHARE = 0.005  # of what drafts bring, what is given up for these
     FIRM = 4.0  # what the slope that is assumed weighs, in squared drafts
     SLOW = 2.0  # a round counts as no longer than so often what was expected
     AFRESH = 4  # rounds from one look at all of these to the next

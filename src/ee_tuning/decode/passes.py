@@ -21,7 +21,7 @@ from ee_tuning.collectives import Group
 from ee_tuning.decode.cache import Place, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws
-from ee_tuning.decode.graphs import Graphs, Sizes, compiled
+from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes, compiled
 from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window, predict
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.exits import Exit
@@ -318,6 +318,9 @@ class Passes:
             self._keep(self._rings[i + 1], slots, positions, state.hidden)
         if self.chains is not None:
             self.chains.keep(slots, positions, state)
+            if self.compile and length >= CHUNK and i == len(self._steps) - 1:
+                # As long as windows of prompts are; of other tokens it is written over later.
+                self.chains.read(control, reach, in_order)
         exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
         if cache is not None and exit is not None and exit.segment is not None:
             state = replace(state, boundaries=self._masks(exit.segment, cache))

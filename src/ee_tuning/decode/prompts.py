@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.chains import Link
 from ee_tuning.decode.graphs import CHUNK
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.wanted import Read, Wanted, Window
@@ -80,12 +79,6 @@ def _in_chunks(
                 known[slot] = first
             asked = wanted if i == last and ends else Wanted("nothing", False)
             found = passes.window(i, windows, known, asked)
-        if passes.chains is not None and last == len(passes.segments) - 1:
-            links = [
-                Link(slot, first, chunk)  # type: ignore[arg-type]
-                for slot, chunk in zip(left, chunks, strict=True)
-            ]
-            passes.chains.fill(links, known)
         if not passes.is_last:
             taken = passes.take(*_places(left, chunks, first)).split(list(map(len, chunks)))
             for slot, states in zip(left, taken, strict=True):
