@@ -16,6 +16,7 @@ from helpers.prompts import prompt
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold, engines_of
+from ee_tuning.parallel.mesh import Mesh
 
 
 def tokens_of(events, request):
@@ -267,6 +268,21 @@ def test_engines_live_no_longer_than_their_model():
     (engine,) = map(weakref.ref, engines_of(model).kept.values())
     del model
     gc.collect()
+    assert engine() is None
+
+
+def test_engines_are_gone_when_processes_part(tmp_path):
+    """NCCL would wait for graphs that have captured its sums."""
+    early_exit().model.save_pretrained(tmp_path / "base")
+    EarlyExitModel.from_base(str(tmp_path / "base"), ExitConfig("1")).save_pretrained(
+        tmp_path / "x"
+    )
+    mesh = Mesh()
+    with mesh.connected(torch.device("cpu"), 1.0):
+        model = EarlyExitModel.from_pretrained(str(tmp_path / "x"), mesh=mesh)
+        model.generate(torch.tensor([prompt(4)]), max_new_tokens=2)
+        (engine,) = map(weakref.ref, engines_of(model).kept.values())
+        assert engine() is not None
     assert engine() is None
 
 

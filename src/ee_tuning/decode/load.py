@@ -42,7 +42,9 @@ def load_part(
     found = mesh.on_all(lambda: load(source, share, kind))
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
-    engines_of(found).mesh = mesh
+    engines = engines_of(found)
+    engines.mesh = mesh
+    mesh.frees(engines.clear)
     return found
 
 

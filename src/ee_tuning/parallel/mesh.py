@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,6 +51,7 @@ class Mesh:
         self.size = dp * tp * pp
         self.rank = own_rank() if self.size > 1 else 0
         self.doing = "the start"  # for messages
+        self._last: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._device_mesh: DeviceMesh | None = None
         self._host: dist.ProcessGroup | None = None
         for axis in AXES:
@@ -126,6 +129,7 @@ class Mesh:
             with _told_to_end(self.size):
                 self.connect(device, timeout)
                 yield
+                self._free()
                 self.barrier()
         except (UserError, Interrupted):
             raise
@@ -138,6 +142,20 @@ class Mesh:
             ) from error
         if self.size > 1:
             dist.destroy_process_group()
+
+    def frees(self, clear: Callable[[], None]) -> None:
+        """Call a method of an object that is still there when the processes part.
+
+        For what has captured sums in graphs: NCCL does not let go of a group before these.
+        """
+        self._last.append(weakref.WeakMethod(clear))
+
+    def _free(self) -> None:
+        for reference in self._last:
+            if (clear := reference()) is not None:
+                clear()
+        self._last.clear()
+        gc.collect()
 
     def axis(self, name: str) -> DeviceMesh:
         """The processes that differ from this one on one axis only."""
