@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.backbone.positions import RotaryTable
 from ee_tuning.decode import Engine, Full, Request, Speculative
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT
@@ -153,6 +154,22 @@ def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
     for text, own in seen:
         _, (first, *_) = draft_loop(model, text[:-1], len(own) + 2, len(own), 0.0, "probability")
         assert own == first.drafts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_embeddings_from_a_table(family, dtype):
+    """To the bit, where there is one of positions alone; others stay."""
+    model = drafting(family).to(dtype)
+    plain, looking = (model.backbone.block(model.draft.block) for _ in range(2))
+    looking.look_up_positions(40)
+    x = torch.randn(2, 3, plain.trunk.config.hidden_size).to(dtype)
+    positions = torch.tensor([[3, 4, 5], [37, 38, 39]])
+    mask = plain.masks(lambda _: torch.zeros(2, 1, 3, 3, dtype=dtype))
+    found, expected = (segment(x, positions, boundaries=mask) for segment in (looking, plain))
+    assert torch.equal(found.hidden, expected.hidden)
+    tables = [one for one in looking.trunk.children() if isinstance(one, RotaryTable)]
+    assert bool(tables) == (family not in ("gpt2", "opt", "gemma3", "gpt_bigcode", "biogpt"))
 
 
 def test_rows_of_every_mode_share_an_engine():

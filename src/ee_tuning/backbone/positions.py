@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -67,6 +68,31 @@ def frequencies_change(module: nn.Module) -> bool:
     kinds = getattr(module, "rope_type", ())
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(kind in ("dynamic", "longrope") for kind in kinds)
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether it is a rotary embedding whose frequencies are the same for all texts."""
+    has = any("inv_freq" in name for name, _ in module.named_buffers(recurse=False))
+    return has and not frequencies_change(module)
+
+
+class RotaryTable(nn.Module):
+    """In place of a rotary embedding: what that gives for each position, computed once."""
+
+    def __init__(self, rotary: nn.Module, number: int, like: torch.Tensor) -> None:
+        """number: of positions. like: of the dtype and on the device that is asked with."""
+        super().__init__()
+        positions = torch.arange(number, device=like.device)[None]
+        self._table = [one[0] for one in rotary(like, positions)]
+
+    @staticmethod
+    def serves(rotary: nn.Module) -> bool:
+        """Whether it depends on positions alone, as (1, T) → (1, T, D) each."""
+        return is_rotary(rotary) and len(inspect.signature(rotary.forward).parameters) == 2
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cosines and sines (B, T, D) of positions (B, T)."""
+        return tuple(one[position_ids] for one in self._table)
 
 
 def with_frequencies(trunk: nn.Module, length: int) -> nn.Module:

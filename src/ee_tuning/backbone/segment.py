@@ -15,7 +15,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ee_tuning.backbone.anatomy import Body, attention_name, slice_config
-from ee_tuning.backbone.positions import frequencies_change, with_frequencies
+from ee_tuning.backbone.positions import RotaryTable, is_rotary, with_frequencies
 from ee_tuning.errors import UserError
 from ee_tuning.twin import twin
 
@@ -142,11 +142,18 @@ class Segment:
             if cache is not None:
                 layer.forward = _with_cache(layer.forward, cache.layers[i])
         for name, module in list(self.trunk.named_children()):
-            rotary = any("inv_freq" in buffer for buffer, _ in module.named_buffers(recurse=False))
-            if rotary and not frequencies_change(module):
+            if is_rotary(module):
                 own = twin(module, {})
                 own.forward = torch.compile(own.forward, dynamic=False)
                 self.trunk._modules[name] = own
+
+    def look_up_positions(self, number: int) -> None:
+        """Let the rotary embedding be a table of so many positions, where it is one for all texts:
+        to compute it takes longer than a step of one layer has for it."""
+        for name, module in list(self.trunk.named_children()):
+            if RotaryTable.serves(module):
+                like = torch.empty(0, dtype=self._body.dtype, device=self._body.device)
+                self.trunk._modules[name] = RotaryTable(module, number, like)
 
     def keep(self, layers: Collection[int]) -> None:
         """Let a `State` have the hidden states after those of `layers` that it runs as `sources`.
