@@ -181,7 +181,7 @@ def main() -> int:
     """Kill, and judge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--phase", choices=PHASES, help="default: each in turn")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, help="in turn; default: all")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="added to, if it is there")
@@ -193,7 +193,7 @@ def main() -> int:
         folder = Path(name)
         make(folder)
         for number in range(args.kills):
-            phase = args.phase or list(PHASES)[number % len(PHASES)]
+            phase = (args.phase or [*PHASES])[number % len(args.phase or PHASES)]
             layout = args.layout or draw.choice(list(LAYOUTS))
             if phase not in DECODES and not (folder / layout).exists():
                 status, said, _ = torchrun(folder, arguments(folder, phase, layout, layout), False)

@@ -58,7 +58,8 @@ def calls_of(name):
             return chains[:1]
         return [chains[1] | {"alone": True, "compile": True}]
     if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
-        return [call | {"alone": True, "compile": True} for call in (*few[:2], drafts)]
+        compiled = {"alone": True, "compile": True, "max_pending": 3}  # one engine for both
+        return [call | compiled for call in (CALLS[3], drafts)]
     texts = drafts | {"threshold": 1, "lookup": True}
     return CALLS if name in ("pp2", "pp3") else [*few, drafts, texts] if name == "tp2" else few
 

@@ -35,33 +35,26 @@ def folder(base, data, tmp_path_factory):
     cases = []
     for risk in ("nll", "text"):
         settings = CALIBRATE | {"risk": risk, "data": [str(folder / "prompts.jsonl")]}
-        calibrate(CalibrateConfig(**settings, exits=str(folder / "one")))
-        keep(folder / "one", risk)
-        several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 60.0}
+        for name in ("one", "two"):  # a folder keeps one certificate
+            shutil.copytree(folder / name, folder / f"{name}-{risk}")
+        calibrate(CalibrateConfig(**settings, exits=str(folder / f"one-{risk}")))
+        several = settings | {"exits": str(folder / f"two-{risk}"), "dp": 2, "timeout": 60.0}
         cases.append({"command": "calibrate", "settings": several})
-        if risk == "nll":  # it is kept under a name of its own
-            said = launch("helpers.launch_shared", cases, folder)
-            assert "ended with status" not in said, said
-            keep(folder / "two", risk)
-            cases = []
     settings = EVALUATE | {"data": [data]}
     evaluate(EvaluateConfig(**settings, exits=str(folder / "one")))
     several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 60.0}
-    said = launch(
-        "helpers.launch_shared", [*cases, {"command": "evaluate", "settings": several}], folder
-    )
+    cases.append({"command": "evaluate", "settings": several})
+    said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
-    keep(folder / "two", "text")
     return folder
-
-
-def keep(folder, risk):
-    (folder / "calibration.json").rename(folder / f"{risk}.json")
 
 
 @pytest.mark.parametrize("risk", ["nll", "text"])
 def test_a_certificate_does_not_depend_on_the_number_of_processes(folder, risk):
-    one, two = (json.loads((folder / name / f"{risk}.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((folder / f"{name}-{risk}/calibration.json").read_text())
+        for name in ("one", "two")
+    )
     assert one["path"]
     assert one == two
 

@@ -2,10 +2,10 @@
 
 import ast
 import copy
+import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -56,25 +56,10 @@ def test_generate_prints_the_text_a_legend_and_the_depth(exits, capsys):
     assert "mean depth 3.0" in capsys.readouterr().out
 
 
-def test_generate_reads_standard_input(exits):
-    command = [
-        sys.executable,
-        "-m",
-        "ee_tuning",
-        "generate",
-        "--exits",
-        str(exits),
-        "--prompt",
-        "-",
-    ]
-    done = subprocess.run(
-        [*command, "--max-new-tokens", "3"],
-        input="def f(",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("def f(")
+def test_generate_reads_standard_input(exits, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f("))
+    main(["generate", "--exits", str(exits), "--prompt", "-", "--max-new-tokens", "3"])
+    assert capsys.readouterr().out.startswith("def f(")
 
 
 def test_evaluate_writes_numbers_that_fit(exits, data, capsys):

@@ -47,9 +47,23 @@ def plain(tmp_path_factory):
     return save_writer(tmp_path_factory.mktemp("plain"), tokenizer)
 
 
+@pytest.fixture(scope="module")
+def own(chatty, tmp_path_factory):
+    """The files that it writes in one go, by seed."""
+    folder = tmp_path_factory.mktemp("own")
+    for seed in (0, 1):
+        write(chatty, folder / f"{seed}.jsonl", seed=seed)
+    return [folder / f"{seed}.jsonl" for seed in (0, 1)]
+
+
 def write(model, out, display=None, **changes):
     """Run, and give the records."""
     regenerate(RegenerateConfig(**settings(model, out, **changes)), display)
+    return read(out)
+
+
+def read(out):
+    """The records of a file."""
     lines = Path(out).read_text(encoding="utf-8").split("\n")  # not at other ends of lines
     return [json.loads(line) for line in lines if line]
 
@@ -74,8 +88,8 @@ class Stops(Display):
 # -- forms ---------------------------------------------------------------------------------------
 
 
-def test_an_instructed_model_writes_question_and_answer(chatty, tmp_path):
-    records = write(chatty, tmp_path / "own.jsonl", seed=1)
+def test_an_instructed_model_writes_question_and_answer(own):
+    records = read(own[1])
     assert len(records) > 10
     for record in records:
         question, answer = record["messages"]
@@ -87,7 +101,7 @@ def test_an_instructed_model_writes_question_and_answer(chatty, tmp_path):
         assert question["content"] == question["content"].strip()
         assert record["source"] == "nothing"
     assert len({record["finished"] for record in records}) == 2
-    rows = load(tmp_path / "own.jsonl", CHATTY, seq_length=64)
+    rows = load(own[1], CHATTY, seq_length=64)
     assert len(rows) > 5
 
 
@@ -229,13 +243,12 @@ def test_a_question_comes_once(chatty, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [{"parts": 5}, {"parts": 30}, {"waves": 1}, {"waves": 3}])
-def test_a_run_that_was_interrupted_leaves_the_same_file(chatty, tmp_path, stop):
+def test_a_run_that_was_interrupted_leaves_the_same_file(chatty, own, tmp_path, stop):
     out = tmp_path / "own.jsonl"
     with pytest.raises(Interrupted, match="go on with --resume"):
         write(chatty, out, Stops(**stop))
     write(chatty, out, resume=True)
-    write(chatty, tmp_path / "whole.jsonl")
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert out.read_bytes() == own[0].read_bytes()
     before = out.read_bytes()
     write(chatty, out, resume=True)
     assert out.read_bytes() == before
@@ -244,16 +257,16 @@ def test_a_run_that_was_interrupted_leaves_the_same_file(chatty, tmp_path, stop)
 def test_more_tokens_later_are_those_of_one_run(chatty, tmp_path):
     out, data = tmp_path / "own.jsonl", jsonl(tmp_path / "d.jsonl", {"prompt": "A fox?"})
     more = {"data": [data], "from_nothing": 0.5}
-    write(chatty, out, tokens=500, **more)
+    write(chatty, out, tokens=300, **more)
     with out.open("ab") as file:
         file.write(b"what was cut off")
-    write(chatty, out, tokens=1500, resume=True, **more)
-    write(chatty, tmp_path / "whole.jsonl", tokens=1500, **more)
+    write(chatty, out, tokens=1000, resume=True, **more)
+    write(chatty, tmp_path / "whole.jsonl", tokens=1000, **more)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_another_seed_gives_other_texts(chatty, tmp_path):
-    found = [write(chatty, tmp_path / f"{seed}.jsonl", seed=seed) for seed in (0, 1)]
+def test_another_seed_gives_other_texts(own):
+    found = [read(path) for path in own]
     assert found[0][0]["messages"] != found[1][0]["messages"]
 
 
