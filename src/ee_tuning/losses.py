@@ -241,8 +241,11 @@ LARGE, PIECES = 2**13, 64
 
 def _pieces(logits: Tensor) -> Tensor | None:
     """Logits (…, V) as (…, pieces, V / pieces), where that is faster."""
-    if logits.shape[-1] < LARGE or logits.shape[-1] % PIECES:
+    vocabulary = logits.shape[-1]
+    if vocabulary < LARGE:
         return None
+    if vocabulary % PIECES:
+        logits = F.pad(logits, (0, -vocabulary % PIECES), value=-math.inf)
     return logits.unflatten(-1, (PIECES, -1))
 
 

@@ -34,6 +34,15 @@ def test_a_token_has_the_same_bits_in_every_window_and_beside_others(family, siz
         assert torch.equal(logits(model, ids, cuts, rows, 640, compile=True), alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch", ["norm", "mlp", "layer"])
+def test_an_exit_says_the_same_of_a_token_in_every_window_and_beside_others(arch, dtype):
+    model, ids = wide("llama", dtype, "cuda", arch=arch, **BIG), prompt(120, 1)
+    alone = logits(model, ids, [1] * 120, capacity=300, compile=True, exits=[2])
+    for cuts, rows in (([5] * 24, 1), ([5] * 24, 4)):
+        assert torch.equal(logits(model, ids, cuts, rows, 300, compile=True, exits=[2]), alone)
+
+
 def test_speculative_texts_are_full_depths_in_half_precision():
     model = good_exit.__wrapped__("llama").to("cuda", torch.bfloat16)
     for seed in range(40):

@@ -33,6 +33,22 @@ def test_a_token_has_the_same_bits_in_every_window_and_beside_others(family, dty
     assert torch.equal(logits(model, ids, [5] * 8, rows=4), alone)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "starcoder2", "opt"])
+@pytest.mark.parametrize("arch", ["embedding", "norm", "mlp", "layer"])
+def test_an_exit_says_the_same_of_a_token_in_every_window_and_beside_others(arch, family, dtype):
+    """And what it says when it is asked about the whole text, but for the order of sums."""
+    model, ids = wide(family, dtype, arch=arch), prompt(40, 1)
+    alone = logits(model, ids, [1] * 40, exits=[2])
+    assert torch.equal(logits(model, ids, [5] * 8, exits=[2]), alone)
+    assert torch.equal(logits(model, ids, [2, 3, 4, 7, 8, 9, 1, 6], exits=[2]), alone)
+    assert torch.equal(logits(model, ids, [5] * 8, rows=3, exits=[2]), alone)
+    if dtype == torch.float32:  # where another order changes a number by no more than this
+        with torch.inference_mode():
+            whole = model(torch.tensor([ids]), output_exit_logits=True).exit_logits[2][0]
+        assert torch.allclose(alone, whole, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("heads", [(2, 1), (4, 4), (6, 2)])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_token_has_the_same_bits_whichever_thread_computes_it(family, heads):
@@ -260,3 +276,20 @@ def test_what_cannot_be_had_is_said(family, compiled, reason):
     model = EarlyExitModel.from_base(tiny(family), ExitConfig("1", arch="norm"))
     missing = Invariant(model.backbone, compiled).missing
     assert missing is None if reason is None else reason in missing
+
+
+def test_an_exit_that_was_tuned_further_says_other_things():
+    model = good_exit.__wrapped__("llama", "mlp")
+    common = {"max_new_tokens": 9, "mode": "fixed", "exit_layers": [2], "eos_token_id": None}
+    ids = torch.tensor([prompt(5)])
+    before = model.generate(ids, **common)
+    with torch.no_grad():
+        for p in model.exit(2).parameters():
+            p.mul_(-2)
+    after = model.generate(ids, **common)
+    fresh = good_exit.__wrapped__("llama", "mlp")
+    fresh.exits.load_state_dict(model.exits.state_dict())
+    expected = fresh.generate(ids, **common)
+    assert torch.equal(after.sequences, expected.sequences)
+    assert torch.equal(after.confidences, expected.confidences)
+    assert not torch.equal(after.confidences, before.confidences)

@@ -130,12 +130,13 @@ class Segment:
         own: list[str] = types[self.start : self.stop]
         return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
 
-    def compile(self, cache: Cache | None = None) -> None:
+    def compile(self, cache: Cache | None = None, before: Segment | None = None) -> None:
         """Compile each layer, without its hooks, and the rotary embedding; layers of a kind share
         one graph.
 
         cache: the one that every call will bring. A layer then sees only its own part of it: its
-        number would be a constant of the graph.
+        number would be a constant of the graph. before: a segment that was compiled, of which this
+        one takes the rotary tables, where it is given the same tensor of positions.
         """
         for i, layer in enumerate(self._layers):
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -144,8 +145,8 @@ class Segment:
         for name, module in list(self.trunk.named_children()):
             if is_rotary(module):
                 own = twin(module, {})
-                own.forward = torch.compile(own.forward, dynamic=False)
-                self.trunk._modules[name] = own
+                own.forward = _once(torch.compile(own.forward, dynamic=False))
+                self.trunk._modules[name] = before.trunk._modules[name] if before else own
 
     def look_up_positions(self, number: int) -> None:
         """Let the rotary embedding be a table of so many positions, where it is one for all texts:
@@ -251,6 +252,24 @@ def _with_cache(forward: Callable[..., Any], own: Any) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         given = {k: own if isinstance(v, Cache) else v for k, v in kwargs.items()}
         return forward(*args, **given)
+
+    return call
+
+
+def _once(rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotary embedding's forward that gives the tables of the last positions again."""
+    last: Tensor | None = None
+    found: dict[Any, Any] = {}  # by the kind of layer, where there are several
+
+    def call(x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
+        nonlocal last
+        if last is not position_ids:
+            last = position_ids
+            found.clear()
+        key = (*kind, *named.values())
+        if key not in found:
+            found[key] = rotary(x, position_ids, *kind, **named)
+        return found[key]
 
     return call
 

@@ -1,6 +1,6 @@
-"""One CUDA graph of several captured pieces, each of which says whether the next one runs.
+"""One CUDA graph of several captured pieces, each of which says which one runs next, if any.
 
-The next piece is the body of a conditional node (CUDA 12.4), so the host is not asked. torch has no
+A next piece is the body of a conditional node (CUDA 12.4), so the host is not asked. torch has no
 call for such nodes; the driver is called through NVIDIA's bindings, which come with torch.
 """
 
@@ -20,21 +20,38 @@ except ImportError:
     driver = None
 
 LEAST_DRIVER = 12040
-# Sets a condition to what is at an address. In PTX, since the function that it calls has no
-# address on the host, and a compiler for CUDA need not be there.
-SET_CONDITION = b"""
+# Sets two conditions, each to whether the number at an address is another one. In PTX, since the
+# function that it calls has no address on the host, and a compiler for CUDA need not be there.
+SET_CONDITIONS = b"""
 .version 7.0
 .target sm_60
 .address_size 64
 .extern .func cudaGraphSetConditional(.param .b64 handle, .param .b32 value);
-.visible .entry set_condition(.param .u64 address, .param .u64 handle)
+.visible .entry set_conditions(.param .u64 address, .param .u64 handle0, .param .f64 wanted0,
+    .param .u64 handle1, .param .f64 wanted1)
 {
+    .reg .pred %same;
     .reg .b32 %value;
     .reg .b64 %address, %handle;
+    .reg .f64 %given, %wanted;
     ld.param.u64 %address, [address];
-    ld.param.u64 %handle, [handle];
     cvta.to.global.u64 %address, %address;
-    ld.global.u32 %value, [%address];
+    ld.global.f64 %given, [%address];
+    ld.param.u64 %handle, [handle0];
+    ld.param.f64 %wanted, [wanted0];
+    setp.eq.f64 %same, %given, %wanted;
+    selp.b32 %value, 1, 0, %same;
+    {
+        .param .b64 first;
+        .param .b32 second;
+        st.param.b64 [first], %handle;
+        st.param.b32 [second], %value;
+        call.uni cudaGraphSetConditional, (first, second);
+    }
+    ld.param.u64 %handle, [handle1];
+    ld.param.f64 %wanted, [wanted1];
+    setp.eq.f64 %same, %given, %wanted;
+    selp.b32 %value, 1, 0, %same;
     {
         .param .b64 first;
         .param .b32 second;
@@ -55,8 +72,7 @@ def can_branch() -> bool:
 
 
 class Branches:
-    """Pieces in one graph: each runs if `goes_on` (1,) int32 is not 0 after the one before, and
-    what is `last` behind them.
+    """Steps in one graph, each with a variant that `goes_on` tells, and what is `last` behind them.
 
     Raises:
         RuntimeError: the driver refuses.
@@ -64,42 +80,61 @@ class Branches:
 
     def __init__(
         self,
-        pieces: Sequence[torch.cuda.CUDAGraph],
+        steps: Sequence[Sequence[torch.cuda.CUDAGraph]],
         goes_on: Tensor,
         last: torch.cuda.CUDAGraph | None = None,
     ) -> None:
-        """pieces, last: captured, with their graphs kept. They keep the memory they work in."""
-        self._pieces, self._goes_on = [*pieces, last], goes_on
-        self._module = _checked(driver.cuModuleLoadData(SET_CONDITION))
-        graph = inner = _checked(driver.cuGraphCreate(0))
-        node = top = _child(graph, None, pieces[0])
-        for piece in pieces[1:]:
-            branch, body = self._branch(graph, inner, node)
-            top = branch if inner is graph else top
-            inner, node = body, _child(body, None, piece)
+        """steps: of each one variant or two; see `Graphs.branched`. steps, last: captured, with
+        their graphs kept. They keep the memory they work in."""
+        self._steps, self._last, self._goes_on = steps, last, goes_on
+        self._module = _checked(driver.cuModuleLoadData(SET_CONDITIONS))
+        graph = self._graph = _checked(driver.cuGraphCreate(0))
+        top = self._add(graph, _child(graph, None, steps[0][0]), 1, 0)
         if last is not None:
             _child(graph, top, last)
         self._run = _checked(driver.cuGraphInstantiate(graph, 0))
         weakref.finalize(self, _destroy, self._run, graph, self._module).atexit = False
 
-    def _branch(self, graph: Any, inner: Any, node: Any) -> tuple[Any, Any]:
-        """A condition behind `node` of `inner`, part of `graph`: its own node, and its body."""
+    def _add(self, inner: Any, node: Any, number: int, least: int) -> Any:
+        """Step `number` and those behind it, of variants from `least` on, behind `node` of `inner`,
+        a part of the graph; gives the last node there."""
+        if number == len(self._steps):
+            return node
+        variants = [*enumerate(self._steps[number])][least:]
+        handles = [self._handle() for _ in variants]
+        told = zip(handles, (variant + 1 for variant, _ in variants), strict=True)
+        node = self._tell(inner, node, [*told])
+        for handle, (variant, piece) in zip(handles, variants, strict=True):
+            node, body = self._branch(inner, node, handle)
+            self._add(body, _child(body, None, piece), number + 1, variant)
+        return node
+
+    def _handle(self) -> Any:
         context = _checked(driver.cuCtxGetCurrent())
-        handle = _checked(driver.cuGraphConditionalHandleCreate(graph, context, 0, 0))
+        return _checked(driver.cuGraphConditionalHandleCreate(self._graph, context, 0, 0))
+
+    def _tell(self, inner: Any, node: Any, told: Sequence[tuple[Any, int]]) -> Any:
+        """What sets conditions, each to whether `goes_on` is a number, behind a node."""
         setter = driver.CUDA_KERNEL_NODE_PARAMS()
-        setter.func = _checked(driver.cuModuleGetFunction(self._module, b"set_condition"))
+        setter.func = _checked(driver.cuModuleGetFunction(self._module, b"set_conditions"))
         for size in ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ"):
             setattr(setter, size, 1)
-        values = self._goes_on.data_ptr(), int(handle)
-        setter.kernelParams = values, (ctypes.c_void_p, ctypes.c_ulonglong)
-        told = _checked(driver.cuGraphAddKernelNode(inner, [node], 1, setter))
+        values = [value for handle, number in (told[0], told[-1])
+                  for value in (int(handle), float(number))]  # fmt: skip
+        kinds = ctypes.c_void_p, *(ctypes.c_ulonglong, ctypes.c_double) * 2
+        setter.kernelParams = (self._goes_on.data_ptr(), *values), kinds
+        return _checked(driver.cuGraphAddKernelNode(inner, [node], 1, setter))
+
+    def _branch(self, inner: Any, node: Any, handle: Any) -> tuple[Any, Any]:
+        """A condition behind a node: its own node, and its body."""
         branch = driver.CUgraphNodeParams()
         branch.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-        branch.conditional.handle, branch.conditional.ctx = handle, context
+        branch.conditional.handle = handle
+        branch.conditional.ctx = _checked(driver.cuCtxGetCurrent())
         branch.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
         branch.conditional.size = 1
         edges = [None] if driver.CUDA_VERSION >= 13000 else []  # kinds of edges: the usual one
-        node = _checked(driver.cuGraphAddNode(inner, [told], *edges, 1, branch))
+        node = _checked(driver.cuGraphAddNode(inner, [node], *edges, 1, branch))
         return node, branch.conditional.phGraph_out[0]
 
     def __call__(self) -> None:

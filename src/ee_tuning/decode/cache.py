@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ee_tuning.backbone import Segment
-from ee_tuning.decode.graphs import ALIGNED
+from ee_tuning.decode.graphs import ALIGNED, compiled
 from ee_tuning.devices import GIB, free_memory
 from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
@@ -46,6 +46,14 @@ class Place:
         if key not in self._found:
             self._found[key] = find(self, *key)
         return self._found[key]
+
+    def in_ring(self, size: int) -> Tensor:
+        """The places of the last positions in a slot of so many: (n, up to size)."""
+        return self.positions[:, -size:] % size
+
+    def know(self, places: Mapping[int, Tensor]) -> None:
+        """Take `in_ring` of some sizes for computed."""
+        self._found |= {(size,): found for size, found in places.items()}
 
 
 class SlotLayer(CacheLayerMixin):
@@ -99,7 +107,7 @@ class SlotLayer(CacheLayerMixin):
     def put(self, place: Place) -> None:
         """The next pass is at `place`; of tokens that share a place, the last ones stay."""
         self.place, self.rows = place, place.slots[:, None]
-        self.lasting, positions = slice(-self.size, None), place.positions[:, -self.size :]
+        self.lasting, positions = slice(-self.size, None), place.positions
         if place.texts is not None:
             lengths = torch.tensor(place.texts, device=place.slots.device)
             length_of = lengths.repeat_interleave(lengths)
@@ -109,8 +117,10 @@ class SlotLayer(CacheLayerMixin):
             positions = place.positions[:, self.lasting]
         if place.start is not None and place.reach <= self.size:
             self.places = slice(place.start, place.reach)  # faster than one by one
-        else:
+        elif place.texts is not None:
             self.places = positions % self.size
+        else:
+            self.places = place.remembered((self.size,), Place.in_ring)
 
     @property
     def hides(self) -> bool:
@@ -275,3 +285,58 @@ def check_room(pairs: Sequence[tuple[Any, Any]], device: torch.device) -> None:
             f"K/V of {slots} sequences of {size} tokens need {needed / GIB:.1f} GiB, "
             f"{device} has {free / GIB:.1f} GiB free: decode fewer at a time, or shorter ones"
         )
+
+
+class Rings:
+    """The hidden states that wait before a segment until it computes them, by slot and position.
+
+    rings: (slots, R, H) each; one before each segment, and behind the last one where a stage
+    follows.
+    """
+
+    def __init__(self, number: int, slots: int, longest: int, like: Tensor, compile: bool) -> None:
+        """longest: tokens of a window. like: (H,), a hidden state. compile: what is done in a
+        pass."""
+        size = (number, slots, 2 * longest, *like.shape)
+        self.rings = like.new_zeros(size).unbind()
+        self.begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
+
+    def keep(self, i: int, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
+        """Let hidden states (n, T, H) of slots (n,) at positions (n, T) wait in ring `i`, if there
+        is one."""
+        if i < len(self.rings):
+            self._keep(self.rings[i], slots, positions, hidden)
+
+    def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
+        """Let (n, H) of n tokens wait in the first one."""
+        self.rings[0][self._places(slots, positions)] = hidden
+
+    def take(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """What waits in the last one of n tokens: (n, H)."""
+        return self.rings[-1][self._places(slots, positions)]
+
+    def forget(self, slot: int) -> None:
+        """Nothing waits in a slot any more."""
+        for ring in self.rings:
+            ring[slot] = 0
+
+    def _places(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        ring = self.rings[0]
+        table = torch.tensor([[*slots], [*positions]], dtype=torch.int64, device=ring.device)
+        return table[0], table[1] % ring.shape[1]
+
+
+def _begin(
+    control: Tensor, ring: Tensor | None, limit: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The positions (n, T) of windows that `control` (n, 3 + T) tells of, see `Passes`, these up to
+    `limit`, and what waits for them in the ring before a segment, (n, T, H), if there is one."""
+    slots, starts = control[:, :1], control[:, 1:2]
+    positions = starts + torch.arange(control.shape[1] - 3, device=control.device)
+    waiting = None if ring is None else ring[slots, positions % ring.shape[1]]
+    return positions, positions.clamp(max=limit), waiting
+
+
+def _keep(ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
+    """Let hidden states (n, T, H) of slots (n,) wait in a ring."""
+    ring[slots[:, None], positions % ring.shape[1]] = hidden

@@ -84,8 +84,8 @@ class Engines:
                 f"{capacity} tokens with the prompt are asked for, the backbone's positions go on "
                 f"for {backbone.end} alone: ask for fewer"
             )
-        long = backbone.is_long(capacity)
-        alike = (tuple(exit_layers), max_pending, compile, long, *_state_of(model))
+        kind = tuple(exit_layers), max_pending, compile, backbone.is_long(capacity)
+        alike = (*kind, *_state_of(model))
         kept = [key for key in self.kept if key[0] == alike]
         fitting = [
             key for key in kept
@@ -96,16 +96,17 @@ class Engines:
             engine = self.kept.pop(key)
         else:
             room = -(-capacity // ROOM) * ROOM
-            longest = backbone.context if long else backbone.longest_text
+            longest = backbone.context if kind[-1] else backbone.longest_text
             if longest and capacity <= longest < room:
                 room = longest
-            key = (alike, slots, room)
             for smaller in [one for one in kept if one[1] <= slots and one[2] <= room]:
                 del self.kept[smaller]
             engine = self._make(
                 model, exit_layers, slots=slots, capacity=room, max_pending=max_pending,
                 compile=compile,
             )  # fmt: skip
+            # An engine may lay weights elsewhere in memory.
+            key = (*kind, *_state_of(model)), slots, room
         self.kept[key] = engine
         for oldest in list(self.kept)[:-KEPT]:
             del self.kept[oldest]
@@ -183,4 +184,6 @@ def _state_of(model: Network) -> tuple[Any, Any]:
     """What an engine depends on that may change under a model: its weights, and autocast."""
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return tuple(p.data_ptr() for p in model.parameters()), cast
+    # Exits may be tuned further where they are, and a CPU has copies in another order.
+    versions = tuple(p._version for p in model.exits.parameters())
+    return (tuple(p.data_ptr() for p in model.parameters()), versions), cast

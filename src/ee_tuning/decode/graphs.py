@@ -14,6 +14,7 @@ from torch import Tensor
 from ee_tuning.decode.branches import Branches, can_branch
 
 F = TypeVar("F", bound=Callable[..., Any])
+Steps = Sequence[Callable[[], None]]  # the variants of one
 # Of the compiler: that how sums are cut does not depend on timings, nor on how many there are.
 SAME_SUMS = [
     name for name in ("deterministic", "batch_invariant") if hasattr(torch._inductor.config, name)
@@ -146,13 +147,15 @@ class Graphs:
         return self._kept[key]()
 
     def branched(
-        self, key: Hashable, steps: Sequence[Callable[[], None]], goes_on: Tensor,
-        begin: Callable[[], Any], tune: bool, last: Callable[[], None] | None = None,
+        self, key: Hashable, steps: Sequence[Steps], goes_on: Tensor, begin: Callable[[], Any],
+        tune: bool, last: Callable[[], None] | None = None,
     ) -> Callable[[], None]:  # fmt: skip
-        """What runs `steps`, each if `goes_on` (1,) int32 is not 0 after the one before, and `last`
-        behind them in any case.
+        """What runs one of the variants of each of `steps`, and `last` behind them in any case.
 
-        On CUDA the host is not asked. begin: takes back what steps have done. tune: as for `run`.
+        goes_on: (1,) fp64, what the step before has left there: the number of a variant, from 1;
+        else no further step runs. On CUDA the host is not asked. Of the first step the first
+        variant runs; behind a variant none of a smaller number. begin: takes back what steps have
+        done. tune: as for `run`.
         """
         if key not in self._kept:
             with _compiling(tune):
@@ -160,19 +163,23 @@ class Graphs:
         return self._kept[key]
 
     def _branches(
-        self, steps: Sequence[Callable[[], None]], goes_on: Tensor, begin: Callable[[], Any],
+        self, steps: Sequence[Steps], goes_on: Tensor, begin: Callable[[], Any],
         last: Callable[[], None] | None,
     ) -> Callable[[], None]:  # fmt: skip
         if self._on_gpu:
-            every = [*steps, *([] if last is None else [last])]
-            pieces = [self._graph(step, begin, keep=True)[0] for step in every]
-            number = len(steps)
-            return Branches(pieces[:number], goes_on, *pieces[number:])
+            # A variant goes on from what the same variant of the step before has left.
+            order = sorted((v, i) for i, step in enumerate(steps) for v in range(len(step)))
+            pieces = {(i, v): self._graph(steps[i][v], begin, keep=True)[0] for v, i in order}
+            end = None if last is None else self._graph(last, begin, keep=True)[0]
+            return Branches([[pieces[i, v] for v in range(len(step))]
+                             for i, step in enumerate(steps)], goes_on, end)  # fmt: skip
 
         def run() -> None:
+            variant = 1
             for step in steps:
-                step()
-                if not goes_on.item():
+                step[variant - 1]()
+                variant = int(goes_on.item())
+                if not variant:
                     break
             if last is not None:
                 last()

@@ -18,11 +18,20 @@ from torch import Tensor
 
 from ee_tuning.backbone import Segment, State
 from ee_tuning.collectives import Group
-from ee_tuning.decode.cache import Place, SlotCache, make_caches
+from ee_tuning.decode.cache import Place, Rings, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import Draws
 from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes, compiled
-from ee_tuning.decode.wanted import IDLE, Predictions, Read, Rows, Wanted, Window, predict
+from ee_tuning.decode.wanted import (
+    IDLE,
+    Predictions,
+    Predictor,
+    Read,
+    Rows,
+    Wanted,
+    Window,
+    predict,
+)
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.exits import Exit
 from ee_tuning.exits.head import Head
@@ -72,23 +81,23 @@ class Passes:
         self.segments = model.segments(list(self.exits), stage.stop)
         draft = model.draft if DRAFT in exit_layers else None
         self.caches, self.exit_caches = self._make_caches(draft)
-        # One before each segment, and behind the last one where a stage follows.
         rings = len(self.segments) + (0 if self.is_last else 1)
-        size = (rings, slots, 2 * longest, self.backbone.config.hidden_size)
-        self._rings = torch.zeros(size, device=self.device, dtype=self.dtype).unbind()
+        hidden = torch.zeros(self.backbone.config.hidden_size, device=self.device, dtype=self.dtype)
+        self.rings = Rings(rings, slots, longest, hidden, compile)
         self.control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self.draws = Draws(slots, self.device)
         self.invariant = Invariant(self.backbone, compile)
-        cuts = list(self.exits), stage.stop
-        self._steps = model.segments(*cuts, change=self.invariant.layer)
+        self._steps = model.segments(list(self.exits), stage.stop, change=self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
         self._final = self.invariant.final()
-        self._predict = compiled(predict, compile)
-        self._begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
+        kept = self.exit_caches
+        # These run in place of the exits, but on prompts.
+        self._exits = {k: self.invariant.exit(one, kept.get(k)) for k, one in self.exits.items()}
+        self.predict = compiled(predict, compile)
         self.group = _group_of(model)
         self.graphs = Graphs(self.device)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
-            segment.compile(cache)
+            segment.compile(cache, None if segment is self._steps[0] else self._steps[0])
         self.chains: Chains | None = None
         if draft is not None:
             for segment in {*self.segments, *self._steps}:
@@ -151,7 +160,7 @@ class Passes:
             self.chains.prompt(slots, text[None], positions, states)
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
         exit, kept = self.exits.get(state.stop), self._exit_cache(last)
-        found = self._agreed(predict(self._final, exit, state, kept, rows, wanted))
+        found = self.agreed(predict(self._final, exit, state, kept, rows, wanted))
         prediction = None
         if found is not None:
             prediction = Predictions.read(*found, [0], self._head(last, wanted)).of(0, 0)
@@ -170,18 +179,17 @@ class Passes:
             cache.forget(slot)
         if self.chains is not None:
             self.chains.forget(slot)
-        for ring in self._rings:
-            ring[slot] = 0
+        self.rings.forget(slot)
 
     @torch.inference_mode()
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
         """What the stage before gave for n tokens, (n, H), is what the first segment computes."""
-        self._rings[0][self._in_ring(slots, positions)] = hidden
+        self.rings.put(slots, positions, hidden)
 
     @torch.inference_mode()
     def take(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """What the last segment gave for n of the tokens computed last: (n, H)."""
-        return self._rings[-1][self._in_ring(slots, positions)]
+        return self.rings.take(slots, positions)
 
     @torch.inference_mode()
     def window(
@@ -262,11 +270,6 @@ class Passes:
             found = self._run((i, len(slots), length, reach, in_order, wanted))
         return found
 
-    def _in_ring(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        table = [list(slots), list(positions)]
-        places = torch.tensor(table, dtype=torch.int64, device=self.device)
-        return places[0], places[1] % (2 * self.longest)
-
     @torch.inference_mode()
     def warm_up(self, measures: Sequence[str] = ("probability",), samples: int = 0) -> None:
         """Compile, and capture on CUDA, what decoding with all slots free will ask for.
@@ -305,31 +308,48 @@ class Passes:
 
         Gives what `predict` does.
         """
-        control, segment = self.control[:rows, : 3 + length], self._steps[i]
+        control = self.control[:rows, : 3 + length]
         slots, counts = control[:, 0], control[:, 2]
-        ring = None if segment.is_first else self._rings[i]
-        positions, position_ids, inputs = self._begin(control, ring, self.limit)
+        positions, position_ids, waiting = self.rings.begin(control, self.ring(i), self.limit)
         start = reach - length if rows == 1 and in_order and not self.compile else None
-        self._put(Place(slots, positions, reach, in_order, start=start))
-        masks = self._masks(segment, self.caches[i])
-        inputs = control[:, 3:] if inputs is None else inputs
-        state = segment(inputs, position_ids, self.caches[i], masks)
-        if i + 1 < len(self._rings):
-            self._keep(self._rings[i + 1], slots, positions, state.hidden)
-        if self.chains is not None:
-            self.chains.keep(slots, positions, state)
-            if self.compile and length >= CHUNK and i == len(self._steps) - 1:
-                # As long as windows of prompts are; of other tokens it is written over later.
-                self.chains.read(control, reach, in_order)
-        exit, cache = self.exits.get(segment.stop), self._exit_cache(i)
-        if cache is not None and exit is not None and exit.segment is not None:
-            state = replace(state, boundaries=self._masks(exit.segment, cache))
-        if wanted.after == "nothing" and cache is None:
+        place = Place(slots, positions, reach, in_order, start=start)
+        inputs = control[:, 3:] if waiting is None else waiting
+        state = self.through(i, inputs, position_ids, place)
+        self.rings.keep(i + 1, slots, positions, state.hidden)
+        prompts = self.compile and length >= CHUNK and i == len(self._steps) - 1
+        if self.chains is not None and prompts:
+            # As long as windows of prompts are; of other tokens it is written over later.
+            self.chains.read(control, reach, in_order)
+        predictor = self.predictor(i, state, place)
+        if wanted.after == "nothing" and predictor.cache is None:
             return None
         rows_of = Rows(slots, positions, counts, self.draws.table)
-        return self._agreed(self._predict(self._final, exit, state, cache, rows_of, wanted))
+        return self.agreed(self.predict(*predictor, rows_of, wanted))
 
-    def _agreed(self, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    def ring(self, i: int) -> Tensor | None:
+        """Where hidden states wait before segment `i`: (slots, ring, H); None before the first."""
+        return None if self._steps[i].is_first else self.rings.rings[i]
+
+    def through(self, i: int, inputs: Tensor, position_ids: Tensor, place: Place) -> State:
+        """What segment `i` makes of ids (n, T) or hidden states (n, T, H) of tokens at a place."""
+        cache = self.caches[i]
+        cache.put(place)
+        state = self._steps[i](inputs, position_ids, cache, self._masks(self._steps[i], cache))
+        if self.chains is not None:
+            self.chains.keep(place.slots, place.positions, state)
+        return state
+
+    def predictor(self, i: int, state: State, place: Place, final: bool = False) -> Predictor:
+        """What predicts behind segment `i`, from the state there. final: no exit is asked, nor
+        kept K/V of."""
+        exit = None if final else self._exits.get(state.stop)
+        cache = None if final else self._exit_cache(i)
+        if cache is not None and exit is not None and exit.segment is not None:
+            cache.put(place)
+            state = replace(state, boundaries=self._masks(exit.segment, cache))
+        return Predictor(self._final, exit, state, cache)
+
+    def agreed(self, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """With --tp, the first process's answers on all: the last bit of a confidence, which may
         depend on the kernels that were chosen, must not part them."""
         if found is None or self.group is None:
@@ -378,19 +398,3 @@ def _group_of(model: Network) -> Group | None:
     if group is not None:
         group.share_memory(model.backbone.device)
     return group
-
-
-def _begin(
-    control: Tensor, ring: Tensor | None, limit: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The positions (n, T) of windows that `control` (n, 3 + T) tells of, these up to `limit`, and
-    what waits for them in the ring before a segment, (n, T, H), if there is one."""
-    slots, starts = control[:, :1], control[:, 1:2]
-    positions = starts + torch.arange(control.shape[1] - 3, device=control.device)
-    waiting = None if ring is None else ring[slots, positions % ring.shape[1]]
-    return positions, positions.clamp(max=limit), waiting
-
-
-def _keep(ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
-    """Let hidden states (n, T, H) of slots (n,) wait in a ring."""
-    ring[slots[:, None], positions % ring.shape[1]] = hidden

@@ -100,7 +100,7 @@ class Rounds:
         self._drafts = torch.zeros(1, self.most, dtype=torch.int64, device=device)
         self._sures = torch.zeros(1, self.most, device=device)
         self._hidden = torch.zeros(1, 1, width, dtype=passes.dtype, device=device)
-        self._goes_on = torch.zeros(1, dtype=torch.int32, device=device)
+        self._goes_on = torch.zeros(1, dtype=torch.float64, device=device)
         # How many drafts, these, confidences; tokens and confidences of the end. Tokens are exact
         # in fp32 up to 2²⁴.
         self._said = torch.zeros(3 + 4 * self.most, device=device)
@@ -189,7 +189,7 @@ class Rounds:
         """What runs a round. begin: sets what it begins with, where it is to be captured."""
         passes, (_, reach, in_order) = self.passes, key.sizes
         step = Step(reach, in_order, self.chains.limit, key.measure, key.samples[0])
-        drafts = [partial(self._draft, number, step) for number in range(self.most)]
+        drafts = [[partial(self._draft, number, step)] for number in range(self.most)]
         wanted = Wanted("each", True, key.measure, key.samples[1])
         verify = partial(self._verify, key.sizes, wanted)
         return passes.graphs.branched(key, drafts, self._goes_on, begin, False, verify)

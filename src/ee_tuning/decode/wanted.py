@@ -58,6 +58,16 @@ class Rows(NamedTuple):
     draws: Tensor
 
 
+class Predictor(NamedTuple):
+    """What predicts: the final exit, see `Invariant.final`, the exit that may sit at the same
+    layer, the state there, and the cache of a `layer` exit."""
+
+    final: nn.Module
+    exit: Exit | None
+    state: State
+    cache: SlotCache | None
+
+
 @dataclass
 class Predictions:
     """What follows the tokens of windows: after the last of each (A = 1), or after each.
@@ -149,7 +159,7 @@ def predict(
         return None
     features = state.hidden if wanted.final else features
     positions = rows.positions
-    if wanted.after == "last":
+    if wanted.after == "last" and positions.shape[1] > 1:
         last = (rows.counts - 1).clamp(min=0)
         at = torch.arange(len(last), device=last.device), last
         features, positions = features[at][:, None], positions[at][:, None]

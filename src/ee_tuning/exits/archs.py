@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ from ee_tuning.exit_config import ExitSpec
 from ee_tuning.exits.head import Head
 from ee_tuning.slices import SplitParameter, part
 from ee_tuning.twin import twin
+
+Change = Callable[[nn.Module], nn.Module]  # what to do to a layer
+
+
+def as_it_is(layer: nn.Module) -> nn.Module:
+    """Nothing."""
+    return layer
 
 
 class Exit(nn.Module):
@@ -73,15 +81,18 @@ class Exit(nn.Module):
         """How these are split over processes, by a plan for the backbone's layers."""
         return plan
 
-    def twin(self, backbone: Backbone, parts: dict[str, nn.Module], head: nn.Module) -> Exit:
-        """The same exit with others at the paths in `parts`, and `head` for its matrix."""
+    def twin(
+        self, backbone: Backbone, parts: dict[str, nn.Module], head: nn.Module, change: Change
+    ) -> Exit:
+        """The same exit with others at the paths in `parts`, and `head` for its matrix. change:
+        what to do to the layer that it runs, its own or the backbone's."""
         own = twin(self, parts)
         assert isinstance(own, Exit)
         own.output = self.output.twin(backbone, head)
-        own._connect(backbone)
+        own._connect(backbone, change)
         return own
 
-    def _connect(self, backbone: Backbone) -> None:
+    def _connect(self, backbone: Backbone, change: Change = as_it_is) -> None:
         """Make what runs the exit's modules within the backbone's code."""
 
     def as_layers(self, layers: list[nn.Module]) -> list[nn.Module]:
@@ -191,8 +202,8 @@ class MlpExit(NormExit):
         self.mlp = nn.ModuleDict(mlps)
         self._connect(backbone)
 
-    def _connect(self, backbone: Backbone) -> None:
-        replay, layer = _Replay(), backbone.layers[self.spec.layer - 1]
+    def _connect(self, backbone: Backbone, change: Change = as_it_is) -> None:
+        replay, layer = _Replay(), change(backbone.layers[self.spec.layer - 1])
         parts: dict[str, nn.Module] = {attention_name(layer): replay, **self.mlp}
         self._again = replay, twin(layer, parts)
 
@@ -223,8 +234,8 @@ class LayerExit(NormExit):
         self.block = trainable(backbone.layers[-1])
         self._connect(backbone)
 
-    def _connect(self, backbone: Backbone) -> None:
-        self.segment = backbone.block(self.block)
+    def _connect(self, backbone: Backbone, change: Change = as_it_is) -> None:
+        self.segment = backbone.block(change(self.block))
 
     def layer_parts(self) -> list[nn.Module]:
         """The block."""

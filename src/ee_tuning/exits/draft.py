@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ee_tuning.backbone import Backbone, Segment, State
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import ExitSpec
-from ee_tuning.exits.archs import NormExit, trainable
+from ee_tuning.exits.archs import Change, NormExit, as_it_is, trainable
 from ee_tuning.losses import IGNORED
 
 
@@ -70,8 +70,8 @@ class DraftExit(NormExit):
         self.block = trainable(backbone.layers[-1])
         self._connect(backbone)
 
-    def _connect(self, backbone: Backbone) -> None:
-        self.segment = backbone.block(self.block)
+    def _connect(self, backbone: Backbone, change: Change = as_it_is) -> None:
+        self.segment = backbone.block(change(self.block))
 
     def layer_parts(self) -> list[nn.Module]:
         """The block."""

@@ -54,21 +54,22 @@ class Invariant:
         head = products([backbone.head])[0] if there else backbone.head
         return backbone.output(head, backbone.norm)
 
-    def exit(self, exit: DraftExit, cache: Any) -> Exit:
-        """The twin of a draft exit, or the exit where that cannot be had. cache: for its block.
+    def exit(self, exit: Exit, cache: Any = None) -> Exit:
+        """The twin of an exit, or the exit where that cannot be had. cache: for its own layer.
 
-        Its sums have one order, too; of products of few tokens they are the faster ones.
+        Of products of few tokens those of one order are the faster ones, too.
         """
         linear, backbone = exit.output.linear, self._backbone
-        dtype = linear.weight.dtype
-        if self.missing or not (_is_linear(linear) and can_multiply(backbone.device, dtype)):
+        if not (_is_linear(linear) and can_multiply(backbone.device, linear.weight.dtype)):
             return exit
-        parts = _products(exit)
-        if exit.sees_first:  # else its own mask hides some of what a text's tokens see
-            parts = {path: one for path, one in parts.items() if not path.startswith("block.")}
-            parts["block"] = _twin(exit.block)
-        own = exit.twin(backbone, parts, products([linear])[0])
-        if exit.sees_first and own.segment is not None:
+        if self.missing:
+            return exit
+        # Else the mask of its own layer hides some of what a text's tokens see.
+        attends = not isinstance(exit, DraftExit) or exit.sees_first
+        parts = {path: one for path, one in _products(exit).items() if path[:6] != "block."}
+        head, change = products([linear])[0], _twin if attends else _with_products
+        own = exit.twin(backbone, parts, head, change)
+        if attends and own.segment is not None:
             self.attach([own.segment], [cache])
         return own
 
@@ -121,6 +122,10 @@ def _twin(layer: nn.Module) -> nn.Module:
     attention.config._attn_implementation = NAME  # type: ignore[union-attr]
     attention.kept = None  # type: ignore[assignment]
     return twin(layer, {name: attention, **_products(layer)})
+
+
+def _with_products(layer: nn.Module) -> nn.Module:
+    return twin(layer, _products(layer))
 
 
 def _products(module: nn.Module) -> dict[str, nn.Module]:
