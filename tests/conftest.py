@@ -51,7 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def _many_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are taken to cost next to nothing, or tiny models would hardly ever have any; and
     rounds to take what their drafts cost, or it would depend on the machine how many they have."""
-    monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", lambda model, layer: 0.02)
+    monkeypatch.setattr("ee_tuning.decode.engine.draft_cost", lambda *_: 0.02)
     monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Weighed)
 
 

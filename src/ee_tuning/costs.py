@@ -6,7 +6,7 @@ be on the meta device. `tests/unit/test_costs.py` holds it against torch's FlopC
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -185,13 +185,19 @@ def work(model: Network, length: int = 0, exit_vocab: int = 0, drafts: int = 1) 
     )
 
 
-def draft_cost(model: Network, layer: int) -> float:
-    """Of the weights that a token is multiplied with at full depth, the share of a draft."""
+def draft_cost(
+    model: Network, layer: int, gather: Callable[[list[float]], list[list[float]]] | None = None
+) -> float:
+    """Of the weights that a token is multiplied with at full depth, the share of a draft.
+
+    gather: where several processes have the model's stages, gives what each of them counts.
+    """
     account = work(model)
-    weights = [one.weights for one in account.layers]
+    exit = account.exits[layer].whole.weights if layer in account.exits else 0.0
+    own = [*(one.weights for one in account.layers), account.head.weights, exit]
+    *weights, head, exit = map(max, zip(*(gather(own) if gather else [own]), strict=True))
     before = weights[:layer] if layer != DRAFT else []
-    draft = sum(before) + account.exits[layer].whole.weights
-    return draft / (sum(weights) + account.head.weights)
+    return (sum(before) + exit) / (sum(weights) + head)
 
 
 def state_bytes(tokens: float, state: float, exits: int, needs_teacher: bool) -> float:

@@ -30,6 +30,8 @@ LAYOUTS = {
     "pp2": ("llama", {"pp": 2}), "pp3": ("llama", {"pp": 3, "stage_layers": [1, 2, 2]}),
     "tp2": ("llama", {"tp": 2}), "tp2-compiled": ("llama", {"tp": 2, "backend": "aot_eager"}),
     "both": ("llama", {"tp": 2, "pp": 2}),
+    "relay": ("llama", {"pp": 3, "stage_layers": [1, 2, 2]}),
+    "relay-both": ("llama", {"tp": 2, "pp": 2, "backend": "aot_eager"}),
     "tied-pp2": ("tied", {"pp": 2}), "tied-tp2": ("tied", {"tp": 2}),
     "stablelm-tp2": ("stablelm", {"tp": 2}),
     "drafts-tp2": ("drafts", {"tp": 2}),
@@ -57,6 +59,12 @@ def calls_of(name):
         if name == "eagle3-tp2":
             return chains[:1]
         return [chains[1] | {"alone": True, "compile": True}]
+    if name == "relay":
+        warped = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.2}
+        alone = {"exit_layers": [1], "alone": True}
+        return [drafts, drafts | warped, drafts | alone, drafts | {"threshold": 1, "lookup": True}]
+    if name == "relay-both":
+        return [drafts | {"alone": True, "compile": True}]
     if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
         compiled = {"alone": True, "compile": True, "max_pending": 3}  # one engine for both
         return [call | compiled for call in (CALLS[3], drafts)]
@@ -126,7 +134,7 @@ def found(exits, tmp_path_factory):
     settings = {
         "show": {"pp": 2}, "too-many-stages": narrow | {"pp": 2}, "heads": narrow | {"tp": 2},
         "numbers": {"pp": 2, "stage_layers": [1, 1]}, "one-stage": {"tp": 2, "stage_layers": [5]},
-        "drafts": {"pp": 2, "mode": "speculative"}, "no-plan": gpt2 | {"tp": 2},
+        "no-plan": gpt2 | {"tp": 2},
     }  # fmt: skip
     cases += [
         {"name": name, **common, **{k: v for k, v in own.items() if k in ("tp", "pp")},
@@ -134,6 +142,13 @@ def found(exits, tmp_path_factory):
         for name, own in settings.items()
     ]  # fmt: skip
     cases += [
+        {
+            "name": "drafts",
+            **two,
+            "todo": "generate",
+            "exits": str(exits / "drafts"),
+            "calls": [{"mode": "speculative", "max_new_tokens": 4}],
+        },
         {"name": "size", **two, "size": 1, "todo": "show", "settings": show | {"pp": 2}},
         {"name": "die", **two, "todo": "die", "calls": [early]},
     ]
@@ -262,7 +277,7 @@ def test_what_left_within_a_stage_goes_deeper_with_the_next_token_that_does(foun
         ("too-many-stages", "pp is 2: the backbone has only 1 layers"),
         ("numbers", "stage_layers [1, 1] does not fit: give 2 numbers of layers, each at least 1"),
         ("one-stage", "stage_layers needs --pp"),
-        ("drafts", "mode speculative cannot be had with --pp: "),
+        ("drafts", "a draft exit cannot draft with --pp: it reads states after layers of several"),
         ("heads", "tp is 2: it must divide the backbone's num_key_value_heads, 1"),
         ("no-plan", "gpt2 cannot be split by --tp: attn.c_attn in its layers is a Conv1D; use"),
     ],

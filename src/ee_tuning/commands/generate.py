@@ -24,7 +24,7 @@ from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.sampling import Token
-from ee_tuning.decode.settings import POLICIES, check_stages
+from ee_tuning.decode.settings import POLICIES
 from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
@@ -97,7 +97,6 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
         if config.threshold != GenerateConfig.threshold:
             raise UserError("threshold and calibrated are both given: leave one out")
         config = replace(config, threshold=CALIBRATED)
-    check_stages(config.mode, config.pp)
     mesh = Mesh(tp=config.tp, pp=config.pp)
     with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))

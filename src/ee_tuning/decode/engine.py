@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
@@ -39,12 +39,14 @@ from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
+from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import Policy
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
+from ee_tuning.parallel.mesh import Mesh
 
 # A settled token of a request; None where it failed, for the reason `request.error`.
 Event = tuple[Request, Token | None]
@@ -67,19 +69,24 @@ class Engine:
         max_pending: int = Leaving.max_pending,
         compile: bool = False,
         turn: AbstractContextManager[Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """exit_layers: the exits that any request may use. slots: sequences at a time.
         capacity: tokens of a sequence at most. max_pending: the largest of any request.
         compile: see `ee_tuning.decode.passes.Passes`. turn: held in each step, where other
-        threads use the model, too.
+        threads use the model, too. mesh: of stages that work in turns; see `Relay`.
 
         Raises:
             UserError: the K/V do not fit into the memory that is free.
         """
         longest = min(max_pending + 1, capacity)
+        stage = None if mesh is None else model.stage
         self.passes = Passes(
-            model, exit_layers, slots=slots, capacity=capacity, longest=longest, compile=compile
-        )
+            model, exit_layers, slots=slots, capacity=capacity, longest=longest, compile=compile,
+            stage=stage,
+        )  # fmt: skip
+        if mesh is not None:
+            self.passes = cast(Any, Relay(self.passes, mesh))
         self.sequences = Sequences(self.passes, exit_layers, max_pending)
         self.ahead: Ahead | None = None
         if self.passes.branch:
@@ -87,7 +94,8 @@ class Engine:
         self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress
         exits = [layer for layer in exit_layers if layer != LOOKUP]
-        self._draft_costs = {layer: draft_cost(model, layer) for layer in exits}
+        gather = None if mesh is None else mesh.gather_on_host
+        self._draft_costs = {layer: draft_cost(model, layer, gather) for layer in exits}
         self._waiting: deque[Request] = deque()
         self._seeds: Seeds | None = None  # while there is something to do
 

@@ -18,6 +18,7 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
@@ -67,10 +68,12 @@ class Engines:
         capacity: int,
         max_pending: int,
         compile: bool | None,
+        drafts: bool = False,
     ) -> AnyEngine:
         """The smallest engine that is free and has room; else a new one, which is kept.
 
         Captured graphs hold the addresses of weights, so other weights want another engine.
+        drafts: of requests some have drafts that the end verifies.
 
         Raises:
             UserError: numbers that make no sense, or K/V that do not fit into memory.
@@ -84,7 +87,9 @@ class Engines:
                 f"{capacity} tokens with the prompt are asked for, the backbone's positions go on "
                 f"for {backbone.end} alone: ask for fewer"
             )
-        kind = tuple(exit_layers), max_pending, compile, backbone.is_long(capacity)
+        drafts = drafts and self.mesh.pp > 1
+        long = backbone.is_long(capacity)
+        kind = tuple(exit_layers), max_pending, compile, drafts, long
         alike = (*kind, *_state_of(model))
         kept = [key for key in self.kept if key[0] == alike]
         fitting = [
@@ -96,14 +101,14 @@ class Engines:
             engine = self.kept.pop(key)
         else:
             room = -(-capacity // ROOM) * ROOM
-            longest = backbone.context if kind[-1] else backbone.longest_text
+            longest = backbone.context if long else backbone.longest_text
             if longest and capacity <= longest < room:
                 room = longest
             for smaller in [one for one in kept if one[1] <= slots and one[2] <= room]:
                 del self.kept[smaller]
             engine = self._make(
                 model, exit_layers, slots=slots, capacity=room, max_pending=max_pending,
-                compile=compile,
+                compile=compile, drafts=drafts,
             )  # fmt: skip
             # An engine may lay weights elsewhere in memory.
             key = (*kind, *_state_of(model)), slots, room
@@ -112,13 +117,25 @@ class Engines:
             del self.kept[oldest]
         return engine
 
-    def _make(self, model: Network, exit_layers: Sequence[int], **settings: Any) -> AnyEngine:
-        """A new engine; where there is no room, in the place of all that are kept."""
+    def _make(
+        self, model: Network, exit_layers: Sequence[int], *, drafts: bool, **settings: Any
+    ) -> AnyEngine:
+        """A new engine; where there is no room, in the place of all that are kept.
+
+        Raises:
+            UserError: of several stages, one would have to draft by states that others have.
+        """
+        stages = self.mesh if self.mesh.pp > 1 else None
+        if stages is not None and DRAFT in exit_layers:
+            raise UserError(
+                "a draft exit cannot draft with --pp: it reads states after layers of several "
+                "stages; use --tp, or name exits at layers in exit_layers"
+            )
 
         def make() -> AnyEngine:
-            if self.mesh.pp > 1:
-                return Stage(model, exit_layers, mesh=self.mesh, **settings)
-            return Engine(model, exit_layers, **settings, turn=self.turn)
+            if stages is not None and not drafts:
+                return Stage(model, exit_layers, mesh=stages, **settings)
+            return Engine(model, exit_layers, **settings, turn=self.turn, mesh=stages)
 
         try:
             return self.mesh.on_all(make)
@@ -176,6 +193,7 @@ def engine_for(
                 "frequencies: give them in calls of their own"
             )
     size = {"slots": len(requests), "capacity": capacity, "max_pending": pending}
+    size |= {"drafts": any(policy.verifies for policy in policies)}
     with engines_of(model).lend(model, exits, **size, compile=compile) as engine:
         yield engine
 

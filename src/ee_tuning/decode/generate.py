@@ -196,6 +196,7 @@ def generate_batch(
     common = read_leaving(leaving, kwargs)
     exits, bound = widest(model, common)
     size: dict[str, Any] = {"slots": slots, "capacity": capacity, "max_pending": bound}
+    size |= {"drafts": POLICIES[common.mode].verifies}
     numbers: dict[Request, tuple[int, list[Token]]] = {}
 
     def requests() -> Iterator[Request]:
@@ -266,7 +267,7 @@ def warm_up(
     with engines.turn:
         engine = engines.fitting(
             model, policy.exit_layers, slots=slots, capacity=capacity,
-            max_pending=policy.max_pending, compile=compile,
+            max_pending=policy.max_pending, compile=compile, drafts=policy.verifies,
         )  # fmt: skip
         start = time.perf_counter()
         engine.warm_up([policy.measure], samples)

@@ -181,19 +181,6 @@ def check_mode(leaving: Leaving) -> None:
         )
 
 
-def check_stages(mode: str, pp: int) -> None:
-    """Refuse a mode that several stages do not serve.
-
-    Raises:
-        UserError: it has drafts.
-    """
-    if pp > 1 and mode in POLICIES and POLICIES[mode].verifies:
-        raise UserError(
-            f"mode {mode} cannot be had with --pp: drafts wait for what the last stage says of "
-            "those before them, so one stage at a time would work; use --tp, or --mode threshold"
-        )
-
-
 def check_pending(max_pending: int) -> None:
     """Refuse a bound that is none.
 

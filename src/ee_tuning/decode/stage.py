@@ -24,7 +24,6 @@ from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Asked, Token, choose
 from ee_tuning.decode.sequences import Request, Row, Sequences
-from ee_tuning.decode.settings import check_stages
 from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
@@ -67,7 +66,7 @@ class Stage:
         # A row has `max_pending` tokens that left before this stage, one that asks, and an end.
         self._mail = Mail(mesh, slots * (max_pending + 2), like.to(backbone.device))
         # Fewer at a time, so that every stage has something to do.
-        self._pp, self._at_a_time = mesh.pp, math.ceil(slots / mesh.pp)
+        self._at_a_time = math.ceil(slots / mesh.pp)
         self._answers: list[News] = []  # to the first stage
         # By slot, tokens that left within this stage and were not handed on yet.
         self._late: dict[int, list[News]] = {}
@@ -85,9 +84,13 @@ class Stage:
         self.passes.warm_up(measures, samples)
 
     def check(self, request: Request, capacity: int | None = None) -> None:
-        """See `Sequences.check`; drafts are refused, too."""
+        """See `Sequences.check`; drafts are refused, too: they wait for the last stage."""
         self.sequences.check(request, capacity)
-        check_stages(request.policy.mode, self._pp)
+        if request.policy.verifies:
+            raise UserError(
+                f"with --pp, mode {request.policy.mode} is for all prompts: stages then work in "
+                "turns; give it for all, or another one here"
+            )
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Token]]:
         """As of an engine; every process has to be given the same requests."""
