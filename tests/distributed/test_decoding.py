@@ -31,7 +31,7 @@ LAYOUTS = {
     "tp2": ("llama", {"tp": 2}), "tp2-compiled": ("llama", {"tp": 2, "backend": "aot_eager"}),
     "both": ("llama", {"tp": 2, "pp": 2}),
     "relay": ("llama", {"pp": 3, "stage_layers": [1, 2, 2]}),
-    "relay-both": ("llama", {"tp": 2, "pp": 2, "backend": "aot_eager"}),
+    "relay-both": ("llama", {"tp": 2, "pp": 2}),
     "tied-pp2": ("tied", {"pp": 2}), "tied-tp2": ("tied", {"tp": 2}),
     "stablelm-tp2": ("stablelm", {"tp": 2}),
     "drafts-tp2": ("drafts", {"tp": 2}),
@@ -64,7 +64,7 @@ def calls_of(name):
         alone = {"exit_layers": [1], "alone": True}
         return [drafts, drafts | warped, drafts | alone, drafts | {"threshold": 1, "lookup": True}]
     if name == "relay-both":
-        return [drafts | {"alone": True, "compile": True}]
+        return [drafts | {"alone": True}]
     if name == "tp2-compiled":  # a row alone: the fewest sizes to trace
         compiled = {"alone": True, "compile": True, "max_pending": 3}  # one engine for both
         return [call | compiled for call in (CALLS[3], drafts)]
