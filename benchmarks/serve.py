@@ -46,14 +46,13 @@ PROMPT = "def function_{0}(value):\n    total = {0}\n    for item in value:\n   
 
 
 @contextmanager
-def server(command: list[str], port: int, health: str) -> Iterator[str]:
-    """The URL of a server, as long as it is needed."""
-    process = subprocess.Popen(
-        [*command, "--port", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+def server(command: list[str], port: int, health: str, log: Path) -> Iterator[None]:
+    """A server, as long as it is needed, from when it says that it is ready."""
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=file, stderr=file,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(6000):
@@ -64,7 +63,7 @@ def server(command: list[str], port: int, health: str) -> Iterator[str]:
                     break
             except OSError:
                 time.sleep(0.1)
-        yield url
+        yield
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -144,26 +143,28 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 
 def measure(
-    command: list[str], health: str, body: dict[str, Any], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+    command: list[str], health: str, body: dict[str, Any], args: argparse.Namespace, log: Path
+) -> Iterator[dict[str, Any]]:
     """A server under every number of clients, after a few requests that do not count."""
-    port, rows = free_port(), []
-    with server(command, port, health):
+    port, start = free_port(), time.perf_counter()
+    with server(command, port, health, log):
+        ready = time.perf_counter() - start
         asyncio.run(load(port, body, 2, args.seconds / 10))
         for clients in args.clients:
-            rows.append(asyncio.run(load(port, body, clients, args.seconds)))
-            rows[-1]["load_average"] = os.getloadavg()[0]
-    return rows
+            row = asyncio.run(load(port, body, clients, args.seconds))
+            yield row | {"load_average": os.getloadavg()[0], "seconds_until_ready": ready}
 
 
-def engine_alone(model: Path, clients: list[int], args: argparse.Namespace) -> dict[str, float]:
+def engine_alone(
+    model: Path, clients: list[int], args: argparse.Namespace
+) -> Iterator[tuple[str, float]]:
     """Tokens per second of `generate_batch` with as many prompts at a time, the second time."""
     device = pick_device(args.device)
     found = EarlyExitModel.from_base(
         str(model), ExitConfig("1/1", "embedding", head="shared"),
         dtype=pick_dtype("auto", device), device=str(device),
     ).eval()  # fmt: skip
-    tokenizer, speeds = load_tokenizer(str(model)), {}
+    tokenizer = load_tokenizer(str(model))
     for number in sorted(clients):  # a larger engine would be taken for fewer prompts, too
         count = max(number, min(4 * number, 128))
         prompts = [tokenizer(PROMPT.format(i % 97)).input_ids for i in range(count)]
@@ -174,8 +175,7 @@ def engine_alone(model: Path, clients: list[int], args: argparse.Namespace) -> d
         for _ in range(2):
             start = time.perf_counter()
             list(found.generate_batch(prompts, **settings))
-        speeds[str(number)] = count * args.new_tokens / (time.perf_counter() - start)
-    return speeds
+        yield str(number), count * args.new_tokens / (time.perf_counter() - start)
 
 
 def make(args: argparse.Namespace, folder: Path) -> Path:
@@ -227,6 +227,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--slots", type=int, default=0, help="default: as many as clients")
     parser.add_argument("--capacity", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=1, help="of all servers, in turn")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--alone", action="store_true", help="without transformers serve")
     parser.add_argument("--out", default="")
@@ -255,26 +256,35 @@ def main() -> None:
         own = body | {"ignore_eos": True, "stream_options": {"include_usage": True}}
         settings = {"eos_token_id": None, "do_sample": False}
         other = body | {"model": str(model), "generation_config": json.dumps(settings)}
-        result: dict[str, Any] = {
-            "hardware": hardware(device),
-            "versions": versions(),
-            "settings": vars(args),
-            "servers": {"ee-tuning serve": measure(ours, "/health", own, args)},
-        }
+        asked: list[tuple[str, list[str], dict[str, Any]]] = [("ee-tuning serve", ours, own)]
         if not args.alone:
-            peers = {"transformers serve": [], "continuous batching": ["--continuous-batching"]}
-            for name, more in peers.items():
+            asked += [
+                ("transformers serve", theirs, other),
+                ("continuous batching", [*theirs, "--continuous-batching"], other),
+            ]
+        result: dict[str, Any] = {
+            "hardware": hardware(device), "versions": versions(), "settings": vars(args),
+            "servers": {name: [] for name, _, _ in asked}, "engine": {},
+        }  # fmt: skip
+
+        def write() -> None:
+            if args.out:
+                write_json(Path(args.out), result)
+
+        log = Path(args.out).with_suffix(".log") if args.out else Path(folder) / "log"
+        for _ in range(args.rounds):
+            for name, command, given in asked:
                 try:
-                    found = measure([*theirs, *more], "/health", other, args)
+                    for row in measure(command, "/health", given, args, log):
+                        result["servers"][name].append(row)
+                        write()
                 except (RuntimeError, OSError) as error:
                     print(f"{name}: {error}", file=sys.stderr)
-                    found = []
-                result["servers"][name] = found
         torch.manual_seed(0)
-        result["engine"] = engine_alone(model, args.clients, args)
+        for number, speed in engine_alone(model, args.clients, args):
+            result["engine"][number] = speed
+            write()
     show(result)
-    if args.out:
-        write_json(Path(args.out), result)
 
 
 if __name__ == "__main__":

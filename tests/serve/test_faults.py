@@ -200,11 +200,13 @@ def test_a_step_that_fails_ends_what_was_in_progress_alone(tiny_exits, monkeypat
 def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
     warm, compiled = threading.Event(), []
 
-    def warm_up(_, measures, samples):
-        compiled.append((measures, samples))
+    def warm_up(_, measures, samples, texts, told):
+        compiled.append((measures, samples, texts))
+        told(1, 4)
         warm.wait(30)
 
     monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", warm_up)
+    monkeypatch.setattr("ee_tuning.serve.worker.TELL", 0)
     states = []
 
     def look():
@@ -219,7 +221,10 @@ def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
         warm.set()
         assert waiting.result(60) == "ready"
     assert states[0] in (None, "warming up")
-    assert compiled == [(["probability"], samples) for samples in (NOTHING, ALL, ALL | TOP_P)]
+    assert compiled == [(["probability"], [NOTHING, ALL, ALL | TOP_P], False)]
+    (line,) = [line for line in servers[0].log if line["event"] == "compiling"]
+    assert (line["done"], line["of"]) == (1, 4)
+    assert line["seconds_left"] >= 0
     (line,) = [line for line in servers[0].log if line["event"] == "compiled"]
     assert line["sampling"] == ["greedy", "temperature", "temperature and top_p"]
 

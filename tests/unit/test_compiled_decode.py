@@ -10,6 +10,10 @@ from helpers.prompts import padded, prompt
 from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.decode import Engine
+from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
+from ee_tuning.decode.warm import to_warm
+from ee_tuning.exit_config import LOOKUP
 
 pytestmark = pytest.mark.slow
 
@@ -94,3 +98,16 @@ def test_passes_of_several_rows_are_traced_once(model, monkeypatch):
     )
     assert compiled == plain
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_an_engine_for_full_depth_compiles_no_passes_of_drafts():
+    """64 slots: tokens of 1, 4, 16 and 64 rows, and chunks of prompts, at most four together."""
+    base = tiny("llama", num_hidden_layers=2, max_position_embeddings=256)
+    model = EarlyExitModel.from_base(base, ExitConfig("1/1", "embedding", head="shared")).eval()
+    engine = Engine(model, [LOOKUP], slots=64, capacity=96, compile=True)
+    numbers = [
+        len(to_warm(engine.passes, ["probability"], kinds, texts))
+        for kinds in ([NOTHING], [NOTHING, ALL, ALL | TOP_P])
+        for texts in (False, True)
+    ]
+    assert numbers == [8, 12, 20, 32]  # chunks with and without a token behind them

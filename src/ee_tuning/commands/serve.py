@@ -13,6 +13,8 @@ from typing import Any
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.serve.config import ServeConfig
 
+SWITCH = 2e-4  # seconds that the engine's thread waits for that of the clients, or it for the other
+
 
 def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or Ctrl-C; a line of JSON on standard output for each request.
@@ -32,6 +34,7 @@ def serve(config: ServeConfig) -> None:
             f"serve needs the package {error.name}: pip install 'ee-tuning[serve]'"
         ) from error
     check_settings(config)
+    sys.setswitchinterval(SWITCH)
     if not config.api_key and not _is_loopback(config.host):
         warnings.warn(
             f"anyone who reaches {config.host} can use this server: give --api-key",

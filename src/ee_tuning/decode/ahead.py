@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode.cache import Place
-from ee_tuning.decode.draws import ALL
+from ee_tuning.decode.draws import ALL, bisects
 from ee_tuning.decode.graphs import compiled
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.rounds import Rounds
@@ -236,30 +236,34 @@ class Ahead:
         wanted = Wanted("last", ends and asking.final, asking.measure, asking.samples)
         predictor = passes.predictor(last, state, place, wanted.final)
         told = segments[0], last, ends
-        if passes.group is None:
+        if passes.group is None and not bisects(wanted.samples):
             self._ask(predictor, rows, wanted, self._state, told)
-        else:  # what the first process found is told to all before
-            found = passes.agreed(passes.predict(*predictor, rows, wanted))
+        else:  # what the first process found is told to all before, or the compiler takes long
+            found = passes.asked(predictor, rows, wanted)
             assert found is not None
             self._decide(self._state, found[1][:, 0, 0], told)
         return hidden
 
-    @torch.inference_mode()
-    def warm_up(self, limit: int, measures: Sequence[str], samples: int = 0) -> None:
-        """Capture what texts of mode ``threshold`` with all exits, and of ``full``, ask for.
+    def to_warm(
+        self, limit: int, measures: Sequence[str], samples: Sequence[int]
+    ) -> list[Callable[[], Any]]:
+        """What captures all that texts of mode ``threshold`` with all exits, and of ``full``, ask
+        for; see `ee_tuning.decode.warm`. limit: tokens that may be pending."""
+        leaves = sorted({False, len(self._stops) > 1})
+        ends = self.passes.sizes.ends(limit + 1)
+        every = product(samples, measures, leaves, ends)
+        jobs: list[Callable[[], Any]] = [partial(self._warm, limit, *one) for one in every]
+        if self.rounds is not None:
+            jobs += self.rounds.to_warm(measures, [(min(kind, ALL), kind) for kind in samples])
+        return jobs
 
-        limit: tokens that may be pending. samples: see `draws`. A text must not be in progress.
-        """
+    def _warm(self, limit: int, samples: int, measure: str, leave: bool, end: int) -> None:
         told = torch.zeros_like(self._state)
         told[LENGTH] = 1
-        begin, inner = partial(self._state.copy_, told), self._stops[:-1]
-        for measure, leave in product(measures, {False, len(inner) > 0}):
-            policy = Policy(self._stops[-1], dict.fromkeys(inner if leave else (), 0.0), measure)
-            for end in self.passes.sizes.ends(limit + 1):
-                size = len(self._stops), limit, end, self.passes.in_order([0])
-                self._tokens(self._asking(policy, size, samples), begin)
-        if self.rounds is not None:
-            self.rounds.warm_up(measures, (min(samples, ALL), samples))
+        inner = self._stops[:-1] if leave else []
+        policy = Policy(self._stops[-1], dict.fromkeys(inner, 0.0), measure)
+        size = len(self._stops), limit, end, self.passes.in_order([0])
+        self._tokens(self._asking(policy, size, samples), partial(self._state.copy_, told))
 
 
 def _take(row: Row, number: int, layer: int, i: int, confidence: float) -> Token:

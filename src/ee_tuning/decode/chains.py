@@ -12,8 +12,9 @@ its drafts where the pass that verifies them looks for its tokens: the host wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -116,7 +117,7 @@ class Chains:
         self._group = group_of(exit)
         self._first = compiled(first_draft, graphs is not None)
         self._later = compiled(later_draft, graphs is not None)
-        self.tell = compiled(tell, graphs is not None)
+        self.tell = compiled(tell, graphs is not None, each=False)
         self._keep = compiled(_keep, graphs is not None)
         self._read = compiled(_read, graphs is not None)
 
@@ -198,20 +199,26 @@ class Chains:
         key = (*size, in_order, measure, samples)
         return slots, self._run(key)
 
-    def warm_up(
-        self, counts: Iterable[int], measures: Sequence[str], samples: int, alone: bool
-    ) -> None:
-        """Compile and capture every size; see `Passes.warm_up`. alone: there are drafts of one text
-        that is alone, for which there is no `Rounds`."""
+    def to_warm(
+        self, most: int, measures: Sequence[str], samples: Sequence[int], alone: bool
+    ) -> list[Callable[[], Any]]:
+        """What compiles every size; see `ee_tuning.decode.warm`. Chains of other lengths are
+        captured when they are first met: that takes no longer than a few rounds.
+
+        most: drafts. alone: there are drafts of one text that is alone, for which there is no
+        `Rounds`.
+        """
         self.table.zero_()
         self.table[:, 0] = torch.arange(len(self.table), device=self.table.device)
         self.table[:, 2] = 1
         length = self.sizes.windows[-1]
+        keys: dict[tuple[Any, ...], None] = {}
         for (rows, reach), measure in product(self.sizes.chains(), measures):
-            in_order = self._in_order(list(range(rows)))
-            for count in counts if alone or rows > 1 else ():
-                self._run((rows, length, count, reach, in_order, measure, min(samples, ALL)))
-            self._run((rows, length, 0, reach, in_order, "", NOTHING))
+            in_order, alike = self._in_order(list(range(rows))), alone or rows > 1
+            for kind, count in product(samples, sorted({1, min(2, most), most})) if alike else ():
+                keys[rows, length, count, reach, in_order, measure, min(kind, ALL)] = None
+            keys[rows, length, 0, reach, in_order, "", NOTHING] = None
+        return [partial(self._run, key) for key in keys]
 
     def _run(self, key: tuple[Any, ...]) -> Any:
         assert self.graphs is not None

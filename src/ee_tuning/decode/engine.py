@@ -27,9 +27,11 @@ self-speculation what left is a draft until the next token that goes to the end 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
+
+import torch
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
@@ -43,6 +45,7 @@ from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import Policy
+from ee_tuning.decode.warm import to_warm
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
@@ -104,15 +107,29 @@ class Engine:
         """How many slots have a sequence in them."""
         return len(self.sequences.live)
 
-    def warm_up(self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING) -> None:
+    @torch.inference_mode()
+    def warm_up(
+        self,
+        measures: Sequence[str] = (Leaving.measure,),
+        samples: Sequence[int] = (NOTHING,),
+        texts: bool = True,
+        told: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Compile and capture everything now.
 
-        samples: what texts do to choose their tokens, see `ee_tuning.decode.draws`.
+        samples: kinds of what texts do to choose their tokens, see `ee_tuning.decode.draws`. texts:
+        whether texts draft, where they may. told: how much of it is done, and of how much.
         """
         assert not self.busy
-        self.passes.warm_up(measures, samples)
+        jobs = to_warm(self.passes, measures, samples, texts)
         if self.ahead is not None:
-            self.ahead.warm_up(self.sequences.max_pending, measures, samples)
+            jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples)
+        for number, job in enumerate(jobs, 1):
+            job()
+            if told is not None:
+                told(number, len(jobs))
+        if self.passes.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`."""

@@ -23,6 +23,7 @@ VERSIONS = 256  # compiled versions that a layer may have, one per size of a pas
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
 REACH_FACTOR, LEAST_REACH = 2, 256
+FAR_FACTOR, LEAST_FAR = 4, 1024  # where to look too far costs next to nothing
 CHUNK = 64  # tokens of a prompt that are read as a window, if compiled
 ALIGNED = 64  # places that there are is a multiple of this, as fast attention wants it
 
@@ -34,18 +35,24 @@ class Sizes:
     """
 
     def __init__(
-        self, slots: int, capacity: int, longest: int, compile: bool, drafts: bool = False
-    ) -> None:
+        self, slots: int, capacity: int, longest: int, compile: bool, drafts: bool = False,
+        far: bool = False,
+    ) -> None:  # fmt: skip
         """capacity: tokens of a sequence. longest: those of a window that are asked for. drafts: of
         a draft exit, or of texts alone, which are read at once, however many: a few tokens more
-        cost nothing."""
+        cost nothing. far: attention does not read what lies behind a text's end."""
         self.windows = sorted({1, longest}) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
         self.places = -(-(capacity + self.longest) // ALIGNED) * ALIGNED
         self._rows = _sizes(slots, ROWS_FACTOR)
-        self._reaches = _sizes(self.places, REACH_FACTOR, LEAST_REACH)
+        factor, least = (FAR_FACTOR, LEAST_FAR) if far else (REACH_FACTOR, LEAST_REACH)
+        reaches = _sizes(self.places, factor, least)
+        # The last one may be a little more than `factor` times the one before it.
+        self._reaches = [
+            size for size in reaches if size == self.places or factor * size <= self.places
+        ]
 
     def filled(self, slots: list[int]) -> list[int]:
         """`slots` and as many idle ones as make it a size that is compiled for, ascending.
@@ -94,12 +101,15 @@ class Sizes:
         for i in range(segments):
             final, begins = is_last and i == segments - 1, i == 0 and is_first and not drafts
             # Before the first segment there is one token at a time, but of prompts and drafts.
-            windows = [1] if begins else self.windows
-            afters = ("last", "nothing", "each") if final else ("last", "nothing")
-            asked = [*product(sorted({*windows, CHUNK}), afters)]
-            if begins and texts:  # which are on their way to be verified, or are it here
-                asked += product(self.windows[1:], ("each",) if final else ("last", "nothing"))
-            for rows, reach, (length, after) in product(self._rows, self._reaches, asked):
+            windows = [1] if begins and not texts else self.windows
+            asked = {(n, after) for n in windows for after in ("last", "nothing")}
+            if final and is_first:  # no other stage finds what follows, and none refuses drafts
+                asked = {(n, "last") for n in windows if n == 1 or not begins}
+                asked |= {(n, "each") for n in windows[1:]}
+            asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
+            for rows, reach, (length, after) in product(self._rows, self._reaches, sorted(asked)):
+                if length == CHUNK > self.windows[-1] and rows > self.together:
+                    continue
                 yield i, rows, length, reach, after, final and after != "nothing"
 
 
@@ -224,9 +234,11 @@ class Graphs:
         return graph, found
 
 
-def compiled(function: F, compile: bool) -> F:
-    """`function`, or what it is compiled to, for each size of its own."""
-    found: Any = torch.compile(function, dynamic=False) if compile else function
+def compiled(function: F, compile: bool, each: bool = True) -> F:
+    """`function`, or what it is compiled to: for each size of its own, or if not `each`, for any,
+    once it has met several."""
+    dynamic = False if each else None
+    found: Any = torch.compile(function, dynamic=dynamic) if compile else function
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from ee_tuning.backbone import Segment, State
 from ee_tuning.collectives import Group
 from ee_tuning.decode.cache import Place, Rings, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
-from ee_tuning.decode.draws import Draws
+from ee_tuning.decode.draws import NOTHING, Draws
 from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes, compiled
 from ee_tuning.decode.wanted import (
     IDLE,
@@ -30,6 +29,7 @@ from ee_tuning.decode.wanted import (
     Rows,
     Wanted,
     Window,
+    newest,
     predict,
 )
 from ee_tuning.exit_config import DRAFT, LOOKUP
@@ -69,9 +69,10 @@ class Passes:
         self.backbone = model.backbone
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
-        self._texts = LOOKUP in exit_layers
-        drafts = DRAFT in exit_layers or list(exit_layers) == [LOOKUP]
-        self.sizes, self.most = Sizes(slots, capacity, longest, compile, drafts), longest
+        self.texts, self.most = LOOKUP in exit_layers, longest
+        self.invariant = Invariant(self.backbone, compile)
+        kinds = DRAFT in exit_layers or [*exit_layers] == [LOOKUP], not self.invariant.missing
+        self.sizes = Sizes(slots, capacity, longest, compile, *kinds)
         self.longest = longest = self.sizes.longest
         most = self.backbone.end or max(capacity, self.backbone.context or 0)
         self.limit = most - 1  # for padding: no position more
@@ -85,8 +86,7 @@ class Passes:
         hidden = torch.zeros(self.backbone.config.hidden_size, device=self.device, dtype=self.dtype)
         self.rings = Rings(rings, slots, longest, hidden, compile)
         self.control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
-        self.draws = Draws(slots, self.device)
-        self.invariant = Invariant(self.backbone, compile)
+        self.draws = Draws(slots, self.device, compile)
         self._steps = model.segments(list(self.exits), stage.stop, change=self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
         self._final = self.invariant.final()
@@ -208,7 +208,7 @@ class Passes:
             reach = self.sizes.reach(reach)
         self._tell(slots, starts, given, length)
         in_order = self.in_order(slots)
-        found = self._run((i, len(slots), length, reach, in_order, wanted))
+        found = self.run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
             return None
         places = {slot: row for row, slot in enumerate(slots)}
@@ -232,7 +232,7 @@ class Passes:
         for _ in range(count):
             reach += 1
             size = self.sizes.reach(reach) if self.compile else reach
-            _, answers = self._run((0, len(slots), 1, size, in_order, wanted))
+            _, answers = self.run((0, len(slots), 1, size, in_order, wanted))
             control[:, 3] = answers[0, :, 0]
             control[:, 1] += 1
             found.append(answers[:, :, 0].clone())
@@ -267,32 +267,10 @@ class Passes:
         in_order, last = self.in_order(slots), len(self.segments) - 1
         for i in range(last + 1):
             wanted = [Wanted("nothing", False), Wanted("each", True, measure, samples)][i == last]
-            found = self._run((i, len(slots), length, reach, in_order, wanted))
+            found = self.run((i, len(slots), length, reach, in_order, wanted))
         return found
 
-    @torch.inference_mode()
-    def warm_up(self, measures: Sequence[str] = ("probability",), samples: int = 0) -> None:
-        """Compile, and capture on CUDA, what decoding with all slots free will ask for.
-
-        samples: see `draws`. A sequence must not be in progress.
-        """
-        if not self.compile:
-            return
-        self.control.zero_()
-        self.control[:, 0] = torch.arange(self.slots, device=self.device)
-        sizes = len(self._steps), self.is_first, self.is_last
-        every = self.sizes.every(*sizes, self.chains is not None, self._texts)
-        for (i, rows, length, reach, after, final), measure in product(every, measures):
-            in_order = self.in_order(list(range(rows)))
-            wanted = Wanted(after, final, measure, samples if after != "nothing" else 0)
-            self._run((i, rows, length, reach, in_order, wanted))
-        if self.chains is not None:
-            alone = not self.branch or self.group is not None
-            self.chains.warm_up(range(1, self.most), measures, samples, alone)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def _run(self, key: tuple[Any, ...]) -> Any:
+    def run(self, key: tuple[Any, ...]) -> Any:
         """`forward` of these arguments, as a graph where there are graphs."""
         if not self.compile:
             return self.forward(*key)
@@ -323,8 +301,24 @@ class Passes:
         predictor = self.predictor(i, state, place)
         if wanted.after == "nothing" and predictor.cache is None:
             return None
-        rows_of = Rows(slots, positions, counts, self.draws.table)
-        return self.agreed(self.predict(*predictor, rows_of, wanted))
+        return self.asked(predictor, Rows(slots, positions, counts, self.draws.table), wanted)
+
+    def asked(
+        self, predictor: Predictor, rows: Rows, wanted: Wanted
+    ) -> tuple[Tensor, Tensor] | None:
+        """What `predict` gives, compiled piece by piece: of few sizes, and tokens are drawn by a
+        piece of their own; with --tp the first process's answers."""
+        samples, wanted = wanted.samples, replace(wanted, samples=NOTHING)
+        last = wanted.after == "last" and rows.positions.shape[1] > 1
+        if last and wanted.final and predictor.cache is None:
+            predictor, rows = newest(predictor, rows)
+        found = self.predict(*predictor, rows, wanted)
+        if found is not None and samples:
+            exit = None if wanted.final else predictor.exit
+            tokens = None if exit is None else exit.output.tokens
+            places = rows.places(wanted.after)
+            found = found[0], self.draws.draw(*found, rows.slots, places, samples, tokens)
+        return self.agreed(found)
 
     def ring(self, i: int) -> Tensor | None:
         """Where hidden states wait before segment `i`: (slots, ring, H); None before the first."""

@@ -217,18 +217,22 @@ class Rounds:
     def _tables(self) -> Tables:
         return self.chains.tables(1, self.passes.most)
 
-    @torch.inference_mode()
-    def warm_up(self, measures: Sequence[str], samples: tuple[int, int]) -> None:
-        """Capture what texts ask for; see `Ahead.warm_up`."""
-        chains = self.chains
-        told = torch.zeros_like(chains.table[:1])
+    def to_warm(
+        self, measures: Sequence[str], samples: Sequence[tuple[int, int]]
+    ) -> list[Callable[[], Any]]:
+        """What captures all that texts ask for; see `Ahead.to_warm`."""
+        ends = self.passes.sizes.ends(self.passes.most)
+        return [partial(self._warm, *one) for one in product(samples, measures, ends)]
+
+    def _warm(self, samples: tuple[int, int], measure: str, end: int) -> None:
+        table = self.chains.table
+        told = torch.zeros_like(table[:1])
         told[:, 2:4] = 1
 
         def begin() -> None:
-            chains.table[:1] = told
+            table[:1] = told
 
-        for measure, end in product(measures, self.passes.sizes.ends(self.passes.most)):
-            self._round(self._key(0, end, measure, samples), begin)
+        self._round(self._key(0, end, measure, samples), begin)
 
 
 class Kept(NamedTuple):

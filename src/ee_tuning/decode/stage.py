@@ -25,6 +25,7 @@ from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Asked, Token, choose
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.wanted import Prediction
+from ee_tuning.decode.warm import to_warm
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
@@ -78,10 +79,14 @@ class Stage:
         """How many slots have a sequence in them."""
         return len(self.sequences.live)
 
-    def warm_up(self, measures: Sequence[str] = (Leaving.measure,), samples: int = NOTHING) -> None:
+    @torch.inference_mode()
+    def warm_up(
+        self, measures: Sequence[str] = (Leaving.measure,), samples: Sequence[int] = (NOTHING,)
+    ) -> None:
         """As of an engine."""
         assert not self.busy
-        self.passes.warm_up(measures, samples)
+        for job in to_warm(self.passes, measures, samples, texts=False):
+            job()
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`; drafts are refused, too: they wait for the last stage."""

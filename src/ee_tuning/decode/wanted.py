@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,11 @@ class Rows(NamedTuple):
     positions: Tensor
     counts: Tensor
     draws: Tensor
+
+    def places(self, after: str) -> Tensor:
+        """The positions of the tokens after which is predicted, as of `Wanted`: (n, A)."""
+        alone = after == "each" or self.positions.shape[1] == 1
+        return self.positions if alone else self.positions[_lasts(self)][:, None]
 
 
 class Predictor(NamedTuple):
@@ -160,8 +165,7 @@ def predict(
     features = state.hidden if wanted.final else features
     positions = rows.positions
     if wanted.after == "last" and positions.shape[1] > 1:
-        last = (rows.counts - 1).clamp(min=0)
-        at = torch.arange(len(last), device=last.device), last
+        at = _lasts(rows)
         features, positions = features[at][:, None], positions[at][:, None]
     head = None if exit is None or wanted.final else exit.output
     if head is None:
@@ -175,3 +179,15 @@ def predict(
         found = drawn(known, found, draws, place, wanted.samples, tokens)
     found = found if tokens is None else tokens[found]
     return known, torch.stack([found.float(), confidence(known, wanted.measure)])
+
+
+def newest(given: Predictor, rows: Rows) -> tuple[Predictor, Rows]:
+    """What the final exit predicts after the last token of each window, from that alone."""
+    at = _lasts(rows)
+    state = replace(given.state, hidden=given.state.hidden[at][:, None])
+    return given._replace(state=state), rows._replace(positions=rows.positions[at][:, None])
+
+
+def _lasts(rows: Rows) -> tuple[Tensor, Tensor]:
+    last = (rows.counts - 1).clamp(min=0)
+    return torch.arange(len(last), device=last.device), last

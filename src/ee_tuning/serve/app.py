@@ -54,13 +54,17 @@ Found = TypeVar("Found")
 
 @dataclass
 class Served:
-    """What is served: a model, how bodies are read for it, and who decodes with it."""
+    """What is served: a model, how bodies are read for it, and who decodes with it.
+
+    measures, texts: what most requests ask for, see `Engine.warm_up`.
+    """
 
     name: str
     model: Network
     reader: Reader
     worker: Worker
     measures: list[str]
+    texts: bool
 
 
 class Server:
@@ -76,7 +80,7 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """The engine's thread is there as long as the server."""
-        self.worker.start(self._served.measures)
+        self.worker.start(self._served.measures, self._served.texts)
         yield
         await asyncio.to_thread(self.worker.stop)
         self._desk.shutdown(cancel_futures=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ee_tuning.serve.choices import Choice, Delta
 from ee_tuning.serve.errors import Refused
@@ -63,3 +64,15 @@ def too_late(seconds: float) -> Refused:
     """A request has taken longer than the server lets it."""
     message = f"the request took longer than {seconds:g} seconds: ask for fewer tokens"
     return Refused(message, status=504, code="deadline_exceeded")
+
+
+def answer(future: asyncio.Future[Any], found: Any) -> None:
+    """Give what was called for, if it is still waited for."""
+    if not future.done():
+        future.set_result(found)
+
+
+def fail(future: asyncio.Future[Any], error: Exception) -> None:
+    """Say why it cannot be had, if it is still waited for."""
+    if not future.done():
+        future.set_exception(error)

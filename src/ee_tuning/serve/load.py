@@ -56,7 +56,7 @@ def served(config: ServeConfig, log: Log) -> Iterator[Served]:
         audit = Audit(model, config.audit) if audited else None
         metrics = Metrics(name, audit)
         worker = Worker(engine, config.max_queue, config.deadline, metrics, log, audit)
-        yield Served(name, model, reader, worker, [config.measure])
+        yield Served(name, model, reader, worker, [config.measure], config.lookup)
 
 
 def check_settings(config: ServeConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 import traceback
@@ -18,16 +19,20 @@ from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.serve.choices import Choice, Delta, Settled
 from ee_tuning.serve.errors import Refused
-from ee_tuning.serve.jobs import Job, too_late
+from ee_tuning.serve.jobs import Job, answer, fail, too_late
 from ee_tuning.serve.metrics import Metrics
 from ee_tuning.serve.speed import Faster
 
 PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
 # What is compiled before the first request, of the ways to choose tokens: see `decode.draws`.
 WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
+TELL = 5.0  # seconds between two lines of the log on how far that is
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead
 
+EVERY = 0.005  # seconds from when clients have written what came to when they hear of the next
+
 Log = Callable[[dict[str, Any]], None]
+News = tuple[Job, "Choice", "Settled | Exception"]
 
 
 class Worker:
@@ -56,12 +61,17 @@ class Worker:
         self._live: dict[Request, tuple[Job, Choice]] = {}
         self._faster, self._failures, self._stopping = Faster(), 0, False
         self._read = 0  # tokens of prompts since the last round
+        self._news: list[News] = []  # that clients have not heard of
+        self._next = 0.0  # when they will
 
     # -- in the thread of the clients --------------------------------------------------------------
 
-    def start(self, measures: list[str]) -> None:
-        """Warm up and begin; clients are told in the running loop. measures: see `warm_up`."""
-        self._loop, self._measures = asyncio.get_running_loop(), measures
+    def start(self, measures: list[str], texts: bool) -> None:
+        """Warm up for most requests, and begin; clients are told in the running loop.
+
+        measures, texts: see `Engine.warm_up`.
+        """
+        self._loop, self._warms_for = asyncio.get_running_loop(), (measures, texts)
         self._thread.start()
 
     def stop(self) -> None:
@@ -120,8 +130,11 @@ class Worker:
         """Texts that have one."""
         return len(self._live)
 
-    def _hand_out(self, news: list[tuple[Job, Choice, Settled | Exception]]) -> None:
-        """Make text of what a step has settled, while the next one computes."""
+    def _hand_out(self, news: list[News], all: bool) -> None:
+        """Make text of what steps have settled, while the next one computes.
+
+        all: there was no more.
+        """
         deltas: dict[Job, list[Delta]] = {}
         for job, choice, settled in news:
             if choice.finish is not None or job.given_up:
@@ -143,6 +156,12 @@ class Worker:
                 self.engine.cancel(choice.request)
         for job, own in deltas.items():
             job.give(own)
+        if all:
+            assert self._loop is not None
+            self._loop.call_soon(self._handed_out)  # behind those that write it
+
+    def _handed_out(self) -> None:
+        self._next = time.perf_counter() + EVERY
 
     def _count(self, job: Job, choice: Choice, delta: Delta) -> None:
         """Take in what a text has become."""
@@ -185,9 +204,18 @@ class Worker:
         """Compile and capture what most requests ask for, where passes are compiled."""
         if not self.engine.passes.compile:
             return
-        start = time.perf_counter()
-        for samples in WARM.values():
-            self.engine.warm_up(self._measures, samples)
+        start = last = time.perf_counter()
+
+        def told(done: int, of: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if now - last >= TELL:
+                left = round((now - start) / done * (of - done))
+                self.log({"event": "compiling", "done": done, "of": of, "seconds_left": left})
+                last = now
+
+        measures, texts = self._warms_for
+        self.engine.warm_up(measures, [*WARM.values()], texts, told)
         seconds = round(time.perf_counter() - start, 1)
         self.log({"event": "compiled", "seconds": seconds, "sampling": [*WARM]})
 
@@ -211,9 +239,9 @@ class Worker:
                 found = function()
         except Exception as error:
             self._log_error(error)
-            self._tell(_fail, future, error)
+            self._tell(fail, future, error)
         else:
-            self._tell(_answer, future, found)
+            self._tell(answer, future, found)
 
     def _step(self) -> None:
         try:
@@ -223,8 +251,8 @@ class Worker:
         except Exception as error:
             self._failed(error)
             return
-        news: list[tuple[Job, Choice, Settled | Exception]] = []
-        now = time.perf_counter()
+        news, now = self._news, time.perf_counter()
+        waited_for: set[Choice] = set()  # whose client waits for a first token or the end
         for request, token in events:
             found = self._live.get(request)
             if found is None or request.cancelled:
@@ -233,6 +261,7 @@ class Worker:
             if token is None:
                 assert request.error is not None
                 news.append((job, choice, request.error))
+                waited_for.add(choice)
                 del self._live[request]
                 continue
             choice.written += 1
@@ -240,12 +269,25 @@ class Worker:
             if choice.seen is not None:
                 seen = choice.seen.take(len(request.ids) + choice.written - 1, token.id)
             news.append((job, choice, Settled(token, seen, now)))
-            if token.ends or token.id in choice.stop_ids:
+            ends = token.ends or token.id in choice.stop_ids
+            if ends or choice.written == 1:
+                waited_for.add(choice)
+            if ends:
                 self.engine.cancel(request)  # if it ends before the engine knows
                 del self._live[request]
-        if news:
-            self._tell(self._hand_out, news)
+        self._hand_on(waited_for, now)
         self._look_at_the_clock(now)
+
+    def _hand_on(self, waited_for: set[Choice], now: float) -> None:
+        """Let clients hear of what was settled: all of them, if the last that they heard of is
+        written and seen; else those who wait for it. So writing takes no time from small steps."""
+        if all := now >= self._next:
+            found, self._news, self._next = self._news, [], math.inf
+        else:
+            found = [one for one in self._news if one[1] in waited_for]
+            self._news = [one for one in self._news if one[1] not in waited_for]
+        if found or all:
+            self._tell(self._hand_out, found, all)
 
     def _admit(self) -> int:
         """Hand the next texts to the engine, if there are slots, and not too much to read since the
@@ -277,6 +319,7 @@ class Worker:
         """Give up what takes too long, and forget what was given up."""
         for request, (job, _) in list(self._live.items()):
             if job.deadline < now and not job.given_up:
+                self._hand_on({*job.choices}, now)
                 self._tell(job.give, too_late(self.seconds))
                 self.give_up(job)
                 self.metrics.gave_up("deadline")
@@ -308,6 +351,7 @@ class Worker:
 
     def _fail_live(self, error: Exception) -> None:
         explained = self._explained(error)
+        self._hand_on({choice for _, choice in self._live.values()}, 0)
         for job in dict.fromkeys(job for job, _ in self._live.values()):
             self._tell(job.give, explained)
             self.give_up(job)
@@ -326,7 +370,7 @@ class Worker:
         for job in dict.fromkeys(jobs):
             self._tell(job.give, refused)
         for future in calls:
-            self._tell(_fail, future, refused)
+            self._tell(fail, future, refused)
 
     def _explained(self, error: Exception) -> Exception:
         """What a client is told of a mistake; if it is none of its own, it is logged whole."""
@@ -349,13 +393,3 @@ class Worker:
         except RuntimeError:
             if not self._loop.is_closed():
                 raise
-
-
-def _answer(future: asyncio.Future[Any], found: Any) -> None:
-    if not future.done():
-        future.set_result(found)
-
-
-def _fail(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

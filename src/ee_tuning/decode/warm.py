@@ -1,0 +1,41 @@
+"""What passes compile, and on CUDA capture, before there are texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from ee_tuning.decode.draws import NOTHING
+from ee_tuning.decode.passes import Passes
+from ee_tuning.decode.wanted import Wanted
+
+
+@torch.inference_mode()
+def to_warm(
+    passes: Passes, measures: Sequence[str], samples: Sequence[int], texts: bool
+) -> list[Callable[[], Any]]:
+    """What compiles and captures all that decoding asks of passes; to be run at once, in inference
+    mode, without a sequence in progress.
+
+    samples: kinds, see `ee_tuning.decode.draws`. texts: whether texts draft, where they may.
+    """
+    if not passes.compile:
+        return []
+    passes.control.zero_()
+    passes.control[:, 0] = torch.arange(passes.slots, device=passes.device)
+    chains, texts = passes.chains, passes.texts and texts
+    size = len(passes.segments), passes.is_first, passes.is_last, chains is not None, texts
+    keys: dict[tuple[Any, ...], None] = {}
+    for kind, one, measure in product(samples, passes.sizes.every(*size), measures):
+        i, rows, length, reach, after, final = one
+        wanted = Wanted(after, final, measure, kind if after != "nothing" else NOTHING)
+        keys[i, rows, length, reach, passes.in_order(list(range(rows))), wanted] = None
+    jobs: list[Callable[[], Any]] = [partial(passes.run, key) for key in keys]
+    if chains is not None:
+        alone = not passes.branch or passes.group is not None
+        jobs += chains.to_warm(passes.most - 1, measures, samples, alone)
+    return jobs
