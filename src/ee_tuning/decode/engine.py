@@ -84,12 +84,11 @@ class Engine:
         """
         longest = min(max_pending + 1, capacity)
         stage = None if mesh is None else model.stage
-        self.passes = Passes(
+        self._own = Passes(
             model, exit_layers, slots=slots, capacity=capacity, longest=longest, compile=compile,
             stage=stage,
         )  # fmt: skip
-        if mesh is not None:
-            self.passes = cast(Any, Relay(self.passes, mesh))
+        self.passes = self._own if mesh is None else cast(Any, Relay(self._own, mesh))
         self.sequences = Sequences(self.passes, exit_layers, max_pending)
         self.ahead: Ahead | None = None
         if self.passes.branch:
@@ -121,7 +120,7 @@ class Engine:
         whether texts draft, where they may. told: how much of it is done, and of how much.
         """
         assert not self.busy
-        jobs = to_warm(self.passes, measures, samples, texts)
+        jobs = to_warm(self._own, measures, samples, texts)
         if self.ahead is not None:
             jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples)
         for number, job in enumerate(jobs, 1):

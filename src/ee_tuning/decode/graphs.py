@@ -103,9 +103,12 @@ class Sizes:
             # Before the first segment there is one token at a time, but of prompts and drafts.
             windows = [1] if begins and not texts else self.windows
             asked = {(n, after) for n in windows for after in ("last", "nothing")}
-            if final and is_first:  # no other stage finds what follows, and none refuses drafts
-                asked = {(n, "last") for n in windows if n == 1 or not begins}
+            if final:
                 asked |= {(n, "each") for n in windows[1:]}
+            if final and is_first:  # no earlier stage finds what follows
+                asked -= {(n, "nothing") for n in windows}
+            if final and begins:
+                asked -= {(n, "last") for n in windows[1:]}
             asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
             for rows, reach, (length, after) in product(self._rows, self._reaches, sorted(asked)):
                 if length == CHUNK > self.windows[-1] and rows > self.together:

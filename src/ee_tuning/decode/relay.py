@@ -100,10 +100,6 @@ class Relay:
         """As of passes."""
         self.own.forget(slot)
 
-    def warm_up(self, measures: Sequence[str] = ("probability",), samples: int = 0) -> None:
-        """As of passes."""
-        self.own.warm_up(measures, samples)
-
     def _moved(self, stage: int, number: int, hidden: Tensor | None) -> Tensor | None:
         """Hidden states (n, H) behind a stage, on the one that follows; there alone."""
         if stage == self.mesh.pp_rank:
