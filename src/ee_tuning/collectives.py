@@ -46,11 +46,14 @@ class Group:
         """Whether so many numbers of a process go by way of the GPUs' memory."""
         return peers.holds(self.name, count * itemsize // 4)
 
-    def total(self, parts: Tensor) -> Tensor:
+    def total(self, parts: Tensor, ahead: Tensor | None = None) -> Tensor:
         """(S, …) added up over S, then over the processes in their order, which is always the same:
-        (…) fp32, without a gradient."""
+        (…) fp32, without a gradient.
+
+        ahead: weights that the next product reads, whose beginning the GPU's cache may have then.
+        """
         if self.holds(parts[0].numel()):
-            return peers.total(parts, self.name)
+            return peers.total(parts, self.name, ahead)
         own = _added(parts.float())
         return _added(self.gather(own[None], 0))
 
