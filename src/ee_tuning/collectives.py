@@ -46,14 +46,11 @@ class Group:
         """Whether so many numbers of a process go by way of the GPUs' memory."""
         return peers.holds(self.name, count * itemsize // 4)
 
-    def total(self, parts: Tensor, ahead: Tensor | None = None) -> Tensor:
+    def total(self, parts: Tensor) -> Tensor:
         """(S, …) added up over S, then over the processes in their order, which is always the same:
-        (…) fp32, without a gradient.
-
-        ahead: weights that the next product reads, whose beginning the GPU's cache may have then.
-        """
+        (…) fp32, without a gradient."""
         if self.holds(parts[0].numel()):
-            return peers.total(parts, self.name, ahead)
+            return peers.total(parts, self.name)
         own = _added(parts.float())
         return _added(self.gather(own[None], 0))
 

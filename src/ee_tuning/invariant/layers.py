@@ -14,7 +14,7 @@ from ee_tuning.backbone import Backbone, Segment, attention_name, in_memory
 from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.invariant.attention import NAME
-from ee_tuning.invariant.products import InBlocks, Order, can_multiply, is_activation, products
+from ee_tuning.invariant.products import InBlocks, can_multiply, is_activation, products
 from ee_tuning.slices import ParallelLinear
 from ee_tuning.twin import twin
 
@@ -32,7 +32,7 @@ class Invariant:
     def __init__(self, backbone: Backbone, compiled: bool = False) -> None:
         """compiled: whether the twins will be."""
         self.missing = _missing(backbone, compiled)
-        self._backbone, self._order = backbone, Order()
+        self._backbone = backbone
         # On CUDA the products are made for few tokens.
         self.beside = self.missing is None and backbone.device.type == "cpu"
 
@@ -44,20 +44,14 @@ class Invariant:
         return -tokens % step
 
     def layer(self, layer: nn.Module) -> nn.Module:
-        """The twin of a layer, or the layer where that cannot be had. They come in turn."""
-        if self.missing:
-            return layer
-        own = _twin(layer)
-        self._order.come(own)
-        return own
+        """The twin of a layer, or the layer where that cannot be had."""
+        return layer if self.missing else _twin(layer)
 
     def final(self) -> nn.Module:
-        """The final exit, behind the layers; call it with ``inputs_embeds=hidden``, as
-        `Backbone.output`."""
+        """The final exit; call it with ``inputs_embeds=hidden``, as `Backbone.output`."""
         backbone = self._backbone
         there = in_memory(backbone.head) and not self.missing
         head = products([backbone.head])[0] if there else backbone.head
-        self._order.come(head)
         return backbone.output(head, backbone.norm)
 
     def exit(self, exit: Exit, cache: Any = None) -> Exit:

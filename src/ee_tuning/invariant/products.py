@@ -24,7 +24,6 @@ ONEDNN = "_linear_pointwise"  # torch's name for oneDNN's product
 MOST_ROOM = 4  # times what is copied must be free: twice that, and as much for the rest
 BLOCK = 16_384  # numbers that torch gives one thread, whatever the activation, if there are no more
 LANES = 64  # numbers that torch computes at a time, or a multiple
-CACHED = 6 << 20  # numbers of a product that are read ahead of it, at most
 SHARED = 8  # tokens of a product that oneDNN's order of the weights is chosen for
 
 ACTIVATIONS: Any = tuple(
@@ -86,12 +85,6 @@ class Weights:
                 linear.weight.data = part
         self.matrix = whole
 
-    @property
-    def beginning(self) -> Tensor:
-        """As many of the numbers as a cache has room for; of one shape, whatever matrix it is, so
-        that code is compiled once. On a CPU all of them."""
-        return self.matrix if self.on_cpu else self.matrix.flatten()[:CACHED]
-
     def times(self, x: Tensor) -> Tensor:
         """x (…, K) → (…, N)."""
         if self.on_cpu:
@@ -146,12 +139,7 @@ class Product(nn.Module):
 
 
 class Summed(nn.Module):
-    """In place of a linear layer split by columns: adds up the terms of all processes, in order.
-
-    ahead: the weights of the product that comes next, if it is known.
-    """
-
-    ahead: Tensor | None = None
+    """In place of a linear layer split by columns: adds up the terms of all processes, in order."""
 
     def __init__(self, weights: Weights, linear: ParallelLinear) -> None:
         super().__init__()
@@ -163,7 +151,7 @@ class Summed(nn.Module):
         group = self.parallel.group
         if self.parallel.style.whole_input:
             x = group.own(x, -1)
-        y = group.total(self.weights.terms(x), self.ahead)
+        y = group.total(self.weights.terms(x))
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -181,21 +169,6 @@ class Gathered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, K) → (…, N)."""
         return self.group.gather(self.own(x), -1)
-
-
-class Order:
-    """In which order the products of a model are computed, as its modules come, one by one."""
-
-    def __init__(self) -> None:
-        self._last: Summed | None = None
-
-    def come(self, module: nn.Module) -> None:
-        """Tell a sum whose product comes before those of `module` what to look ahead to."""
-        for one in module.modules():
-            if isinstance(one, (Product, Summed)):
-                if self._last is not None:
-                    self._last.ahead = one.weights.beginning
-                self._last = one if isinstance(one, Summed) else None
 
 
 class InBlocks(nn.Module):

@@ -39,14 +39,12 @@ class Inbox:
         self._all = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
         programs = -(-ROOM // kernel.BLOCK)
         self._turns = torch.zeros(programs, dtype=torch.int32, device=device)
-        self._fetches = kernel.can_fetch(device)
 
-    def total(self, parts: Tensor, ahead: Tensor | None) -> Tensor:
+    def total(self, parts: Tensor) -> Tensor:
         """See `total`."""
         y = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
         x, boxes = parts.contiguous(), (self._all, self._turns)
-        ahead = ahead if self._fetches else None
-        kernel.exchange(x, y, *boxes, ROOM, self.rank, len(parts), ahead)
+        kernel.exchange(x, y, *boxes, ROOM, self.rank, len(parts))
         return y
 
     def gather(self, words: Tensor) -> Tensor:
@@ -104,16 +102,13 @@ def holds(name: str, count: int) -> bool:
 
 
 @torch.library.custom_op("ee_tuning::peers_total", mutates_args=())
-def total(parts: Tensor, name: str, ahead: Tensor | None = None) -> Tensor:
-    """(S, …) of each process: added up over S, then over the processes in their order, (…) fp32.
-
-    ahead: what the next product reads, to be brought into the cache meanwhile.
-    """
-    return _inboxes[name].total(parts, ahead)
+def total(parts: Tensor, name: str) -> Tensor:
+    """(S, …) of each process: added up over S, then over the processes in their order, (…) fp32."""
+    return _inboxes[name].total(parts)
 
 
 @total.register_fake
-def _(parts: Tensor, name: str, ahead: Tensor | None = None) -> Tensor:
+def _(parts: Tensor, name: str) -> Tensor:
     return parts.new_empty(parts.shape[1:], dtype=torch.float32)
 
 

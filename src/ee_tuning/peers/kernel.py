@@ -4,42 +4,17 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512  # words of a program
-# Bytes of the next product's weights that are brought into the cache meanwhile: what memory gives
-# while a sum and the norm behind it are computed. By so many threads of a program, each so many.
-AHEAD, THREADS, EACH = 12 << 20, 128, 4096
 PATIENCE = 1 << 29  # looks for what another process sends, of about a microsecond each
 
 
 @triton.jit
 def _exchange(
-    x, y, inboxes, turns, ahead, count, room, bytes,
-    RANK: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr,
-    BLOCK: tl.constexpr, PATIENCE: tl.constexpr, FETCH: tl.constexpr, THREADS: tl.constexpr,
-    EACH: tl.constexpr,
-):  # fmt: skip
-    """`_swap`, and where that is to `FETCH`, more programs that bring what lies `ahead` into the
-    cache."""
-    program, number = tl.program_id(0), tl.cdiv(count, BLOCK)
-    if program < number:
-        _swap(x, y, inboxes, turns, program, count, room, RANK, RANKS, PARTS, ADD, BLOCK, PATIENCE)
-    elif FETCH:
-        at = ((program - number) * THREADS + tl.arange(0, THREADS)) * EACH
-        at = tl.minimum(at, bytes - EACH)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $2;", "=r,l,r",
-            [ahead.to(tl.int64) + at, tl.full((THREADS,), EACH, tl.int32)], tl.int32, False, 1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _swap(
-    x, y, inboxes, turns, program, count, room,
+    x, y, inboxes, turns, count, room,
     RANK: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr,
     BLOCK: tl.constexpr, PATIENCE: tl.constexpr,
 ):  # fmt: skip
@@ -49,6 +24,7 @@ def _swap(
     the turn has the word. Each inbox has room for two turns: a program is in the next but one only
     after all others were in the next one, and so have read what they were sent in this.
     """
+    program = tl.program_id(0)
     at = program * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     own = tl.load(x + at, mask=there, other=0)
@@ -91,27 +67,16 @@ def _swap(
     tl.store(turns + program, turn)
 
 
-def can_fetch(device: torch.device) -> bool:
-    """Whether a GPU brings memory into its cache at a word: Hopper's, and later ones."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def exchange(
-    x: Tensor, y: Tensor, inboxes: Tensor, turns: Tensor, room: int, rank: int, parts: int,
-    ahead: Tensor | None = None,
-) -> None:  # fmt: skip
+    x: Tensor, y: Tensor, inboxes: Tensor, turns: Tensor, room: int, rank: int, parts: int
+) -> None:
     """Sums of x (parts, n) to y (n,) fp32; or for no `parts`, words x (n,) to y (ranks, n) int32.
 
     inboxes: (ranks,) int64, the addresses of 2 · ranks · `room` words of 8 bytes each, 0 at first.
     turns: (programs,) int32, 0 at first. `rank` is this process's. Every process calls it alike.
-    ahead: what the next product reads, to be brought into the cache meanwhile; `can_fetch` says
-    whether a GPU does.
     """
     count = x.numel() // max(1, parts)
-    bytes, lies = (0, x) if ahead is None else (min(ahead.nbytes, AHEAD) // EACH * EACH, ahead)
-    more = triton.cdiv(bytes, THREADS * EACH)
-    _exchange[(triton.cdiv(count, BLOCK) + more,)](
-        x, y, inboxes, turns, lies, count, room, bytes, RANK=rank, RANKS=len(inboxes), PARTS=parts,
-        ADD=parts > 0, BLOCK=BLOCK, PATIENCE=PATIENCE, FETCH=more > 0, THREADS=THREADS, EACH=EACH,
-        num_warps=4,
+    _exchange[(triton.cdiv(count, BLOCK),)](
+        x, y, inboxes, turns, count, room, RANK=rank, RANKS=len(inboxes), PARTS=parts,
+        ADD=parts > 0, BLOCK=BLOCK, PATIENCE=PATIENCE, num_warps=4,
     )  # fmt: skip
