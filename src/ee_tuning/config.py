@@ -317,6 +317,7 @@ class EvaluateConfig(ActiveExits, SamplingConfig, ReadingConfig):
         "", "folder for evaluation.json and report.html; default: the exits' folder", path=True
     )
     dp: int = option(1, "processes, started by torchrun, that share data and prompts")
+    tp: int = option(1, "processes, started by torchrun, that share the model, in place of --dp")
     timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")
 
 

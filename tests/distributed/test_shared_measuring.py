@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.ranks import launch
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.run import calibrate
 from ee_tuning.commands.evaluate import evaluate
@@ -19,6 +19,10 @@ EVALUATE = COMMON | {
     "thresholds": "1,0.01", "seq_length": 32, "max_tokens": 480, "prompts": 3, "prompt_length": 8,
     "rounds": 1, "micro_batch_size": 2,
 }  # fmt: skip
+ROWS = (
+    "mean_depth", "next_token_agreement", "text_agreement", "text_interval", "shares",
+    "identical_texts",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,8 @@ def folder(base, data, tmp_path_factory):
     evaluate(EvaluateConfig(**settings, exits=str(folder / "one")))
     several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 60.0}
     cases.append({"command": "evaluate", "settings": several})
+    split = settings | {"exits": str(folder / "one"), "out": str(folder / "split")}
+    cases.append({"command": "evaluate", "settings": split | {"tp": 2, "timeout": 60.0}})
     said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
     return folder
@@ -67,9 +73,25 @@ def test_what_is_measured_does_not_depend_on_it_either(folder):
     for key in ("exit_rows", "unknown_targets", "data_tokens", "samples", "prompts"):
         assert one[key] == two[key], key
     for a, b in zip(one["threshold_rows"], two["threshold_rows"], strict=True):
-        for key in (
-            "mean_depth", "next_token_agreement", "text_agreement", "text_interval", "shares",
-            "identical_texts",
-        ):  # fmt: skip
+        for key in ROWS:
             assert a[key] == b[key], key
         assert b["speed"]["median"] > 0
+
+
+def test_ranks_that_share_the_model_measure_what_one_process_does(folder):
+    """But for the order of sums."""
+    one, split = (
+        json.loads((folder / name / "evaluation.json").read_text()) for name in ("one", "split")
+    )
+    for a, b in zip(one["exit_rows"], split["exit_rows"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["agreement"] == b["agreement"]
+    for a, b in zip(one["threshold_rows"], split["threshold_rows"], strict=True):
+        assert {key: a[key] for key in ROWS} == {key: b[key] for key in ROWS}
+        assert b["speed"]["median"] > 0
+
+
+def test_ranks_share_the_model_or_the_data(folder, data):
+    config = EvaluateConfig(exits=str(folder / "one"), data=[data], dp=2, tp=2)
+    with pytest.raises(UserError, match="dp is 2 and tp 2: ranks share either data"):
+        evaluate(config)

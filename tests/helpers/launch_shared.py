@@ -1,6 +1,6 @@
 """Runs of commands whose work several processes share: `python -m helpers.launch_shared CASES`.
 
-A case is {"command", "settings", "port"}; its processes are as many as `dp` says.
+A case is {"command", "settings", "port"}; its processes are as many as `dp` and `tp` say.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from ee_tuning.regenerate.run import regenerate
 from helpers.ranks import become, run_ranks
 
 
+def _ranks(settings: dict) -> int:
+    return settings.get("dp", 1) * settings.get("tp", 1)
+
+
 def _run(rank: int, case: dict) -> None:
-    become(rank, case["settings"]["dp"], case["port"])
+    become(rank, _ranks(case["settings"]), case["port"])
     settings = case["settings"]
     match case["command"]:
         case "regenerate":
@@ -34,4 +38,4 @@ def _run(rank: int, case: dict) -> None:
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         for one in json.load(file):
-            run_ranks(one["settings"]["dp"], _run, one)
+            run_ranks(_ranks(one["settings"]), _run, one)
