@@ -98,6 +98,34 @@ def test_a_layer_exit_has_the_kv_of_tokens_that_do_not_ask_it(monkeypatch):
     assert not full[:, 7:].any()
 
 
+def test_a_step_that_runs_again_is_given_what_the_one_before_left():
+    """As it does before it is captured."""
+    engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
+    ahead, policy = engine.ahead, POLICIES["some leave"]()
+    request = Request(prompt(7), policy, 20)
+    engine.submit(request)
+    engine.step()
+    row, step, given, left = engine.sequences.live[0], ahead._step, [], []
+
+    def seen(segments, asking, hidden, *others):
+        given.append(hidden)
+        left.append(step(segments, asking, hidden, *others))
+        return left[-1]
+
+    ahead._step = seen
+    ahead.go_on(row, 1)
+    given.clear()
+    left.clear()
+    asking = ahead._asking(policy, (row.through, row.limit, 20, False), 0)
+    with torch.inference_mode():
+        for alone, *_ in ahead._steps(asking):
+            for _ in range(3):
+                alone()
+    assert len(given) == 12
+    for i in range(3, 12):
+        assert given[i] is left[i // 3 * 3 - 1]
+
+
 @pytest.mark.slow
 def test_compiled_steps_decide_the_same(monkeypatch):
     """Traced as for the compiler, but not translated, which takes ten times as long."""

@@ -70,12 +70,14 @@ class Asking(NamedTuple):
 class Newest:
     """The newest token, as passes of it alone are told of it, and what their steps hand on.
 
-    place: its place. position_ids: (1, 1). hidden: its id (1, 1), then hidden states (1, 1, H).
+    place: its place. position_ids: (1, 1). hidden: by the segment that is given it, the id (1, 1),
+    then hidden states (1, 1, H). A step may run more than once before the next one does: what it
+    is given, it leaves there.
     """
 
     place: Place
     position_ids: Tensor
-    hidden: Tensor
+    hidden: dict[int, Tensor]
 
     def __init__(self, passes: Passes) -> None:
         caches = [*passes.caches, *passes.exit_caches.values()]
@@ -96,7 +98,7 @@ class Newest:
         self.place = Place(self.slots, self._position, reach, in_order)
         self.place.know(self._places)
         # A new tensor of the same memory: what is made of positions is kept for one tensor.
-        self.position_ids, self.hidden = self._limited.view(1, 1), self._id
+        self.position_ids, self.hidden = self._limited.view(1, 1), {0: self._id}
 
 
 class Ahead:
@@ -205,8 +207,8 @@ class Ahead:
         newest = self._newest
         if segments.start == 0:
             newest.begin(self._state, asking.reach, asking.in_order)
-        given = newest.hidden, newest.position_ids, newest.place
-        newest.hidden = self._step(segments, asking, *given, self._one)
+        given = newest.hidden[segments.start], newest.position_ids, newest.place
+        newest.hidden[segments.stop] = self._step(segments, asking, *given, self._one)
 
     def _more(self, segments: range, asking: Asking) -> None:
         """A step of all tokens that wait for it."""

@@ -203,5 +203,5 @@ def _state_of(model: Network) -> tuple[Any, Any]:
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     # Exits may be tuned further where they are, and a CPU has copies in another order.
-    versions = tuple(p._version for p in model.exits.parameters())
+    versions = tuple(0 if p.is_inference() else p._version for p in model.exits.parameters())
     return (tuple(p.data_ptr() for p in model.parameters()), versions), cast
