@@ -34,9 +34,12 @@ from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.stage import Stage
 from ee_tuning.devices import pick_device
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.tensor import split_model
 from ee_tuning.peers import inbox
 from ee_tuning.slices import group_of
+from helpers.prompts import prompt
 from helpers.ranks import become, launch, run_ranks
+from helpers.windows import logits, wide
 
 IDS = torch.tensor([[0, 0, 5, 9, 11], [3, 4, 6, 8, 9], [0, 0, 0, 0, 7]])
 COMPILE = torch.compile
@@ -200,8 +203,17 @@ def sums(model, calls):
 
 
 def half(model, calls):
-    """What `generate` gives in half precision."""
-    return generate(model.to(torch.bfloat16), calls)
+    """Logits of a text in half precision by split layers: one token after another, in windows, and
+    beside other texts."""
+    mesh = engines_of(model).mesh
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 128}
+    model = wide("llama", torch.bfloat16, **sizes)
+    split_model(model, mesh, teacher=True, gather=True)
+    ids = prompt(40, 1)
+    return [
+        logits(model, ids, cuts, rows)
+        for cuts, rows in (([1] * 40, 1), ([5] * 8, 1), ([1] * 40, 3))
+    ]
 
 
 def work(case, path):
