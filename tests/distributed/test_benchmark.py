@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import PATIENCE
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks/parallel.py"
 
@@ -26,7 +27,7 @@ def test_layouts_are_measured_against_one_process(tmp_path):
         "--out", tmp_path / "found.json",
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, timeout=PATIENCE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "every layout gives one process's losses and norms within 0.0001" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["layouts"]

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import launch_decoding
+from helpers.commands import PATIENCE
 from helpers.families import tiny
 from helpers.models import drafting
 from rich.console import Console
@@ -318,6 +319,6 @@ def test_the_command_under_torchrun(exits, capfd):
         "-m", "ee_tuning", "generate", *flags, "--pp", "2",
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, timeout=PATIENCE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:-1] == expected[:-1]

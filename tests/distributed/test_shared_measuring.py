@@ -42,11 +42,11 @@ def folder(base, data, tmp_path_factory):
         for name in ("one", "two"):  # a folder keeps one certificate
             shutil.copytree(folder / name, folder / f"{name}-{risk}")
         calibrate(CalibrateConfig(**settings, exits=str(folder / f"one-{risk}")))
-        several = settings | {"exits": str(folder / f"two-{risk}"), "dp": 2, "timeout": 60.0}
+        several = settings | {"exits": str(folder / f"two-{risk}"), "dp": 2, "timeout": 120.0}
         cases.append({"command": "calibrate", "settings": several})
     settings = EVALUATE | {"data": [data]}
     evaluate(EvaluateConfig(**settings, exits=str(folder / "one")))
-    several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 60.0}
+    several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 120.0}
     cases.append({"command": "evaluate", "settings": several})
     split = settings | {"exits": str(folder / "one"), "out": str(folder / "split")}
     cases.append({"command": "evaluate", "settings": split | {"tp": 2, "timeout": 60.0}})

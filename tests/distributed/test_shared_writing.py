@@ -14,7 +14,7 @@ def test_the_file_does_not_depend_on_the_number_of_processes(tmp_path):
     model = save_writer(tmp_path / "base", make_tokenizer(PLAIN_TEMPLATE))
     alone = settings(model, tmp_path / "alone.jsonl", tokens=1500)
     regenerate(RegenerateConfig(**alone))
-    shared = alone | {"out": str(tmp_path / "shared.jsonl"), "dp": 2, "timeout": 60.0}
+    shared = alone | {"out": str(tmp_path / "shared.jsonl"), "dp": 2, "timeout": 120.0}
     case = {"command": "regenerate", "settings": shared}
     said = launch("helpers.launch_shared", [case], tmp_path)
     assert "ended with status" not in said, said

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from helpers.commands import PATIENCE
+
 CODE = """
 import os, sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,5 +48,5 @@ if second and os.waitpid(second, 0)[1]:
 
 def test_value_and_gradient_equal_the_eager_losses(tmp_path):
     command = [sys.executable, "-c", CODE, tmp_path / "store"]
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    done = subprocess.run(command, timeout=PATIENCE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.commands import arguments, fails, read_all, records, tune
+from helpers.commands import PATIENCE, arguments, fails, read_all, records, tune
 
 from ee_tuning import EarlyExitModel, UserError
 from ee_tuning.cli import main
@@ -151,7 +151,7 @@ def test_a_killed_overwriting_run_goes_on_with_resume(base, data, old, tmp_path)
     flags = arguments(base, data, old, overwrite=True, layers="2", steps=3)
     command = [sys.executable, STRUCK, str(int(signal.SIGKILL)), tmp_path / "struck", "tune"]
     environment = os.environ | {"STRUCK_AT": "1"}
-    subprocess.run([*command, *map(str, flags)], env=environment, timeout=120)
+    subprocess.run([*command, *map(str, flags)], env=environment, timeout=PATIENCE)
     kept = read_all(old)
     assert {name: kept[name] for name in before} == before
     assert yaml.safe_load((old / UNFINISHED / "run.yaml").read_text())["layers"] == "2"

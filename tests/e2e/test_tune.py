@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.commands import arguments, fails, records, tune
+from helpers.commands import PATIENCE, arguments, fails, records, tune
 from helpers.families import tiny
 from safetensors.torch import load_file
 
@@ -78,7 +78,7 @@ def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
     tune(base, data, tmp_path / "whole", **common)
     flags = arguments(base, data, tmp_path / "cut", **common)
     command = [sys.executable, STRUCK, str(int(how)), tmp_path / "struck", "tune", *flags]
-    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     saved = sorted(path.name for path in (tmp_path / "cut/checkpoints").glob("step-*"))
     if how == signal.SIGINT:
         assert process.returncode == 130

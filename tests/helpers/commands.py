@@ -10,6 +10,8 @@ import pytest
 
 from ee_tuning.cli import main
 
+PATIENCE = 600  # seconds that a process may take: a machine may be busy
+
 
 def arguments(base: Any, data: Any, out: Any, **changes: Any) -> list[str]:
     """Flags of a small run; `changes` add to them or, with None, leave one out."""

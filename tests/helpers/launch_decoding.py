@@ -46,9 +46,9 @@ COMPILE = torch.compile
 PROMPTS = [[5, 9, 11], [3, 4, 6, 8, 9], [7], [20, 21], [30, 31, 32, 33]]
 
 
-def start(cases: list[dict], folder: Path, seconds: int = 300) -> str:
+def start(cases: list[dict], folder: Path) -> str:
     """Run the cases on ports of their own; what the ranks leave is in `folder`."""
-    return launch("helpers.launch_decoding", cases, folder, seconds=seconds)
+    return launch("helpers.launch_decoding", cases, folder)
 
 
 def generate(model, calls):

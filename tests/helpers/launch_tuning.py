@@ -90,7 +90,7 @@ def ahead(path: Path) -> None:
         if stepping and self.mesh.pp_rank == 1 and what == "forward":
             path.touch()
         if stepping and self.mesh.pp_rank == 0 and what == "exit work":
-            deadline = time.time() + 20
+            deadline = time.time() + 60
             while not path.exists():
                 assert time.time() < deadline, "the next stage waits for this one's exit work"
                 time.sleep(0.01)

@@ -16,6 +16,9 @@ import warnings
 from pathlib import Path
 
 CRASHED = 86  # the status of a launcher of which a signal ended a rank
+# Seconds that all cases may take on a busy machine. A rank that hangs is found out sooner: the
+# others wait for it no longer than their own time-out.
+LONGEST = 900
 
 
 def free_ports(number):
@@ -29,7 +32,7 @@ def free_ports(number):
     return list(found)
 
 
-def launch(module, cases, folder, *more, seconds=300):
+def launch(module, cases, folder, *more, seconds=LONGEST):
     """Run a module on the cases, each with a port of its own; gives what it prints.
 
     Its arguments are the cases' file and `more`. Where a signal ended a rank, as gloo's own thread

@@ -32,11 +32,11 @@ class Runs:
         case |= {"ahead": str(self.root / f"{name}.ahead")} if ahead else {}
         self.cases.append(case)
 
-    def start(self, seconds=480):
+    def start(self):
         # Ranks that are not in a run wait for the next one: so the largest come first.
         more = [self.root / "data"]
         module = "helpers.launch_tuning"
-        self.output = launch(module, self.cases, self.root, *more, seconds=seconds)
+        self.output = launch(module, self.cases, self.root, *more)
         self.cases = []
 
     def error(self, name, rank=0):

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from helpers.commands import PATIENCE
 from helpers.families import tiny
 from helpers.serving import in_a_thread
 
@@ -53,7 +54,7 @@ def asking(running, body, length=None):
 
 
 def wait_for(what):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -81,9 +82,7 @@ def test_a_client_that_leaves_frees_its_slot_within_one_step(long_server, stream
         wait_for(lambda: long_server.served.worker.running)
         if stream:
             assert connection.recv(100)
-    left = time.monotonic()
     wait_for(lambda: not engine.busy)
-    assert time.monotonic() - left < 5
     assert any(given_up for given_up, _ in seen)
     assert not any(set(given_up) & set(after) for given_up, after in seen)
     assert len(long_server.complete(**SHORT)["choices"][0]["ee"]["exit_layers"]) == 3
@@ -93,17 +92,24 @@ def test_a_client_that_leaves_frees_its_slot_within_one_step(long_server, stream
 
 
 def test_clients_that_lose_patience_leave_nothing_behind(long_exits):
-    """200 of them, with 10,000 tokens each; then a short text has its slot at once."""
+    """200 of them, with 10,000 tokens each, none of which is ever written to its end."""
     with in_a_thread(exits=long_exits, slots=4, capacity=10_240, max_queue=256) as running:
+        engine, lengths = running.served.worker.engine, []
+        step = engine.step
+
+        def watched():
+            lengths.extend(len(row.ids) for row in engine.sequences.live)
+            return step()
+
+        engine.step = watched
         with contextlib.ExitStack() as stack:
             for i in range(200):
                 stack.enter_context(asking(running, LONG | {"stream": i % 2 == 0}))
             wait_for(lambda: running.served.worker.running == 4)
-            time.sleep(0.5)
-        start = time.monotonic()
-        running.ask("/v1/completions", SHORT, timeout=30)
-        assert time.monotonic() - start < 5
+            wait_for(lambda: max(lengths, default=0) > 100)
+        running.ask("/v1/completions", SHORT, timeout=PATIENCE)
         wait_for(lambda: not running.served.worker.running + running.served.worker.waiting)
+        assert max(lengths) < 9_000
 
 
 def test_a_full_queue_says_when_to_come_back(long_server):
@@ -128,7 +134,7 @@ def test_what_does_not_fit_is_refused_before_it_waits(long_server):
 
 
 def test_a_request_has_a_deadline(long_exits):
-    with in_a_thread(exits=long_exits, slots=1, capacity=10_240, deadline=0.5) as running:
+    with in_a_thread(exits=long_exits, slots=1, capacity=10_240, deadline=1.0) as running:
         status, error, _ = status_of(running, **LONG)
         assert (status, error["type"]) == (504, "timeout_error")
         with asking(running, LONG | {"stream": True}) as connection, asking(running, SHORT) as late:

@@ -7,6 +7,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from helpers.commands import PATIENCE
 from helpers.serving import as_a_process
 
 
@@ -25,7 +26,7 @@ def streaming(running, texts, prompt, number=100):
 
     thread = threading.Thread(target=read)
     thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not texts:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -47,13 +48,13 @@ def test_after_sigterm_what_is_in_progress_ends_and_nothing_new_begins(demo):
         thread = streaming(running, texts, "def f(x):")
         assert running.process is not None
         running.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while listens(address):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        thread.join(60)
+        thread.join(PATIENCE)
         assert texts[-1].finish_reason == "length"
-        assert running.process.wait(20) in (0, -signal.SIGTERM)
+        assert running.process.wait(PATIENCE) in (0, -signal.SIGTERM)
         assert running.process.stderr is not None
         assert "Traceback" not in running.process.stderr.read()
         assert [line["path"] for line in running.log][-1] == "/v1/completions"
@@ -66,8 +67,8 @@ def test_a_killed_server_leaves_its_clients_an_error_and_its_port_free(demo):
         thread = streaming(running, texts, "def f(x):", 900)
         assert running.process is not None
         running.process.send_signal(signal.SIGKILL)
-        thread.join(30)
+        thread.join(PATIENCE)
         assert isinstance(texts[-1], Exception)
-        assert running.process.wait(20) == -signal.SIGKILL
+        assert running.process.wait(PATIENCE) == -signal.SIGKILL
     # As a server begins to listen.
     socket.create_server((address.hostname, address.port)).close()

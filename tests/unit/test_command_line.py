@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import pytest
+from helpers.commands import PATIENCE
 
 from ee_tuning.cli import COMMANDS, main
 from ee_tuning.config import TuneConfig
@@ -40,7 +41,7 @@ def test_help_imports_neither_torch_nor_transformers(args):
         "sys.exit(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", code, *args, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr.strip() == "[]"
     assert done.stdout.startswith("usage: ee-tuning")
 
@@ -189,7 +190,7 @@ def run(*args, **changes):
     """A command in a process of its own."""
     command = [sys.executable, "-m", "ee_tuning", *args]
     environment = os.environ | changes
-    return subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    return subprocess.run(command, capture_output=True, env=environment, timeout=PATIENCE)
 
 
 def test_an_encoding_that_lacks_a_character(monkeypatch, tmp_path):
@@ -213,7 +214,7 @@ def test_a_reader_that_has_seen_enough(args, status):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(60) == status
+    assert process.wait(PATIENCE) == status
 
 
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
@@ -227,7 +228,7 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
     process = subprocess.Popen(command, **pipes, env=environment, preexec_fn=usual)
     assert process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == b"ee-tuning: stopped\n"
+    assert process.communicate(timeout=PATIENCE)[1] == b"ee-tuning: stopped\n"
     assert process.returncode == 130
 
 
