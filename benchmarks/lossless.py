@@ -23,7 +23,6 @@ from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 LONGEST = 96  # tokens of a prompt
 
 
@@ -58,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exits", required=True)
     parser.add_argument("--model", default="demo/model")
-    parser.add_argument("--data", type=Path, default=ROOT / "demo/data/validation.jsonl")
+    parser.add_argument("--data", type=Path, default=Path("demo/data/validation.jsonl"))
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--slots", type=int, default=32, help="texts beside each other")
