@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _symmetric_memory as symmetric
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 try:  # comes with torch for CUDA alone
     from ee_tuning.peers import kernel
@@ -30,6 +28,8 @@ class Inbox:
         Raises:
             RuntimeError: the driver refuses.
         """
+        from torch.distributed import _symmetric_memory as symmetric  # not public: only if needed
+
         ranks = group.size()
         self.group, self.rank = group, group.rank()
         self._words = symmetric.empty(2 * ranks * ROOM, dtype=torch.int64, device=device)
@@ -63,6 +63,8 @@ def share(name: str, device: torch.device) -> None:
     Every process of the group calls it. Where they are not on GPUs that reach each other's memory,
     nothing changes.
     """
+    from torch.distributed.distributed_c10d import _resolve_process_group  # nor this
+
     group: Any = _resolve_process_group(name)  # type: ignore[arg-type]
     kept = _inboxes.get(name)
     if kept is not None and kept.group is group:
