@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.models import drafting, early_exit
 from helpers.prompts import prompt
+from helpers.recorded import act_out
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ee_tuning.decode import (
@@ -98,32 +99,40 @@ def test_a_layer_exit_has_the_kv_of_tokens_that_do_not_ask_it(monkeypatch):
     assert not full[:, 7:].any()
 
 
-def test_a_step_that_runs_again_is_given_what_the_one_before_left():
-    """As it does before it is captured."""
-    engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
-    ahead, policy = engine.ahead, POLICIES["some leave"]()
-    request = Request(prompt(7), policy, 20)
-    engine.submit(request)
-    engine.step()
-    row, step, given, left = engine.sequences.live[0], ahead._step, [], []
+ACTED = {
+    "none leave": ({1: 0.999, 2: 0.999, 3: 0.999}, 3),
+    "some leave": (SOME, 3),
+    "all leave": ({1: 0.0, 3: 0.0}, 1),
+    "few are asked": ({2: 0.0275}, 7),
+}
 
-    def seen(segments, asking, hidden, *others):
-        given.append(hidden)
-        left.append(step(segments, asking, hidden, *others))
-        return left[-1]
 
-    ahead._step = seen
-    ahead.go_on(row, 1)
-    given.clear()
-    left.clear()
-    asking = ahead._asking(policy, (row.through, row.limit, 20, False), 0)
-    with torch.inference_mode():
-        for alone, *_ in ahead._steps(asking):
-            for _ in range(3):
-                alone()
-    assert len(given) == 12
-    for i in range(3, 12):
-        assert given[i] is left[i // 3 * 3 - 1]
+@pytest.mark.parametrize("arch", ["mlp", "layer"])
+@pytest.mark.parametrize("name", ACTED)
+def test_captured_steps_read_what_is_there_when_they_run(name, arch, monkeypatch):
+    """Captured at the text's beginning, and in its midst, where it has become longer."""
+    thresholds, most = ACTED[name]
+    model, policy = early_exit(arch=arch), Threshold(4, thresholds, max_pending=most)
+    engines = []
+    for _ in range(2):
+        engine = Engine(model, [1, 2, 3], capacity=CAPACITY, max_pending=most)
+        engine.ahead = None
+        engines.append(engine)
+    engines[0].ahead = Ahead(engines[0].passes, engines[0].sequences.stops)
+    act_out(engines[0].passes.graphs, monkeypatch)
+    found, expected = ([one[:2] for one in written(engine, policy, 24)] for engine in engines)
+    assert found == expected
+
+
+def test_captured_rounds_read_what_is_there_when_they_run(monkeypatch):
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    policy, texts = Speculative(4, {}, max_pending=3, bar=0.001), []
+    for ahead in (True, False):
+        engine = engine_of(drafting(), [DRAFT], ahead)
+        if ahead:
+            act_out(engine.passes.graphs, monkeypatch)
+        texts.append([one[:2] for one in written(engine, policy, 24)])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ leaves: it begins the next token, or opens the door to the next segments. The de
 `draft_round`, its twin.
 
 The segments up to the next exit that is asked are a *step*. Where no token before the newest one
-waits for a step, it computes that one alone, at the place and from the hidden state that the step
-before had; else it begins with a window from the ring.
+waits for a step, it computes that one alone; else a window.
 """
 
 from __future__ import annotations
@@ -68,16 +67,11 @@ class Asking(NamedTuple):
 
 
 class Newest:
-    """The newest token, as passes of it alone are told of it, and what their steps hand on.
+    """The newest token, as passes of it alone are told of it.
 
-    place: its place. position_ids: (1, 1). hidden: by the segment that is given it, the id (1, 1),
-    then hidden states (1, 1, H). A step may run more than once before the next one does: what it
-    is given, it leaves there.
+    What steps share lies in memory of its own: a tensor of a captured step has no numbers when the
+    next one is captured. slots: (1,), id: (1, 1), int64.
     """
-
-    place: Place
-    position_ids: Tensor
-    hidden: dict[int, Tensor]
 
     def __init__(self, passes: Passes) -> None:
         caches = [*passes.caches, *passes.exit_caches.values()]
@@ -87,18 +81,25 @@ class Newest:
         def number() -> Tensor:
             return torch.zeros(1, 1, dtype=torch.int64, device=passes.device)
 
-        self._id, self._position, self._limited = number(), number(), number()
+        self.id, self._position, self._limited = number(), number(), number()
         self._places = {size: number() for size in sorted(sizes)}
         self._enter = compiled(_enter, passes.compile)
 
-    def begin(self, state: Tensor, reach: int, in_order: bool) -> None:
-        """Read what it is. state: of `Ahead`."""
-        told = self.slots, self._id, self._position, self._limited
+    def read(self, state: Tensor) -> None:
+        """Find what it is in the state of `Ahead`."""
+        told = self.slots, self.id, self._position, self._limited
         self._enter(state, *told, self._places, self._limit)
-        self.place = Place(self.slots, self._position, reach, in_order)
-        self.place.know(self._places)
-        # A new tensor of the same memory: what is made of positions is kept for one tensor.
-        self.position_ids, self.hidden = self._limited.view(1, 1), {0: self._id}
+
+    def place(self, reach: int, in_order: bool) -> Place:
+        """Its place."""
+        place = Place(self.slots, self._position, reach, in_order)
+        place.know(self._places)
+        return place
+
+    def position_ids(self) -> Tensor:
+        """Its position (1, 1): a new tensor each time, since what is made of positions is kept for
+        one tensor."""
+        return self._limited.view(1, 1)
 
 
 class Ahead:
@@ -120,6 +121,7 @@ class Ahead:
         alone = passes.group is None
         self.rounds = Rounds(passes, chains) if alone and chains is not None else None
         self._open = compiled(_open, passes.compile)
+        self._wait = compiled(_wait, passes.compile)
         self._ask = compiled(_ask, passes.compile)
         self._decide = compiled(_decide, passes.compile)
 
@@ -204,11 +206,12 @@ class Ahead:
 
     def _alone(self, segments: range, asking: Asking) -> None:
         """A step of the newest token alone."""
-        newest = self._newest
-        if segments.start == 0:
-            newest.begin(self._state, asking.reach, asking.in_order)
-        given = newest.hidden[segments.start], newest.position_ids, newest.place
-        newest.hidden[segments.stop] = self._step(segments, asking, *given, self._one)
+        newest, ring = self._newest, self.passes.ring(segments.start)
+        if ring is None:
+            newest.read(self._state)
+        place = newest.place(asking.reach, asking.in_order)
+        hidden = newest.id if ring is None else self._wait(ring, place.slots, place.positions)
+        self._step(segments, asking, hidden, newest.position_ids(), place, self._one)
 
     def _more(self, segments: range, asking: Asking) -> None:
         """A step of all tokens that wait for it."""
@@ -222,9 +225,9 @@ class Ahead:
     def _step(
         self, segments: range, asking: Asking, hidden: Tensor, position_ids: Tensor,
         place: Place, counts: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> None:  # fmt: skip
         """Some segments, behind which it is decided whether the token leaves, where it does so in
-        any case if there are no more; gives the hidden states there."""
+        any case if there are no more."""
         passes, last = self.passes, segments[-1]
         ends = last == len(asking.asks) - 1
         rows = Rows(place.slots, place.positions, counts, passes.draws.table)
@@ -244,7 +247,6 @@ class Ahead:
             found = passes.asked(predictor, rows, wanted)
             assert found is not None
             self._decide(self._state, found[1][:, 0, 0], told)
-        return hidden
 
     def to_warm(
         self, limit: int, measures: Sequence[str], samples: Sequence[int]
@@ -303,8 +305,12 @@ def _open(
     first = state[DONE + i].long()
     counts = (state[LENGTH].long() - first)[None]
     positions = (first + torch.arange(length, device=state.device))[None]
-    waiting = ring[slots[:, None], positions % ring.shape[1]]
-    return positions, positions.clamp(max=limit), counts, waiting
+    return positions, positions.clamp(max=limit), counts, _wait(ring, slots, positions)
+
+
+def _wait(ring: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """What waits in a ring of slots (n,) at positions (n, T): (n, T, H)."""
+    return ring[slots[:, None], positions % ring.shape[1]]
 
 
 def _ask(

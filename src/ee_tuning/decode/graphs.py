@@ -180,12 +180,9 @@ class Graphs:
         last: Callable[[], None] | None,
     ) -> Callable[[], None]:  # fmt: skip
         if self._on_gpu:
-            # A variant goes on from what the same variant of the step before has left.
-            order = sorted((v, i) for i, step in enumerate(steps) for v in range(len(step)))
-            pieces = {(i, v): self._graph(steps[i][v], begin, keep=True)[0] for v, i in order}
+            pieces = [[self._graph(one, begin, keep=True)[0] for one in step] for step in steps]
             end = None if last is None else self._graph(last, begin, keep=True)[0]
-            return Branches([[pieces[i, v] for v in range(len(step))]
-                             for i, step in enumerate(steps)], goes_on, end)  # fmt: skip
+            return Branches(pieces, goes_on, end)
 
         def run() -> None:
             variant = 1
