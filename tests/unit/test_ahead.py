@@ -360,3 +360,66 @@ def test_no_numbers_within_rounds_fail_a_text_behind_what_was_right(which, monke
     assert tokens == expected[: len(tokens)]
     assert events[-1] == (request, None)
     assert "not finite" in str(request.error)
+
+
+def several(ahead, sampled, alone=False):
+    """By text, the tokens of five texts of different lengths in three slots at full depth."""
+    engine = engine_of(early_exit(), [], ahead, slots=1 if alone else 3)
+    warp = LogitsProcessorList([TemperatureLogitsWarper(0.8)] if sampled else [])
+    requests = [
+        Request(
+            prompt(5 + i, i),
+            Full(4, max_pending=3),
+            12 + 7 * i,
+            Chooser(warp, sample=sampled and i != 1, seed=i if sampled and i != 1 else None),
+            stops=lambda ids: len(ids) == 20,
+        )
+        for i in range(5)
+    ]
+    found = {id(request): [] for request in requests}
+    for request, token in engine.stream(requests):
+        found[id(request)].append((token.id, token.exit_layer, token.confidence, token.ends))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_several_texts_go_on_by_several_tokens(sampled, monkeypatch):
+    """Those of a look of the host behind a text's end are lost; texts are what they are alone."""
+    counts, whole = [], drafts.full_round
+
+    def counted(sequences, rows, count):
+        counts.append((len(rows), count))
+        return whole(sequences, rows, count)
+
+    monkeypatch.setattr(drafts, "full_round", counted)
+    found = several(True, sampled)
+    assert (3, TOKENS) in counts
+    assert found == several(False, sampled)
+    assert (3, 1) in counts
+    monkeypatch.setattr(drafts, "_go_straight", lambda *_: False)
+    assert found == several(False, sampled) == several(False, sampled, alone=True)
+    assert [len(text) for text in found] == [7, 13, 13, 12, 11]
+
+
+def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
+    engine = engine_of(early_exit(), [], True, slots=2)
+    requests = [Request(prompt(5, i), Full(4, max_pending=3), 25) for i in range(2)]
+    for request in requests:
+        engine.submit(request)
+    events, ahead = engine.step(), engine.passes.ahead
+
+    def broken(*given):
+        found = ahead(*given)
+        found[1][1][0] = float("nan")  # the second token of the first text
+        return found
+
+    monkeypatch.setattr(engine.passes, "ahead", broken)
+    events += engine.step()
+    monkeypatch.undo()
+    good = [token for request, token in events if request is requests[0]]
+    assert len(good) == 2
+    assert None not in good
+    monkeypatch.setattr(engine.passes, "ahead", lambda *given: [[[5, 5], [float("nan"), 1.0]]])
+    assert (requests[0], None) in engine.step()
+    assert "not finite" in str(requests[0].error)
+    assert not requests[1].finished

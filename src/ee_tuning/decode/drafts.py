@@ -16,9 +16,10 @@ from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST
 from ee_tuning.decode.pace import Clock, plan, promised
 from ee_tuning.decode.rounds import Rounds
-from ee_tuning.decode.sampling import Asked, Choice, Token, choose
+from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, check_evidence, choose
 from ee_tuning.decode.sequences import Row, Sequences
-from ee_tuning.decode.wanted import Prediction, Predictions
+from ee_tuning.decode.wanted import Prediction, Predictions, Wanted, Window
+from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
 Settled = tuple[Row, list[Token]]
@@ -114,6 +115,42 @@ def _verified_chains(
     return verified
 
 
+def full_round(sequences: Sequences, rows: Sequence[Row], count: int) -> list[Settled]:
+    """The next `count` tokens, or fewer, of rows that all `_go_straight`: as of as many rounds, in
+    one look, with little to do for each token."""
+    row = rows[0]
+    wanted = Wanted("last", True, row.policy.measure, sequences.samples(rows))
+    windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
+    count = min(count, max(row.left for row in rows))
+    found = sequences.passes.ahead(windows, sequences.starts(0), count, wanted)
+    settled: list[Settled] = []
+    for place, row in enumerate(rows):
+        tokens: list[Token] = []
+        for ids, confidences in found:
+            try:
+                check_evidence(confidences[place])
+            except UserError as error:
+                if not tokens:  # else what came before it is settled first
+                    row.request.error = error
+                break
+            tokens.append(Token(int(ids[place]), row.policy.end, confidences[place]))
+        row.ids += [token.id for token in tokens]
+        row.done = [len(row.ids) - 1]
+        settled.append((row, tokens))
+    return settled
+
+
+def _go_straight(sequences: Sequences, rows: Sequence[Row]) -> bool:
+    """Whether `rows` go through the one segment there is, token by token, and passes choose."""
+    kinds = {(row.policy.measure, row.policy.final, row.policy.verifies) for row in rows}
+    if len(sequences.stops) > 1 or sequences.passes.group is not None or len(kinds) > 1:
+        return False
+    _, final, verifies = kinds.pop()
+    chosen = all(type(row.request.chooser) is Chooser for row in rows)
+    ends = all(row.ends and row.request.chooser.in_passes for row in rows)
+    return final and not verifies and chosen and ends
+
+
 def next_round(
     sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None = None
 ) -> list[Settled]:
@@ -124,9 +161,11 @@ def next_round(
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     alone = ahead if ahead is not None and ahead.serves(rows) else None
     if not beginning:
-        if alone is None:
-            return draft_round(sequences, rows)
-        return [(rows[0], alone.go_on(rows[0], TOKENS))]
+        if alone is not None:
+            return [(rows[0], alone.go_on(rows[0], TOKENS))]
+        if _go_straight(sequences, rows):
+            return full_round(sequences, rows, 1 if ahead is None else TOKENS)
+        return draft_round(sequences, rows)
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
     clocks = [_limit(sequences, alike) for alike in (chained, layered)]

@@ -43,7 +43,7 @@ from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
-from ee_tuning.decode.sequences import Request, Row, Sequences
+from ee_tuning.decode.sequences import Request, Row, Sequences, never
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.warm import to_warm
 from ee_tuning.errors import UserError
@@ -252,7 +252,8 @@ class Engine:
             for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
                 if request.cancelled:
                     return
-                token.ends = length >= request.max_length or request.stops(row.ids[:length])
+                stops = request.stops is not never and request.stops(row.ids[:length])
+                token.ends = stops or length >= request.max_length
                 if token.ends:
                     self.sequences.free(row)
                     request.finished = True
