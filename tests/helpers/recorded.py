@@ -88,12 +88,12 @@ class Acted:
 def act_out(graphs: Any, monkeypatch: Any) -> None:
     """Let `Graphs` of a CPU have branches that are acted out."""
     monkeypatch.setattr("ee_tuning.decode.graphs.Branches", Acted)
-    monkeypatch.setattr("ee_tuning.invariant.attention._on_cpu", _attend)
+    monkeypatch.setattr("ee_tuning.invariant.attention._on_cpu", attend)
     monkeypatch.setattr(graphs, "_on_gpu", True)
     monkeypatch.setattr(graphs, "_graph", lambda piece, begin, keep: (Recorded(piece, begin), 0))
 
 
-def _attend(kept: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend(kept: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attention that asks tensors alone where tokens are; sees what the kernel on CUDA loads."""
     place, shared = kept.place, query.shape[1] // key.shape[1]
     keys, values = (x[place.slots].repeat_interleave(shared, 1) for x in (key, value))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.models import drafting, early_exit
 from helpers.prompts import prompt
-from helpers.recorded import act_out
+from helpers.recorded import Recorder, act_out, attend
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ee_tuning.decode import (
@@ -122,6 +122,35 @@ def test_captured_steps_read_what_is_there_when_they_run(name, arch, monkeypatch
     act_out(engines[0].passes.graphs, monkeypatch)
     found, expected = ([one[:2] for one in written(engine, policy, 24)] for engine in engines)
     assert found == expected
+
+
+def operations(model, policy):
+    """How many a token alone takes, that no exit lets leave, and with how many tokens at a time."""
+    engine, request = engine_of(model, [1, 2, 3], True), Request(prompt(7), policy, 20)
+    engine.submit(request)
+    engine.step()
+    ahead, row = engine.ahead, engine.sequences.live[0]
+    ahead.go_on(row, 1)
+    asking = ahead._asking(policy, (row.through, row.limit, 20, False), 0)
+    with Recorder() as seen, torch.inference_mode():
+        for alone, *_ in ahead._steps(asking):
+            alone()
+    return len(seen.operations)
+
+
+def test_an_asked_exit_takes_few_operations(monkeypatch):
+    """As many as a layer at most, but for what is a layer; more of them change no text."""
+    monkeypatch.setattr("ee_tuning.invariant.attention._on_cpu", attend)
+    full = operations(early_exit(arch="mlp"), Full(4, max_pending=3))
+    found = {}
+    for arch in ("norm", "mlp", "layer"):
+        policy = Threshold(4, dict.fromkeys([1, 2, 3], 0.999), max_pending=3)
+        found[arch] = (operations(early_exit(arch=arch), policy) - full) / 3 / (full / 4)
+    assert found["norm"] < 0.7
+    assert found["mlp"] < 0.95
+    assert found["layer"] < 1.6
+    # An engine with layer exits computes nothing of them for a text that never asks.
+    assert operations(early_exit(arch="layer"), Full(4, max_pending=3)) == full
 
 
 def test_captured_rounds_read_what_is_there_when_they_run(monkeypatch):
