@@ -1,6 +1,7 @@
 """Compiled passes of decoding give the same tokens as others, and are compiled once."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._dynamo.utils import counters
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Engine
 from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
+from ee_tuning.decode.graphs import Sizes
 from ee_tuning.decode.warm import to_warm
 from ee_tuning.exit_config import LOOKUP
 
@@ -111,3 +113,15 @@ def test_an_engine_for_full_depth_compiles_no_passes_of_drafts():
         for texts in (False, True)
     ]
     assert numbers == [8, 12, 20, 32]  # chunks with and without a token behind them
+
+
+def test_sizes_of_layers_that_look_far_are_few():
+    """Where products take 16 rows at a time, and attention skips what lies behind a text."""
+    sizes = Sizes(64, 4096, 9, compile=True, drafts=True, far=True)
+    passes = {(rows, length, reach) for _, rows, length, reach, *_ in sizes.every(1, True, True)}
+    tokens, prompts = [1, 16, 64], [1, 4]
+    every = [*product(tokens, [1], [1024, 4160]), *product(prompts, [64], [1024, 4160])]
+    assert passes == {*every}
+    assert sizes.together == 4
+    assert len(sizes.filled([3, 5])) == 16
+    assert len(sizes.filled([3, 5], 64)) == 4

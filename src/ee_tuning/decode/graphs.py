@@ -24,6 +24,7 @@ VERSIONS = 256  # compiled versions that a layer may have, one per size of a pas
 ROWS_FACTOR = LENGTH_FACTOR = 4
 REACH_FACTOR, LEAST_REACH = 2, 256
 FAR_FACTOR, LEAST_FAR = 4, 1024  # where to look too far costs next to nothing
+TILE = 16  # rows that products of one order take at a time on CUDA: so many cost what 1 does
 CHUNK = 64  # tokens of a prompt that are read as a window, if compiled
 ALIGNED = 64  # places that there are is a multiple of this, as fast attention wants it
 
@@ -40,13 +41,17 @@ class Sizes:
     ) -> None:  # fmt: skip
         """capacity: tokens of a sequence. longest: those of a window that are asked for. drafts: of
         a draft exit, or of texts alone, which are read at once, however many: a few tokens more
-        cost nothing. far: attention does not read what lies behind a text's end."""
+        cost nothing. far: layers are those of `Invariant`, whose attention does not read what lies
+        behind a text's end."""
         self.windows = sorted({1, longest}) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
         self.places = -(-(capacity + self.longest) // ALIGNED) * ALIGNED
-        self._rows = _sizes(slots, ROWS_FACTOR)
+        self._rows = _sizes(slots, TILE if far else ROWS_FACTOR)
+        # Of more, the compiler cuts sums otherwise.
+        few = [rows for rows in _sizes(slots, ROWS_FACTOR) if rows * CHUNK < 1024]
+        self._readers = few or [1]
         factor, least = (FAR_FACTOR, LEAST_FAR) if far else (REACH_FACTOR, LEAST_REACH)
         reaches = _sizes(self.places, factor, least)
         # The last one may be a little more than `factor` times the one before it.
@@ -54,19 +59,24 @@ class Sizes:
             size for size in reaches if size == self.places or factor * size <= self.places
         ]
 
-    def filled(self, slots: list[int]) -> list[int]:
-        """`slots` and as many idle ones as make it a size that is compiled for, ascending.
+    def filled(self, slots: list[int], length: int = 1) -> list[int]:
+        """`slots` and as many idle ones as make it a size that is compiled for, for windows of that
+        length, ascending.
 
         What is written for idle slots lies beyond what is known of them.
         """
-        number, busy = _next(len(slots), self._rows), set(slots)
+        number, busy = _next(len(slots), self._of(length)), set(slots)
         idle = [slot for slot in range(self._rows[-1]) if slot not in busy]
         return sorted([*slots, *idle[: number - len(slots)]])
 
     @property
     def together(self) -> int:
-        """Prompts that are read in one pass at most: of more, the compiler cuts sums otherwise."""
-        return max(rows for rows in self._rows if rows * CHUNK < 1024 or rows == 1)
+        """Prompts that are read in one pass at most."""
+        return self._readers[-1]
+
+    def _of(self, length: int) -> list[int]:
+        """Numbers of rows that there are of windows of a length."""
+        return self._readers if length == CHUNK > self.windows[-1] else self._rows
 
     def length(self, number: int) -> int:
         """Tokens of a window for so many."""
@@ -110,10 +120,9 @@ class Sizes:
             if final and begins:
                 asked -= {(n, "last") for n in windows[1:]}
             asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
-            for rows, reach, (length, after) in product(self._rows, self._reaches, sorted(asked)):
-                if length == CHUNK > self.windows[-1] and rows > self.together:
-                    continue
-                yield i, rows, length, reach, after, final and after != "nothing"
+            for reach, (length, after) in product(self._reaches, sorted(asked)):
+                for rows in self._of(length):
+                    yield i, rows, length, reach, after, final and after != "nothing"
 
 
 def _next(number: int, sizes: Sequence[int]) -> int:

@@ -202,7 +202,8 @@ class Passes:
         given = {window.slot: window for window in windows}
         slots, length = sorted(given), max(window.count for window in windows)
         if self.compile:
-            slots, length = self.sizes.filled(slots), self.sizes.length(length)
+            length = self.sizes.length(length)
+            slots = self.sizes.filled(slots, length)
         reach = max(starts[slot] for slot in slots) + length
         if self.compile:
             reach = self.sizes.reach(reach)
