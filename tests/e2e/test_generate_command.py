@@ -113,7 +113,6 @@ def test_a_text_drafts_for_itself(exits, threshold, monkeypatch, capsys):
     [
         (["--prompt", "x", "--lookup"], "lookup is not possible with mode full"),
         (["--prompt", "x", "--lookup", "--mode", "threshold"], "lookup is not possible with mode"),
-        (["--prompt", "x", "--lookup", "--mode", "speculative", "--pp", "2"], "with --pp"),
         (["--prompt", "x", "--system", "s"], "give --chat"),
         (["--prompt", "x", "--do-sample", "--min-p", "2"], "min_p"),
         (["--prompt", "x", "--repetition-penalty", "0"], "penalty"),

@@ -124,6 +124,19 @@ def test_fixed_mode_equals_the_exit_from_scratch(family, layer):
     assert (out.exit_layers == layer).all()
 
 
+def test_an_exit_that_has_nothing_of_its_own_is_asked():
+    """Neither a norm nor a head."""
+    config = ExitConfig("2", arch="embedding", head="shared")
+    model = EarlyExitModel.from_base(tiny("llama"), config).eval()
+    assert not list(model.exit(2).parameters())
+    ids = torch.tensor([[5, 9, 11, 40]])
+    out = model.generate(ids, threshold=0.0, max_new_tokens=4, eos_token_id=None)
+    assert out.exit_layers[0].tolist() == [4, 2, 2, 2]
+    for i in range(1, 4):
+        expected = logits_from_scratch(model, out.sequences[:, : 4 + i], 2).argmax()
+        assert expected == out.sequences[0, 4 + i]
+
+
 @pytest.mark.parametrize("family", [*MIXED, *MOE])
 @pytest.mark.parametrize("mode", ["full", "fixed", "threshold", "speculative"])
 def test_a_row_does_not_depend_on_its_neighbours(family, mode):

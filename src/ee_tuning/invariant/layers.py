@@ -141,7 +141,7 @@ def _products(module: nn.Module) -> dict[str, nn.Module]:
         if not all(one in linears for one in paths):
             paths = [path]
         parts |= zip(paths, products([linears[one] for one in paths]), strict=True)
-    if next(module.parameters()).device.type == "cpu":
+    if any(p.device.type == "cpu" for p in module.parameters()):
         named = module.named_modules()
         parts |= {path: InBlocks(one) for path, one in named if is_activation(one)}
     return parts
