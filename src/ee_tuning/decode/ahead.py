@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.cache import Place
+from ee_tuning.decode.cache import Place, waiting
 from ee_tuning.decode.draws import ALL, bisects
 from ee_tuning.decode.graphs import compiled
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.rounds import Rounds
-from ee_tuning.decode.sampling import Chooser, Token, check_evidence
+from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.wanted import Predictor, Rows, Wanted, predict
-from ee_tuning.errors import UserError
 
 TOKENS = 4  # between two looks: those behind a text's end are lost, and new texts wait
 # What there is of a row: its slot, newest token, tokens, how many of them are pending and may be,
@@ -121,7 +120,7 @@ class Ahead:
         alone = passes.group is None
         self.rounds = Rounds(passes, chains) if alone and chains is not None else None
         self._open = compiled(_open, passes.compile)
-        self._wait = compiled(_wait, passes.compile)
+        self._wait = compiled(waiting, passes.compile)
         self._ask = compiled(_ask, passes.compile)
         self._decide = compiled(_decide, passes.compile)
 
@@ -156,13 +155,7 @@ class Ahead:
             run()
         lines = self._state[SAID : SAID + 3 * count].view(count, 3)
         tokens: list[Token] = []
-        for number, i, confidence in lines.tolist():
-            try:
-                check_evidence(confidence)
-            except UserError as error:
-                if not tokens:  # else what came before it is settled first
-                    row.request.error = error
-                break
+        for number, i, confidence in row.evident(lines.tolist()):
             tokens.append(_take(row, int(number), self._stops[int(i)], int(i), confidence))
         return tokens
 
@@ -305,12 +298,7 @@ def _open(
     first = state[DONE + i].long()
     counts = (state[LENGTH].long() - first)[None]
     positions = (first + torch.arange(length, device=state.device))[None]
-    return positions, positions.clamp(max=limit), counts, _wait(ring, slots, positions)
-
-
-def _wait(ring: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-    """What waits in a ring of slots (n,) at positions (n, T): (n, T, H)."""
-    return ring[slots[:, None], positions % ring.shape[1]]
+    return positions, positions.clamp(max=limit), counts, waiting(ring, slots, positions)
 
 
 def _ask(

@@ -22,14 +22,27 @@ except ImportError:
 LEAST_DRIVER = 12040
 # Sets two conditions, each to whether the number at an address is another one. In PTX, since the
 # function that it calls has no address on the host, and a compiler for CUDA need not be there.
-SET_CONDITIONS = b"""
+_SET_CONDITION = """\
+    ld.param.u64 %handle, [handle{0}];
+    ld.param.f64 %wanted, [wanted{0}];
+    setp.eq.f64 %same, %given, %wanted;
+    selp.b32 %value, 1, 0, %same;
+    {{
+        .param .b64 first;
+        .param .b32 second;
+        st.param.b64 [first], %handle;
+        st.param.b32 [second], %value;
+        call.uni cudaGraphSetConditional, (first, second);
+    }}
+"""
+SET_CONDITIONS = f"""
 .version 7.0
 .target sm_60
 .address_size 64
 .extern .func cudaGraphSetConditional(.param .b64 handle, .param .b32 value);
 .visible .entry set_conditions(.param .u64 address, .param .u64 handle0, .param .f64 wanted0,
     .param .u64 handle1, .param .f64 wanted1)
-{
+{{
     .reg .pred %same;
     .reg .b32 %value;
     .reg .b64 %address, %handle;
@@ -37,31 +50,9 @@ SET_CONDITIONS = b"""
     ld.param.u64 %address, [address];
     cvta.to.global.u64 %address, %address;
     ld.global.f64 %given, [%address];
-    ld.param.u64 %handle, [handle0];
-    ld.param.f64 %wanted, [wanted0];
-    setp.eq.f64 %same, %given, %wanted;
-    selp.b32 %value, 1, 0, %same;
-    {
-        .param .b64 first;
-        .param .b32 second;
-        st.param.b64 [first], %handle;
-        st.param.b32 [second], %value;
-        call.uni cudaGraphSetConditional, (first, second);
-    }
-    ld.param.u64 %handle, [handle1];
-    ld.param.f64 %wanted, [wanted1];
-    setp.eq.f64 %same, %given, %wanted;
-    selp.b32 %value, 1, 0, %same;
-    {
-        .param .b64 first;
-        .param .b32 second;
-        st.param.b64 [first], %handle;
-        st.param.b32 [second], %value;
-        call.uni cudaGraphSetConditional, (first, second);
-    }
-    ret;
-}
-\0"""
+{_SET_CONDITION.format(0)}{_SET_CONDITION.format(1)}    ret;
+}}
+\0""".encode()
 
 
 def can_branch() -> bool:

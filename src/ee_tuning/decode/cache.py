@@ -331,10 +331,15 @@ def _begin(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The positions (n, T) of windows that `control` (n, 3 + T) tells of, see `Passes`, these up to
     `limit`, and what waits for them in the ring before a segment, (n, T, H), if there is one."""
-    slots, starts = control[:, :1], control[:, 1:2]
+    slots, starts = control[:, 0], control[:, 1:2]
     positions = starts + torch.arange(control.shape[1] - 3, device=control.device)
-    waiting = None if ring is None else ring[slots, positions % ring.shape[1]]
-    return positions, positions.clamp(max=limit), waiting
+    there = None if ring is None else waiting(ring, slots, positions)
+    return positions, positions.clamp(max=limit), there
+
+
+def waiting(ring: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """What waits in a ring of slots (n,) at positions (n, T): (n, T, H)."""
+    return ring[slots[:, None], positions % ring.shape[1]]
 
 
 def _keep(ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:

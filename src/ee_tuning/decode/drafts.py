@@ -16,10 +16,9 @@ from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST
 from ee_tuning.decode.pace import Clock, plan, promised
 from ee_tuning.decode.rounds import Rounds
-from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, check_evidence, choose
+from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 from ee_tuning.decode.wanted import Prediction, Predictions, Wanted, Window
-from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
 Settled = tuple[Row, list[Token]]
@@ -125,15 +124,8 @@ def full_round(sequences: Sequences, rows: Sequence[Row], count: int) -> list[Se
     found = sequences.passes.ahead(windows, sequences.starts(0), count, wanted)
     settled: list[Settled] = []
     for place, row in enumerate(rows):
-        tokens: list[Token] = []
-        for ids, confidences in found:
-            try:
-                check_evidence(confidences[place])
-            except UserError as error:
-                if not tokens:  # else what came before it is settled first
-                    row.request.error = error
-                break
-            tokens.append(Token(int(ids[place]), row.policy.end, confidences[place]))
+        own = row.evident((ids[place], confidences[place]) for ids, confidences in found)
+        tokens = [Token(int(number), row.policy.end, confidence) for number, confidence in own]
         row.ids += [token.id for token in tokens]
         row.done = [len(row.ids) - 1]
         settled.append((row, tokens))

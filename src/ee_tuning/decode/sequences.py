@@ -15,7 +15,7 @@ from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.prompts import read as read_prompts
-from ee_tuning.decode.sampling import Chooser, Token
+from ee_tuning.decode.sampling import Chooser, Token, check_evidence
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.wanted import Prediction, Read, Wanted, Window
 from ee_tuning.errors import UserError
@@ -95,6 +95,18 @@ class Row:
         if self.is_last(i):
             return len(self.drafts) + 1
         return int(layer in self.policy.thresholds and self.pending < self.limit)
+
+    def evident(self, found: Iterable[Sequence[float]]) -> Iterator[Sequence[float]]:
+        """Of `found` for its next tokens, confidences last, what comes before a token for which
+        nothing speaks. If that is the first one, the request fails; else what came is settled."""
+        for number, one in enumerate(found):
+            try:
+                check_evidence(one[-1])
+            except UserError as error:
+                if not number:
+                    self.request.error = error
+                return
+            yield one
 
     def leave(self, token: Token) -> None:
         """Go on with a token that has left at an exit."""
