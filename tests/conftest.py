@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import helpers
 import pytest
 import torch
 from helpers.families import tiny
@@ -27,6 +28,11 @@ TEXT = "".join(
     f"    return total\n\n\nprint(function_{i}([1, 2, 3]))\n"
     for i in range(60)
 )
+
+
+def pytest_collection_finish() -> None:
+    """All test files are imported."""
+    helpers.imported()
 
 
 @pytest.fixture(scope="session", autouse=True)

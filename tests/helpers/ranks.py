@@ -15,6 +15,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from helpers import imported
+
 CRASHED = 86  # the status of a launcher of which a signal ended a rank
 # Seconds that all cases may take on a busy machine. A rank that hangs is found out sooner: the
 # others wait for it no longer than their own time-out.
@@ -74,6 +76,7 @@ def run_ranks(number, run, *given, fresh=False):
 
     fresh: processes that start anew, as a GPU wants it; forked ones need not import all again.
     """
+    imported()
     context = multiprocessing.get_context("spawn" if fresh else "fork")
     ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
     for rank in ranks:
