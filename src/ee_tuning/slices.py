@@ -176,6 +176,14 @@ def group_of(model: nn.Module) -> Group | None:
     return next((linear.parallel.group for linear in split), None)
 
 
+def sharing_group(module: nn.Module, device: torch.device) -> Group | None:
+    """The same, ready to send each other a little; see `Group.share_memory`."""
+    group = group_of(module)
+    if group is not None:
+        group.share_memory(device)
+    return group
+
+
 def split_linear(
     linear: nn.Module, name: str, style: Style, tp: DeviceMesh, read: Read | None = None
 ) -> None:

@@ -37,7 +37,11 @@ LAYOUTS = {
     "stablelm-tp2": ("stablelm", {"tp": 2}),
     "drafts-tp2": ("drafts", {"tp": 2}),
     "drafts-tp2-compiled": ("drafts", {"tp": 2, "backend": "aot_eager"}),
-    "eagle3-tp2": ("eagle3", {"tp": 2}),
+    "eagle3-tp2": ("eagle3", {"tp": 2}), "eagle3-pp2": ("eagle3", {"pp": 2}),
+    "drafts-pp3": ("drafts", {"pp": 3, "stage_layers": [1, 1, 2]}),
+    "drafts-half": ("drafts", {"pp": 2, "dtype": "bfloat16"}),
+    "drafts-pp2-compiled": ("drafts", {"pp": 2, "backend": "aot_eager"}),
+    "drafts-both": ("drafts", {"tp": 2, "pp": 2}),
     "gpt2-pp3": ("gpt2", {"pp": 3}), "windows-pp2": ("windows", {"pp": 2}),
 }  # fmt: skip
 ALONE = {"alone": True, "max_new_tokens": 10, "eos_token_id": None}
@@ -55,11 +59,13 @@ def calls_of(name):
     drafts = {"mode": "speculative", "threshold": 0.5}
     if name.startswith(("drafts", "eagle3")):
         chains = [{"mode": "speculative", "threshold": bar, "max_pending": 4} for bar in (0.0, 0.3)]
-        if name == "drafts-tp2":
+        if name in ("drafts-tp2", "drafts-pp3"):
             return [*chains, chains[1] | {"do_sample": True}]
-        if name == "eagle3-tp2":
+        if name.startswith("eagle3"):
             return chains[:1]
-        return [chains[1] | {"alone": True, "compile": True}]
+        if name == "drafts-half":
+            return [chains[1], chains[1] | {"lookup": True}, chains[1] | {"alone": True}]
+        return [chains[1] | {"alone": True, "compile": name.endswith("compiled")}]
     if name == "relay":
         warped = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.2}
         alone = {"exit_layers": [1], "alone": True}
@@ -140,13 +146,6 @@ def found(exits, tmp_path_factory):
         for name, own in settings.items()
     ]  # fmt: skip
     cases += [
-        {
-            "name": "drafts",
-            **two,
-            "todo": "generate",
-            "exits": str(exits / "drafts"),
-            "calls": [{"mode": "speculative", "max_new_tokens": 4}],
-        },
         {"name": "size", **two, "size": 1, "todo": "show", "settings": show | {"pp": 2}},
         {"name": "die", **two, "todo": "die", "calls": [early]},
     ]
@@ -160,8 +159,8 @@ def result(found, name, rank=0):
     return torch.load(found / f"{name}-{rank}.pt")
 
 
-def whole(exits, name):
-    return EarlyExitModel.from_pretrained(str(exits / name)).eval()
+def whole(exits, name, dtype="auto"):
+    return EarlyExitModel.from_pretrained(str(exits / name), dtype=dtype).eval()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -171,7 +170,8 @@ def test_every_rank_gives_what_one_process_gives(found, exits, name):
     more = {"max_new_tokens": 10, "eos_token_id": END}
     calls = [call | more for call in calls_of(name)]
     eager = [call | {"compile": False} for call in calls]
-    expected = launch_decoding.generate(whole(exits, family), eager)
+    model = whole(exits, family, layout.get("dtype", "auto"))
+    expected = launch_decoding.generate(model, eager)
     for rank in range(layout.get("tp", 1) * layout.get("pp", 1)):
         outputs = result(found, name, rank)["found"]
         for call, out, wanted in zip(calls, outputs, expected, strict=True):
@@ -212,7 +212,7 @@ def test_a_token_has_the_same_bits_in_every_window_over_ranks(found):
     assert torch.equal(beside, alone)
 
 
-@pytest.mark.parametrize("name", ["drafts-tp2", "drafts-tp2-compiled", "eagle3-tp2"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name[:3] in ("dra", "eag")])
 def test_ranks_keep_drafts_of_a_draft_exit(found, name):
     for out in result(found, name)["found"]:
         assert (out["exit_layers"] == 0).any()
@@ -275,7 +275,6 @@ def test_what_left_within_a_stage_goes_deeper_with_the_next_token_that_does(foun
         ("too-many-stages", "pp is 2: the backbone has only 1 layers"),
         ("numbers", "stage_layers [1, 1] does not fit: give 2 numbers of layers, each at least 1"),
         ("one-stage", "stage_layers needs --pp"),
-        ("drafts", "a draft exit cannot draft with --pp: it reads states after layers of several"),
         ("heads", "tp is 2: it must divide the backbone's num_key_value_heads, 1"),
         ("no-plan", "gpt2 cannot be split by --tp: attn.c_attn in its layers is a Conv1D; use"),
     ],

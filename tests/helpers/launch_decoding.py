@@ -226,6 +226,7 @@ def work(case, path):
     mesh, device = Mesh(1, case["tp"], case["pp"]), pick_device(case.get("device", "cpu"))
     with mesh.connected(device, 60.0, advice="Start it again"):
         load = {"stage_layers": case.get("stage_layers", []), "device": device}
+        load["dtype"] = case.get("dtype", "auto")
         model = EarlyExitModel.from_pretrained(case["exits"], mesh=mesh, **load)
         done = globals()[case["todo"]](model, case["calls"])
         return {"stage": list(model.stage), "found": done, "size": size(model)}

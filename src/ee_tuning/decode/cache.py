@@ -234,7 +234,6 @@ def make_caches(
         UserError: they do not fit into the memory that is free.
     """
     blocks = {k: exit.segment for k, exit in exits.items() if exit.segment is not None}
-    ids = token
     first = torch.zeros(1, 1, dtype=torch.int64, device=token.device)
     place = Place(first[0], first, 1, in_order=True, empty=True)
 
@@ -254,7 +253,7 @@ def make_caches(
     for k, exit in exits.items():
         if isinstance(exit, DraftExit):
             states = token.repeat(1, 1, len(exit.sources))
-            exit.first_step(ids, states, first, small_exits[k])
+            exit.first_step(first, states, first, small_exits[k])
     large = [cache(segment, *sizes) for segment in segments]
     large_exits = {k: cache(block, *sizes) for k, block in blocks.items()}
     both = zip([*small, *small_exits.values()], [*large, *large_exits.values()], strict=True)
@@ -309,21 +308,24 @@ class Rings:
 
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
         """Let (n, H) of n tokens wait in the first one."""
-        self.rings[0][self._places(slots, positions)] = hidden
+        self.rings[0][places_in(self.rings[0], slots, positions)] = hidden
 
     def take(self, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """What waits in the last one of n tokens: (n, H)."""
-        return self.rings[-1][self._places(slots, positions)]
+        return self.rings[-1][places_in(self.rings[-1], slots, positions)]
 
     def forget(self, slot: int) -> None:
         """Nothing waits in a slot any more."""
         for ring in self.rings:
             ring[slot] = 0
 
-    def _places(self, slots: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        ring = self.rings[0]
-        table = torch.tensor([[*slots], [*positions]], dtype=torch.int64, device=ring.device)
-        return table[0], table[1] % ring.shape[1]
+
+def places_in(
+    ring: Tensor, slots: Sequence[int], positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Where in a ring (slots, R, …) n tokens are."""
+    table = torch.tensor([[*slots], [*positions]], dtype=torch.int64, device=ring.device)
+    return table[0], table[1] % ring.shape[1]
 
 
 def _begin(

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ee_tuning.backbone import State
 from ee_tuning.decode.cache import Place, SlotCache
 from ee_tuning.decode.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.decode.graphs import Graphs, Sizes, compiled
+from ee_tuning.decode.sources import Sources
 from ee_tuning.exits import DraftExit
 from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence, likeliest
@@ -42,6 +42,16 @@ class Link:
     first: int
     ids: Sequence[int]
     limit: int = 0
+
+
+def filled(links: Sequence[Link], starts: Sequence[int], sizes: Sizes | None) -> list[Link]:
+    """`links` by slot, and those of idle slots that make them as many as passes are compiled for.
+
+    starts: as of `Chains.draft`. sizes: None, where nothing is compiled.
+    """
+    given = {link.slot: link for link in links}
+    slots = sorted(given) if sizes is None else sizes.filled(sorted(given))
+    return [given.get(slot) or Link(slot, starts[slot], (0,)) for slot in slots]
 
 
 class Tables(NamedTuple):
@@ -93,23 +103,21 @@ class Chains:
         graphs: Graphs | None,
         control: Tensor,
         draws: Tensor,
+        sources: Sources,
         limit: int,
     ) -> None:
         """invariant: of the backbone's products. cache: for the exit's block. graphs: where
         passes are compiled. control: what a pass of the first segment is told, (slots, 3 + tokens),
-        see `Passes`. draws: the table of `Draws`. limit: the last position."""
+        see `Passes`. draws: the table of `Draws`. sources: what a first draft reads. limit: the
+        last position."""
         self.exit, self.cache = exit, cache
         self.twin = invariant.exit(exit, cache)  # runs in its place, but on prompts
         if self.twin is not exit and self.twin.segment is not None:
             self.twin.segment.look_up_positions(min(limit + 1, sizes.places))
         self.sizes, self.graphs = sizes, graphs
         self.control, self.draws, self.limit = control, draws, limit
-        weight = exit.first.weight
-        width, device = weight.shape[0], weight.device
-        slots, size = len(control), 2 * sizes.longest
-        self.states = torch.zeros(
-            (slots, size, width * len(exit.sources)), dtype=weight.dtype, device=device
-        )
+        slots, device = len(control), control.device
+        self.states = sources.states
         self.bars = torch.zeros(slots, device=device)
         self.table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
         # How many drafts come before one, for the device.
@@ -118,31 +126,14 @@ class Chains:
         self._first = compiled(first_draft, graphs is not None)
         self._later = compiled(later_draft, graphs is not None)
         self.tell = compiled(tell, graphs is not None, each=False)
-        self._keep = compiled(_keep, graphs is not None)
         self._read = compiled(_read, graphs is not None)
-
-    def keep(self, slots: Tensor, positions: Tensor, state: State) -> None:
-        """Take in what a segment's pass gives for the tokens of slots (n,) at positions (n, T)."""
-        if state.sources:
-            part = self._part(state)
-            self._keep(self.states[..., part], slots, positions, state.sources)
 
     def forget(self, slot: int) -> None:
         """As of passes."""
         self.cache.forget(slot)
-        self.states[slot] = 0
 
-    def _part(self, state: State) -> slice:
-        """Where the sources of a segment are among all of them."""
-        width = state.hidden.shape[-1]
-        end = sum(layer <= state.stop for layer in self.exit.sources)
-        return slice((end - len(state.sources)) * width, end * width)
-
-    def prompt(
-        self, slots: Tensor, ids: Tensor, positions: Tensor, states: Sequence[State]
-    ) -> None:
-        """K/V of a whole prompt (1, P) that was read in one pass of some segments."""
-        sources = torch.cat([one for state in states for one in state.sources], -1)
+    def prompt(self, slots: Tensor, ids: Tensor, positions: Tensor, sources: Tensor) -> None:
+        """K/V of a whole prompt (1, P) that was read in one pass, which gave (1, P, n·H)."""
         self.states[slots, positions[0, -1:] % self.states.shape[1]] = sources[:, -1]
         earlier = torch.nn.functional.pad(sources[:, :-1], (0, 0, 1, 0))
         self.cache.put(Place(slots, positions, ids.shape[1], in_order=False, empty=True))
@@ -178,17 +169,16 @@ class Chains:
     def _advance(
         self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str, samples: int
     ) -> tuple[list[int], Tensor | None]:
-        given = {link.slot: link for link in links}
-        slots, length = sorted(given), max(len(link.ids) for link in links)
+        sizes, length = None, max(len(link.ids) for link in links)
         if self.graphs is not None:
-            slots, length = self.sizes.filled(slots), self.sizes.windows[-1]
-        table, end = [], 0
-        for slot in slots:
-            link = given.get(slot) or Link(slot, starts[slot], (0,))
+            sizes, length = self.sizes, self.sizes.windows[-1]
+        every = filled(links, starts, sizes)
+        slots, table, end = [link.slot for link in every], [], 0
+        for link in every:
             number = len(link.ids)
             end = max(end, link.first + max(length, number + count))
             padding = [0] * (length - number)
-            table.append([slot, link.first, number, link.limit, *link.ids, *padding])
+            table.append([link.slot, link.first, number, link.limit, *link.ids, *padding])
         self.table[: len(slots), : 4 + length].copy_(torch.tensor(table), non_blocking=True)
         in_order = self._in_order(slots)
         if self.graphs is None:
@@ -360,8 +350,3 @@ def _masks(exit: Any, cache: SlotCache, dtype: torch.dtype) -> Any:
         later = (layer.place.positions > 0)[:, None, :, None]
         mask[..., :1].masked_fill_(later, torch.finfo(mask.dtype).min)
     return exit.segment.masks(lambda _: mask)
-
-
-def _keep(states: Tensor, slots: Tensor, positions: Tensor, sources: Sequence[Tensor]) -> None:
-    """Keep hidden states after some source layers in their part of a ring."""
-    states[slots[:, None], positions % states.shape[1]] = torch.cat(list(sources), -1)

@@ -10,15 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST
 from ee_tuning.decode.pace import Clock, plan, promised
 from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
-from ee_tuning.decode.wanted import Prediction, Predictions, Wanted, Window
+from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
 Settled = tuple[Row, list[Token]]
@@ -98,17 +96,12 @@ def _verified_chains(
     samples = sequences.samples(rows)
     links = [row.link() for row in rows]
     slots, said = chains.draft(links, starts, count, measure, sequences.drawn(rows))
-    count, said = said.shape[1] // 2, said.clone()  # the next captured pass may write over it
-    logits, answers = passes.verify(slots, count, starts, measure, samples)
-    both = torch.cat([said.flatten(), answers.flatten()]).tolist()  # the one wait for the device
-    first, (_, number, length) = said.numel(), answers.shape
-    lists = [both[at : at + length] for at in range(first, len(both), length)]
-    found = Predictions(logits, lists[:number], lists[number:], [])
+    chained, found = passes.verify(slots, said, starts, measure, samples)
     verified = []
     for row in rows:
         at = slots.index(row.slot)
-        drafted, *chain = both[at * said.shape[1] : (at + 1) * said.shape[1]]
-        pairs = zip(chain[: int(drafted)], chain[count:], strict=False)
+        drafted, *chain = chained[at]
+        pairs = zip(chain[: int(drafted)], chain[len(chain) // 2 :], strict=False)
         row.draft([Token(int(token), DRAFT, sure) for token, sure in pairs])
         verified.append((row, [found.at(at, place) for place in range(len(row.drafts) + 1)]))
     return verified

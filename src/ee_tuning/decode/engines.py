@@ -18,7 +18,6 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import DRAFT
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
@@ -120,17 +119,8 @@ class Engines:
     def _make(
         self, model: Network, exit_layers: Sequence[int], *, drafts: bool, **settings: Any
     ) -> AnyEngine:
-        """A new engine; where there is no room, in the place of all that are kept.
-
-        Raises:
-            UserError: of several stages, one would have to draft by states that others have.
-        """
+        """A new engine; where there is no room, in the place of all that are kept."""
         stages = self.mesh if self.mesh.pp > 1 else None
-        if stages is not None and DRAFT in exit_layers:
-            raise UserError(
-                "a draft exit cannot draft with --pp: it reads states after layers of several "
-                "stages; use --tp, or name exits at layers in exit_layers"
-            )
 
         def make() -> AnyEngine:
             if stages is not None and not drafts:

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.backbone import Segment, State
-from ee_tuning.collectives import Group
 from ee_tuning.decode.cache import Place, Rings, SlotCache, make_caches
 from ee_tuning.decode.chains import Chains
 from ee_tuning.decode.draws import NOTHING, Draws
 from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes, compiled
+from ee_tuning.decode.sources import Sources, side_by_side
 from ee_tuning.decode.wanted import (
-    IDLE,
     Predictions,
     Predictor,
     Read,
@@ -31,13 +30,15 @@ from ee_tuning.decode.wanted import (
     Window,
     newest,
     predict,
+    table_of,
+    verified,
 )
 from ee_tuning.exit_config import DRAFT, LOOKUP
-from ee_tuning.exits import Exit
+from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.exits.head import Head
 from ee_tuning.invariant import Invariant
 from ee_tuning.model import Network
-from ee_tuning.slices import group_of
+from ee_tuning.slices import sharing_group
 
 
 class Passes:
@@ -94,18 +95,14 @@ class Passes:
         # These run in place of the exits, but on prompts.
         self._exits = {k: self.invariant.exit(one, kept.get(k)) for k, one in self.exits.items()}
         self.predict = compiled(predict, compile)
-        self.group = _group_of(model)
+        self.group = sharing_group(model, self.device)
         self.graphs = Graphs(self.device)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
             segment.compile(cache, None if segment is self._steps[0] else self._steps[0])
+        self.sources: Sources | None = None
         self.chains: Chains | None = None
-        if draft is not None:
-            for segment in {*self.segments, *self._steps}:
-                segment.keep(draft.sources)
-            self.chains = Chains(
-                draft, self.invariant, self.exit_caches.pop(DRAFT), self.sizes,
-                self.graphs if compile else None, self.control, self.draws.table, self.limit,
-            )  # fmt: skip
+        if DRAFT in exit_layers:
+            self._make_chains(model, draft, stage)
 
     @property
     def branch(self) -> bool:
@@ -156,15 +153,16 @@ class Passes:
             exit = self.exits.get(segment.stop)
             if exit is not None and exit.segment is not None:
                 exit.features(own, self.exit_caches[segment.stop])
-        if self.chains is not None and state.stop == self.backbone.num_layers:
-            self.chains.prompt(slots, text[None], positions, states)
+        sources = side_by_side(states)
+        if self.chains is not None and self.is_first and state.stop == self.backbone.num_layers:
+            self.chains.prompt(slots, text[None], positions, sources)
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
         exit, kept = self.exits.get(state.stop), self._exit_cache(last)
         found = self.agreed(predict(self._final, exit, state, kept, rows, wanted))
         prediction = None
         if found is not None:
             prediction = Predictions.read(*found, [0], self._head(last, wanted)).of(0, 0)
-        return Read(int(slots), prediction, None if self.is_last else state.hidden[0])
+        return Read(int(slots), prediction, None if self.is_last else state.hidden[0], sources)
 
     @property
     def beside(self) -> bool:
@@ -177,8 +175,9 @@ class Passes:
         which does not hide what is no number."""
         for cache in (*self.caches, *self.exit_caches.values()):
             cache.forget(slot)
-        if self.chains is not None:
-            self.chains.forget(slot)
+        for one in (self.chains, self.sources):
+            if one is not None:
+                one.forget(slot)
         self.rings.forget(slot)
 
     @torch.inference_mode()
@@ -207,7 +206,7 @@ class Passes:
         reach = max(starts[slot] for slot in slots) + length
         if self.compile:
             reach = self.sizes.reach(reach)
-        self._tell(slots, starts, given, length)
+        self.tell(slots, starts, given, length)
         in_order = self.in_order(slots)
         found = self.run((i, len(slots), length, reach, in_order, wanted))
         if wanted.after == "nothing":
@@ -227,7 +226,7 @@ class Passes:
         """
         given = {window.slot: window for window in windows}
         slots = self.sizes.filled(list(given)) if self.compile else list(given)
-        self._tell(slots, starts, given, 1)
+        self.tell(slots, starts, given, 1)
         control, in_order = self.control[: len(slots)], self.in_order(slots)
         reach, found = max(starts[slot] for slot in slots), []
         for _ in range(count):
@@ -240,36 +239,33 @@ class Passes:
         rows = [row for row, slot in enumerate(slots) if slot in given]
         return torch.stack(found)[:, :, torch.tensor(rows, device=self.device)].tolist()
 
-    def _tell(
+    def tell(
         self, slots: list[int], starts: Sequence[int], given: Mapping[int, Window], length: int
     ) -> None:
         """Tell the device what the next pass is about."""
-        table = [[slot, starts[slot], 0] for slot in slots]
-        for row in table:
-            window = given.get(row[0], IDLE)
-            row[2] = window.count
-            row += [*window.ids, *[0] * (length - len(window.ids))]
+        table = table_of(slots, starts, given, length)
         self.control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
 
     @torch.inference_mode()
     def verify(
-        self, slots: list[int], count: int, starts: Sequence[int], measure: str, samples: int
+        self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int
     ) -> Any:
-        """Run all segments on what a chain left: a token and `count` drafts in each of `slots`.
+        """Run all segments on what a chain left: a token and drafts in each of `slots`.
 
-        starts: for every slot, how many tokens are computed. Gives logits (n, T, V), and likeliest
-        tokens and confidences (2, n, T), for T > `count` places, without a wait for the device.
+        said: what the chain says, (n, 1 + 2k). starts: as for `window`. Gives what `verified` does;
+        None, where a stage follows.
         """
-        length = 1 + count
+        length, said = 1 + said.shape[1] // 2, said.clone()  # a captured pass may write over it
         reach = max(starts[slot] for slot in slots)
         if self.compile:
             length = self.sizes.length(length)
         reach = self.sizes.reach(reach + length) if self.compile else reach + length
         in_order, last = self.in_order(slots), len(self.segments) - 1
         for i in range(last + 1):
-            wanted = [Wanted("nothing", False), Wanted("each", True, measure, samples)][i == last]
+            ends = i == last and self.is_last
+            wanted = Wanted("each", True, measure, samples) if ends else Wanted("nothing", False)
             found = self.run((i, len(slots), length, reach, in_order, wanted))
-        return found
+        return verified(said, *found) if self.is_last else None
 
     def run(self, key: tuple[Any, ...]) -> Any:
         """`forward` of these arguments, as a graph where there are graphs."""
@@ -330,8 +326,8 @@ class Passes:
         cache = self.caches[i]
         cache.put(place)
         state = self._steps[i](inputs, position_ids, cache, self._masks(self._steps[i], cache))
-        if self.chains is not None:
-            self.chains.keep(place.slots, place.positions, state)
+        if self.sources is not None:
+            self.sources.keep(place.slots, place.positions, state)
         return state
 
     def predictor(self, i: int, state: State, place: Place, final: bool = False) -> Predictor:
@@ -378,6 +374,18 @@ class Passes:
         exits = self.exits | ({DRAFT: draft} if draft is not None else {})
         return make_caches(self.segments, exits, token, sizes, self.capacity)
 
+    def _make_chains(self, model: Network, draft: DraftExit | None, stage: range) -> None:
+        """What draft exits need: the states that they read, and if one is here its passes."""
+        for segment in {*self.segments, *self._steps}:
+            segment.keep(model.sources)
+        self.sources = Sources(model.sources, stage, self.rings.rings[0], self.compile)
+        if draft is not None:
+            self.chains = Chains(
+                draft, self.invariant, self.exit_caches.pop(DRAFT), self.sizes,
+                self.graphs if self.compile else None, self.control, self.draws.table, self.sources,
+                self.limit,
+            )  # fmt: skip
+
     def in_order(self, slots: list[int]) -> bool:
         """Whether the K/V of `slots` can be looked at where they are.
 
@@ -385,11 +393,3 @@ class Passes:
         """
         whole = not self.compile or len(slots) == self.slots
         return whole and slots == list(range(len(slots)))
-
-
-def _group_of(model: Network) -> Group | None:
-    """The processes that its layers are split over, ready to send each other a little."""
-    group = group_of(model)
-    if group is not None:
-        group.share_memory(model.backbone.device)
-    return group

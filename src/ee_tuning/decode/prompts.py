@@ -69,9 +69,8 @@ def _in_chunks(
         if not passes.is_first:
             passes.put(*_places(left, chunks, first), torch.cat(chunks))  # type: ignore[arg-type]
         for i in range(last + 1):
-            ids = i == 0 and passes.is_first
             windows = [
-                Window(slot, len(chunk), chunk if ids else ())  # type: ignore[arg-type]
+                Window(slot, len(chunk), chunk if passes.is_first else ())  # type: ignore[arg-type]
                 for slot, chunk in zip(left, chunks, strict=True)
             ]
             known = starts(i)

@@ -3,7 +3,8 @@
 For modes in which drafts wait for what the last stage says of those before them. Every process runs
 the same engine, on the same requests, in step: a segment is computed by the stage that has it, what
 it gives for its last layer moves on to the next stage, and all are told what it predicts, so they
-decide alike. Nothing overlaps; a process needs the memory of its stage alone.
+decide alike. A draft exit is at the last stage: states after its source layers move along with
+those, and all are told its drafts. Nothing overlaps; a process needs the memory of its stage alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ee_tuning.decode.chains import Link, filled
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.wanted import Predictions, Read, Wanted, Window
 from ee_tuning.parallel.mesh import Mesh
@@ -35,7 +37,6 @@ class Relay:
     segments: of all stages, one after another; each stage ends one.
     """
 
-    chains = None  # a draft exit reads states of layers that the process that has it has not
     branch = beside = False
     is_first = is_last = True
 
@@ -56,24 +57,39 @@ class Relay:
             for stage in sorted(found)
             for number, span in enumerate(found[stage])
         ]
+        self.chains = None if own.sources is None else RelayedChains(self)
 
     def prompts(self, given: Mapping[int, Any], last: int, wanted: Wanted) -> Iterator[Read]:
         """As of passes, one text after another."""
         end = self.segments[last]
         for slot, text in given.items():
-            inputs, read = text, None
+            inputs, read, sources = text, None, None
             for stage in range(end.stage + 1):
                 if stage == self.mesh.pp_rank:
                     asked = wanted if stage == end.stage else Wanted("nothing", False)
                     number = end.number if stage == end.stage else len(self.own.segments) - 1
                     (read,) = self.own.prompts({slot: inputs}, number, asked)
+                    sources = _beside(sources, None if read.sources is None else read.sources[0])
                 if stage < end.stage:
-                    inputs = self._moved(stage, len(text), None if read is None else read.hidden)
+                    own = None if read is None else _beside(read.hidden, sources)
+                    moved = self._moved(stage, len(text), own)
+                    if moved is not None:
+                        inputs, sources = moved
+            if self.own.chains is not None and end is self.segments[-1]:
+                self._read_for_chains(slot, text, sources)
             found = None
             if wanted.after != "nothing":
-                own = None if read is None or read.found is None else read.found.all
-                found = self._told(end.stage, own, [0], 1).of(0, 0)
+                said = None if read is None or read.found is None else read.found.all
+                found = self._told(end.stage, said, [0], 1).of(0, 0)
             yield Read(slot, found, None)
+
+    @torch.inference_mode()
+    def _read_for_chains(self, slot: int, text: Sequence[int], sources: Tensor | None) -> None:
+        """K/V of the draft exit, of a prompt with the states (P, n·H) that it reads."""
+        assert self.own.chains is not None
+        assert sources is not None
+        ids, places = (torch.tensor([[*x]], device=self.device) for x in (text, range(len(text))))
+        self.own.chains.prompt(torch.tensor([slot], device=self.device), ids, places, sources[None])
 
     def window(
         self, i: int, windows: list[Window], starts: Sequence[int], wanted: Wanted
@@ -83,34 +99,58 @@ class Relay:
         if part.stage == self.mesh.pp_rank:
             found = self.own.window(part.number, windows, starts, wanted)
         if i + 1 < len(self.segments) and self.segments[i + 1].stage > part.stage:
-            places = [(w.slot, starts[w.slot] + k) for w in windows for k in range(w.count)]
-            slots, positions = ([one[k] for one in places] for k in (0, 1))
-            here = part.stage == self.mesh.pp_rank
-            taken = self.own.take(slots, positions) if here else None
-            moved = self._moved(part.stage, len(places), taken)
-            if moved is not None:
-                self.own.put(slots, positions, moved)
+            self._hand_on(part.stage, {w.slot: w.count for w in windows}, starts)
         if wanted.after == "nothing":
             return None
         length = 1 if wanted.after == "last" else max(window.count for window in windows)
         rows = list(range(len(windows))) if found is None else found.rows
         return self._told(part.stage, found, rows, length)
 
+    def verify(
+        self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int
+    ) -> tuple[list[list[float]], Predictions]:
+        """As of passes; `chains` has told this process's own of the drafts."""
+        rows, found, length = said.tolist(), None, 1 + said.shape[1] // 2
+        last = self.mesh.pp - 1
+        for stage in range(last + 1):
+            if stage == self.mesh.pp_rank:
+                own = self.own.verify(slots, said, starts, measure, samples)
+                found = None if own is None else own[1]
+            if stage < last:
+                self._hand_on(stage, dict.fromkeys(slots, length), starts)
+        return rows, self._told(last, found, list(range(len(slots))), length)
+
     def forget(self, slot: int) -> None:
         """As of passes."""
         self.own.forget(slot)
 
-    def _moved(self, stage: int, number: int, hidden: Tensor | None) -> Tensor | None:
-        """Hidden states (n, H) behind a stage, on the one that follows; there alone."""
+    def _hand_on(self, stage: int, counts: Mapping[int, int], starts: Sequence[int]) -> None:
+        """Let the stage that follows one have what that one gave for so many tokens of slots."""
+        places = [(slot, starts[slot] + k) for slot, count in counts.items() for k in range(count)]
+        slots, positions = ([one[k] for one in places] for k in (0, 1))
+        own, taken = self.own, None
         if stage == self.mesh.pp_rank:
-            assert hidden is not None
-            dist.send(hidden.contiguous(), dst=self.mesh.next_stage)
+            sources = None if own.sources is None else own.sources.take(slots, positions)
+            taken = _beside(own.take(slots, positions), sources)
+        moved = self._moved(stage, len(places), taken)
+        if moved is not None:
+            own.put(slots, positions, moved[0])
+            if own.sources is not None:
+                own.sources.put(slots, positions, moved[1])
+
+    def _moved(self, stage: int, number: int, given: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Hidden states (n, H) behind a stage, and those a draft exit reads, (n, w), on the stage
+        that follows; there alone."""
+        if stage == self.mesh.pp_rank:
+            assert given is not None
+            dist.send(given.contiguous(), dst=self.mesh.next_stage)
         if stage + 1 != self.mesh.pp_rank:
             return None
-        width = self.own.backbone.config.hidden_size
-        came = torch.empty((number, width), dtype=self.own.dtype, device=self.device)
+        width, own = self.own.backbone.config.hidden_size, self.own
+        more = 0 if own.sources is None else own.sources.given
+        came = torch.empty((number, width + more), dtype=own.dtype, device=self.device)
         dist.recv(came, src=self.mesh.previous_stage)
-        return came
+        return came[:, :width], came[:, width:]
 
     def _told(self, stage: int, found: Predictions | None, rows: list[int], length: int) -> Told:
         """What a stage has found for windows, in so many rows, after each of `length` tokens."""
@@ -125,6 +165,53 @@ class Relay:
         """Let every process have what its counterpart in a stage has."""
         source = self.mesh.rank + (stage - self.mesh.pp_rank) * self.mesh.tp * self.mesh.dp
         dist.broadcast(tensor, src=source, group=self.mesh.group("pp"))
+
+
+class RelayedChains:
+    """`Chains` of the last stage, as every process of a relay has them.
+
+    bars: as of `Chains`, on the last stage.
+    """
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay, self._own = relay, relay.own.chains
+        self.bars = torch.zeros(relay.slots) if self._own is None else self._own.bars
+
+    def fill(self, links: Sequence[Link], starts: Sequence[int]) -> None:
+        """As of `Chains`."""
+        if self._own is not None:
+            self._own.fill(links, starts)
+
+    def draft(
+        self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str, samples: int
+    ) -> tuple[list[int], Tensor]:
+        """As of `Chains`; what the device says lies on the host before the last stage."""
+        own, relay = self._relay.own, self._relay
+        every = filled(links, starts, own.sizes if own.compile else None)
+        # How many drafts the longest chain has, and what is said of so many.
+        told = torch.zeros(len(every), 2 + 2 * count, dtype=torch.float64)
+        said, slots = None, [link.slot for link in every]
+        if self._own is not None:
+            _, said = self._own.draft(links, starts, count, measure, samples)
+            told[:, 0] = number = said.shape[1] // 2
+            told[:, 1 : 2 + 2 * number] = said
+        relay.broadcast(told, relay.mesh.pp - 1)
+        if said is None:
+            number = int(told[0, 0])
+            said = told[:, 1 : 2 + 2 * number]
+            drafts = said[:, 1 : 1 + number].long().tolist()
+            windows = {
+                link.slot: Window(link.slot, 1 + number, [link.ids[-1], *tokens])
+                for link, tokens in zip(every, drafts, strict=True)
+            }
+            own.tell(slots, starts, windows, 1 + number)
+        return slots, said
+
+
+def _beside(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Both of (n, …) side by side, as far as they are there."""
+    there = [one for one in (first, second) if one is not None]
+    return torch.cat(there, -1) if there else None
 
 
 class Told(Predictions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,6 +30,19 @@ class Window:
 
 
 IDLE = Window(0, 0)
+
+
+def table_of(
+    slots: Sequence[int], starts: Sequence[int], given: Mapping[int, Window], length: int
+) -> list[list[int]]:
+    """What passes are told of windows, by slot, that begin at `starts` of every slot, and of idle
+    ones: slot, first position, number of tokens, and these, as many as `length`."""
+    table = [[slot, starts[slot], 0] for slot in slots]
+    for row in table:
+        window = given.get(row[0], IDLE)
+        row[2] = window.count
+        row += [*window.ids, *[0] * (length - len(window.ids))]
+    return table
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,17 @@ class Predictions:
         return Prediction(token, confidence, self, row, place)
 
 
+def verified(
+    said: Tensor, logits: Tensor, answers: Tensor
+) -> tuple[list[list[float]], Predictions]:
+    """What a chain says (n, m), and what a pass to the end says to its drafts: of `predict`."""
+    both = torch.cat([said.flatten(), answers.flatten()]).tolist()  # the one wait for the device
+    first, (_, number, length), size = said.numel(), answers.shape, said.shape[1]
+    lists = [both[at : at + length] for at in range(first, len(both), length)]
+    rows = [both[at : at + size] for at in range(0, first, size)]
+    return rows, Predictions(logits, lists[:number], lists[number:], [*range(number)])
+
+
 @dataclass
 class Prediction:
     """What follows a token: the likeliest one, or one that was drawn, how sure, and on demand all
@@ -137,11 +161,14 @@ class Prediction:
 class Read:
     """A prompt that was read into `slot`: what follows, if that was wanted, and where a stage
     follows, the hidden states (P, H) behind the last segment; both good until the next pass.
+
+    sources: where a draft exit reads states after these layers, (1, P, n·H).
     """
 
     slot: int
     found: Prediction | None
     hidden: Tensor | None
+    sources: Tensor | None = None
 
 
 def predict(

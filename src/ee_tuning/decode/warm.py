@@ -28,7 +28,8 @@ def to_warm(
     passes.control.zero_()
     passes.control[:, 0] = torch.arange(passes.slots, device=passes.device)
     chains, texts = passes.chains, passes.texts and texts
-    size = len(passes.segments), passes.is_first, passes.is_last, chains is not None, texts
+    drafts = passes.sources is not None  # this stage's or another's
+    size = len(passes.segments), passes.is_first, passes.is_last, drafts, texts
     keys: dict[tuple[Any, ...], None] = {}
     for kind, one, measure in product(samples, passes.sizes.every(*size), measures):
         i, rows, length, reach, after, final = one
