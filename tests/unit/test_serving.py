@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.commands.serve import _is_loopback
+from ee_tuning.decode import Request, Token
+from ee_tuning.decode.settings import Speculative, Threshold
 from ee_tuning.decode.text import TextStream
-from ee_tuning.serve.choices import Stops
+from ee_tuning.serve.choices import Choice, Stops, joined
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 from ee_tuning.serve.speed import Faster
@@ -119,6 +121,34 @@ def test_a_stream_says_what_the_whole_text_is(tokenizer, text, data):
         return
     stream = TextStream(tokenizer, skip_special_tokens=True, after=ids[:cut])
     assert before + "".join(stream.put([token]) for token in ids[cut:]) + stream.end() == text
+
+
+@pytest.mark.parametrize("stops", [(), ("n 🎉",), ("never there",)])
+@pytest.mark.parametrize("ends", ["by length", "by a token"])
+@pytest.mark.parametrize("kind", [Threshold, Speculative])
+def test_tokens_that_come_together_say_what_they_say_one_by_one(tokenizer, stops, ends, kind):
+    """Whatever ends the text, and where in a step that is."""
+    ids = tokenizer("for ünï in 🎉 of 日本:\n    return x").input_ids
+    ids.append(tokenizer.eos_token_id)
+    stop_ids = frozenset({ids[-1]} if ends == "by a token" else ())
+
+    def said(each):
+        request = Request([5, 6], kind(4, {2: 0.5}), 99)
+        choice = Choice(0, request, tokenizer, stops=stops, stop_ids=stop_ids)
+        tokens = [Token(token, 2 if at % 3 else 4, 0.5) for at, token in enumerate(ids)]
+        tokens[-1].ends = ends == "by length"
+        deltas = []
+        for at in range(0, len(tokens), each):
+            settled, over = choice.settle(tokens[at : at + each], 1.0)
+            deltas.append(choice.put(settled))
+            if over or choice.finish is not None:
+                break
+        whole = joined(deltas)
+        return whole.text, whole.tokens, whole.rounds, whole.finish, whole.ee, choice.layers
+
+    alone = said(1)
+    assert alone[3] == ("length" if ends == "by length" and stops != ("n 🎉",) else "stop")
+    assert all(said(each) == alone for each in (2, 4, len(ids)))
 
 
 # -- the command -----------------------------------------------------------------------------------

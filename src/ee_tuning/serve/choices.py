@@ -52,13 +52,13 @@ class Stops:
 
 
 class Settled(NamedTuple):
-    """A token of a choice, as the engine's thread hands it on.
+    """Tokens of a choice that came in one step, at least one, as the engine's thread hands them on.
 
-    seen: how likely it was, if that is wanted. time: when it came.
+    seen: how likely each was, if that is wanted. time: when they came.
     """
 
-    token: Token
-    seen: Likely | None
+    tokens: list[Token]
+    seen: list[Likely]
     time: float
 
 
@@ -116,43 +116,58 @@ class Choice:
         self.finish: str | None = None
         self._run = 0  # drafts kept since the last token of the end's own
 
+    def settle(self, tokens: list[Token], time: float) -> tuple[Settled, bool]:
+        """Tokens that came in a step, at least one, up to the one that ends the text, if one does
+        as far as the engine's thread can tell; whether there is one."""
+        ends = [at for at, one in enumerate(tokens, 1) if one.ends or one.id in self.stop_ids]
+        tokens = tokens[: ends[0]] if ends else tokens
+        seen: list[Likely] = []
+        if self.seen is not None:
+            places = enumerate(tokens, start=len(self.request.ids) + self.written)
+            seen = [self.seen.take(place, token.id) for place, token in places]
+        self.written += len(tokens)
+        return Settled(tokens, seen, time), bool(ends)
+
     def put(self, settled: Settled) -> Delta:
-        """What a settled token brings. Not called any more once `finish` is said."""
-        token, self.ended = settled.token, settled.time
+        """What settled tokens bring. Not called any more once `finish` is said."""
+        tokens, self.ended = settled.tokens, settled.time
         self.first = self.first or self.ended
-        self.layers.append(token.exit_layer)
-        delta = Delta(self.index, tokens=[token], rounds=self._round(token))
-        if settled.seen is not None:
-            delta.seen = [settled.seen]
-        if token.id in self.stop_ids:
-            self.finish = "stop"
-        else:
-            new = self.stream.put([token.id])
-            delta.text, ended = self.stops.put(new, len(self.layers) >= self.least)
-            self.finish = "stop" if ended else "length" if token.ends else None
-            if ended:
-                return self._end(delta)
+        delta = Delta(self.index)
+        # One by one only where the text may end between two of them.
+        each = 1 if self.stops.strings else len(tokens)
+        for at in range(0, len(tokens), each):
+            if self.finish is None:
+                self._add(delta, tokens[at : at + each])
+        delta.seen = settled.seen[: len(delta.tokens)]
+        return delta
+
+    def _add(self, delta: Delta, tokens: list[Token]) -> None:
+        """Some more tokens, the last of which may end the text."""
+        last = tokens[-1]
+        self.layers += [token.exit_layer for token in tokens]
+        delta.tokens += tokens
+        if self.request.policy.verifies:
+            delta.rounds += [ended for token in tokens for ended in self._round(token)]
+        stops = last.id in self.stop_ids
+        new = self.stream.put([token.id for token in (tokens[:-1] if stops else tokens)])
+        text, ended = self.stops.put(new, len(self.layers) >= self.least)
+        delta.text += text
+        self.finish = "stop" if stops or ended else "length" if last.ends else None
         if self.finish is None:
-            return delta
-        rest, ended = self.stops.put(self.stream.end())
-        delta.text += rest + ("" if ended else self.stops.rest())
-        return self._end(delta)
+            return
+        if not ended:
+            rest, ended = self.stops.put(self.stream.end())
+            delta.text += rest + ("" if ended else self.stops.rest())
+        delta.finish, delta.ee = self.finish, self.report()
 
     def _round(self, token: Token) -> list[tuple[int, int]]:
         """The round of drafts that this token ends, if it does."""
-        policy = self.request.policy
-        if not policy.verifies:
-            return []
-        if token.exit_layer != policy.end:
+        if token.exit_layer != self.request.policy.end:
             self._run += 1
             return []
         drafts, kept = self._run + len(token.rejected), self._run
         self.drafted, self.kept, self._run = self.drafted + drafts, self.kept + kept, 0
         return [(drafts, kept)] if drafts else []
-
-    def _end(self, delta: Delta) -> Delta:
-        delta.finish, delta.ee = self.finish, self.report()
-        return delta
 
     def report(self) -> dict[str, Any]:
         """Where the tokens left, for the client."""

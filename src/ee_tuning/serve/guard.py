@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ee_tuning.serve.errors import Refused
-from ee_tuning.serve.worker import Log
+from ee_tuning.serve.writer import Log
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
@@ -22,15 +22,20 @@ from ee_tuning.serve.app import Served
 from ee_tuning.serve.config import ServeConfig
 from ee_tuning.serve.metrics import Metrics
 from ee_tuning.serve.reading import Reader
-from ee_tuning.serve.worker import Log, Worker
+from ee_tuning.serve.worker import Worker
+from ee_tuning.serve.writer import Log
 from ee_tuning.share import New, Saved, Share, load
 
 CAPACITY = 4096  # tokens of a text, where the backbone's context has room for them
 
 
 @contextmanager
-def served(config: ServeConfig, log: Log) -> Iterator[Served]:
+def served(
+    config: ServeConfig, log: Log, ready: Callable[[], None] = lambda: None
+) -> Iterator[Served]:
     """Inside, the model of these settings can be served; it is not warmed up yet.
+
+    ready: called when it is.
 
     Raises:
         UserError: settings that make no sense, a model that cannot be had, or K/V that do not fit.
@@ -55,7 +60,7 @@ def served(config: ServeConfig, log: Log) -> Iterator[Served]:
         audited = config.audit and found is not None and found.risk == "next-token"
         audit = Audit(model, config.audit) if audited else None
         metrics = Metrics(name, audit)
-        worker = Worker(engine, config.max_queue, config.deadline, metrics, log, audit)
+        worker = Worker(engine, config.max_queue, config.deadline, metrics, log, audit, ready)
         yield Served(name, model, reader, worker, [config.measure], config.lookup)
 
 

@@ -6,9 +6,10 @@ import asyncio
 import math
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ import torch
 from ee_tuning.calibrate.audit import Audit
 from ee_tuning.decode import Engine, Full, Request
 from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
-from ee_tuning.errors import UserError, first_line
-from ee_tuning.serve.choices import Choice, Delta, Settled
+from ee_tuning.errors import first_line
+from ee_tuning.serve.choices import Choice
 from ee_tuning.serve.errors import Refused
 from ee_tuning.serve.jobs import Job, answer, fail, too_late
 from ee_tuning.serve.metrics import Metrics
-from ee_tuning.serve.speed import Faster
+from ee_tuning.serve.writer import Log, News, Writer
 
 PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
 # What is compiled before the first request, of the ways to choose tokens: see `decode.draws`.
@@ -30,9 +31,6 @@ TELL = 5.0  # seconds between two lines of the log on how far that is
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead
 
 EVERY = 0.005  # seconds from when clients have written what came to when they hear of the next
-
-Log = Callable[[dict[str, Any]], None]
-News = tuple[Job, "Choice", "Settled | Exception"]
 
 
 class Worker:
@@ -49,17 +47,20 @@ class Worker:
         metrics: Metrics,
         log: Log,
         audit: Audit | None = None,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """max_queue: jobs that may wait. seconds: a job may take. audit: of some texts."""
+        """max_queue: jobs that may wait. seconds: a job may take. audit: of some texts. ready:
+        called in the engine's thread when all is warmed up."""
         self.engine, self.max_queue, self.seconds = engine, max_queue, seconds
         self.metrics, self.log, self.audit, self.state = metrics, log, audit, "warming up"
+        self._writer, self._ready = Writer(metrics, log, audit, engine.cancel), ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Job, Choice]] = deque()
         self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._live: dict[Request, tuple[Job, Choice]] = {}
-        self._faster, self._failures, self._stopping = Faster(), 0, False
+        self._failures, self._stopping = 0, False
         self._read = 0  # tokens of prompts since the last round
         self._news: list[News] = []  # that clients have not heard of
         self._next = 0.0  # when they will
@@ -135,45 +136,13 @@ class Worker:
 
         all: there was no more.
         """
-        deltas: dict[Job, list[Delta]] = {}
-        for job, choice, settled in news:
-            if choice.finish is not None or job.given_up:
-                continue
-            try:
-                if isinstance(settled, Exception):
-                    raise settled
-                delta = choice.put(settled)
-                settled.token.ends = choice.finish is not None
-                if self.audit is not None:
-                    self.audit.take(choice.request, settled.token)
-                self._count(job, choice, delta)
-            except Exception as error:  # of this text: it ends alone
-                delta = Delta(choice.index, error=self._explained(error))
-                choice.finish = "error"
-                self.metrics.gave_up("error")
-            deltas.setdefault(job, []).append(delta)
-            if choice.finish is not None:
-                self.engine.cancel(choice.request)
-        for job, own in deltas.items():
-            job.give(own)
+        self._writer.write(news, len(self._live))
         if all:
             assert self._loop is not None
             self._loop.call_soon(self._handed_out)  # behind those that write it
 
     def _handed_out(self) -> None:
         self._next = time.perf_counter() + EVERY
-
-    def _count(self, job: Job, choice: Choice, delta: Delta) -> None:
-        """Take in what a text has become."""
-        if len(choice.layers) == 1:
-            self.metrics.said_first(choice, job.submitted)
-        self.metrics.settled(delta)
-        if choice.finish is None:
-            return
-        self.metrics.ended(choice, job.submitted)
-        if choice.auto and len(choice.layers) > 8:
-            speed = (len(choice.layers) - 1) / max(1e-9, choice.ended - choice.first)
-            self._faster.learn(choice.request.policy.mode, len(self._live), speed)
 
     def _refuse_if_full(self) -> None:
         if self.state not in ("warming up", "ready"):
@@ -192,6 +161,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._warm_up()
+            self._ready()
             self.state = "ready"
             while self._wait():
                 self._call()
@@ -238,7 +208,7 @@ class Worker:
             with self.engine.turn:
                 found = function()
         except Exception as error:
-            self._log_error(error)
+            self._writer.log_error(error)
             self._tell(fail, future, error)
         else:
             self._tell(answer, future, found)
@@ -253,27 +223,25 @@ class Worker:
             return
         news, now = self._news, time.perf_counter()
         waited_for: set[Choice] = set()  # whose client waits for a first token or the end
-        for request, token in events:
+        for request, own in groupby(events, key=itemgetter(0)):
             found = self._live.get(request)
             if found is None or request.cancelled:
                 continue
             job, choice = found
-            if token is None:
+            tokens = [token for _, token in own if token is not None]
+            begins, ends = not choice.written, False
+            if tokens:
+                settled, ends = choice.settle(tokens, now)
+                news.append(News(job, choice, settled))
+            failed = request.error is not None and not ends
+            if failed:
                 assert request.error is not None
-                news.append((job, choice, request.error))
-                waited_for.add(choice)
-                del self._live[request]
-                continue
-            choice.written += 1
-            seen = None
-            if choice.seen is not None:
-                seen = choice.seen.take(len(request.ids) + choice.written - 1, token.id)
-            news.append((job, choice, Settled(token, seen, now)))
-            ends = token.ends or token.id in choice.stop_ids
-            if ends or choice.written == 1:
+                news.append(News(job, choice, request.error))
+            if begins or ends or failed:
                 waited_for.add(choice)
             if ends:
                 self.engine.cancel(request)  # if it ends before the engine knows
+            if ends or failed:
                 del self._live[request]
         self._hand_on(waited_for, now)
         self._look_at_the_clock(now)
@@ -284,8 +252,8 @@ class Worker:
         if all := now >= self._next:
             found, self._news, self._next = self._news, [], math.inf
         else:
-            found = [one for one in self._news if one[1] in waited_for]
-            self._news = [one for one in self._news if one[1] not in waited_for]
+            found = [one for one in self._news if one.choice in waited_for]
+            self._news = [one for one in self._news if one.choice not in waited_for]
         if found or all:
             self._tell(self._hand_out, found, all)
 
@@ -304,7 +272,7 @@ class Worker:
         with self._changed:
             while self._waiting and free and self._read + tokens < PROMPTS:
                 job, choice = self._waiting.popleft()
-                if choice.auto and self._faster.mode(len(self._live)) == "full":
+                if choice.auto and self._writer.faster.mode(len(self._live)) == "full":
                     choice.request.policy = Full(self.engine.passes.backbone.num_layers)
                 if self.audit is not None:
                     choice.request.policy = self.audit.policy(choice.request.policy)
@@ -350,7 +318,7 @@ class Worker:
         self._fail_live(error)
 
     def _fail_live(self, error: Exception) -> None:
-        explained = self._explained(error)
+        explained = self._writer.explained(error)
         self._hand_on({choice for _, choice in self._live.values()}, 0)
         for job in dict.fromkeys(job for job, _ in self._live.values()):
             self._tell(job.give, explained)
@@ -371,19 +339,6 @@ class Worker:
             self._tell(job.give, refused)
         for future in calls:
             self._tell(fail, future, refused)
-
-    def _explained(self, error: Exception) -> Exception:
-        """What a client is told of a mistake; if it is none of its own, it is logged whole."""
-        if isinstance(error, Refused):
-            return error
-        if isinstance(error, UserError):
-            return Refused(str(error))
-        self._log_error(error)
-        return Refused(f"the request failed: {first_line(error)}", status=500)
-
-    def _log_error(self, error: Exception) -> None:
-        lines = traceback.format_exception(error)
-        self.log({"event": "error", "error": first_line(error), "traceback": "".join(lines)})
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function in the thread of the clients."""
