@@ -40,12 +40,12 @@ class Positions:
 
         Those of one text may not change, so a text is short or long from its first token on.
         """
-        lengths = [
-            rope.get("original_max_position_embeddings")
+        lengths: list[int] = [
+            rope["original_max_position_embeddings"]
             for rope in self._ropes
-            if rope.get("rope_type") == "longrope"
+            if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings")
         ]
-        return min((length for length in lengths if length), default=None)
+        return min(lengths) if lengths else None  # min(…, default=…) is beyond the compiler
 
     def is_long(self, length: int) -> bool:
         """Whether a text of `length` tokens has the rotary frequencies of long ones."""

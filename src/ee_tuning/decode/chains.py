@@ -111,9 +111,8 @@ class Chains:
         see `Passes`. draws: the table of `Draws`. sources: what a first draft reads. limit: the
         last position."""
         self.exit, self.cache = exit, cache
-        self.twin = invariant.exit(exit, cache)  # runs in its place, but on prompts
-        if self.twin is not exit and self.twin.segment is not None:
-            self.twin.segment.look_up_positions(min(limit + 1, sizes.places))
+        # Runs in its place, but on prompts.
+        self.twin = invariant.exit(exit, cache, min(limit + 1, sizes.places))
         self.sizes, self.graphs = sizes, graphs
         self.control, self.draws, self.limit = control, draws, limit
         slots, device = len(control), control.device

@@ -54,8 +54,9 @@ class Invariant:
         head = products([backbone.head])[0] if there else backbone.head
         return backbone.output(head, backbone.norm)
 
-    def exit(self, exit: Exit, cache: Any = None) -> Exit:
+    def exit(self, exit: Exit, cache: Any = None, positions: int = 0) -> Exit:
         """The twin of an exit, or the exit where that cannot be had. cache: for its own layer.
+        positions: if more than 0, how many are looked up there.
 
         Of products of few tokens those of one order are the faster ones, too.
         """
@@ -69,7 +70,9 @@ class Invariant:
         parts = {path: one for path, one in _products(exit).items() if path[:6] != "block."}
         head, change = products([linear])[0], _twin if attends else _with_products
         own = exit.twin(backbone, parts, head, change)
-        if attends and own.segment is not None:
+        if own.segment is not None and positions:
+            own.segment.look_up_positions(positions)
+        if own.segment is not None and attends:
             self.attach([own.segment], [cache])
         return own
 
