@@ -90,21 +90,26 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("arch", ["mlp", "layer"])
 @pytest.mark.parametrize("name", BESIDE)
-def test_an_exit_is_asked_beside_the_layers_behind_it(name, arch, monkeypatch):
+def test_an_exit_is_asked_beside_the_layers_behind_it(name, monkeypatch):
     """What it says is looked at behind these: the same text, of which more is computed."""
-    model, policy = early_exit(arch=arch), BESIDE[name]
-    expected = written(engine_of(model, [1, 3], False), policy)
+    model, policy = early_exit(arch="layer"), BESIDE[name]
+    expected = written(engine_of(model, [1, 3], False), policy, 24)
     monkeypatch.setattr("ee_tuning.decode.engine.cuts_beside", lambda *_: [2])
     engine = engine_of(model, [1, 3], True)
     assert engine.sequences.stops == [1, 2, 3, 4]
-    assert written(engine, policy) == expected
+    assert written(engine, policy, 24) == expected
     # The host finds the same where the device does not decide.
-    assert written(engine_of(model, [1, 3], False), policy) == expected
+    assert written(engine_of(model, [1, 3], False), policy, 24) == expected
+
+
+def test_captured_steps_ask_beside_layers(monkeypatch):
+    model, policy = early_exit(arch="mlp"), BESIDE["some leave"]
+    expected = written(engine_of(model, [1, 3], False), policy, 24)
+    monkeypatch.setattr("ee_tuning.decode.engine.cuts_beside", lambda *_: [2])
+    engine = engine_of(model, [1, 3], True)
     act_out(engine.passes.graphs, monkeypatch)
-    engine.passes.graphs._kept.clear()
-    assert [one[:2] for one in written(engine, policy)] == [one[:2] for one in expected]
+    assert [one[:2] for one in written(engine, policy, 24)] == [one[:2] for one in expected]
 
 
 def test_exits_are_asked_beside_layers_of_few_bytes(monkeypatch):

@@ -131,25 +131,25 @@ class Segment:
         return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
 
     def compile(
-        self, cache: Cache | None = None, before: Segment | None = None, positions: int = 0
+        self, cache: Cache | None = None, first: Segment | None = None, positions: int = 0
     ) -> None:
         """Compile each layer, without its hooks, and the rotary embedding; layers of a kind share
         one graph.
 
         cache: the one that every call will bring. A layer then sees only its own part of it: its
-        number would be a constant of the graph. before: a segment that was compiled, of which this
-        one takes the rotary tables, where it is given the same tensor of positions. positions: if
-        more than 0, how many are looked up, see `look_up_positions`.
+        number would be a constant of the graph. first: the segment that is compiled first, of which
+        others take the rotary tables, where they are given the same tensor of positions. positions:
+        if more than 0, how many are looked up, see `look_up_positions`.
         """
-        if positions and before is None:
+        if positions and first in (None, self):
             self.look_up_positions(positions)
         for i, layer in enumerate(self._layers):
             layer.forward = torch.compile(layer.forward, dynamic=False)
             if cache is not None:
                 layer.forward = _with_cache(layer.forward, cache.layers[i])
         for name, module in list(self.trunk.named_children()):
-            if before is not None and is_rotary(module):
-                self.trunk._modules[name] = before.trunk._modules[name]
+            if first not in (None, self) and is_rotary(module):
+                self.trunk._modules[name] = first.trunk._modules[name]
             elif is_rotary(module) or isinstance(module, RotaryTable):
                 own = twin(module, {})
                 own.forward = _once(torch.compile(own.forward, dynamic=False))

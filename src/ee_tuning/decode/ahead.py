@@ -352,9 +352,7 @@ def _open(
     return positions, positions.clamp(max=limit), counts, waiting(ring, slots, positions)
 
 
-def _ask(
-    predictor: Predictor, rows: Rows, wanted: Wanted, state: Tensor, step: Step
-) -> None:
+def _ask(predictor: Predictor, rows: Rows, wanted: Wanted, state: Tensor, step: Step) -> None:
     """Ask what follows the last token of a window, and decide."""
     found = predict(*predictor, rows, wanted)
     assert found is not None

@@ -101,10 +101,8 @@ class Passes:
         self.predict = compiled(predict, compile)
         self.group = sharing_group(model, self.device)
         self.graphs = Graphs(self.device)
-        first, before = self._steps[0], None
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
-            segment.compile(cache, before, positions)
-            before = first
+            segment.compile(cache, self._steps[0], positions)
         self.sources: Sources | None = None
         self.chains: Chains | None = None
         if DRAFT in exit_layers:
