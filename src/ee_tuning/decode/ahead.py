@@ -107,19 +107,19 @@ class Newest:
     """The newest token, as passes of it alone are told of it.
 
     What steps share lies in memory of its own: a tensor of a captured step has no numbers when the
-    next one is captured. slots: (1,), id: (1, 1), int64.
+    next one is captured. slots: (1,), id: (1, 1), int64. sizes: of slots.
     """
 
     def __init__(self, passes: Passes) -> None:
         caches = [*passes.caches, *passes.exit_caches.values()]
-        sizes = {layer.size for cache in caches for layer in cache.slot_layers}
+        self.sizes = sorted({layer.size for cache in caches for layer in cache.slot_layers})
         self.slots, self._limit = passes.control[:1, 0], passes.limit
 
         def number() -> Tensor:
             return torch.zeros(1, 1, dtype=torch.int64, device=passes.device)
 
         self.id, self._position, self._limited = number(), number(), number()
-        self._places = {size: number() for size in sorted(sizes)}
+        self._places = {size: number() for size in self.sizes}
         self._enter = compiled(_enter, passes.compile)
 
     def read(self, state: Tensor) -> None:
@@ -258,6 +258,8 @@ class Ahead:
         size = step.start, asking.length, self.passes.limit
         positions, position_ids, counts, hidden = self._open(self._state, slots, ring, *size)
         place = Place(slots, positions, asking.reach, asking.in_order)
+        for size in self._newest.sizes:  # now, since what is found on another stream is not there
+            place.remembered((size,), Place.in_ring)
         self._step(step, asking, hidden, position_ids, place, counts)
 
     def _step(
