@@ -124,17 +124,31 @@ def arguments(folder: Path, phase: str, layout: str, out: str) -> list[str]:
 
 def torchrun(folder: Path, more: list[str], restarted: bool) -> tuple[int, str, float | None]:
     """Status, what was printed, and seconds from the kill until no rank of then was left."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    start += ["--max-restarts", str(int(restarted)), __file__]
+    mark, ended = folder / "struck", None
+    process = start(folder, more, restarted)
+    while process.poll() is None:
+        time.sleep(0.05)
+        if ended is None and mark.exists() and not any(map(alive, folder.glob("pid-*"))):
+            ended = time.time() - mark.stat().st_mtime
+    return process.returncode, (folder / "log").read_text(), ended
+
+
+def start(folder: Path, more: list[str], restarted: bool) -> subprocess.Popen:
+    """torchrun, whose ranks are `rank(more)`; what they print is in the file `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", str(int(restarted)), __file__, *more]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    log, mark, ended = folder / "log", folder / "struck", None
-    with log.open("w") as file:
-        process = subprocess.Popen([*start, *more], env=env, stdout=file, stderr=file)
-        while process.poll() is None:
-            time.sleep(0.05)
-            if ended is None and mark.exists() and not any(map(alive, folder.glob("pid-*"))):
-                ended = time.time() - mark.stat().st_mtime
-    return process.returncode, log.read_text(), ended
+    with (folder / "log").open("w") as file:
+        return subprocess.Popen(command, env=env, stdout=file, stderr=file)
+
+
+def rank(more: list[str]) -> None:
+    """A rank: the command, and what strikes it before."""
+    if more[0] == "--strike":
+        *what, mark = json.loads(more[1])
+        strike(*what, Path(mark))
+        more = more[2:]
+    command(more)
 
 
 def alive(file: Path) -> bool:
@@ -207,10 +221,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        if sys.argv[1] == "--strike":
-            *what, mark = json.loads(sys.argv[2])
-            strike(*what, Path(mark))
-            del sys.argv[1:3]
-        command(sys.argv[1:])
+        rank(sys.argv[1:])
     else:
         raise SystemExit(main())

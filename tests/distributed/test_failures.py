@@ -5,19 +5,17 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import kills
 import pytest
 from helpers.commands import PATIENCE
+from helpers.forks import fork, torchrun
+from helpers.struck import run as struck_run
 from safetensors.torch import load_file
 
 from ee_tuning.cli import main
 from ee_tuning.tune.loop import stop_requests
-
-STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
 
 @pytest.fixture
@@ -31,14 +29,9 @@ def start(base, data, tmp_path):
     common = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
     def start(number, restarts, *layout):
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "--max-restarts", str(restarts), STRUCK, str(int(number)), tmp_path / "struck",
-            "tune", *common, *layout,
-        ]  # fmt: skip
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        with (tmp_path / "log").open("w") as log:
-            return subprocess.Popen(command, env=env, stderr=log, stdout=log)
+        command = ["tune", *common, *layout]
+        struck = (struck_run, int(number), tmp_path / "struck", *command)
+        return fork(tmp_path / "log", torchrun, 2, restarts, *struck)
 
     start.common = common
     return start
@@ -115,11 +108,11 @@ def test_torchrun_does_not_silence_a_rank_that_failed(processes):
 
 
 def test_ranks_give_up_on_a_hanging_one_in_time(start, tmp_path):
-    process = start(signal.SIGSTOP, 0, "--pp", "2", "--timeout", "15")
+    process = start(signal.SIGSTOP, 0, "--pp", "2", "--timeout", "10")
     struck = tmp_path / "struck"
     wait_for(struck.exists)
     wait_for(lambda: said(tmp_path))
-    assert time.time() - struck.stat().st_mtime > 14
+    assert time.time() - struck.stat().st_mtime > 9
     os.kill(int(struck.read_text()), signal.SIGKILL)
     assert process.wait(PATIENCE) == 1
     (line,) = said(tmp_path)
@@ -137,24 +130,29 @@ def test_a_missing_shard_is_one_line_and_status_2(backbones, data, tmp_path, fre
         env = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
         flags = ["--model", "model", "--data", data, "--layers", "1,5", "--out", tmp_path / "out"]
         flags += ["--seq-length", "64"]
-        command = [sys.executable, "-m", "ee_tuning", "tune", *flags, "--pp", "2"]
-        processes.append((command, folder, os.environ | {k: str(v) for k, v in env.items()}))
+        command = ["tune", *map(str, flags), "--pp", "2"]
+        processes.append((command, folder, {k: str(v) for k, v in env.items()}))
     min((tmp_path / "1/model").glob("*.safetensors")).unlink()
     started = [
-        subprocess.Popen(command, cwd=folder, env=env, text=True, stderr=subprocess.PIPE)
+        fork(folder / "said", main, command, cwd=folder, env=env)
         for command, folder, env in processes
     ]
     for rank, process in enumerate(started):
-        said = process.communicate(timeout=PATIENCE)[1]
-        assert process.returncode == 2, said
+        assert process.wait(PATIENCE) == 2, process.said
+        said = process.said
         (line,) = [text for text in said.splitlines() if text.startswith("ee-tuning: ")]
         assert line.startswith(f"ee-tuning: rank {rank}: cannot load the backbone model: ")
         assert "Traceback" not in said
 
 
-def test_a_rank_is_killed_at_random():
+def test_a_rank_is_killed_at_random(monkeypatch, capsys):
     """As benchmarks/kills.py does it more often, and of tuning; what it judges, it says."""
-    script = Path(__file__).parents[2] / "benchmarks/kills.py"
-    command = [sys.executable, script, "--kills", "2", "--phase", "loading to decode", "decoding"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(folder, more, restarted):
+        (folder / "log").unlink(missing_ok=True)
+        return fork(folder / "log", torchrun, 2, int(restarted), kills.rank, more)
+
+    monkeypatch.setattr(kills, "start", start)
+    flags = ["--kills", "2", "--phase", "loading to decode", "decoding"]
+    monkeypatch.setattr("sys.argv", ["kills.py", *flags])
+    assert kills.main() == 0, capsys.readouterr().out

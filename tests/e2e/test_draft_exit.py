@@ -3,19 +3,17 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import arguments, fails, records, tune
+from helpers.commands import PATIENCE, arguments, fails, records, tune
+from helpers.forks import fork
+from helpers.struck import run as struck_run
 from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
 
-STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 DRAFT = {"layers": None, "arch": "draft", "loss": "acceptance", "exit_vocab": 150}
 
 
@@ -110,8 +108,8 @@ def test_killed_and_resumed_equals_uninterrupted(base, data, tmp_path):
     common = DRAFT | {"steps": 12, "init": "fitted"}
     tune(base, data, tmp_path / "whole", **common)
     flags = arguments(base, data, tmp_path / "cut", **common)
-    command = [sys.executable, STRUCK, str(int(signal.SIGKILL)), tmp_path / "struck", "tune"]
-    assert subprocess.run([*command, *flags], capture_output=True).returncode == -signal.SIGKILL
+    struck = (struck_run, int(signal.SIGKILL), tmp_path / "struck", "tune", *flags)
+    assert fork(tmp_path / "said", *struck).wait(PATIENCE) == -signal.SIGKILL
     tune(base, data, tmp_path / "cut", **common, resume=True)
     whole, cut = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

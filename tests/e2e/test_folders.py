@@ -3,20 +3,18 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from helpers.commands import PATIENCE, arguments, fails, read_all, records, tune
+from helpers.forks import fork
+from helpers.struck import run as struck_run
 
 from ee_tuning import EarlyExitModel, UserError
 from ee_tuning.cli import main
 from ee_tuning.folders import REPLACED, UNFINISHED, claim, foreign
 from ee_tuning.tune.step import Tuner
-
-STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +147,9 @@ def test_a_killed_overwriting_run_goes_on_with_resume(base, data, old, tmp_path)
     """Killed as it saves its first checkpoint: the old exits are in their place."""
     before = read_all(old)
     flags = arguments(base, data, old, overwrite=True, layers="2", steps=3)
-    command = [sys.executable, STRUCK, str(int(signal.SIGKILL)), tmp_path / "struck", "tune"]
-    environment = os.environ | {"STRUCK_AT": "1"}
-    subprocess.run([*command, *map(str, flags)], env=environment, timeout=PATIENCE)
+    struck = (struck_run, int(signal.SIGKILL), tmp_path / "struck", "tune", *flags)
+    process = fork(tmp_path / "said", *struck, env={"STRUCK_AT": "1"})
+    assert process.wait(PATIENCE) == -signal.SIGKILL
     kept = read_all(old)
     assert {name: kept[name] for name in before} == before
     assert yaml.safe_load((old / UNFINISHED / "run.yaml").read_text())["layers"] == "2"

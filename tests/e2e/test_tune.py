@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +12,14 @@ import torch
 import yaml
 from helpers.commands import PATIENCE, arguments, fails, records, tune
 from helpers.families import tiny
+from helpers.forks import fork
+from helpers.struck import run as struck_run
 from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
 from ee_tuning.quantise.packages import PACKAGES
 from ee_tuning.tune.step import Tuner
-
-STRUCK = Path(__file__).parents[1] / "helpers" / "struck.py"
 
 
 def test_files_metrics_and_falling_losses(base, data, tmp_path):
@@ -77,15 +75,15 @@ def test_killed_and_resumed_equals_uninterrupted(how, base, data, tmp_path):
     common = {"steps": 12, "layers": "1,3", "arch": "layer"}
     tune(base, data, tmp_path / "whole", **common)
     flags = arguments(base, data, tmp_path / "cut", **common)
-    command = [sys.executable, STRUCK, str(int(how)), tmp_path / "struck", "tune", *flags]
-    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    process = fork(tmp_path / "said", struck_run, int(how), tmp_path / "struck", "tune", *flags)
+    status = process.wait(PATIENCE)
     saved = sorted(path.name for path in (tmp_path / "cut/checkpoints").glob("step-*"))
     if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "stopped after step 8; go on with --resume" in process.stderr
-        assert "Traceback" not in process.stderr
+        assert status == 130
+        assert "stopped after step 8; go on with --resume" in process.said
+        assert "Traceback" not in process.said
     else:
-        assert process.returncode == -how
+        assert status == -how
         assert saved == ["step-000002", "step-000004"]
     main(["tune", "--out", str(tmp_path / "cut"), "--resume"])
     whole, cut = (load_file(tmp_path / n / "exits.safetensors") for n in ("whole", "cut"))

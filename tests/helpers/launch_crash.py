@@ -1,9 +1,8 @@
-"""Ranks of which the second crashes, as often as a file says: -m helpers.launch_crash CASES."""
+"""Ranks of which the second crashes, as often as a file says."""
 
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +21,8 @@ def _run(rank, case):
         file.write("done\n")
 
 
-if __name__ == "__main__":
-    for one in json.loads(Path(sys.argv[1]).read_text()):
+def main(path):
+    """Every case of a file, one after the other."""
+    for one in json.loads(path.read_text()):
         Path(one["out"]).touch()
         run_ranks(2, _run, one)

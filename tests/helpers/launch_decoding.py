@@ -1,4 +1,4 @@
-"""Decodes as several processes would: ``-m helpers.launch_decoding CASES.json`` starts them once.
+"""Decodes as several processes would: `main` starts them once, for all cases of a file.
 
 A case is {"name", "tp", "pp", "port", "todo", …}: its ranks call the function `todo` below, and
 leave what it gives, or the error, in files named by case and rank.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -256,14 +255,9 @@ def run(rank: int, cases: list[dict], folder: Path) -> None:
                 dist.destroy_process_group()
 
 
-def main() -> None:
+def main(path: Path) -> None:
     """Run the ranks, wait for them."""
-    path = Path(sys.argv[1])
     cases = json.loads(path.read_text())
     number = max(case["tp"] * case["pp"] for case in cases)
     fresh = any(case.get("device") == "cuda" for case in cases)
     run_ranks(number, run, cases, path.parent, fresh=fresh)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Runs of commands whose work several processes share: `python -m helpers.launch_shared CASES`.
+"""Runs of commands whose work several processes share.
 
 A case is {"command", "settings", "port"}; its processes are as many as `dp` and `tp` say.
 """
@@ -6,7 +6,7 @@ A case is {"command", "settings", "port"}; its processes are as many as `dp` and
 from __future__ import annotations
 
 import json
-import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -35,7 +35,7 @@ def _run(rank: int, case: dict) -> None:
             evaluate(EvaluateConfig(**settings), Console(quiet=True))
 
 
-if __name__ == "__main__":
-    with open(sys.argv[1], encoding="utf-8") as file:
-        for one in json.load(file):
-            run_ranks(_ranks(one["settings"]), _run, one)
+def main(path: Path) -> None:
+    """Every case of a file, one after the other."""
+    for one in json.loads(path.read_text()):
+        run_ranks(_ranks(one["settings"]), _run, one)

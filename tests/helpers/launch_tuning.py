@@ -1,5 +1,4 @@
-"""Runs `tune` as several processes would: ``-m helpers.launch_tuning CASES.json`` forks the ranks
-once.
+"""Runs `tune` as several processes would: `main` forks the ranks once, for all cases of a file.
 
 A case is {"size", "port", "settings", "error"}: the first `size` ranks call `tune` with
 `settings`; what goes wrong on a rank is written to the file `error` + its number. A case
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -136,12 +134,8 @@ def run(rank: int, cases: list[dict]) -> None:
                 dist.destroy_process_group()
 
 
-def main() -> None:
-    """Run the ranks, wait for them."""
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2])
+def main(path: Path, cache: Path) -> None:
+    """Run the ranks, wait for them. cache: where datasets keeps its files."""
+    cases = json.loads(path.read_text())
+    datasets.config.HF_DATASETS_CACHE = cache
     run_ranks(max(case["size"] for case in cases), run, cases)
-
-
-if __name__ == "__main__":
-    main()

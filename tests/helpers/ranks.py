@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -10,12 +11,9 @@ import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
-from helpers import imported
+from helpers.forks import fork
 
 CRASHED = 86  # the status of a launcher of which a signal ended a rank
 # Seconds that all cases may take on a busy machine. A rank that hangs is found out sooner: the
@@ -35,9 +33,9 @@ def free_ports(number):
 
 
 def launch(module, cases, folder, *more, seconds=LONGEST):
-    """Run a module on the cases, each with a port of its own; gives what it prints.
+    """Run a module's `main` on the cases, each with a port of its own; gives what it prints.
 
-    Its arguments are the cases' file and `more`. Where a signal ended a rank, as gloo's own thread
+    It is given the cases' file and `more`. Where a signal ended a rank, as gloo's own thread
     does now and then, all of it is done once more, from the folder as it was, with a warning that
     says so.
     """
@@ -61,11 +59,10 @@ def _launch(module, cases, folder, more, seconds):
         case["port"] = port
     path = folder / "cases.json"
     path.write_text(json.dumps(cases))
-    found_in = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
-    command = [sys.executable, "-m", module, path, *more]
-    done = subprocess.run(command, env=env, timeout=seconds, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    said = folder / "said"
+    said.unlink(missing_ok=True)
+    process = fork(said, importlib.import_module(module).main, path, *more)
+    return process.wait(seconds), process.said
 
 
 def run_ranks(number, run, *given, fresh=False):
@@ -76,7 +73,6 @@ def run_ranks(number, run, *given, fresh=False):
 
     fresh: processes that start anew, as a GPU wants it; forked ones need not import all again.
     """
-    imported()
     context = multiprocessing.get_context("spawn" if fresh else "fork")
     ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
     for rank in ranks:
