@@ -316,8 +316,8 @@ class EvaluateConfig(ActiveExits, SamplingConfig, ReadingConfig):
     out: str = option(
         "", "folder for evaluation.json and report.html; default: the exits' folder", path=True
     )
-    dp: int = option(1, "processes, started by torchrun, that share data and prompts")
-    tp: int = option(1, "processes, started by torchrun, that share the model, in place of --dp")
+    dp: int = option(1, "parts of data and prompts; torchrun starts dp × tp processes")
+    tp: int = option(1, "processes that share a model")
     timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ee_tuning.backbone import Backbone, in_memory
 from ee_tuning.errors import UserError
-from ee_tuning.slices import SplitParameter
+from ee_tuning.slices import ParallelLinear, SplitParameter, whole
 
 # Values of a config that change what a model computes, whatever its weights are.
 CONFIG_KEYS = (
@@ -80,16 +80,20 @@ def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> N
 _SEEN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
-def exit_hash(exit: nn.Module) -> str | None:
+def exit_hash(exit: nn.Module, gather: bool = False) -> str | None:
     """A hash of all of an exit's weights as they are now, in their dtype; None if other processes
-    have parts of them.
+    have parts of them, unless all of these call it to `gather` them.
 
     Those that were hashed before and did not change since are not hashed again.
     """
-    if any(isinstance(p, SplitParameter) for p in exit.parameters()):
+    split = {name: m for name, m in exit.named_modules() if isinstance(m, ParallelLinear)}
+    if split and not gather:
         return None
-    tensors = {name: p.detach() for name, p in exit.named_parameters()}
-    tensors |= {f"buffer {name}": value for name, value in exit.named_buffers()}
+    tensors = {name: whole(p, p.detach()) for name, p in exit.named_parameters()}
+    for name, value in exit.named_buffers():
+        owner = split.get(name.rpartition(".")[0])  # rows that were picked of a head
+        value = value if owner is None else owner.parallel.group.gather(value, 0)
+        tensors[f"buffer {name}"] = value
     state = tuple((one.data_ptr(), one._version) for one in tensors.values())
     if exit not in _SEEN or _SEEN[exit][0] != state:
         digest = hashlib.sha256()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.ranks import launch
 
-from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.run import calibrate
 from ee_tuning.commands.evaluate import evaluate
@@ -48,8 +48,13 @@ def folder(base, data, tmp_path_factory):
     evaluate(EvaluateConfig(**settings, exits=str(folder / "one")))
     several = settings | {"exits": str(folder / "two"), "dp": 2, "timeout": 120.0}
     cases.append({"command": "evaluate", "settings": several})
-    split = settings | {"exits": str(folder / "one"), "out": str(folder / "split")}
-    cases.append({"command": "evaluate", "settings": split | {"tp": 2, "timeout": 60.0}})
+    both = settings | {"exits": str(folder / "one"), "out": str(folder / "split")}
+    both |= {"dp": 2, "tp": 2, "timeout": 60.0}
+    cases.append({"command": "evaluate", "settings": both})
+    settings = CALIBRATE | {"risk": "nll", "data": [str(folder / "prompts.jsonl")]}
+    shutil.copytree(folder / "two", folder / "split-nll")
+    split = settings | {"exits": str(folder / "split-nll"), "tp": 2, "timeout": 60.0}
+    cases.append({"command": "calibrate", "settings": split})
     said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
     return folder
@@ -78,7 +83,7 @@ def test_what_is_measured_does_not_depend_on_it_either(folder):
         assert b["speed"]["median"] > 0
 
 
-def test_ranks_that_share_the_model_measure_what_one_process_does(folder):
+def test_ranks_that_share_model_and_data_measure_what_one_process_does(folder):
     """But for the order of sums."""
     one, split = (
         json.loads((folder / name / "evaluation.json").read_text()) for name in ("one", "split")
@@ -91,7 +96,15 @@ def test_ranks_that_share_the_model_measure_what_one_process_does(folder):
         assert b["speed"]["median"] > 0
 
 
-def test_ranks_share_the_model_or_the_data(folder, data):
-    config = EvaluateConfig(exits=str(folder / "one"), data=[data], dp=2, tp=2)
-    with pytest.raises(UserError, match="dp is 2 and tp 2: ranks share either data"):
-        evaluate(config)
+def test_ranks_that_share_the_model_find_the_same_certificate(folder):
+    """But for the order of sums; it holds for the same exits."""
+    one, split = (
+        json.loads((folder / f"{name}-nll/calibration.json").read_text())
+        for name in ("one", "split")
+    )
+    assert split["tested"] == pytest.approx(one["tested"], rel=1e-4)
+    assert split["thresholds"] == pytest.approx(one["thresholds"], rel=1e-3)
+    summed = {"thresholds", "path", "p", "beside", "tested", "report"}
+    assert {k: v for k, v in split.items() if k not in summed} == {
+        k: v for k, v in one.items() if k not in summed
+    }

@@ -11,18 +11,22 @@ from ee_tuning.regenerate.run import regenerate
 
 @pytest.mark.slow
 def test_the_file_does_not_depend_on_the_number_of_processes(tmp_path):
-    model = save_writer(tmp_path / "base", make_tokenizer(PLAIN_TEMPLATE))
-    alone = settings(model, tmp_path / "alone.jsonl", tokens=1500)
+    tokenizer = make_tokenizer(PLAIN_TEMPLATE)
+    even = len(tokenizer) + len(tokenizer) % 2  # for --tp
+    model = save_writer(tmp_path / "base", tokenizer, vocab_size=even)
+    alone = settings(model, tmp_path / "alone.jsonl", tokens=800)
     regenerate(RegenerateConfig(**alone))
     shared = alone | {"out": str(tmp_path / "shared.jsonl"), "dp": 2, "timeout": 120.0}
-    case = {"command": "regenerate", "settings": shared}
-    said = launch("helpers.launch_shared", [case], tmp_path)
+    split = alone | {"out": str(tmp_path / "split.jsonl"), "tp": 2, "timeout": 60.0}
+    cases = [{"command": "regenerate", "settings": one} for one in (shared, split)]
+    said = launch("helpers.launch_shared", cases, tmp_path)
     assert "ended with status" not in said, said
     expected = (tmp_path / "alone.jsonl").read_bytes()
-    assert (tmp_path / "shared.jsonl").read_bytes() == expected
+    for name in ("shared", "split"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == expected
     # What two have begun, one may go on with.
-    shared |= {"dp": 1, "tokens": 3000, "resume": True}
+    shared |= {"dp": 1, "tokens": 1600, "resume": True}
     regenerate(RegenerateConfig(**shared))
-    regenerate(RegenerateConfig(**alone | {"tokens": 3000, "resume": True}))
+    regenerate(RegenerateConfig(**alone | {"tokens": 1600, "resume": True}))
     expected = (tmp_path / "alone.jsonl").read_bytes()
     assert (tmp_path / "shared.jsonl").read_bytes() == expected

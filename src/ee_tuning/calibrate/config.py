@@ -50,5 +50,6 @@ class CalibrateConfig(ActiveExits, SamplingConfig):
     metric: str = option(
         "", "with --risk task: a metric within [0, 1], larger is better; default: the only one"
     )
-    dp: int = option(1, "processes, started by torchrun, that share the prompts")
+    dp: int = option(1, "parts of the prompts; torchrun starts dp × tp processes")
+    tp: int = option(1, "processes that share a model")
     timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")

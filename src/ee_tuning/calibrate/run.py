@@ -76,7 +76,7 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     """
     check(config)
     folder = _own_folder(config)
-    mesh, device = Mesh(dp=config.dp), pick_device(config.device)
+    mesh, device = Mesh(dp=config.dp, tp=config.tp), pick_device(config.device)
     with mesh.connected(device, config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         shown = display if display is not None and mesh.is_main else Display()
@@ -85,7 +85,7 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
 
 def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Display) -> Certificate:
     """On every process of a connected `mesh`, with the same result."""
-    model, tokenizer = mesh.on_all(lambda: load_for_decoding(config))
+    model, tokenizer = load_for_decoding(config, mesh)
     layers = list(make_policy(model, config.leaving(mode="threshold", threshold=0.0)).thresholds)
     if not layers:
         raise UserError("no exit before the last layer is active: see exit_layers and min_depth")
@@ -102,7 +102,7 @@ def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Displ
         _check_enough(len(prompts.ids), config, "betting", display)
         display.say(check_not_tuned_on(prompts, folder, config))
         found = _of_prompts(config, model, layers, prompts, mesh, display)
-    hashes = {layer: exit_hash(model.exit(layer)) for layer in layers}
+    hashes = {layer: exit_hash(model.exit(layer), gather=True) for layer in layers}
     found = replace(
         found,
         exits={layer: value for layer, value in hashes.items() if value},
@@ -127,8 +127,11 @@ def check(config: CalibrateConfig) -> None:
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name)} is negative: give 0 or more")
     task = config.risk == "task"
-    if task and config.dp > 1:
-        raise UserError(f"dp is {config.dp}: risk task runs no model, use --dp 1")
+    for name in ("dp", "tp"):
+        if task and getattr(config, name) > 1:
+            raise UserError(
+                f"{name} is {getattr(config, name)}: risk task runs no model, use --{name} 1"
+            )
     if task and not config.samples:
         raise UserError("risk task needs lm-eval's sample files: name them with --samples")
     if not task and (config.samples or config.metric):
@@ -187,7 +190,7 @@ def _of_prompts(
     display: Display,
 ) -> Certificate:
     longest = max(map(len, prompts.ids)) + config.max_new_tokens
-    slots = config.slots or slots_for(model, longest)
+    slots = config.slots or min(mesh.gather_on_host(slots_for(model, longest)))
     new, compiled = config.max_new_tokens, config.compiled()
     mesh.doing = "the texts of full depth"
     with display.writing(len(prompts.ids) * new) as advance:

@@ -48,10 +48,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     with mesh.connected(device, config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         folder = mesh.on_main(lambda: results_folder(config))
-        if mesh.tp > 1:
-            model, tokenizer = load_for_decoding(config, mesh)
-        else:
-            model, tokenizer = mesh.on_all(lambda: load_for_decoding(config))
+        model, tokenizer = load_for_decoding(config, mesh)
         result = _measure(config, model, tokenizer, thresholds, mesh)
     if mesh.is_main:
         _show(result, console or Console(), folder, tokenizer)
@@ -114,19 +111,13 @@ def check_settings(config: EvaluateConfig) -> None:
     """Refuse, before anything is loaded, what would fail after the long part.
 
     Raises:
-        UserError: no data, a number that has to be at least 1, a prompt longer than a row, or
-            ranks that would share both the model and the data.
+        UserError: no data, a number that has to be at least 1, or a prompt longer than a row.
     """
     if not config.data:
         raise UserError("no data given: name held-out files, folders or hub ids with --data")
     for name in COUNTS:
         if getattr(config, name) < 1:
             raise UserError(f"{name} {getattr(config, name)} is too small: give at least 1")
-    if config.dp > 1 and config.tp > 1:
-        raise UserError(
-            f"dp is {config.dp} and tp {config.tp}: ranks share either data and prompts or the "
-            "model; leave one of them out"
-        )
     if config.prompt_length > config.seq_length:
         raise UserError(
             f"prompt_length {config.prompt_length} is more than seq_length {config.seq_length}: "

@@ -16,34 +16,39 @@ from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import check_splits, split_model
-from ee_tuning.share import Kind, Saved, Share, load, shapes
+from ee_tuning.share import Kind, New, Saved, Share, load, shapes
 from ee_tuning.stages import cut_layers
 from ee_tuning.vocabulary import check_names
 
 
 def load_part(
-    source: Saved, share: Share, kind: type[Kind], mesh: Mesh, stage_layers: Sequence[int] = ()
+    source: New | Saved,
+    share: Share,
+    kind: type[Kind],
+    mesh: Mesh,
+    stage_layers: Sequence[int] = (),
 ) -> Kind:
     """`ee_tuning.share.load` of what this process of a connected `mesh` needs.
 
-    The processes then decode together, with the same calls. stage_layers: layers per stage;
-    default: balanced by the sizes of layers and exits.
+    Those that have parts of one model then decode together, with the same calls. stage_layers:
+    layers per stage; default: balanced by the sizes of layers and exits.
 
     Raises:
         UserError: as `load`, on every process; or the backbone cannot be cut into so many stages,
             or split so often.
     """
-    assert mesh.dp == 1, "processes that decode together have no data of their own"
-    if mesh.size > 1:
+    together = mesh.of_one_model()
+    if together.size > 1:
         stage = mesh.on_all(lambda: _own_stage(source, mesh, stage_layers))
         share = replace(share, stage=stage, whole=False)
     if mesh.tp > 1:
         share = replace(share, slices=Slices(mesh.axis("tp"), gather=True))
     found = mesh.on_all(lambda: load(source, share, kind))
+    found.tensor_hashes  # noqa: B018 - of what was read, before more of it is split
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
     engines = engines_of(found)
-    engines.mesh = mesh
+    engines.mesh = together
     mesh.frees(engines.clear)
     return found
 
@@ -55,8 +60,10 @@ def load_for_decoding(
     device = pick_device(config.device)
     share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
     source = Saved(config.exits, config.model or None, config.trust_remote_code)
-    model = load_part(source, share, Network, mesh or Mesh(), stage_layers)
-    return model, tokenizer_of(model, config.exits, config.trust_remote_code)
+    mesh = mesh or Mesh()
+    model = load_part(source, share, Network, mesh, stage_layers)
+    trust = config.trust_remote_code
+    return model, mesh.on_all(lambda: tokenizer_of(model, config.exits, trust))
 
 
 def tokenizer_of(
@@ -74,7 +81,7 @@ def tokenizer_of(
     return tokenizer
 
 
-def _own_stage(source: Saved, mesh: Mesh, numbers: Sequence[int]) -> range:
+def _own_stage(source: New | Saved, mesh: Mesh, numbers: Sequence[int]) -> range:
     """The layers of this process's stage, counted from 0."""
     empty = shapes(source)
     depth = empty.backbone.num_layers

@@ -34,8 +34,8 @@ def deal(items: Sequence[Item], mesh: Mesh) -> list[Item]:
 
 def collect(own: Iterable[Item], mesh: Mesh) -> list[Item]:
     """What every rank made of its share, in the order before it was dealt; on every rank. Ranks
-    of --tp made the same."""
-    shares = mesh.gather_on_host(list(own))[:: mesh.tp]
+    of --tp and --pp made the same."""
+    shares = mesh.gather_on_host(list(own))[:: mesh.tp][: mesh.dp]
     return [shares[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, shares)))]
 
 

@@ -50,6 +50,7 @@ class Mesh:
         self.dp, self.tp, self.pp = dp, tp, pp
         self.size = dp * tp * pp
         self.rank = own_rank() if self.size > 1 else 0
+        self._first = 0  # the number of the main process among all that were started
         self.doing = "the start"  # for messages
         self._last: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._device_mesh: DeviceMesh | None = None
@@ -101,7 +102,7 @@ class Mesh:
         if self.size == 1:
             return
         on_gpu = device.type == "cuda"
-        patience = timedelta(seconds=timeout)
+        self._patience = patience = timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         patient = patience + GRACE if on_gpu else patience
         # torchrun keeps its store through restarts: what a failed attempt left there is not ours.
@@ -157,6 +158,22 @@ class Mesh:
         self._last.clear()
         gc.collect()
 
+    def of_one_model(self) -> Mesh:
+        """The processes of a connected mesh without stages that have parts of one model, as a mesh
+        of their own. Every process calls it."""
+        if self.dp == 1:
+            return self
+        assert self.pp == 1, "stages know each other by their numbers among all processes"
+        own = Mesh(tp=self.tp)
+        own.rank, own._device_mesh = self.tp_rank, self._device_mesh
+        own._first = self.rank - self.tp_rank
+        for first in range(0, self.size, self.tp) if self.tp > 1 else ():
+            ranks, timeout = list(range(first, first + self.tp)), self._patience
+            group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+            if first == own._first:
+                own._host = group
+        return own
+
     def axis(self, name: str) -> DeviceMesh:
         """The processes that differ from this one on one axis only."""
         assert self._device_mesh is not None, "a mesh of one process has no axes"
@@ -210,7 +227,7 @@ class Mesh:
                 box[0] = function()
             except UserError as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, group=self._host)
+        dist.broadcast_object_list(box, src=self._first, group=self._host)
         if box[1] is not None:
             raise box[1]
         return box[0]

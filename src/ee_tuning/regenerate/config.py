@@ -76,5 +76,6 @@ class RegenerateConfig(Compiles, Settings):
         "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
     )
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
-    dp: int = option(1, "processes, started by torchrun, that write waves in turns")
+    dp: int = option(1, "waves at a time; torchrun starts dp × tp processes")
+    tp: int = option(1, "processes that share a model")
     timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")

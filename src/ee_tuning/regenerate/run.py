@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import signal
 import threading
@@ -20,6 +19,7 @@ from ee_tuning.data.chats import with_template
 from ee_tuning.data.sources import contents, parse_source
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.load import load_part
 from ee_tuning.devices import free_memory, pick_device, pick_dtype
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.exit_config import ExitConfig
@@ -32,7 +32,7 @@ from ee_tuning.regenerate.file import OutFile, State, Totals
 from ee_tuning.regenerate.prompts import Prompt, prompts, shares_of
 from ee_tuning.regenerate.template import read_template
 from ee_tuning.regenerate.writer import Writer, Written, ends_of, key_of
-from ee_tuning.share import New, Share, load
+from ee_tuning.share import New, Share
 
 PATIENCE = 3  # waves of which nothing was kept, before that is taken for a mistake
 MOST_SLOTS, CPU_SLOTS = 1024, 32
@@ -70,7 +70,7 @@ def regenerate(config: RegenerateConfig, display: Display | None = None) -> Tota
     """
     check(config)
     out = OutFile(config.out)
-    mesh, device = Mesh(dp=config.dp), pick_device(config.device)
+    mesh, device = Mesh(dp=config.dp, tp=config.tp), pick_device(config.device)
     advice = "Go on with --resume"
     with mesh.connected(device, config.timeout, advice), _sigterm_as_ctrl_c():
         mesh.check_same("settings", repr(config))
@@ -124,7 +124,7 @@ class _Run:
             raise UserError(
                 "with temperature 0 all texts that begin from nothing are the same: raise it"
             )
-        self.model, self.tokenizer = mesh.on_all(lambda: load_backbone(config, device))
+        self.model, self.tokenizer = load_backbone(config, device, mesh)
         self.chats = mesh.on_all(lambda: writes_chats(config, self.tokenizer, alone))
         self.capacity = capacity_of(config, self.model)
         settings = self._settings(device)
@@ -171,7 +171,7 @@ class _Run:
         self.mesh.doing = f"wave {self.state.waves}"
         wave = self.state.waves + self.mesh.dp_rank
         own = self.mesh.on_all(lambda: writer.wave(self._prompts_of(wave), self._advance))
-        for found in self.mesh.gather_on_host(own):
+        for found in self.mesh.gather_on_host(own)[:: self.mesh.tp]:
             if self._take(found):
                 return
 
@@ -247,18 +247,20 @@ class _Run:
 
 
 def load_backbone(
-    config: RegenerateConfig, device: torch.device
+    config: RegenerateConfig, device: torch.device, mesh: Mesh
 ) -> tuple[Network, PreTrainedTokenizerBase]:
-    """The model, and its tokenizer, with another chat template if one is given."""
+    """The model, or this process's part, and its tokenizer, with another chat template if one is
+    given."""
     # A network has an exit: this one has no weights.
     source = New(
         config.model, ExitConfig("1/1", "embedding", head="shared"), config.trust_remote_code
     )
-    model = load(source, Share(dtype=pick_dtype(config.precision, device), device=device), Network)
+    share = Share(dtype=pick_dtype(config.precision, device), device=device)
+    model = load_part(source, share, Network, mesh)
     use_grouped(model)
-    rows = model.backbone.config.vocab_size
-    tokenizer = load_tokenizer(config.model, rows, config.trust_remote_code)
-    return model.eval(), with_template(tokenizer, config.chat_template)
+    rows, trust = model.backbone.config.vocab_size, config.trust_remote_code
+    tokenizer = mesh.on_all(lambda: load_tokenizer(config.model, rows, trust))
+    return model.eval(), mesh.on_all(lambda: with_template(tokenizer, config.chat_template))
 
 
 def writes_chats(
@@ -305,12 +307,8 @@ def slots_for(model: Network, capacity: int) -> int:
 
 
 def backbone_key(model: Network) -> str:
-    """Differs where a backbone's weights do, as far as a few of each matrix tell."""
-    digest = hashlib.sha256()
-    for name, p in model.backbone.model.named_parameters():
-        few = p.detach().reshape(-1)[:16].float().cpu()
-        digest.update(f"{name} {tuple(p.shape)} {few.tolist()}".encode())
-    return digest.hexdigest()[:32]
+    """Differs where a backbone's weights do, as far as its fingerprint tells."""
+    return key_of_parts(sorted(model.tensor_hashes.items()))
 
 
 def check_settings(saved: dict[str, Any], own: dict[str, Any]) -> None:
