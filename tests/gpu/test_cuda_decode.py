@@ -3,11 +3,13 @@
 import pytest
 import torch
 from helpers.families import tiny
+from helpers.lookups import let_texts_draft, repeating
 from helpers.models import drafting
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold
-from ee_tuning.exit_config import DRAFT
+from ee_tuning.decode.lookup import MATCH, Limits
+from ee_tuning.exit_config import DRAFT, LOOKUP
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -86,3 +88,32 @@ def test_rounds_of_drafts_go_through_branches_of_one_graph(sampled, monkeypatch)
         texts.append([token.id for _, token in engine.stream([request])])
     assert len(texts[0]) == 283
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("exit", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_drafts_of_a_text_are_found_by_the_device(exit, sampled, monkeypatch):
+    """And go to the end as those that the host finds; the text is that of full depth."""
+    let_texts_draft(monkeypatch, most=3)
+    each = Limits(3, (0, *[3] * MATCH))
+    for plan in ("_by_text", "_beside_text"):
+        monkeypatch.setattr(f"ee_tuning.decode.drafts.{plan}", lambda *_: (each, each))
+    model, own = drafting().cuda(), [DRAFT] if exit else []
+    bar, texts = 0.001 if exit else None, []
+    for layers, device, policy in (
+        ([LOOKUP, *own], True, Speculative(4, {}, max_pending=3, bar=bar, lookup=True)),
+        ([LOOKUP, *own], False, Speculative(4, {}, max_pending=3, bar=bar, lookup=True)),
+        ([], False, Full(4, max_pending=3)),
+    ):
+        engine = Engine(model, layers, capacity=300, max_pending=3, compile=True)
+        assert engine.ahead is not None
+        engine.ahead = engine.ahead if device else None
+        chooser = Chooser(sample=sampled, seed=5 if sampled else None)
+        tokens = engine.stream([Request(repeating(40), policy, 290, chooser)])
+        texts.append([(token.id, token.exit_layer) for _, token in tokens])
+    found, twin, full = ([token for token, _ in text] for text in texts)
+    assert len(found) == 250
+    assert found == twin == full
+    assert any(layer == LOOKUP for _, layer in texts[0])
+    if not exit:  # a chain may end elsewhere
+        assert texts[0][:240] == texts[1][:240]

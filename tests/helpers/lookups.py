@@ -8,6 +8,14 @@ import pytest
 
 from ee_tuning.decode.lookup import TextDrafts
 from ee_tuning.decode.pace import Clock
+from helpers.prompts import prompt
+
+
+def repeating(length: int, seed: int = 0) -> list[int]:
+    """A prompt in which runs of tokens come again."""
+    draw = random.Random(seed)
+    runs = [prompt(draw.randint(1, 5), seed + one) for one in range(3)]
+    return [token for _ in range(length) for token in draw.choice(runs)][:length]
 
 
 def let_texts_draft(monkeypatch: pytest.MonkeyPatch, most: int = 0, share: float = 1.0) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from helpers.families import tiny
-from helpers.lookups import let_texts_draft
+from helpers.lookups import let_texts_draft, repeating
 from helpers.models import DEPTH, drafting, good_exit
 from helpers.prompts import padded, prompt
 from hypothesis import HealthCheck, given, settings
@@ -81,13 +81,6 @@ def by_turns(monkeypatch):
 def always(monkeypatch):
     """Texts draft wherever they have something."""
     let_texts_draft(monkeypatch)
-
-
-def repeating(length, seed=0):
-    """A prompt in which runs of tokens come again."""
-    draw = random.Random(seed)
-    runs = [prompt(draw.randint(1, 5), seed + one) for one in range(3)]
-    return [token for _ in range(length) for token in draw.choice(runs)][:length]
 
 
 def way(kind):

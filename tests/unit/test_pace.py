@@ -148,3 +148,23 @@ def test_looks_are_rarer_the_more_drafts_bring():
         return count
 
     assert Clock.RARELY < until_look(1) < until_look(6) < 200
+
+
+@pytest.mark.parametrize("took", [1.2, 1.5, 1.9])
+def test_what_trying_took_is_bounded_whatever_the_clock_says(took):
+    """Which thinks that rounds with drafts are cheap. The last try may go beyond it."""
+    clock, pace, late = Clock(0.01, timed=False), Pace(LONGEST, 0.01, stops=False), 0.0
+    for at in range(NEW):
+        number = plan([pace], [NEW - at], clock)
+        pace.learn(number, number, 0)
+        pace.took(took if number else 1.0)
+        late += took - 1 if number else 0.0
+    assert took - 1 <= late <= Pace.BOUND * NEW + took - 1
+
+
+def test_a_pause_counts_as_little_as_for_the_clock():
+    clock = Clock(0.1)
+    assert clock.share(2, 7.0) == pytest.approx(1.2)  # nothing is known yet
+    clock.learn(0, 1.0)
+    assert clock.share(2, 1.3) == pytest.approx(1.3)
+    assert clock.share(2, 50.0) == pytest.approx(Clock.SLOW * clock.rounds(2))

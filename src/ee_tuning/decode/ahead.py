@@ -147,7 +147,7 @@ class Ahead:
 
     def __init__(self, passes: Passes, stops: Sequence[int]) -> None:
         """stops: the layer at which each segment ends. rounds: where it has drafts of a draft exit,
-        for rows that `serves` serves."""
+        or of its own, for rows that `serves` serves."""
         self.passes, self._stops, device = passes, stops, passes.device
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
@@ -156,8 +156,8 @@ class Ahead:
         self._beside = Beside(device)
         chains = passes.chains
         # With --tp each draft is told by the first process, between passes.
-        alone = passes.group is None
-        self.rounds = Rounds(passes, chains) if alone and chains is not None else None
+        drafts = passes.group is None and (chains is not None or passes.texts)
+        self.rounds = Rounds(passes, chains) if drafts else None
         self._open = compiled(_open, passes.compile)
         self._wait = compiled(waiting, passes.compile)
         self._ask = compiled(_ask, passes.compile)

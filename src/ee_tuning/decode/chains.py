@@ -124,7 +124,7 @@ class Chains:
         self._group = group_of(exit)
         self._first = compiled(first_draft, graphs is not None)
         self._later = compiled(later_draft, graphs is not None)
-        self.tell = compiled(tell, graphs is not None, each=False)
+        self.tell = compiled(_tell, graphs is not None, each=False)
         self._read = compiled(_read, graphs is not None)
 
     def forget(self, slot: int) -> None:
@@ -312,19 +312,24 @@ def later_draft(exit: Any, cache: SlotCache, tables: Tables, before: Found, step
     return _ask(exit, hidden, tables, at, step)
 
 
-def tell(tables: Tables, control: Tensor, tokens: Tensor, sures: Tensor) -> Tensor:
-    """Tell the pass that verifies, by `control` of `Passes`, of drafts (n, k) with confidences;
-    gives how many these are: (n,).
-
-    A chain ends with its draft at which `sures` multiplied fall below the bar.
-    """
-    slots, firsts, counts, limits = tables.table[:, :4].unbind(1)
-    goes_on = sures.cumprod(1)[:, :-1] >= tables.bars[slots][:, None]
-    newest = tables.table[:, 4:].gather(1, (counts - 1).clamp(min=0)[:, None])
+def tell(table: Tensor, control: Tensor, tokens: Tensor) -> None:
+    """Tell the pass that verifies, by `control` of `Passes`, of drafts (n, k) behind the windows of
+    a table of `Chains`."""
+    slots, firsts, counts, _ = table[:, :4].unbind(1)
+    newest = table[:, 4:].gather(1, (counts - 1).clamp(min=0)[:, None])
     lasts, number = (firsts + counts - 1)[:, None], torch.full_like(newest, 1 + tokens.shape[1])
     told = torch.cat([slots[:, None], lasts, number, newest, tokens], dim=1)
     control[: len(told), : told.shape[1]] = told
-    return (1 + goes_on.sum(1)).minimum(limits)
+
+
+def _tell(tables: Tables, control: Tensor, tokens: Tensor, sures: Tensor) -> Tensor:
+    """Likewise, of chains with confidences; gives how many drafts these have: (n,).
+
+    A chain ends with its draft at which `sures` multiplied fall below the bar.
+    """
+    tell(tables.table, control, tokens)
+    goes_on = sures.cumprod(1)[:, :-1] >= tables.bars[tables.table[:, 0]][:, None]
+    return (1 + goes_on.sum(1)).minimum(tables.table[:, 3])
 
 
 def _ask(exit: Any, hidden: Tensor, tables: Tables, at: Tensor, step: Step) -> Found:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from ee_tuning.decode.ahead import TOKENS, Ahead
-from ee_tuning.decode.lookup import COST
-from ee_tuning.decode.pace import Clock, plan, promised
-from ee_tuning.decode.rounds import Rounds
+from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
+from ee_tuning.decode.pace import Clock, Pace, plan, promised
+from ee_tuning.decode.rounds import Round, Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
 from ee_tuning.decode.wanted import Prediction, Wanted, Window
@@ -54,7 +54,7 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in ending]
             # Keep: the drafts that it agrees with, and its own token after these.
             for (row, said), choice in zip(ending, choose(asked), strict=True):
-                settled.append(_kept(row, said, choice))
+                settled.append(_learned(row, said, choice))
     return settled
 
 
@@ -69,7 +69,15 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
         found = _verified_chains(sequences, alike, measure)
         asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
         for (row, said), choice in zip(found, choose(asked), strict=True):
-            settled.append(_kept(row, said, choice))
+            settled.append(_learned(row, said, choice))
+    return settled
+
+
+def _learned(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
+    """As `_kept`; the row takes in how many drafts that are."""
+    drafts = row.drafts
+    settled = _kept(row, said, choice)
+    row.learn(drafts, choice.kept)
     return settled
 
 
@@ -82,7 +90,6 @@ def _kept(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
             draft.confidence = one.confidence
     own = Token(choice.token, row.policy.end, said[kept].confidence)
     own.rejected = [draft.id for draft in drafts[kept:]]
-    row.learn(drafts, kept)
     return _settled(row, choice, [*drafts[:kept], own])
 
 
@@ -145,6 +152,8 @@ def next_round(
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     alone = ahead if ahead is not None and ahead.serves(rows) else None
+    if alone is not None and alone.rounds is not None and alone.rounds.serves(beginning):
+        return [_alone(sequences, rows[0], alone, alone.rounds)]
     if not beginning:
         if alone is not None:
             return [(rows[0], alone.go_on(rows[0], TOKENS))]
@@ -157,13 +166,9 @@ def next_round(
     sequences.catch_up(chained)
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
-    if alone is not None and not rows[0].drafts:
-        (row,), rounds = rows, alone.rounds
-        if rounds is not None and chained and (row.limit or rounds.underway(row)):
-            return [_lone_round(sequences, row, rounds, clocks[0])]
-        if not row.limit:
-            told = [clock for clock in (*clocks, *texts) if clock is not None]
-            return [_rest(sequences, row, alone, told)]
+    if alone is not None and not rows[0].drafts and not rows[0].limit:
+        told = [clock for clock in (*clocks, *texts) if clock is not None]
+        return [_rest(sequences, rows[0], alone, told)]
     timed = _stopwatch(sequences)
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
@@ -261,16 +266,91 @@ def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock])
     return row, tokens
 
 
-def _lone_round(sequences: Sequences, row: Row, rounds: Rounds, clock: Clock | None) -> Settled:
-    """A round of a row, looked at while the device is at the next one."""
-    timed = _stopwatch(sequences)
-    (drafts, said), seconds = rounds.go_on(row, sequences.drawn([row]))
-    row.draft(drafts)
-    (choice,) = choose([Asked(row.request.chooser, row.ids, said, row.drafts)])
-    settled = _kept(row, said, choice)
-    if clock is not None and row.pace is not None and timed() is not None:
-        clock.learn(row.pace.asked, seconds)
+def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> Settled:
+    """What a row that is alone goes on with: a round, looked at while the device is at the next
+    one, or tokens at full depth."""
+    timed, text = _stopwatch(sequences), None if row.policy.steady else row.text
+    exits = _limit(sequences, [row])
+    if row.policy.bar is not None:
+        sequences.catch_up([row])
+    now = behind = Limits(row.limit)
+    # Of rounds that are begun when the one before them was read, and of those begun behind it.
+    clocks = [] if exits is None else [exits, exits]
+    if text is not None and exits is not None:
+        now, behind = _beside_text(row, text, rounds.underway(row), exits)
+    elif text is not None:
+        clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
+        now, behind = _by_text(row, text, rounds.underway(row), clocks)
+    if not now.most and not rounds.underway(row):
+        return _rest(sequences, row, ahead, dict.fromkeys(clocks))
+    # A text's first round is looked at before there is another: many are of a few tokens.
+    behind = behind if row.linked > len(row.request.ids) else Limits()
+    one = rounds.go_on(row, now, behind, sequences.drawn([row]))
+    took = timed()
+    row.draft(one.drafts)
+    (choice,) = choose([Asked(row.request.chooser, row.ids, one.said, row.drafts)])
+    settled = _kept(row, one.said, choice)
+    pace = _learn(row, one, choice.kept)
+    if clocks and pace is not None and took is not None:
+        clock, seconds, asked = clocks[not one.known], max(took, one.seconds), max(pace.asked, 1)
+        clock.learn(asked, seconds)
+        pace.took(clock.share(asked, seconds))
     return settled
+
+
+def _by_text(
+    row: Row, text: TextDrafts, underway: bool, clocks: Sequence[Clock]
+) -> tuple[Limits, Limits]:
+    """How many drafts the next round of a row may have that its text alone drafts for, and the one
+    behind it. Of the next one it is known what the text has for it.
+
+    clocks: of the rounds begun so, and of those begun behind another.
+    """
+    text.regard(0)
+    behind = plan([text], [row.left], clocks[1])
+    found = [] if underway else text.drafts(row.ids, row.left - 1)
+    now = plan([text], [row.left], clocks[0]) if found else 0
+    return Limits(0, (0, *[now] * MATCH)), Limits(0, (0, *[behind] * MATCH))
+
+
+def _beside_text(row: Row, text: TextDrafts, underway: bool, clock: Clock) -> tuple[Limits, Limits]:
+    """The same of a row for which a draft exit drafts, too, up to `row.limit`."""
+    pace, limits = row.pace, Limits(row.limit)
+    # Where the text has drafts, the exit has made one for nothing.
+    cost = clock.rounds(1)
+    if pace is not None and not clock.looks() and pace.margin(row.left, clock) >= cost - 1:
+        theirs = promised([pace], [row.limit], clock) * cost
+        pays = [text.outlook_behind(size, row.left) > theirs for size in range(1, MATCH + 1)]
+        limits = Limits(row.limit, (0, *(text.longest * one for one in pays)))
+    limits = limits.within(row.left - 1)
+    if row.limit:
+        return limits, limits
+    found = [] if underway else text.drafts(row.ids, row.left - 1)
+    return limits if found and limits.texts[text.size] else Limits(), Limits()
+
+
+def _learn(row: Row, one: Round, kept: int) -> Pace | None:
+    """Take in what a round of a row that is alone has brought; gives the pace that it is about."""
+    text, pace, made = row.text, row.pace, len(one.drafts)
+    looked = one.limits.texts[one.size] > 0
+    if pace is None:
+        if text is not None and one.known:
+            text.regard(one.size)
+            text.learn(made, made, kept)
+        elif text is not None:
+            if looked:
+                text.regard(one.size)
+                text.see(made, made, kept)
+            text.regard(0)
+            text.learn(one.limits.most, made, kept)
+        return text
+    if text is not None and looked:  # the exit's first draft was for nothing
+        text.regard(one.size)
+        text.learn(made, made, kept)
+        pace.spend(kept + 1, 1)
+    else:
+        pace.learn(one.limits.exit, made, kept)
+    return pace
 
 
 def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:

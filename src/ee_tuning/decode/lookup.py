@@ -8,12 +8,20 @@ these as many as are wanted and there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ee_tuning.decode.pace import Pace
 
-HOPES = (0.2, 0.5, 0.8)  # the chance of a first draft behind 1, 2, … tokens, before much is seen
-MATCH = len(HOPES)  # tokens that are looked for, at most
+# The chance of a first draft, before much is seen: of a round of which it is not known yet what it
+# finds, then behind 1, 2, … tokens.
+HOPES = (0.35, 0.2, 0.5, 0.8)
+MATCH = len(HOPES) - 1  # tokens that are looked for, at most
 COST = 0.05  # of a draft that is only verified, as a share of a round, likewise
+COST_BEHIND = 0.02  # the same where the device goes on alone: its passes are all of one size
 
 
 class Lookup:
@@ -39,6 +47,68 @@ class Lookup:
         return 0, 0
 
 
+class Limits(NamedTuple):
+    """Drafts of a round at most: of the exit, and of the text behind 0, 1, … tokens that are found
+    again; behind 0 there are none."""
+
+    exit: int = 0
+    texts: tuple[int, ...] = (0,) * (MATCH + 1)
+
+    @property
+    def most(self) -> int:
+        """Of either."""
+        return max(self.exit, *self.texts)
+
+    def within(self, room: int) -> Limits:
+        """These, where there is room for so many."""
+        room = max(0, room)
+        return Limits(min(self.exit, room), tuple(min(one, room) for one in self.texts))
+
+
+class Looked(NamedTuple):
+    """What a text has: (1,) each, how many of its last tokens were found, and how many drafts there
+    are; these (1, k)."""
+
+    size: Tensor
+    number: Tensor
+    drafts: Tensor
+
+
+def find(text: Tensor, length: Tensor, match: int = MATCH) -> tuple[Tensor, Tensor]:
+    """As `Lookup.find`, of text (N,) of which the first `length` (1,) tokens are there: (1,) each.
+
+    Every place is compared with the last one: the tokens there, those before, and so on.
+    """
+    number, last = len(text), length - 1
+    index = torch.arange(number, device=text.device)
+    alike, sizes = index < last, torch.zeros_like(index)
+    for back in range(match):
+        token = text[(last - back).clamp(min=0)]
+        alike = alike & (index >= back) & (F.pad(text, (back, 0))[:number] == token)
+        sizes = sizes + alike
+    # The most tokens, and of the places with these the first.
+    best = (sizes * number + (number - 1 - index)).amax(0, keepdim=True)
+    return best // number, number - best % number
+
+
+def look(text: Tensor, table: Tensor, limits: Tensor, looked: Looked) -> None:
+    """Take in the window of `table` (1, 4 + T), which is the end of `text` (N,), and find drafts.
+
+    limits: (`MATCH` + 1,), as of `Limits`.
+    """
+    first, count, window = table[0, 1:2], table[0, 2:3], table[0, 4:]
+    later = torch.arange(len(text), device=text.device) - first
+    own = window[later.clamp(0, len(window) - 1)]
+    known = torch.where((later >= 0) & (later < count), own, text)
+    text.copy_(known)
+    length, most = first + count, looked.drafts.shape[1]
+    size, place = find(known, length)
+    places = place + torch.arange(most, device=text.device)
+    looked.size.copy_(size)
+    looked.number.copy_(torch.minimum(limits[size], length - place))
+    looked.drafts.copy_(known[places.clamp(max=len(text) - 1)])
+
+
 class TextDrafts(Pace):
     """The drafts of one text, and what they have brought it in rounds that had some.
 
@@ -51,15 +121,23 @@ class TextDrafts(Pace):
 
     def __init__(self, longest: int) -> None:
         """longest: drafts at most."""
-        super().__init__(longest, COST)
+        super().__init__(longest, COST, stops=False)
         self._lookup = Lookup()
+        self.size = 0  # how many tokens it is about drafts behind
         self._seen = [[[0.0] * longest for _ in range(4)] for _ in HOPES]
 
     def drafts(self, ids: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `ids`; from now on it is about such drafts."""
         size, place = self._lookup.find(ids)
-        if not size:
-            return []
-        self.hope = HOPES[size - 1]
-        self._tried, self._kept, self._asked, self._limited = self._seen[size - 1]
-        return list(ids[place : place + max(0, min(most, self.longest))])
+        self.regard(size)
+        return list(ids[place : place + max(0, min(most, self.longest))]) if size else []
+
+    def regard(self, size: int) -> None:
+        """From now on it is about drafts behind so many tokens; 0: it is not known of how many."""
+        self.size, self.hope = size, HOPES[size]
+        self._tried, self._kept, self._asked, self._limited = self._seen[size]
+
+    def outlook_behind(self, size: int, room: int) -> float:
+        """The tokens of a round with as many drafts as may be, behind so many that are found."""
+        self.regard(size)
+        return self.outlook(room)[-1][0]

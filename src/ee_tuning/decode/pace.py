@@ -81,6 +81,12 @@ class Clock:
         # No less than half of what its weights say: a few rounds without may have been slow ones.
         return max(base + slope * drafts, 1 + self.cost * drafts / 2)
 
+    def share(self, drafts: float, seconds: float) -> float:
+        """What a round with so many drafts took, in rounds without any; a pause counts as little
+        as it does in `learn`."""
+        expected = self.rounds(drafts)
+        return min(seconds / self._usual, self.SLOW * expected) if self._usual else expected
+
     def _fitted(self) -> tuple[float, float]:
         """V / z and d / z; what is assumed counts as a round, too."""
         count = max(1, len(self._drafted))
@@ -118,17 +124,31 @@ class Pace:
 
     def learn(self, limit: int, drafted: int, kept: int) -> None:
         """Take in that of up to `limit` drafts so many were made, and the first `kept` right."""
-        self.asked = min(drafted + 1, limit) if self.stops else limit
+        asked = min(drafted + 1, limit) if self.stops else limit
+        self.see(limit, asked, kept)
+        self.spend(kept + 1, asked)
+
+    def see(self, limit: int, asked: int, kept: int) -> None:
+        """Take in what became of up to `limit` drafts, of which so many had to be made."""
         for seen in (self._tried, self._kept, self._asked, self._limited):
             seen[:] = [self.FORGETS * value for value in seen]
         for place in range(limit):
             self._limited[place] += 1
-            self._asked[place] += place < self.asked
+            self._asked[place] += place < asked
             self._tried[place] += place <= kept
             self._kept[place] += place < kept
-        self._tokens += kept + 1
-        self._ahead += kept + 1
-        self._unpaid.append(self.asked)
+
+    def spend(self, tokens: int, asked: int) -> None:
+        """Take in that a round has given so many tokens, and had to make so many drafts."""
+        self.asked = asked
+        self._tokens += tokens
+        self._ahead += tokens
+        self._unpaid.append(asked)
+
+    def took(self, rounds: float) -> None:
+        """Take in what the last round really took, in rounds without drafts."""
+        self._unpaid.pop()
+        self._ahead -= rounds
 
     def margin(self, room: int, clock: Clock) -> float:
         """What may be lost now, in rounds without drafts, if `room` more tokens are wanted.

@@ -1,9 +1,10 @@
 """Rounds of drafts of one text, each begun before the host has looked at the one before it.
 
-Where a text is alone, and drafts by a draft exit, the device knows what the next round begins with:
-it sees which drafts are those of the end, and what is settled is the next chain's window. So it
-need not wait for the host, which reads a round while the next one is *under way*. A chain ends on
-the device, too: drafts are branches of one graph. `drafts.chain_round` is the twin.
+Where a text is alone, and a draft exit drafts, or the text itself, the device knows what the next
+round begins with: it sees which drafts are those of the end, and what is settled is the next
+chain's window and the text's new end. So it need not wait for the host, which reads a round while
+the next one is *under way*. A chain ends on the device, too: drafts are branches of one graph. What
+the text has goes before what the exit drafts. `drafts.chain_round` and `Lookup` are the twins.
 """
 
 from __future__ import annotations
@@ -19,27 +20,29 @@ import torch
 from torch import Tensor
 
 from ee_tuning.decode.cache import SlotCache
-from ee_tuning.decode.chains import Chains, Found, Step, Tables, first_draft, later_draft
+from ee_tuning.decode.chains import Chains, Found, Step, Tables, first_draft, later_draft, tell
+from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.graphs import compiled
+from ee_tuning.decode.lookup import MATCH, Limits, Looked, look
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.wanted import Prediction, Predictions, Wanted
-from ee_tuning.exit_config import DRAFT
+from ee_tuning.exit_config import DRAFT, LOOKUP
 
-# The drafts of a round, and what the end says to each and to what follows the last one.
-Verified = tuple[list[Token], list[Prediction]]
 NO_LOGITS = torch.empty(0)  # those of a round are not kept
 
 
 class Key(NamedTuple):
     """Rounds that are alike.
 
-    sizes: length and reach of the pass to the end, and whether its slots are in order. samples: how
-    drafts, and what the end says, are drawn.
+    exit: whether the draft exit drafts. sizes: length and reach of the pass to
+    the end, and whether its slots are in order. samples: how drafts, and what the end says, are
+    drawn.
     """
 
     name: str
+    exit: bool
     sizes: tuple[int, int, bool]
     measure: str
     samples: tuple[int, int]
@@ -80,35 +83,71 @@ class Line:
 class Underway:
     """A round that the device is at.
 
-    length: of the row's text where the round begins, as far as that is known. limit: its drafts at
-    most. line: where it is read.
+    length: of the row's text where the round begins, as far as that is known. known: that it was
+    when the round began. line: where it is read.
     """
 
     row: Row
     length: int
-    limit: int
+    limits: Limits
+    known: bool
     line: Line
 
 
-class Rounds:
-    """One row of an engine with a draft exit, as long as it is the only one."""
+@dataclass
+class Round:
+    """A round that was read: its drafts, and what the end says to each and to what follows the last
+    one.
 
-    def __init__(self, passes: Passes, chains: Chains) -> None:
+    limits: what it was begun with. known: whether the text was known then. size: how many of the
+    text's last tokens were found again. seconds: that it took the device.
+    """
+
+    drafts: list[Token]
+    said: list[Prediction]
+    limits: Limits
+    known: bool
+    size: int
+    seconds: float
+
+
+class Rounds:
+    """One row of an engine with a draft exit, or for texts that draft, as long as it is the only
+    one."""
+
+    def __init__(self, passes: Passes, chains: Chains | None) -> None:
         self.passes, self.chains = passes, chains
-        self.most = passes.most - 1  # drafts of a round
-        width, device = chains.exit.first.weight.shape[0], passes.device
-        self._drafts = torch.zeros(1, self.most, dtype=torch.int64, device=device)
-        self._sures = torch.zeros(1, self.most, device=device)
+        most = self.most = passes.most - 1  # drafts of a round
+        device, longest = passes.device, passes.sizes.longest
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        # As of `Chains`.
+        table = numbers(1, 4 + longest) if chains is None else chains.table[:1]
+        self._table = table[:, : 4 + passes.most]
+        self._drafts, self._sures = numbers(1, most), torch.zeros(1, most, device=device)
+        width = 0 if chains is None else chains.exit.first.weight.shape[0]
         self._hidden = torch.zeros(1, 1, width, dtype=passes.dtype, device=device)
         self._goes_on = torch.zeros(1, dtype=torch.float64, device=device)
-        # How many drafts, these, confidences; tokens and confidences of the end. Tokens are exact
-        # in fp32 up to 2²⁴.
-        self._said = torch.zeros(3 + 4 * self.most, device=device)
+        self._looked = Looked(numbers(1), numbers(1), numbers(1, most))
+        self._text = numbers(passes.sizes.places if passes.texts else 0)
+        self._limits, self._told = numbers(MATCH + 1), Limits()
+        self._known: tuple[Row | None, int] = None, 0  # of whose text how much is in `_text`
+        # How many drafts, tokens found, drafts, confidences; tokens and confidences of the end.
+        # Tokens are exact in fp32 up to 2²⁴.
+        self._said = torch.zeros(4 + 4 * most, device=device)
         self._lines = [Line(self._said) for _ in range(2)]
         self._underway: Underway | None = None
+        self._look = compiled(look, passes.compile)
         self._first = compiled(_first, passes.compile)
         self._later = compiled(_later, passes.compile)
+        self._prefer = compiled(_prefer, passes.compile)
         self._settle = compiled(_settle, passes.compile)
+
+    def serves(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows, of those that `Ahead` serves, draft as this can."""
+        return any(row.policy.bar is not None or not row.policy.thresholds for row in rows)
 
     def underway(self, row: Row) -> bool:
         """Whether the device is at the round that follows what is known of a row."""
@@ -116,105 +155,139 @@ class Rounds:
         return one is not None and one.row is row and one.length == len(row.ids)
 
     @torch.inference_mode()
-    def go_on(self, row: Row, drawn: int) -> tuple[Verified, float]:
-        """The next round of a row, and its seconds; sets `row.limit` to its drafts at most.
+    def go_on(self, row: Row, now: Limits, behind: Limits, drawn: int) -> Round:
+        """The next round of a row.
 
-        `row.limit` was for the round that begins now: that one, or where it is under way already,
-        the one behind it. drawn: how drafts are drawn, see `draws`.
+        now: its drafts at most, where it is not under way already. behind: those of the one that
+        begins before this one is read; without any there is none. drawn: how an exit's drafts are
+        drawn, see `draws`.
         """
-        limit, samples = row.limit, (drawn, row.request.chooser.samples)
-        # A text's first round is looked at before there is another: many are of a few tokens.
-        goes_on = row.text is None and row.linked > len(row.request.ids)
+        chain = row.policy.bar is not None
+        samples = drawn if chain else NOTHING, row.request.chooser.samples
         if not self.underway(row):
-            self._underway = self._begin(row, limit, samples)
+            self._underway = self._begin(row, now, samples)
         one = self._underway
         assert one is not None
         # Not beyond the end, whatever is kept of this one.
-        limit = min(limit, row.left - one.limit - 2)
-        behind = self._behind(one, limit, samples) if goes_on and limit > 0 else None
+        behind = behind.within(row.left - one.limits.most - 2)
+        following = self._behind(one, behind, samples) if behind.most else None
         said, seconds = one.line.read()
-        found = self._read(said)
-        if behind is not None:
-            behind.length += kept_of(*found) + 1
-        self._underway, row.limit = behind, one.limit
-        return found, seconds
+        found = self._read(said, one, seconds)
+        self._known = row, one.length
+        if following is not None:
+            following.length += kept_of(found.drafts, found.said) + 1
+        self._underway = following
+        return found
 
-    def _begin(self, row: Row, limit: int, samples: tuple[int, int]) -> Underway:
+    def _begin(self, row: Row, limits: Limits, samples: tuple[int, int]) -> Underway:
         """A row's next round."""
-        chains, link = self.chains, row.link()
-        ids = [*link.ids, *[0] * (self.passes.most - len(link.ids))]
-        told = torch.tensor([[row.slot, link.first, len(link.ids), limit, *ids]])
+        length = len(row.ids)
+        first = length - 1 if row.policy.bar is None else row.linked
+        ids = [*row.ids[first:], *[0] * (self.passes.most - length + first)]
+        told = torch.tensor([[row.slot, first, length - first, limits.exit, *ids]])
 
         def begin() -> None:
-            chains.table[:1, : told.shape[1]].copy_(told, non_blocking=True)
+            self._table.copy_(told, non_blocking=True)
 
-        end = len(row.ids) + limit + 1
-        run = self._round(self._key(row.slot, end, row.policy.measure, samples), begin)
+        if row.text is not None:
+            known = self._known[1] if self._known[0] is row else 0
+            self._text[known:length].copy_(torch.tensor(row.ids[known:]), non_blocking=True)
+        self._tell(limits)
+        run = self._round(self._key(row, length + limits.most + 1, samples), begin)
         begin()
-        return Underway(row, len(row.ids), limit, self._lines[0].follow(run))
+        return Underway(row, length, limits, True, self._lines[0].follow(run))
 
-    def _behind(self, one: Underway, limit: int, samples: tuple[int, int]) -> Underway | None:
-        """The round behind `one`, of up to `limit` drafts; none, where it is to be captured first:
-        what it begins with is not known here."""
-        row = one.row
-        end = len(row.ids) + one.limit + 1 + limit + 1
-        key = self._key(row.slot, end, row.policy.measure, samples)
+    def _behind(self, one: Underway, limits: Limits, samples: tuple[int, int]) -> Underway | None:
+        """The round behind `one`; none, where it is to be captured first: what it begins with is
+        not known here."""
+        row, length = one.row, len(one.row.ids)
+        key = self._key(row, length + one.limits.most + 1 + limits.most + 1, samples)
         if key not in self.passes.graphs:
             return None
-        if limit != one.limit:
-            self.chains.table[:1, 3].fill_(limit)
+        self._tell(limits)
         (line,) = (line for line in self._lines if line is not one.line)
-        return Underway(row, len(row.ids), limit, line.follow(self._round(key, lambda: None)))
+        run = self._round(key, lambda: None)
+        return Underway(row, length, limits, False, line.follow(run))
 
-    def _read(self, said: list[float]) -> Verified:
-        """What `_said` says."""
-        made, most = int(said[0]), self.most
-        tokens, sures = said[1 : 1 + most], said[1 + most : 1 + 2 * most]
-        ends, confidences = said[1 + 2 * most : 2 + 3 * most], said[2 + 3 * most :]
-        drafts = [Token(int(tokens[j]), DRAFT, sures[j]) for j in range(made)]
+    def _tell(self, limits: Limits) -> None:
+        """Let rounds from the next one on have so many drafts."""
+        if limits.exit != self._told.exit:
+            self._table[:, 3].fill_(limits.exit)
+        for size, (limit, told) in enumerate(zip(limits.texts, self._told.texts, strict=True)):
+            if limit != told:
+                self._limits[size].fill_(limit)
+        self._told = limits
+
+    def _read(self, said: list[float], one: Underway, seconds: float) -> Round:
+        """What `_said` says of a round."""
+        made, size, most = int(said[0]), int(said[1]), self.most
+        tokens, sures = said[2 : 2 + most], said[2 + most : 2 + 2 * most]
+        ends, confidences = said[2 + 2 * most : 3 + 3 * most], said[3 + 3 * most :]
+        if one.limits.texts[size]:  # how sure the end is of those that it keeps, it says
+            drafts = [Token(int(tokens[j]), LOOKUP, 0.0) for j in range(made)]
+        else:
+            drafts = [Token(int(tokens[j]), DRAFT, sures[j]) for j in range(made)]
         answers = Predictions(NO_LOGITS, [ends], [confidences], [0])
-        return drafts, [answers.at(0, place) for place in range(made + 1)]
+        answered = [answers.at(0, place) for place in range(made + 1)]
+        return Round(drafts, answered, one.limits, one.known, size, seconds)
 
-    def _key(self, slot: int, end: int, measure: str, samples: tuple[int, int]) -> Key:
-        """What a round is of the text in `slot`, which is no longer than `end` behind it. samples:
-        how drafts, and what the end says, are drawn."""
+    def _key(self, row: Row, end: int, samples: tuple[int, int]) -> Key:
+        """What a round is of a row's text, which is no longer than `end` behind it. samples: how
+        drafts, and what the end says, are drawn."""
+        exit, sizes = row.policy.bar is not None, self._sizes(row.slot, end)
+        return Key("rounds", exit, sizes, row.policy.measure, samples)
+
+    def _sizes(self, slot: int, end: int) -> tuple[int, int, bool]:
+        """As of `Key`, of a text in a slot."""
         passes, sizes = self.passes, self.passes.sizes
         length = sizes.length(passes.most) if passes.compile else passes.most
-        reach = sizes.reach(end + length)
         # Not compiled, the first position would be looked at on the host.
-        in_order = passes.compile and passes.in_order([slot])
-        return Key("rounds", (length, reach, in_order), measure, samples)
+        return length, sizes.reach(end + length), passes.compile and passes.in_order([slot])
 
     def _round(self, key: Key, begin: Callable[[], Any]) -> Callable[[], None]:
         """What runs a round. begin: sets what it begins with, where it is to be captured."""
-        passes, (_, reach, in_order) = self.passes, key.sizes
-        step = Step(reach, in_order, self.chains.limit, key.measure, key.samples[0])
-        drafts = [[partial(self._draft, number, step)] for number in range(self.most)]
-        wanted = Wanted("each", True, key.measure, key.samples[1])
-        verify = partial(self._verify, key.sizes, wanted)
-        return passes.graphs.branched(key, drafts, self._goes_on, begin, False, verify)
+        number = self.most if key.exit else 1
+        steps = [[partial(self._step, one, key)] for one in range(number)]
+        verify = partial(self._verify, key)
+        return self.passes.graphs.branched(key, steps, self._goes_on, begin, False, verify)
 
-    def _draft(self, number: int, step: Step) -> None:
-        """One more draft after so many."""
+    def _step(self, number: int, key: Key) -> None:
+        """What the text has, and one more draft after so many of the exit."""
+        _, reach, in_order = key.sizes
+        if self.passes.texts and not number:
+            self._look(self._text[:reach], self._table, self._limits, self._looked)
+        if not key.exit:
+            return
         chains, tables = self.chains, self._tables
-        kept = Kept(self._drafts, self._sures, self._hidden, self._goes_on)
+        assert chains is not None
+        step = Step(reach, in_order, chains.limit, key.measure, key.samples[0])
+        looked = self._looked.number if self.passes.texts else None
+        kept = Kept(self._drafts, self._sures, self._hidden, self._goes_on, looked)
         if number:
             self._later(chains.twin, chains.cache, tables, kept, chains.numbers[number], step)
         else:
             self._first(chains.twin, chains.cache, tables, kept, step)
 
-    def _verify(self, to: tuple[int, int, bool], wanted: Wanted) -> None:
-        """The drafts' pass to the end, of so many tokens, reach and order."""
-        passes, tables = self.passes, self._tables
-        made = self.chains.tell(tables, passes.control, self._drafts, self._sures)
+    def _verify(self, key: Key) -> None:
+        """The drafts' pass to the end."""
+        passes, drafts, sures, looked = self.passes, self._drafts, self._sures, self._looked
+        made = size = looked.size
+        if key.exit:
+            assert self.chains is not None
+            made = self.chains.tell(self._tables, passes.control, drafts, sures)
+        if passes.texts:
+            drafts, made = self._prefer(
+                looked, self._table, passes.control, drafts, made if key.exit else None
+            )
         last, nothing = len(passes.segments) - 1, Wanted("nothing", False)
+        wanted = Wanted("each", True, key.measure, key.samples[1])
         for i in range(last + 1):
-            found = passes.forward(i, 1, *to, wanted if i == last else nothing)
-        drafts = self._drafts, self._sures
-        self._settle(self._said, tables.table, made, *drafts, found[1])
+            found = passes.forward(i, 1, *key.sizes, wanted if i == last else nothing)
+        self._settle(self._said, self._table, made, size, drafts, sures, found[1])
 
     @property
     def _tables(self) -> Tables:
+        assert self.chains is not None
         return self.chains.tables(1, self.passes.most)
 
     def to_warm(
@@ -222,29 +295,31 @@ class Rounds:
     ) -> list[Callable[[], Any]]:
         """What captures all that texts ask for; see `Ahead.to_warm`."""
         ends = self.passes.sizes.ends(self.passes.most)
-        return [partial(self._warm, *one) for one in product(samples, measures, ends)]
+        exits = [True] * (self.chains is not None) + [False] * self.passes.texts
+        keys: dict[Key, None] = {}
+        for exit, kinds, measure, end in product(exits, samples, measures, ends):
+            kinds = kinds if exit else (NOTHING, kinds[1])
+            keys[Key("rounds", exit, self._sizes(0, end), measure, kinds)] = None
+        return [partial(self._warm, key) for key in keys]
 
-    def _warm(self, samples: tuple[int, int], measure: str, end: int) -> None:
-        table = self.chains.table
-        told = torch.zeros_like(table[:1])
+    def _warm(self, key: Key) -> None:
+        told = torch.zeros_like(self._table)
         told[:, 2:4] = 1
-
-        def begin() -> None:
-            table[:1] = told
-
-        self._round(self._key(0, end, measure, samples), begin)
+        self._round(key, partial(self._table.copy_, told))
 
 
 class Kept(NamedTuple):
     """What is kept of a chain from one draft to the next.
 
     drafts, sures: (1, k). hidden: (1, 1, H), of the last one. goes_on: (1,), whether one follows.
+    looked: (1,), how many the text has, in whose place none are wanted.
     """
 
     drafts: Tensor
     sures: Tensor
     hidden: Tensor
     goes_on: Tensor
+    looked: Tensor | None
 
     def take(self, found: Found, number: Tensor | int, tables: Tables) -> None:
         """Take in draft `number`, behind which there are none yet."""
@@ -252,7 +327,8 @@ class Kept(NamedTuple):
         sures = torch.where(index < number, self.sures, 0).where(index != number, found[1])
         certain = sures.where(index <= number, 1).prod(1)
         slots, limits = tables.table[:, 0], tables.table[:, 3]
-        self.goes_on.copy_((certain >= tables.bars[slots]) & (limits > number + 1))
+        goes_on = (certain >= tables.bars[slots]) & (limits > number + 1)
+        self.goes_on.copy_(goes_on if self.looked is None else goes_on & (self.looked == 0))
         self.drafts.copy_(self.drafts.where(index != number, found[0]))
         self.sures.copy_(sures)
         self.hidden.copy_(found[2])
@@ -273,6 +349,17 @@ def _later(
     kept.take(later_draft(exit, cache, tables, (number, token, kept.hidden), step), number, tables)
 
 
+def _prefer(
+    looked: Looked, table: Tensor, control: Tensor, drafts: Tensor, made: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The text's drafts, where it has some, else an exit's (1, k), of which there are `made` (1,):
+    these and their number, of which the pass that verifies is told."""
+    made = looked.number if made is None else torch.where(looked.number > 0, looked.number, made)
+    drafts = torch.where(looked.number[:, None] > 0, looked.drafts, drafts)
+    tell(table, control, drafts)
+    return drafts, made
+
+
 def kept_of(drafts: Sequence[Token], said: Sequence[Prediction]) -> int:
     """How many drafts are what the end says in their places, none before them being wrong."""
     right = [draft.id == one.token for draft, one in zip(drafts, said, strict=False)]
@@ -280,16 +367,18 @@ def kept_of(drafts: Sequence[Token], said: Sequence[Prediction]) -> int:
 
 
 def _settle(
-    said: Tensor, table: Tensor, made: Tensor, drafts: Tensor, sures: Tensor, answers: Tensor
-) -> None:
+    said: Tensor, table: Tensor, made: Tensor, size: Tensor, drafts: Tensor, sures: Tensor,
+    answers: Tensor,
+) -> None:  # fmt: skip
     """Keep the drafts that the end agrees with, and say what there was in this round.
 
-    said: (3 + 4k,). table: (1, 4 + tokens), of `Chains`, for the next one. made: (1,), how many of
-    drafts (1, k) there are. answers: (2, 1, T), T > k.
+    said: (4 + 4k,). table: (1, 4 + tokens), of `Chains`, for the next one. made: (1,), how many of
+    drafts (1, k) there are. size: (1,), see `Looked`. answers: (2, 1, T), T > k.
     """
     most = drafts.shape[1]
     tokens, sure = answers[0, :, : most + 1], answers[1, :, : most + 1]
-    said.copy_(torch.cat([made[:, None].float(), drafts.float(), sures, tokens, sure], 1)[0])
+    numbers = torch.stack([made, size], 1).float()
+    said.copy_(torch.cat([numbers, drafts.float(), sures, tokens, sure], 1)[0])
     index = torch.arange(most, device=said.device)
     same = (tokens[:, :most].long() == drafts) & (index < made)
     kept = same.long().cumprod(1).sum(1)
