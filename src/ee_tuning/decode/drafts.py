@@ -309,7 +309,7 @@ def _by_text(
     text.regard(0)
     behind = plan([text], [row.left], clocks[1])
     found = [] if underway else text.drafts(row.ids, row.left - 1)
-    now = plan([text], [row.left], clocks[0]) if found else 0
+    now = plan([text], [row.left], clocks[0]) if found and not clocks[1].looks() else 0
     return Limits(0, (0, *[now] * MATCH)), Limits(0, (0, *[behind] * MATCH))
 
 
