@@ -258,8 +258,8 @@ class Ahead:
         size = step.start, asking.length, self.passes.limit
         positions, position_ids, counts, hidden = self._open(self._state, slots, ring, *size)
         place = Place(slots, positions, asking.reach, asking.in_order)
-        for size in self._newest.sizes:  # now, since what is found on another stream is not there
-            place.remembered((size,), Place.in_ring)
+        for places in self._newest.sizes:  # now: nobody waits for what another stream finds
+            place.remembered((places,), Place.in_ring)
         self._step(step, asking, hidden, position_ids, place, counts)
 
     def _step(
