@@ -55,6 +55,9 @@ def folder(base, data, tmp_path_factory):
     shutil.copytree(folder / "two", folder / "split-nll")
     split = settings | {"exits": str(folder / "split-nll"), "tp": 2, "timeout": 60.0}
     cases.append({"command": "calibrate", "settings": split})
+    shutil.copytree(folder / "two", folder / "staged-nll")
+    staged = settings | {"exits": str(folder / "staged-nll"), "pp": 2, "timeout": 60.0}
+    cases.append({"command": "calibrate", "settings": staged})
     said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
     return folder
@@ -96,11 +99,12 @@ def test_ranks_that_share_model_and_data_measure_what_one_process_does(folder):
         assert b["speed"]["median"] > 0
 
 
-def test_ranks_that_share_the_model_find_the_same_certificate(folder):
+@pytest.mark.parametrize("layout", ["split", "staged"])
+def test_ranks_that_share_the_model_find_the_same_certificate(folder, layout):
     """But for the order of sums; it holds for the same exits."""
     one, split = (
         json.loads((folder / f"{name}-nll/calibration.json").read_text())
-        for name in ("one", "split")
+        for name in ("one", layout)
     )
     assert split["tested"] == pytest.approx(one["tested"], rel=1e-4)
     assert split["thresholds"] == pytest.approx(one["thresholds"], rel=1e-3)

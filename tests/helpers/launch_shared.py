@@ -1,6 +1,6 @@
 """Runs of commands whose work several processes share.
 
-A case is {"command", "settings", "port"}; its processes are as many as `dp` and `tp` say.
+A case is {"command", "settings", "port"}; its processes are as many as `dp`, `tp` and `pp` say.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from helpers.ranks import become, run_ranks
 
 
 def _ranks(settings: dict) -> int:
-    return settings.get("dp", 1) * settings.get("tp", 1)
+    return settings.get("dp", 1) * settings.get("tp", 1) * settings.get("pp", 1)
 
 
 def _run(rank: int, case: dict) -> None:

@@ -50,6 +50,7 @@ class CalibrateConfig(ActiveExits, SamplingConfig):
     metric: str = option(
         "", "with --risk task: a metric within [0, 1], larger is better; default: the only one"
     )
-    dp: int = option(1, "parts of the prompts; torchrun starts dp × tp processes")
-    tp: int = option(1, "processes that share a model")
+    dp: int = option(1, "parts of the prompts; torchrun starts dp × tp × pp processes")
+    tp: int = option(1, "processes that share each layer of a model")
+    pp: int = option(1, "stages of a model's layers, which work in turns")
     timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.config import Leaving
@@ -19,8 +20,8 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.settings import Full
 from ee_tuning.decode.whole import Text, whole_texts
 from ee_tuning.losses import LOGITS, confidence
-from ee_tuning.model import Network
-from ee_tuning.parallel.data import collect, deal
+from ee_tuning.model import Descent, Network
+from ee_tuning.parallel.data import collect, collect_stages, deal
 from ee_tuning.parallel.mesh import ALONE, Mesh
 
 Thresholds = Mapping[int, float]
@@ -66,6 +67,7 @@ def full_texts(
     texts = [Text(list(ids), policy, len(ids) + new_tokens, ends=ends) for ids in prompts]
     size: dict[str, Any] = {"slots": slots, "capacity": capacity, "max_pending": 8}
     own = deal(texts, mesh)
+    size["drafts"] = mesh.pp > 1
     with engines_of(model).lend(model, [], **size, compile=compile) as engine:
         assert isinstance(engine, Engine)
         # Of about the same length together: a pass looks back as far as its longest text.
@@ -109,12 +111,13 @@ def look(
     """Ask every exit at each place of `texts`, in one pass: it does not depend on thresholds what
     it says there, since what tokens left behind is computed before anything looks back at it.
 
-    mesh: the ranks that share the texts, in the batches of one process.
+    mesh: the ranks that share the texts, in the batches of one process, and the layers.
     """
     lengths = np.array([len(text) for text in texts])
     size = (len(texts), len(layers), int(lengths.max()))
     right, sure = np.zeros(size, dtype=bool), np.zeros(size, dtype=np.float32)
     worse = np.zeros(size, dtype=np.float32) if likelihoods else None
+    full = np.zeros((size[0], size[2]), dtype=np.float32) if likelihoods else None
     whole = [[*prompt, *text[:-1]] for prompt, text in zip(prompts, texts, strict=True)]
     order = sorted(range(len(whole)), key=lambda n: len(whole[n]))
     batches = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
@@ -131,23 +134,40 @@ def look(
         to = np.array(own)[rows]
         vocabulary = model.backbone.config.vocab_size
         said_of = partial(_said, tokens=tokens, measure=measure, vocabulary=vocabulary)
-        descent = model.chain.descend(ids.to(model.backbone.device))
+        descent = _entered(model, ids, mesh)
         for e, layer in enumerate(layers):
+            if layer not in model.exit_layers:  # another stage's
+                continue
             exit = model.exit(layer)
             features = exit.features(descent.to(layer))[at]
             said = said_of(exit.logits, features)
             right[to, e, places], sure[to, e, places] = said[0], said[1]
             if worse is not None:
                 worse[to, e, places] = said[2]
-        if worse is not None:
+        if mesh.pp_rank < mesh.pp - 1:
+            dist.send(descent.ahead(model.stage.stop).contiguous(), dst=mesh.next_stage)
+        elif full is not None:
             hidden = model.backbone.norm(descent.ahead(model.backbone.num_layers)[at])
-            worse[to, :, places] -= said_of(model.backbone.logits, hidden)[2][:, None]
-    seen = [values for values in (right, sure, worse) if values is not None]
-    parts = collect([[values[own] for values in seen] for own in deal(batches, mesh)], mesh)
-    for own, said_there in zip(batches, parts, strict=True):
-        for values, part in zip(seen, said_there, strict=True):
-            values[own] = part
+            full[to, places] = said_of(model.backbone.logits, hidden)[2]
+    for values in (right, sure, worse, full):
+        if values is not None:
+            parts = collect_stages([values[own] for own in deal(batches, mesh)], mesh)
+            for own, part in zip(batches, parts, strict=True):
+                values[own] = part
+    if worse is not None and full is not None:
+        worse -= full[:, None]
     return Seen(layers, model.backbone.num_layers, right, sure, worse, lengths)
+
+
+def _entered(model: Network, ids: Tensor, mesh: Mesh) -> Descent:
+    """A batch of tokens (B, T) at the first layer of this stage."""
+    device = model.backbone.device
+    if not mesh.pp_rank:
+        return model.chain.descend(ids.to(device))
+    size = *ids.shape, model.backbone.config.hidden_size
+    hidden = torch.empty(size, dtype=model.dtype, device=device)
+    dist.recv(hidden, src=mesh.previous_stage)
+    return model.chain.descend(hidden)
 
 
 def _said(

@@ -76,7 +76,7 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     """
     check(config)
     folder = _own_folder(config)
-    mesh, device = Mesh(dp=config.dp, tp=config.tp), pick_device(config.device)
+    mesh, device = Mesh(config.dp, config.tp, config.pp), pick_device(config.device)
     with mesh.connected(device, config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         shown = display if display is not None and mesh.is_main else Display()
@@ -102,10 +102,13 @@ def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Displ
         _check_enough(len(prompts.ids), config, "betting", display)
         display.say(check_not_tuned_on(prompts, folder, config))
         found = _of_prompts(config, model, layers, prompts, mesh, display)
-    hashes = {layer: exit_hash(model.exit(layer), gather=True) for layer in layers}
+    own = [layer for layer in layers if layer in model.exit_layers]
+    hashes: dict[int, str | None] = {}
+    for found_there in mesh.gather_on_host({k: exit_hash(model.exit(k), gather=True) for k in own}):
+        hashes |= found_there
     found = replace(
         found,
-        exits={layer: value for layer, value in hashes.items() if value},
+        exits={layer: value for layer in layers if (value := hashes[layer])},
         dtype=str(model.dtype).removeprefix("torch."),
         machine=f"{hardware(model.backbone.device)}; {versions()}",
     )
@@ -127,7 +130,7 @@ def check(config: CalibrateConfig) -> None:
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name)} is negative: give 0 or more")
     task = config.risk == "task"
-    for name in ("dp", "tp"):
+    for name in ("dp", "tp", "pp"):
         if task and getattr(config, name) > 1:
             raise UserError(
                 f"{name} is {getattr(config, name)}: risk task runs no model, use --{name} 1"

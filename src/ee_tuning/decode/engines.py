@@ -72,7 +72,8 @@ class Engines:
         """The smallest engine that is free and has room; else a new one, which is kept.
 
         Captured graphs hold the addresses of weights, so other weights want another engine.
-        drafts: of requests some have drafts that the end verifies.
+        drafts: of requests some have drafts that the end verifies: stages then work in turns, which
+        whole texts want, too.
 
         Raises:
             UserError: numbers that make no sense, or K/V that do not fit into memory.

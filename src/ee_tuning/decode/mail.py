@@ -92,7 +92,7 @@ class Mail:
         """Listen until every sender has said that there will be no more."""
         if not self.speaks:
             return
-        later = range(self.mesh.tp, self.mesh.size, self.mesh.tp)
+        later = [self.mesh.counterpart(stage) for stage in range(1, self.mesh.pp)]
         senders = later if self.is_first else [self.mesh.previous_stage]
         self._listeners = [
             threading.Thread(target=self._listen, args=(sender,), daemon=True) for sender in senders
@@ -119,7 +119,7 @@ class Mail:
     def tell_first(self, message: Message) -> None:
         """To the first stage, unless this is it."""
         if self.speaks and not self.is_first:
-            self._send(message, 0)
+            self._send(message, self.mesh.counterpart(0))
 
     def answers(self, wait: bool) -> list[News]:
         """What later stages have told the first one; wait: until there is something."""
@@ -209,8 +209,7 @@ class Mail:
         return _message(table)
 
     def _broadcast(self, tensor: Tensor) -> None:
-        source = self.mesh.rank - self.mesh.tp_rank
-        dist.broadcast(tensor, src=source, group=self.mesh.group("tp"))
+        dist.broadcast(tensor, src=self.mesh.speaker, group=self.mesh.group("tp"))
 
     def _empty_table(self) -> Tensor:
         """The size of every message: a row for the kind and number of news, one for each."""

@@ -106,6 +106,23 @@ class Relay:
         rows = list(range(len(windows))) if found is None else found.rows
         return self._told(part.stage, found, rows, length)
 
+    def ahead(
+        self, windows: Sequence[Window], starts: Sequence[int], count: int, wanted: Wanted
+    ) -> list[list[list[float]]]:
+        """As of passes, token by token."""
+        starts, found, last = [*starts], [], len(self.segments) - 1
+        nothing = Wanted("nothing", False)
+        for _ in range(count):
+            for i in range(last + 1):
+                told = self.window(i, [*windows], starts, wanted if i == last else nothing)
+            assert told is not None
+            found.append([[row[0] for row in rows] for rows in (told.tokens, told.confidences)])
+            tokens = found[-1][0]
+            windows = [Window(w.slot, 1, [int(t)]) for w, t in zip(windows, tokens, strict=True)]
+            for window in windows:
+                starts[window.slot] += 1
+        return found
+
     def verify(
         self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int
     ) -> tuple[list[list[float]], Predictions]:
@@ -163,7 +180,7 @@ class Relay:
 
     def broadcast(self, tensor: Tensor, stage: int) -> None:
         """Let every process have what its counterpart in a stage has."""
-        source = self.mesh.rank + (stage - self.mesh.pp_rank) * self.mesh.tp * self.mesh.dp
+        source = self.mesh.counterpart(stage)
         dist.broadcast(tensor, src=source, group=self.mesh.group("pp"))
 
 

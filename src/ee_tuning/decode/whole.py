@@ -56,7 +56,6 @@ def whole_texts(
     Raises:
         UserError: a text does not fit the engine, or logits are not finite.
     """
-    assert len(engine.sequences.stops) == 1
     assert not engine.busy
     wave = Wave(engine, ahead)
     try:
@@ -73,7 +72,7 @@ class Wave:
 
     def __init__(self, engine: Engine, ahead: int) -> None:
         self.engine, self.sequences, self.passes = engine, engine.sequences, engine.passes
-        self.ahead = min(ahead, self.passes.longest)
+        self.ahead, self.last = min(ahead, self.passes.longest), len(self.passes.segments) - 1
         self.rows: list[tuple[Row, Text]] = []
 
     def begin(self, waiting: deque[Text]) -> list[tuple[Text, list[int]]]:
@@ -86,7 +85,7 @@ class Wave:
         self.passes.draws.tell()
         prompts, first = {row.slot: text.ids for row, text in self.rows}, {}
         idle = [0] * self.passes.slots
-        for reads in read(self.passes, prompts, 0, self._wanted(), lambda i: list(idle)):
+        for reads in read(self.passes, prompts, self.last, self._wanted(), lambda i: list(idle)):
             for one in reads:
                 assert one.found is not None
                 check_evidence(one.found.confidence)

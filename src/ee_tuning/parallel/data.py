@@ -8,7 +8,7 @@ whole parameters of an exit exist while it is at work, as the copies that the st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,16 @@ def collect(own: Iterable[Item], mesh: Mesh) -> list[Item]:
     of --tp and --pp made the same."""
     shares = mesh.gather_on_host(list(own))[:: mesh.tp][: mesh.dp]
     return [shares[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, shares)))]
+
+
+def collect_stages(own: Sequence[Any], mesh: Mesh) -> list[Any]:
+    """As `collect`, of sums over stages: of each share what all stages make of it, added up."""
+    shares = mesh.gather_on_host(list(own))[:: mesh.tp]
+    sums = [
+        [sum(parts[1:], parts[0]) for parts in zip(*shares[rank :: mesh.dp], strict=True)]
+        for rank in range(mesh.dp)
+    ]
+    return [sums[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, sums)))]
 
 
 def deal_batches(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:

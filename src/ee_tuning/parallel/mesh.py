@@ -50,7 +50,7 @@ class Mesh:
         self.dp, self.tp, self.pp = dp, tp, pp
         self.size = dp * tp * pp
         self.rank = own_rank() if self.size > 1 else 0
-        self._first = 0  # the number of the main process among all that were started
+        self._all = list(range(self.size))  # their numbers among all that were started
         self.doing = "the start"  # for messages
         self._last: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._device_mesh: DeviceMesh | None = None
@@ -159,19 +159,21 @@ class Mesh:
         gc.collect()
 
     def of_one_model(self) -> Mesh:
-        """The processes of a connected mesh without stages that have parts of one model, as a mesh
-        of their own. Every process calls it."""
+        """The processes of a connected mesh that have parts of one model, as a mesh of their own.
+
+        Every process calls it.
+        """
         if self.dp == 1:
             return self
-        assert self.pp == 1, "stages know each other by their numbers among all processes"
-        own = Mesh(tp=self.tp)
-        own.rank, own._device_mesh = self.tp_rank, self._device_mesh
-        own._first = self.rank - self.tp_rank
-        for first in range(0, self.size, self.tp) if self.tp > 1 else ():
-            ranks, timeout = list(range(first, first + self.tp)), self._patience
-            group = dist.new_group(ranks, backend="gloo", timeout=timeout)
-            if first == own._first:
-                own._host = group
+        own = Mesh(tp=self.tp, pp=self.pp)
+        own.rank, own._device_mesh = self.tp_rank + self.tp * self.pp_rank, self._device_mesh
+        for part in range(self.dp):
+            ranks = [rank for rank in self._all if rank // self.tp % self.dp == part]
+            group = None
+            if own.size > 1:
+                group = dist.new_group(ranks, backend="gloo", timeout=self._patience)
+            if part == self.dp_rank:
+                own._all, own._host = ranks, group
         return own
 
     def axis(self, name: str) -> DeviceMesh:
@@ -227,7 +229,7 @@ class Mesh:
                 box[0] = function()
             except UserError as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=self._first, group=self._host)
+        dist.broadcast_object_list(box, src=self._all[0], group=self._host)
         if box[1] is not None:
             raise box[1]
         return box[0]
@@ -266,15 +268,24 @@ class Mesh:
                     f"rank {rank} has other {what} than rank 0: give every process the same"
                 )
 
+    def counterpart(self, stage: int) -> int:
+        """The number, among all that were started, of the process in a stage that is like this."""
+        return self._all[self.rank + (stage - self.pp_rank) * self.tp * self.dp]
+
     @cached_property
     def next_stage(self) -> int:
-        """The rank of this process's counterpart in the next stage."""
-        return self.rank + self.tp * self.dp
+        """This process's `counterpart` in the next stage."""
+        return self.counterpart(self.pp_rank + 1)
 
     @cached_property
     def previous_stage(self) -> int:
-        """The rank of this process's counterpart in the stage before."""
-        return self.rank - self.tp * self.dp
+        """This process's `counterpart` in the stage before."""
+        return self.counterpart(self.pp_rank - 1)
+
+    @cached_property
+    def speaker(self) -> int:
+        """The number of the first process that has parts of the same layers as this."""
+        return self._all[self.rank - self.tp_rank]
 
 
 class _ToldToEnd(Exception):

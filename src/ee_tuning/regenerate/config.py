@@ -76,6 +76,7 @@ class RegenerateConfig(Compiles, Settings):
         "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
     )
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
-    dp: int = option(1, "waves at a time; torchrun starts dp × tp processes")
-    tp: int = option(1, "processes that share a model")
+    dp: int = option(1, "waves at a time; torchrun starts dp × tp × pp processes")
+    tp: int = option(1, "processes that share each layer of a model")
+    pp: int = option(1, "stages of a model's layers, which work in turns")
     timeout: float = option(3600.0, "seconds after which a rank gives up waiting for another one")

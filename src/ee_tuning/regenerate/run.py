@@ -70,7 +70,7 @@ def regenerate(config: RegenerateConfig, display: Display | None = None) -> Tota
     """
     check(config)
     out = OutFile(config.out)
-    mesh, device = Mesh(dp=config.dp, tp=config.tp), pick_device(config.device)
+    mesh, device = Mesh(config.dp, config.tp, config.pp), pick_device(config.device)
     advice = "Go on with --resume"
     with mesh.connected(device, config.timeout, advice), _sigterm_as_ctrl_c():
         mesh.check_same("settings", repr(config))
@@ -151,7 +151,9 @@ class _Run:
         engines, compile = engines_of(self.model), config.compiled()
         size: dict[str, Any] = {"slots": state.slots, "capacity": self.capacity, "max_pending": 8}
         with (
-            engines.lend(self.model, [], **size, compile=compile) as engine,
+            engines.lend(
+                self.model, [], **size, compile=compile, drafts=self.mesh.pp > 1
+            ) as engine,
             self.display.running(self.totals.tokens, int(config.tokens)),
         ):
             assert isinstance(engine, Engine)
@@ -171,7 +173,7 @@ class _Run:
         self.mesh.doing = f"wave {self.state.waves}"
         wave = self.state.waves + self.mesh.dp_rank
         own = self.mesh.on_all(lambda: writer.wave(self._prompts_of(wave), self._advance))
-        for found in self.mesh.gather_on_host(own)[:: self.mesh.tp]:
+        for found in self.mesh.gather_on_host(own)[:: self.mesh.tp][: self.mesh.dp]:
             if self._take(found):
                 return
 
@@ -237,7 +239,7 @@ class _Run:
         values = {f.name: getattr(self.config, f.name) for f in fields if f.metadata["fixed"]}
         identities = [(source.weight, contents(source.identity())) for source in self.sources]
         return values | {
-            "model": backbone_key(self.model),
+            "model": backbone_key(self.model, self.mesh),
             "tokenizer": key_of_parts(
                 sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template
             ),
@@ -306,9 +308,12 @@ def slots_for(model: Network, capacity: int) -> int:
     return slots
 
 
-def backbone_key(model: Network) -> str:
+def backbone_key(model: Network, mesh: Mesh) -> str:
     """Differs where a backbone's weights do, as far as its fingerprint tells."""
-    return key_of_parts(sorted(model.tensor_hashes.items()))
+    parts: dict[str, str] = {}
+    for found in mesh.gather_on_host(model.tensor_hashes):
+        parts |= found
+    return key_of_parts(sorted(parts.items()))
 
 
 def check_settings(saved: dict[str, Any], own: dict[str, Any]) -> None:
