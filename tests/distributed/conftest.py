@@ -59,7 +59,7 @@ def new_runs(tmp_path_factory, backbones, data):
             "arch": "embedding,norm,mlp,layer", "head": "own,shared,own,own", "data": [data],
             "steps": 3, "seq_length": 32,
             "micro_batch_size": 2, "global_batch_size": 5, "lr": 1e-3, "save_every": 1, "keep": 9,
-            "eval_every": 2, "log_every": 1, "valid_fraction": 0.05, "timeout": 120.0,
+            "eval_every": 3, "log_every": 1, "valid_fraction": 0.05, "timeout": 120.0,
             "dynamic_weights": True, "clip": 0.005,
         }  # fmt: skip
         return Runs(tmp_path_factory.mktemp("runs"), common)

@@ -3,7 +3,7 @@
 A case is {"size", "port", "settings", "error"}: the first `size` ranks call `tune` with
 `settings`; what goes wrong on a rank is written to the file `error` + its number. A case
 may `count` its traffic: see `traffic`, or let stages wait: see `ahead`; its ranks may each work in
-one of its `folders`, and have so many `logits` at a time.
+one of its `folders`, have so many `logits` at a time, and compile with its `backend`, if any.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -102,6 +103,11 @@ def ahead(path: Path) -> None:
     Pipeline.record, Tuner.step = record, watched_step
 
 
+def not_compiled(function: Callable, **_) -> Callable:
+    """In place of `torch.compile`, where it is not what a case is about."""
+    return function
+
+
 def run(rank: int, cases: list[dict]) -> None:
     """Every case that this rank has a part in."""
     torch.set_num_threads(1)
@@ -117,7 +123,8 @@ def run(rank: int, cases: list[dict]) -> None:
         settings = dict(case["settings"])
         settings |= case.get("only_rank", {}).get(str(rank), {})
         losses.LOGITS = case["logits"]
-        torch.compile = partial(COMPILE, backend=case["backend"])
+        backend = case["backend"]
+        torch.compile = partial(COMPILE, backend=backend) if backend else not_compiled
         if case["folders"]:
             os.chdir(case["folders"][rank])
         try:
