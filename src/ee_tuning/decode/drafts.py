@@ -179,13 +179,22 @@ def next_round(
         # Not what others are part of.
         if seconds is None or len(alike) < len(rows):
             continue
-        asked = max((row.pace.asked for row in alike if row.pace is not None), default=0)
-        looked = max((row.text.asked for row in alike if row.text is not None), default=0)
+        paces = [row.pace for row in alike if row.pace is not None]
+        own = [row.text for row in alike if row.text is not None]
+        asked, looked = (max((one.asked for one in some), default=0) for some in (paces, own))
         if clock is not None and not looked:
-            clock.learn(asked, seconds)
+            _count(clock, paces if len(rows) == 1 else [], asked, seconds)
         if text is not None and not asked:
-            text.learn(looked, seconds)
+            _count(text, own if len(rows) == 1 else [], looked, seconds)
     return settled
+
+
+def _count(clock: Clock, paces: Sequence[Pace], asked: int, seconds: float) -> None:
+    """Take in what a round took in which so many drafts were made; paces: of rows that it was all
+    of a round of."""
+    clock.learn(asked, seconds)
+    for pace in paces if asked else ():
+        pace.took(clock.share(asked, seconds))
 
 
 def _stopwatch(sequences: Sequences) -> Callable[[], float | None]:
@@ -292,9 +301,7 @@ def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> Sett
     settled = _kept(row, one.said, choice)
     pace = _learn(row, one, choice.kept)
     if clocks and pace is not None and took is not None:
-        clock, seconds, asked = clocks[not one.known], max(took, one.seconds), max(pace.asked, 1)
-        clock.learn(asked, seconds)
-        pace.took(clock.share(asked, seconds))
+        _count(clocks[not one.known], [pace], max(pace.asked, 1), max(took, one.seconds))
     return settled
 
 

@@ -113,8 +113,8 @@ class TextDrafts(Pace):
     """The drafts of one text, and what they have brought it in rounds that had some.
 
     Of those behind so many tokens that were found it is seen for itself, since the more are found,
-    the likelier they go on as before. What trying may cost comes on top of what exits may: it is
-    half as much.
+    the likelier they go on as before; and for rounds that begin before it is known what is found.
+    What trying may cost is half of what exits may.
     """
 
     STAKE, SHARE, BOUND = Pace.STAKE / 2, Pace.SHARE / 2, Pace.BOUND / 2

@@ -147,7 +147,7 @@ class Pace:
 
     def took(self, rounds: float) -> None:
         """Take in what the last round really took, in rounds without drafts."""
-        self._unpaid.pop()
+        del self._unpaid[-1:]
         self._ahead -= rounds
 
     def margin(self, room: int, clock: Clock) -> float:
