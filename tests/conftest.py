@@ -69,6 +69,9 @@ class Weighed(Clock):
     def learn(self, drafts: int, seconds: float) -> None:
         super().learn(drafts, 1 + self.cost * drafts)
 
+    def share(self, drafts: float, seconds: float) -> float:
+        return super().share(drafts, 1 + self.cost * drafts)
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
