@@ -168,3 +168,15 @@ def test_a_pause_counts_as_little_as_for_the_clock():
     clock.learn(0, 1.0)
     assert clock.share(2, 1.3) == pytest.approx(1.3)
     assert clock.share(2, 50.0) == pytest.approx(Clock.SLOW * clock.rounds(2))
+
+
+def test_rounds_without_drafts_count_together_as_one_by_one():
+    paces, clock = [Pace(LONGEST, COST) for _ in range(2)], Clock(COST)
+    for pace in paces:
+        pace.learn(6, 4, 2)
+    paces[0].rest(4)
+    for _ in range(4):
+        paces[1].learn(0, 0, 0)
+    assert paces[0].margin(NEW, clock) == pytest.approx(paces[1].margin(NEW, clock))
+    for one, other in zip(*(pace.outlook(NEW) for pace in paces), strict=True):
+        assert one == pytest.approx(other)

@@ -267,8 +267,9 @@ def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock])
     timed = _stopwatch(sequences)
     tokens = ahead.go_on(row, TOKENS // 2 if looks else TOKENS)
     seconds = timed()
-    for _ in tokens:
-        row.learn([], 0)
+    for pace in (row.pace, row.text):
+        if pace is not None:
+            pace.rest(len(tokens))
     if seconds is not None:
         for clock in clocks:
             clock.learn(0, seconds / max(1, len(tokens)))
@@ -313,10 +314,13 @@ def _by_text(
 
     clocks: of the rounds begun so, and of those begun behind another.
     """
-    text.regard(0)
-    behind = plan([text], [row.left], clocks[1])
-    found = [] if underway else text.drafts(row.ids, row.left - 1)
-    now = plan([text], [row.left], clocks[0]) if found and not clocks[1].looks() else 0
+    now = behind = 0
+    # Where nothing promises, as little as may be: the device waits.
+    if not underway and text.drafts(row.ids, row.left - 1) and not clocks[1].looks():
+        now = plan([text], [row.left], clocks[0])
+    if now or underway:
+        text.regard(0)
+        behind = plan([text], [row.left], clocks[1])
     return Limits(0, (0, *[now] * MATCH)), Limits(0, (0, *[behind] * MATCH))
 
 

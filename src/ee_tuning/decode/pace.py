@@ -145,6 +145,14 @@ class Pace:
         self._ahead += tokens
         self._unpaid.append(asked)
 
+    def rest(self, rounds: int) -> None:
+        """Take in so many rounds without drafts, as `learn` one by one."""
+        share = self.FORGETS**rounds
+        for seen in (self._tried, self._kept, self._asked, self._limited):
+            seen[:] = [share * value for value in seen]
+        self.asked = 0
+        self._tokens += rounds
+
     def took(self, rounds: float) -> None:
         """Take in what the last round really took, in rounds without drafts."""
         del self._unpaid[-1:]
