@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,24 @@ def gguf_file(path: str) -> Path | None:
     return found[0]
 
 
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside, each GGUF file is parsed once, which takes seconds, and may not change.
+
+    transformers parses it for the config, the weights and the tokenizer, and makes one table of
+    names for every module of the model anew.
+    """
+    check_package("gguf", "a GGUF file")
+    import gguf
+
+    whole = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, whole)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = whole
+
+
 def read_config(file: Path) -> Any:
     """The transformers config of a GGUF file."""
     return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
@@ -54,7 +72,7 @@ def read_model(
     warnings.warn(f"{file.name}: its blocks are made ordinary numbers", Notice, stacklevel=2)
     kind = getattr(transformers, "GgufConfig", None)  # before 5.23 there was no other way
     more = {} if kind is None else {"quantization_config": kind(dequantize=True)}
-    with _without_bar():
+    with _without_bar(), read_once():
         model, info = model_class.from_pretrained(
             file.parent,
             gguf_file=file.name,

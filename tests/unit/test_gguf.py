@@ -10,6 +10,7 @@ from helpers.families import tiny
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.cli import main
 from ee_tuning.errors import Notice
+from ee_tuning.gguf import read_once
 from ee_tuning.loading import load_backbone, load_config, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -77,6 +78,18 @@ def test_its_numbers_are_those_of_the_model(model, file):
     with pytest.warns(Notice, match="ordinary numbers"):
         found = load_backbone(str(file))
     assert found.name_or_path == str(file)
+    ids = torch.arange(12)[None]
+    assert torch.equal(found(ids).logits, model(ids).logits)
+
+
+def test_it_is_parsed_once_for_the_weights_and_the_tokenizer(model, file, monkeypatch):
+    parsed, reader = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
+    with read_once():
+        with pytest.warns(Notice):
+            found = load_backbone(str(file))
+        assert len(load_tokenizer(str(file), 64)) == 64
+    assert len(parsed) == 1
     ids = torch.arange(12)[None]
     assert torch.equal(found(ids).logits, model(ids).logits)
 
