@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,14 +48,13 @@ def read_once() -> Iterator[None]:
     names for every module of the model anew.
     """
     check_package("gguf", "a GGUF file")
-    import gguf
-
-    whole = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, whole)
+    package: Any = importlib.import_module("gguf")
+    whole = package.GGUFReader, package.get_tensor_name_map
+    package.GGUFReader, package.get_tensor_name_map = map(cache, whole)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = whole
+        package.GGUFReader, package.get_tensor_name_map = whole
 
 
 def read_config(file: Path) -> Any:

@@ -1,16 +1,12 @@
 """benchmarks/parallel.py as torchrun starts it, which runs the command's own step on GPUs, too."""
 
-import importlib
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import parallel
 import pytest
 from helpers.commands import PATIENCE
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks/parallel.py"
+from helpers.forks import fork, torchrun
 
 FLAGS = [
     "--shape", "tiny", "--seq-length", "32", "--micro-batch-size", "2", "--device", "cpu",
@@ -18,18 +14,22 @@ FLAGS = [
 ]  # fmt: skip
 
 
+def measure(*flags):
+    """A rank: the script with these flags."""
+    sys.argv = ["parallel.py", *flags]
+    parallel.main()
+
+
 def test_layouts_are_measured_against_one_process(tmp_path):
     """Losses and norms in fp32 within 1e-4: sums in another order, over four steps."""
     layouts = {"one": 1, "dp2": 2, "tp2": 2, "tp2-sequence": 2, "pp2": 2}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        BENCHMARK, *FLAGS, "--layouts", ",".join(layouts), "--steps", "1", "--check", "1e-4",
-        "--out", tmp_path / "found.json",
+    flags = [
+        *FLAGS, "--layouts", ",".join(layouts), "--steps", "1", "--check", "1e-4",
+        "--out", str(tmp_path / "found.json"),
     ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, timeout=PATIENCE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "every layout gives one process's losses and norms within 0.0001" in done.stdout
+    process = fork(tmp_path / "said", torchrun, 2, 0, measure, *flags)
+    assert process.wait(PATIENCE) == 0, process.said
+    assert "every layout gives one process's losses and norms within 0.0001" in process.said
     found = json.loads((tmp_path / "found.json").read_text())["layouts"]
     assert list(found) == list(layouts)
     for name, processes in layouts.items():
@@ -49,8 +49,6 @@ def test_layouts_are_measured_against_one_process(tmp_path):
 
 def test_losses_that_differ_fail_the_check(monkeypatch):
     """Nothing differs by less than nothing."""
-    monkeypatch.syspath_prepend(BENCHMARK.parent)
-    parallel = importlib.import_module("parallel")
     for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr("sys.argv", ["", *FLAGS, "--layouts", "one", "--steps", "1", "--check=-1"])
