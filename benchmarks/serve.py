@@ -42,12 +42,13 @@ from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PROMPT = "def function_{0}(value):\n    total = {0}\n    for item in value:\n        total"
 
 
 @contextmanager
-def server(command: list[str], port: int, health: str, log: Path) -> Iterator[None]:
-    """A server, as long as it is needed, from when it says that it is ready."""
+def server(command: list[str], port: int, health: str, log: Path) -> Iterator[int]:
+    """The id of a server, as long as it is needed, from when it says that it is ready."""
     with log.open("a") as file:
         process = subprocess.Popen(
             [*command, "--port", str(port)], stdout=file, stderr=file,
@@ -63,7 +64,7 @@ def server(command: list[str], port: int, health: str, log: Path) -> Iterator[No
                     break
             except OSError:
                 time.sleep(0.1)
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -71,6 +72,16 @@ def server(command: list[str], port: int, health: str, log: Path) -> Iterator[No
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """What a process has used so far, where the system tells it: others on the machine change it
+    less than they change how long a row takes."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.exists():
+        return None
+    user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def free_port() -> int:
@@ -147,11 +158,15 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A server under every number of clients, after a few requests that do not count."""
     port, start = free_port(), time.perf_counter()
-    with server(command, port, health, log):
+    with server(command, port, health, log) as pid:
         ready = time.perf_counter() - start
         asyncio.run(load(port, body, 2, args.seconds / 10))
         for clients in args.clients:
+            before = cpu_seconds(pid)
             row = asyncio.run(load(port, body, clients, args.seconds))
+            if before is not None:
+                used = (cpu_seconds(pid) or 0.0) - before
+                row["tokens_per_cpu_second"] = row["requests"] * body["max_tokens"] / used
             yield row | {"load_average": os.getloadavg()[0], "seconds_until_ready": ready}
 
 
@@ -162,7 +177,7 @@ def engine_alone(
     device = pick_device(args.device)
     found = EarlyExitModel.from_base(
         str(model), ExitConfig("1/1", "embedding", head="shared"),
-        dtype=pick_dtype("auto", device), device=str(device),
+        dtype=pick_dtype(args.precision, device), device=str(device),
     ).eval()  # fmt: skip
     tokenizer = load_tokenizer(str(model))
     for number in sorted(clients):  # a larger engine would be taken for fewer prompts, too
@@ -184,7 +199,7 @@ def make(args: argparse.Namespace, folder: Path) -> Path:
         return Path(args.model)
     device = pick_device(args.device)
     exits = ExitConfig("1/1", "embedding", head="shared")
-    model = build(args.shape, exits, device, pick_dtype("auto", device), fp8=False)
+    model = build(args.shape, exits, device, pick_dtype(args.precision, device), fp8=False)
     tokenizer = load_tokenizer(str(DEMO))
     # Random weights say what the tokenizer has whole characters for, so that there are chunks.
     said = [i for i in range(len(tokenizer)) if tokenizer.decode([i]).strip().isalnum()]
@@ -200,7 +215,7 @@ def make(args: argparse.Namespace, folder: Path) -> Path:
 def show(result: dict[str, Any]) -> None:
     """A table for the terminal."""
     table = Table(title=result["hardware"], caption=result["versions"])
-    for column in ("server", "clients", "failed", "requests/s", "tokens/s"):
+    for column in ("server", "clients", "failed", "requests/s", "tokens/s", "per CPU second"):
         table.add_column(column)
     for column in ("first token", "between chunks"):
         table.add_column(f"{column}, ms p50 / p99")
@@ -213,7 +228,7 @@ def show(result: dict[str, Any]) -> None:
                 f"{between['p50']:.1f} / {between['p99']:.1f}",
             )  # fmt: skip
     for clients, speed in result["engine"].items():
-        table.add_row("generate_batch", clients, "", "", f"{speed:.0f}", "", "")
+        table.add_row("generate_batch", clients, "", "", f"{speed:.0f}", "", "", "")
     Console().print(table)
 
 
@@ -223,16 +238,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(DEMO))
     parser.add_argument("--shape", choices=SHAPES, default="")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--engine", type=int, nargs="*", help="default: the same numbers")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--slots", type=int, default=0, help="default: as many as clients")
     parser.add_argument("--capacity", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=1, help="of all servers, in turn")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=DTYPES, help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--alone", action="store_true", help="without transformers serve")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
     args.slots = args.slots or max(args.clients)
+    args.engine = args.clients if args.engine is None else args.engine
+    on_gpu = pick_device(args.device).type == "cuda"
+    args.precision = args.precision or ("bf16" if on_gpu else "fp32")
     return args
 
 
@@ -246,11 +266,11 @@ def main() -> None:
         ours = [
             sys.executable, "-m", "ee_tuning", "serve", "--model", str(model),
             "--slots", str(args.slots), "--capacity", str(args.capacity),
-            "--device", device.type, "--max-queue", "256",
+            "--device", device.type, "--max-queue", "256", "--precision", args.precision,
         ]  # fmt: skip
         theirs = [
             str(Path(sys.executable).parent / "transformers"), "serve", str(model),
-            "--device", device.type,
+            "--device", device.type, "--dtype", DTYPES[args.precision],
         ]  # fmt: skip
         body = {"max_tokens": args.new_tokens, "temperature": 0}
         own = body | {"ignore_eos": True, "stream_options": {"include_usage": True}}
@@ -281,7 +301,7 @@ def main() -> None:
                 except (RuntimeError, OSError) as error:
                     print(f"{name}: {error}", file=sys.stderr)
         torch.manual_seed(0)
-        for number, speed in engine_alone(model, args.clients, args):
+        for number, speed in engine_alone(model, args.engine, args):
             result["engine"][number] = speed
             write()
     show(result)
