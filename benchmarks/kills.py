@@ -126,8 +126,10 @@ def torchrun(folder: Path, more: list[str], restarted: bool) -> tuple[int, str, 
     """Status, what was printed, and seconds from the kill until no rank of then was left."""
     mark, ended = folder / "struck", None
     process = start(folder, more, restarted)
-    while process.poll() is None:
+    done = False
+    while not done:
         time.sleep(0.05)
+        done = process.poll() is not None  # and so are the ranks, which are looked at after that
         if ended is None and mark.exists() and not any(map(alive, folder.glob("pid-*"))):
             ended = time.time() - mark.stat().st_mtime
     return process.returncode, (folder / "log").read_text(), ended
