@@ -33,6 +33,9 @@ class Even(Clock):
     def learn(self, drafts, seconds):
         super().learn(drafts, 1.0)
 
+    def share(self, drafts, seconds):
+        return super().share(drafts, 1.0)
+
 
 def spoken(model, number=3, length=6, new=24):
     return written(model, [prompt(length, seed) for seed in range(number)], new)

@@ -100,6 +100,8 @@ def drafted(
             took = costs.round(made, asked=costs.asks and drafts < most)
             pace.learn(most, drafts, kept)
             clock.learn(pace.asked, took)
+            if pace.asked:
+                pace.took(clock.share(pace.asked, took))
             seconds, at, ends = seconds + took, at + kept + 1, ends + 1
     return Told(tokens, seconds, ends, 1.0)
 
