@@ -130,19 +130,14 @@ class Segment:
         own: list[str] = types[self.start : self.stop]
         return {kind: mask_of(own.index(kind)) for kind in dict.fromkeys(own)}
 
-    def compile(
-        self, cache: Cache | None = None, first: Segment | None = None, positions: int = 0
-    ) -> None:
+    def compile(self, cache: Cache | None = None, first: Segment | None = None) -> None:
         """Compile each layer, without its hooks, and the rotary embedding; layers of a kind share
         one graph.
 
         cache: the one that every call will bring. A layer then sees only its own part of it: its
         number would be a constant of the graph. first: the segment that is compiled first, of which
-        others take the rotary tables, where they are given the same tensor of positions. positions:
-        if more than 0, how many are looked up, see `look_up_positions`.
+        others take the rotary tables, where they are given the same tensor of positions.
         """
-        if positions and first in (None, self):
-            self.look_up_positions(positions)
         for i, layer in enumerate(self._layers):
             layer.forward = torch.compile(layer.forward, dynamic=False)
             if cache is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
-from ee_tuning.decode.pace import Clock, Pace, plan, promised
+from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences
@@ -183,18 +183,10 @@ def next_round(
         own = [row.text for row in alike if row.text is not None]
         asked, looked = (max((one.asked for one in some), default=0) for some in (paces, own))
         if clock is not None and not looked:
-            _count(clock, paces if len(rows) == 1 else [], asked, seconds)
+            count(clock, paces if len(rows) == 1 else [], asked, seconds)
         if text is not None and not asked:
-            _count(text, own if len(rows) == 1 else [], looked, seconds)
+            count(text, own if len(rows) == 1 else [], looked, seconds)
     return settled
-
-
-def _count(clock: Clock, paces: Sequence[Pace], asked: int, seconds: float) -> None:
-    """Take in what a round took in which so many drafts were made; paces: of rows that it was all
-    of a round of."""
-    clock.learn(asked, seconds)
-    for pace in paces if asked else ():
-        pace.took(clock.share(asked, seconds))
 
 
 def _stopwatch(sequences: Sequences) -> Callable[[], float | None]:
@@ -302,7 +294,7 @@ def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> Sett
     settled = _kept(row, one.said, choice)
     pace = _learn(row, one, choice.kept)
     if clocks and pace is not None and took is not None:
-        _count(clocks[not one.known], [pace], max(pace.asked, 1), max(took, one.seconds))
+        count(clocks[not one.known], [pace], max(pace.asked, 1), max(took, one.seconds))
     return settled
 
 

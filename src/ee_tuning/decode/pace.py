@@ -186,6 +186,14 @@ class Pace:
         return found
 
 
+def count(clock: Clock, paces: Sequence[Pace], asked: int, seconds: float) -> None:
+    """Take in what a round took in which so many drafts were made; paces: of sequences that it was
+    all of a round of."""
+    clock.learn(asked, seconds)
+    for pace in paces if asked else ():
+        pace.took(clock.share(asked, seconds))
+
+
 def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
     """Drafts at most of the next round that sequences have together.
 

@@ -98,8 +98,10 @@ class Passes:
         self.predict = compiled(predict, compile)
         self.group = sharing_group(model, self.device)
         self.graphs = Graphs(self.device)
+        if compile:
+            self._steps[0].look_up_positions(positions)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
-            segment.compile(cache, self._steps[0], positions)
+            segment.compile(cache, self._steps[0])
         self.sources: Sources | None = None
         self.chains: Chains | None = None
         if DRAFT in exit_layers:

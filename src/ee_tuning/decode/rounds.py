@@ -36,9 +36,8 @@ NO_LOGITS = torch.empty(0)  # those of a round are not kept
 class Key(NamedTuple):
     """Rounds that are alike.
 
-    exit: whether the draft exit drafts. sizes: length and reach of the pass to
-    the end, and whether its slots are in order. samples: how drafts, and what the end says, are
-    drawn.
+    exit: whether the draft exit drafts. sizes: length and reach of the pass to the end, and whether
+    its slots are in order. samples: how drafts, and what the end says, are drawn.
     """
 
     name: str

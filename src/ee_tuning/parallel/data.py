@@ -7,13 +7,14 @@ whole parameters of an exit exist while it is at work, as the copies that the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import Network
@@ -47,6 +48,23 @@ def collect_stages(own: Sequence[Any], mesh: Mesh) -> list[Any]:
         for rank in range(mesh.dp)
     ]
     return [sums[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, sums)))]
+
+
+def collect_hashes(own: Mapping[str, str], mesh: Mesh) -> dict[str, str]:
+    """The fingerprint of a backbone of which each process may have some parts; `own`: of these.
+
+    Raises:
+        UserError: two processes read different values of a part.
+    """
+    found: dict[str, str] = {}
+    for rank, hashes in enumerate(mesh.gather_on_host(own)):
+        for part, value in hashes.items():
+            if found.setdefault(part, value) != value:
+                raise UserError(
+                    f"rank {rank} has another backbone than those before it, the {part} differs: "
+                    "give every process the same"
+                )
+    return found
 
 
 def deal_batches(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:

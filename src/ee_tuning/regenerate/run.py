@@ -26,6 +26,7 @@ from ee_tuning.exit_config import ExitConfig
 from ee_tuning.grouped import use_grouped
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.model import Network
+from ee_tuning.parallel.data import collect, collect_hashes
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.regenerate.file import OutFile, State, Totals
@@ -173,7 +174,7 @@ class _Run:
         self.mesh.doing = f"wave {self.state.waves}"
         wave = self.state.waves + self.mesh.dp_rank
         own = self.mesh.on_all(lambda: writer.wave(self._prompts_of(wave), self._advance))
-        for found in self.mesh.gather_on_host(own)[:: self.mesh.tp][: self.mesh.dp]:
+        for found in collect([own], self.mesh):
             if self._take(found):
                 return
 
@@ -310,10 +311,7 @@ def slots_for(model: Network, capacity: int) -> int:
 
 def backbone_key(model: Network, mesh: Mesh) -> str:
     """Differs where a backbone's weights do, as far as its fingerprint tells."""
-    parts: dict[str, str] = {}
-    for found in mesh.gather_on_host(model.tensor_hashes):
-        parts |= found
-    return key_of_parts(sorted(parts.items()))
+    return key_of_parts(sorted(collect_hashes(model.tensor_hashes, mesh).items()))
 
 
 def check_settings(saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ee_tuning.decode.pace import Clock, Pace, plan
+from ee_tuning.decode.pace import Clock, Pace, count, plan
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ def drafted(
             made = drafts if costs.stops else most
             took = costs.round(made, asked=costs.asks and drafts < most)
             pace.learn(most, drafts, kept)
-            clock.learn(pace.asked, took)
-            if pace.asked:
-                pace.took(clock.share(pace.asked, took))
+            count(clock, [pace], pace.asked, took)
             seconds, at, ends = seconds + took, at + kept + 1, ends + 1
     return Told(tokens, seconds, ends, 1.0)
 

@@ -28,11 +28,10 @@ from ee_tuning.data import (
     split_validation,
 )
 from ee_tuning.devices import check_fp8
-from ee_tuning.errors import UserError
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.losses import IGNORED, Objective
 from ee_tuning.model import Network
-from ee_tuning.parallel.data import shard_exits
+from ee_tuning.parallel.data import collect_hashes, shard_exits
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.tensor import split_model
@@ -174,25 +173,8 @@ def load_share(
         device=device,
     )
     model = mesh.on_all(lambda: load(source_of(config), share, Network))
-    model.tensor_hashes = _all_hashes(model, mesh)
+    model.tensor_hashes = collect_hashes(model.tensor_hashes, mesh)
     return model
-
-
-def _all_hashes(model: Network, mesh: Mesh) -> dict[str, str]:
-    """The fingerprint of a backbone of which each process may have some parts.
-
-    Raises:
-        UserError: two processes read different values of a part.
-    """
-    found: dict[str, str] = {}
-    for rank, hashes in enumerate(mesh.gather_on_host(model.tensor_hashes)):
-        for part, value in hashes.items():
-            if found.setdefault(part, value) != value:
-                raise UserError(
-                    f"rank {rank} has another backbone than those before it, the {part} differs: "
-                    "give every process the same"
-                )
-    return found
 
 
 def load_data(config: TuneConfig, model: Network, mesh: Mesh) -> tuple[Rows, Rows]:
