@@ -8,6 +8,7 @@ import torch
 from helpers.models import drafting, early_exit
 from helpers.prompts import prompt
 from helpers.recorded import Recorder, act_out, attend
+from helpers.slow_decoder import draft_loop
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ee_tuning.decode import (
@@ -21,7 +22,9 @@ from ee_tuning.decode import (
     drafts,
 )
 from ee_tuning.decode.ahead import TOKENS, Ahead, _decide
-from ee_tuning.exit_config import DRAFT
+from ee_tuning.decode.pace import Pace
+from ee_tuning.decode.sequences import Row
+from ee_tuning.exit_config import DRAFT, LOOKUP
 
 CAPACITY = 96
 SOME = {1: 0.0296, 2: 0.0275, 3: 0.0225}  # of which each is passed now and then
@@ -452,3 +455,64 @@ def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
     assert (requests[0], None) in engine.step()
     assert "not finite" in str(requests[0].error)
     assert not requests[1].finished
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+@pytest.mark.parametrize("number", [1, 3])
+def test_texts_rest_by_several_tokens_and_draft_later(number, most, sampled, monkeypatch):
+    """As many in a look of the host as at full depth, and as the draft exit can compute at once;
+    the pace of each is told. Drafts are those of a plain loop, texts those of full depth."""
+    model, plans, seen, looks = drafting(), itertools.cycle([0, 0, 0, most]), [], []
+    draft, rest = Row.draft, Pace.rest
+
+    def drafted(row, found):
+        seen.append((list(row.ids), [one.id for one in found]))
+        draft(row, found)
+
+    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    monkeypatch.setattr(Row, "draft", drafted)
+    monkeypatch.setattr(Pace, "rest", lambda pace, one: looks.append(one) or rest(pace, one))
+    warp = [TemperatureLogitsWarper(0.7)] if sampled else []
+    texts = []
+    for layers in ([DRAFT], []):
+        engine = Engine(model, layers, slots=number, capacity=CAPACITY, max_pending=most)
+        engine.ahead = Ahead(engine.passes, engine.sequences.stops)
+        policy = Speculative(4, {}, max_pending=most, bar=0.0) if layers else Full(4)
+        policy.max_pending = most
+        requests = [
+            Request(prompt(5 + i, i), policy, 65 + i, Chooser(warp, sample=sampled, seed=i))
+            for i in range(number)
+        ]
+        texts.append([[token for token, _ in text] for text in by_text(engine, requests)])
+    assert texts[0] == texts[1]
+    assert max(looks) == min(TOKENS, 1 + most)
+    assert TOKENS // 2 in looks
+    assert any(found for _, found in seen)
+    for text, own in seen if not sampled else ():
+        if own:
+            _, (first, *_) = draft_loop(
+                model, text[:-1], len(own) + 2, len(own), 0.0, "probability"
+            )
+            assert own == first.drafts
+
+
+def test_texts_rest_beside_those_at_full_depth(monkeypatch):
+    """Not beside one that drafts, nor where its own text may have drafts."""
+    counts, whole, model = [], drafts.full_round, drafting()
+
+    def counted(sequences, rows, count):
+        counts.append((len(rows), count))
+        return whole(sequences, rows, count)
+
+    monkeypatch.setattr(drafts, "full_round", counted)
+    ways = [Full(4, max_pending=3), Speculative(4, {}, max_pending=3, bar=0.0)]
+    alone = written(engine_of(model, [], ahead=False), ways[0], 30)
+    for most, lookup, expected in ((0, False, {(2, TOKENS)}), (3, False, set()), (0, True, set())):
+        counts.clear()
+        monkeypatch.setattr(drafts, "plan", lambda *_, most=most: most)
+        ways[1].lookup = lookup
+        engine = engine_of(model, [LOOKUP, DRAFT], ahead=True, slots=2)
+        texts = by_text(engine, [Request(prompt(7), way, 37) for way in ways])
+        assert [[token for token, _ in text] for text in texts] == [[one[0] for one in alone]] * 2
+        assert {*counts} == expected

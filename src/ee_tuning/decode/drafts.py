@@ -7,8 +7,8 @@ without verification: what leaves at an exit is settled there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from ee_tuning.decode.ahead import TOKENS, Ahead
 from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
@@ -115,8 +115,8 @@ def _verified_chains(
 
 
 def full_round(sequences: Sequences, rows: Sequence[Row], count: int) -> list[Settled]:
-    """The next `count` tokens, or fewer, of rows that all `_go_straight`: as of as many rounds, in
-    one look, with little to do for each token."""
+    """The next `count` tokens, or fewer, of rows that all `_go_straight`: as of as many rounds
+    without drafts, in one look, with little to do for each token."""
     row = rows[0]
     wanted = Wanted("last", True, row.policy.measure, sequences.samples(rows))
     windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
@@ -134,13 +134,33 @@ def full_round(sequences: Sequences, rows: Sequence[Row], count: int) -> list[Se
 
 def _go_straight(sequences: Sequences, rows: Sequence[Row]) -> bool:
     """Whether `rows` go through the one segment there is, token by token, and passes choose."""
-    kinds = {(row.policy.measure, row.policy.final, row.policy.verifies) for row in rows}
+    kinds = {(row.policy.measure, row.policy.final) for row in rows}
     if len(sequences.stops) > 1 or sequences.passes.group is not None or len(kinds) > 1:
         return False
-    _, final, verifies = kinds.pop()
+    _, final = kinds.pop()
     chosen = all(type(row.request.chooser) is Chooser for row in rows)
     ends = all(row.ends and row.request.chooser.in_passes for row in rows)
-    return final and not verifies and chosen and ends
+    return final and chosen and ends
+
+
+def _at_full_depth(
+    sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None
+) -> Callable[[int], list[Settled]] | None:
+    """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
+    where it is to look at each."""
+    if ahead is None:
+        return None
+    if ahead.serves(rows):
+        return partial(_ahead, ahead, rows[0])
+    # What a text has for a token is not known before the one before it.
+    texts = any(row.text is not None for row in rows)
+    straight = not texts and _go_straight(sequences, rows)
+    return partial(full_round, sequences, rows) if straight else None
+
+
+def _ahead(ahead: Ahead, row: Row, count: int) -> list[Settled]:
+    """The next `count` tokens, or fewer, of a row that is alone."""
+    return [(row, ahead.go_on(row, count))]
 
 
 def next_round(
@@ -148,17 +168,18 @@ def next_round(
 ) -> list[Settled]:
     """`draft_round` and `chain_round` of the rows that are for each.
 
-    ahead: where a row that is alone, and drafts nothing, goes on.
+    ahead: where a row that is alone, and drafts nothing, goes on; where there is none, the host
+    looks at each token of several rows, too.
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
-    alone = ahead if ahead is not None and ahead.serves(rows) else None
-    if alone is not None and alone.rounds is not None and alone.rounds.serves(beginning):
-        return [_alone(sequences, rows[0], alone, alone.rounds)]
+    rounds = ahead.rounds if ahead is not None and ahead.serves(rows) else None
+    if ahead is not None and rounds is not None and rounds.serves(beginning):
+        return _alone(sequences, rows[0], ahead, rounds)
     if not beginning:
-        if alone is not None:
-            return [(rows[0], alone.go_on(rows[0], TOKENS))]
+        if (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
+            return go_on(TOKENS)
         if _go_straight(sequences, rows):
-            return full_round(sequences, rows, 1 if ahead is None else TOKENS)
+            return full_round(sequences, rows, 1)
         return draft_round(sequences, rows)
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
@@ -166,10 +187,12 @@ def next_round(
     sequences.catch_up(chained)
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
-    if alone is not None and not rows[0].drafts and not rows[0].limit:
-        told = [clock for clock in (*clocks, *texts) if clock is not None]
-        return [_rest(sequences, rows[0], alone, told)]
-    timed = _stopwatch(sequences)
+    rests = not any(row.drafts or row.limit for row in beginning)
+    if rests and (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
+        # Not what others are part of.
+        told = (*clocks, *texts) if len(beginning) == len(rows) else ()
+        return _rest(sequences, rows, [one for one in told if one is not None], go_on)
+    timed = sequences.stopwatch()
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
@@ -187,19 +210,6 @@ def next_round(
         if text is not None and not asked:
             count(text, own if len(rows) == 1 else [], looked, seconds)
     return settled
-
-
-def _stopwatch(sequences: Sequences) -> Callable[[], float | None]:
-    """What tells the seconds since now; None, if something was met for the first time, and
-    compiled, meanwhile."""
-    graphs = sequences.passes.graphs
-    captured, start = len(graphs), time.perf_counter()
-
-    def seconds() -> float | None:
-        took = time.perf_counter() - start
-        return took if len(graphs) == captured else None
-
-    return seconds
 
 
 def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
@@ -249,29 +259,39 @@ def _look_up(sequences: Sequences, rows: Sequence[Row], exits: Clock | None) -> 
     return clock
 
 
-def _rest(sequences: Sequences, row: Row, ahead: Ahead, clocks: Iterable[Clock]) -> Settled:
-    """Some tokens at full depth, of a row of which drafts do not pay; fewer, if that is no more
+def _rest(
+    sequences: Sequences,
+    rows: Sequence[Row],
+    clocks: Iterable[Clock],
+    go_on: Callable[[int], list[Settled]],
+) -> list[Settled]:
+    """Some tokens at full depth, of rows of which drafts do not pay; fewer, if that is no more
     than a look at what such a token takes.
 
-    clocks: of rounds that have none now.
+    clocks: of rounds that have none now. go_on: see `_at_full_depth`.
     """
-    looks = row.pace is not None and row.pace.asked > 0
-    timed = _stopwatch(sequences)
-    tokens = ahead.go_on(row, TOKENS // 2 if looks else TOKENS)
+    looks = any(row.pace is not None and row.pace.asked > 0 for row in rows)
+    number = TOKENS // 2 if looks else TOKENS
+    if any(row.policy.bar is not None for row in rows):
+        number = min(number, sequences.passes.most)  # as `catch_up` lets the draft exit compute
+    timed = sequences.stopwatch()
+    settled = go_on(number)
     seconds = timed()
-    for pace in (row.pace, row.text):
-        if pace is not None:
-            pace.rest(len(tokens))
+    for row, tokens in settled:
+        for pace in (row.pace, row.text):
+            if pace is not None:
+                pace.rest(len(tokens))
     if seconds is not None:
+        longest = max(len(tokens) for _, tokens in settled)
         for clock in clocks:
-            clock.learn(0, seconds / max(1, len(tokens)))
-    return row, tokens
+            clock.learn(0, seconds / max(1, longest))
+    return settled
 
 
-def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> Settled:
+def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> list[Settled]:
     """What a row that is alone goes on with: a round, looked at while the device is at the next
     one, or tokens at full depth."""
-    timed, text = _stopwatch(sequences), None if row.policy.steady else row.text
+    timed, text = sequences.stopwatch(), None if row.policy.steady else row.text
     exits = _limit(sequences, [row])
     if row.policy.bar is not None:
         sequences.catch_up([row])
@@ -284,7 +304,7 @@ def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> Sett
         clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
         now, behind = _by_text(row, text, rounds.underway(row), clocks)
     if not now.most and not rounds.underway(row):
-        return _rest(sequences, row, ahead, dict.fromkeys(clocks))
+        return _rest(sequences, [row], dict.fromkeys(clocks), partial(_ahead, ahead, row))
     # A text's first round is looked at before there is another: many are of a few tokens.
     behind = behind if row.linked > len(row.request.ids) else Limits()
     one = rounds.go_on(row, now, behind, sequences.drawn([row]))
@@ -295,7 +315,7 @@ def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> Sett
     pace = _learn(row, one, choice.kept)
     if clocks and pace is not None and took is not None:
         count(clocks[not one.known], [pace], max(pace.asked, 1), max(took, one.seconds))
-    return settled
+    return [settled]
 
 
 def _by_text(

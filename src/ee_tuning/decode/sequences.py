@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -274,6 +275,18 @@ class Sequences:
             # Ranks that share a pass have to plan the same.
             self._clocks[key] = Clock(cost, timed=self.passes.group is None)
         return self._clocks[key]
+
+    def stopwatch(self) -> Callable[[], float | None]:
+        """What tells the seconds since now; None, if something was met for the first time, and
+        compiled, meanwhile."""
+        graphs = self.passes.graphs
+        captured, start = len(graphs), time.perf_counter()
+
+        def seconds() -> float | None:
+            took = time.perf_counter() - start
+            return took if len(graphs) == captured else None
+
+        return seconds
 
     def catch_up(self, rows: Sequence[Row]) -> None:
         """Let the draft exit compute what it has not, where it is more than a window."""
