@@ -21,7 +21,7 @@ from ee_tuning.decode import (
     Threshold,
     drafts,
 )
-from ee_tuning.decode.ahead import TOKENS, Ahead, _decide
+from ee_tuning.decode.ahead import TOKENS, Ahead, _decide, cuts_beside
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT, LOOKUP
@@ -80,6 +80,52 @@ def test_tokens_leave_at_every_layer():
 def test_of_other_families(family):
     found, expected = both(early_exit(family), [1, 2, 3], POLICIES["some leave"]())
     assert found == expected
+
+
+BESIDE = {
+    "full": Full(4, max_pending=3),
+    "fixed": Fixed(3, max_pending=3),
+    "some leave": Threshold(4, {1: 0.0296, 3: 0.0225}, max_pending=3),
+    "the first alone": Threshold(4, {1: 0.0296}, max_pending=3),
+    "all leave": Threshold(4, {1: 0.0, 3: 0.0}, max_pending=1),
+    "none leave": Threshold(4, {1: 0.999, 3: 0.999}, max_pending=3),
+    "the end is an exit": Threshold(3, {1: 0.0296}, max_pending=3),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_exit_is_asked_beside_the_layers_behind_it(name, monkeypatch):
+    """What it says is looked at behind these: the same text, of which more is computed."""
+    model, policy = early_exit(arch="layer"), BESIDE[name]
+    expected = written(engine_of(model, [1, 3], False), policy, 24)
+    monkeypatch.setattr("ee_tuning.decode.engine.cuts_beside", lambda *_: [2])
+    engine = engine_of(model, [1, 3], True)
+    assert engine.sequences.stops == [1, 2, 3, 4]
+    assert written(engine, policy, 24) == expected
+    # The host finds the same where the device does not decide.
+    assert written(engine_of(model, [1, 3], False), policy, 24) == expected
+
+
+def test_captured_steps_ask_beside_layers(monkeypatch):
+    model, policy = early_exit(arch="mlp"), BESIDE["some leave"]
+    expected = written(engine_of(model, [1, 3], False), policy, 24)
+    monkeypatch.setattr("ee_tuning.decode.engine.cuts_beside", lambda *_: [2])
+    engine = engine_of(model, [1, 3], True)
+    act_out(engine.passes.graphs, monkeypatch)
+    assert [one[:2] for one in written(engine, policy, 24)] == [one[:2] for one in expected]
+
+
+def test_exits_are_asked_beside_layers_of_few_bytes(monkeypatch):
+    """Two of them, where no other exit is that near, and where graphs have branches."""
+    model = early_exit()
+    assert cuts_beside(model, [1, 3]) == []
+    monkeypatch.setattr("ee_tuning.decode.ahead.can_branch", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
+    assert cuts_beside(model, [1, 3, DRAFT]) == []
+    assert cuts_beside(model, [1]) == [3]
+    assert cuts_beside(model, [1, 2]) == []
+    monkeypatch.setattr("ee_tuning.decode.ahead.FEW", 0)
+    assert cuts_beside(model, [1]) == []
 
 
 def kept_of_a_layer_exit(policy, ahead):

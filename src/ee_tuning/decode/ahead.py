@@ -21,15 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.branches import can_branch
 from ee_tuning.decode.cache import Place, waiting
 from ee_tuning.decode.draws import ALL, bisects
-from ee_tuning.decode.graphs import compiled
+from ee_tuning.decode.graphs import Beside, compiled
 from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.wanted import Predictor, Rows, Wanted, predict
+from ee_tuning.model import Network
+from ee_tuning.slices import group_of
 
 TOKENS = 4  # between two looks: those behind a text's end are lost, and new texts wait
 # What there is of a row: its slot, newest token, tokens, how many of them are pending and may be,
@@ -39,17 +42,35 @@ SLOT, NEWEST, LENGTH, PENDING, LIMIT, NUMBER, GOES_ON, SAID = range(8)
 DONE = SAID + 3 * TOKENS
 # What may run next: nothing, a step with the newest token alone, or with more.
 ONE, MORE = 1, 2
+# Layers beside which an exit is asked: about as long as that takes. It takes none of the time of
+# layers of few bytes, which is that of their kernels one after the other.
+BESIDE, FEW = 2, 32 << 20
+
+
+def cuts_beside(model: Network, exit_layers: Sequence[int]) -> list[int]:
+    """The layers behind which it is looked at what an exit before has said meanwhile: none, where
+    layers take as long as their weights do, or where there are no branches of graphs."""
+    backbone = model.backbone
+    size = sum(p.numel() * p.element_size() for p in backbone.layers[-1].parameters())
+    branches = backbone.device.type == "cuda" and can_branch() and group_of(model) is None
+    if size > FEW or not branches:
+        return []
+    last, layers = backbone.num_layers, [k for k in exit_layers if k > 0]
+    cuts = [(k + BESIDE, min([later for later in layers if later > k] or [last])) for k in layers]
+    return [cut for cut, following in cuts if cut < following]
 
 
 class Asking(NamedTuple):
     """Where a text may leave, and what is asked there.
 
-    asks: of each segment that it goes through, whether a token may leave behind it. keeps: whether
-    the exit there, though not asked, needs its K/V later. length: tokens of the longest window.
-    reach, in_order: see `Place`. samples: see `draws`.
+    asks: of each segment that it goes through, whether a token may leave behind it. beside: whether
+    that is asked beside the next one, and looked at behind that. keeps: whether the exit there,
+    though not asked, needs its K/V later. length: tokens of the longest window. reach, in_order:
+    see `Place`. samples: see `draws`.
     """
 
     asks: tuple[bool, ...]
+    beside: tuple[bool, ...]
     keeps: tuple[bool, ...]
     length: int
     reach: int
@@ -58,30 +79,47 @@ class Asking(NamedTuple):
     final: bool
     samples: int
 
-    def steps(self) -> list[range]:
-        """The segments of each step."""
-        last = len(self.asks) - 1
-        stops = [i + 1 for i, asked in enumerate(self.asks) if asked or i == last]
-        return [range(*cut) for cut in zip([0, *stops], stops, strict=False)]
+    def steps(self) -> list[Step]:
+        """All of a token."""
+        end = len(self.asks) - 1
+        asked = [i for i, one in enumerate(self.asks) if one and i < end]
+        stops = [0, *(i + 1 + self.beside[i] for i in asked), end + 1]
+        cuts = zip(stops, stops[1:], [*asked, end], strict=False)
+        return [Step(*cut, end) for cut in cuts]
+
+
+class Step(NamedTuple):
+    """What runs before the next decision: segments `start` to `stop` − 1, and what is asked behind
+    segment `asked` of them. end: the last one."""
+
+    start: int
+    stop: int
+    asked: int
+    end: int
+
+    @property
+    def ends(self) -> bool:
+        """Whether the token leaves in any case."""
+        return self.asked == self.end
 
 
 class Newest:
     """The newest token, as passes of it alone are told of it.
 
     What steps share lies in memory of its own: a tensor of a captured step has no numbers when the
-    next one is captured. slots: (1,), id: (1, 1), int64.
+    next one is captured. slots: (1,), id: (1, 1), int64. sizes: of slots.
     """
 
     def __init__(self, passes: Passes) -> None:
         caches = [*passes.caches, *passes.exit_caches.values()]
-        sizes = {layer.size for cache in caches for layer in cache.slot_layers}
+        self.sizes = sorted({layer.size for cache in caches for layer in cache.slot_layers})
         self.slots, self._limit = passes.control[:1, 0], passes.limit
 
         def number() -> Tensor:
             return torch.zeros(1, 1, dtype=torch.int64, device=passes.device)
 
         self.id, self._position, self._limited = number(), number(), number()
-        self._places = {size: number() for size in sorted(sizes)}
+        self._places = {size: number() for size in self.sizes}
         self._enter = compiled(_enter, passes.compile)
 
     def read(self, state: Tensor) -> None:
@@ -115,6 +153,7 @@ class Ahead:
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._newest = Newest(passes)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._beside = Beside(device)
         chains = passes.chains
         # With --tp each draft is told by the first process, between passes.
         drafts = passes.group is None and (chains is not None or passes.texts)
@@ -149,14 +188,16 @@ class Ahead:
         end, in_order = len(row.ids) + count, self.passes.in_order([row.slot])
         samples = row.request.chooser.samples
         size = row.through, row.limit, end, in_order
-        run = self._tokens(self._asking(policy, size, samples), begin)
+        asking = self._asking(policy, size, samples)
+        run = self._tokens(asking, begin)
         begin()
         for _ in range(count):
             run()
         lines = self._state[SAID : SAID + 3 * count].view(count, 3)
         tokens: list[Token] = []
         for number, i, confidence in row.evident(lines.tolist()):
-            tokens.append(_take(row, int(number), self._stops[int(i)], int(i), confidence))
+            computed = int(i) + 1 + asking.beside[int(i)]
+            tokens.append(_take(row, int(number), self._stops[int(i)], computed, confidence))
         return tokens
 
     def _asking(self, policy: Policy, size: tuple[int, int, int, bool], samples: int) -> Asking:
@@ -169,6 +210,9 @@ class Ahead:
         passes, stops = self.passes, self._stops[:through]
         leaves = [layer in policy.thresholds for layer in stops]
         asks = [one and limit > 0 for one in leaves]
+        # Behind the next segment there is no exit, and it is not the last one.
+        quiet = [layer not in passes.exits for layer in stops[1:-1]]
+        beside = [*map(all, zip(asks, quiet, strict=False)), False, False][: len(stops)]
         keeps = [
             one and layer in passes.exit_caches for one, layer in zip(leaves, stops, strict=True)
         ]
@@ -179,7 +223,8 @@ class Ahead:
         reach = passes.sizes.reach(end + length) if passes.compile else end + length
         in_order = in_order and passes.compile  # else its first position is looked at on the host
         how = policy.measure, policy.final, samples
-        return Asking(tuple(asks), tuple(keeps), length, reach, in_order, *how)
+        each = tuple(asks), tuple(beside), tuple(keeps)
+        return Asking(*each, length, reach, in_order, *how)
 
     def _tokens(self, asking: Asking, begin: Callable[[], Any]) -> Callable[[], None]:
         """What lets the device go on by one token. begin: sets the state."""
@@ -191,62 +236,69 @@ class Ahead:
     def _steps(self, asking: Asking) -> list[list[Callable[[], None]]]:
         """By step, what computes the newest token alone and, behind the first, what more."""
         steps: list[list[Callable[[], None]]] = []
-        for segments in asking.steps():
-            steps.append([partial(self._alone, segments, asking)])
-            if segments.start:
-                steps[-1].append(partial(self._more, segments, asking))
+        for step in asking.steps():
+            steps.append([partial(self._alone, step, asking)])
+            if step.start:
+                steps[-1].append(partial(self._more, step, asking))
         return steps
 
-    def _alone(self, segments: range, asking: Asking) -> None:
+    def _alone(self, step: Step, asking: Asking) -> None:
         """A step of the newest token alone."""
-        newest, ring = self._newest, self.passes.ring(segments.start)
+        newest, ring = self._newest, self.passes.ring(step.start)
         if ring is None:
             newest.read(self._state)
         place = newest.place(asking.reach, asking.in_order)
         hidden = newest.id if ring is None else self._wait(ring, place.slots, place.positions)
-        self._step(segments, asking, hidden, newest.position_ids(), place, self._one)
+        self._step(step, asking, hidden, newest.position_ids(), place, self._one)
 
-    def _more(self, segments: range, asking: Asking) -> None:
+    def _more(self, step: Step, asking: Asking) -> None:
         """A step of all tokens that wait for it."""
-        slots, ring = self._newest.slots, self.passes.ring(segments.start)
+        slots, ring = self._newest.slots, self.passes.ring(step.start)
         assert ring is not None
-        size = segments.start, asking.length, self.passes.limit
+        size = step.start, asking.length, self.passes.limit
         positions, position_ids, counts, hidden = self._open(self._state, slots, ring, *size)
         place = Place(slots, positions, asking.reach, asking.in_order)
-        self._step(segments, asking, hidden, position_ids, place, counts)
+        for places in self._newest.sizes:  # now: nobody waits for what another stream finds
+            place.remembered((places,), Place.in_ring)
+        self._step(step, asking, hidden, position_ids, place, counts)
 
     def _step(
-        self, segments: range, asking: Asking, hidden: Tensor, position_ids: Tensor,
-        place: Place, counts: Tensor,
+        self, step: Step, asking: Asking, hidden: Tensor, position_ids: Tensor, place: Place,
+        counts: Tensor,
     ) -> None:  # fmt: skip
-        """Some segments, behind which it is decided whether the token leaves, where it does so in
-        any case if there are no more."""
-        passes, last = self.passes, segments[-1]
-        ends = last == len(asking.asks) - 1
+        """Some segments, behind which it is decided whether the token leaves."""
+        passes, group = self.passes, self.passes.group
         rows = Rows(place.slots, place.positions, counts, passes.draws.table)
-        for i in segments:
+        final = step.ends and asking.final
+        wanted, found = Wanted("last", final, asking.measure, asking.samples), None
+        for i in range(step.start, step.stop):
             state = passes.through(i, hidden, position_ids, place)
             hidden = state.hidden
             if asking.keeps[i] and not asking.asks[i]:
                 passes.predict(*passes.predictor(i, state, place), rows, Wanted("nothing", False))
-        if not ends:
-            passes.rings.keep(last + 1, place.slots, place.positions, hidden)
-        wanted = Wanted("last", ends and asking.final, asking.measure, asking.samples)
-        predictor = passes.predictor(last, state, place, wanted.final)
-        told = segments[0], last, ends
-        if passes.group is None and not bisects(wanted.samples):
-            self._ask(predictor, rows, wanted, self._state, told)
-        else:  # what the first process found is told to all before, or the compiler takes long
+            if i == step.asked:
+                predictor = passes.predictor(i, state, place, final)
+            if i == step.asked < step.stop - 1:
+                with self._beside.work():
+                    found = passes.asked(predictor, rows, wanted)
+        if not step.ends:
+            passes.rings.keep(step.stop, place.slots, place.positions, hidden)
+        if found is None and group is None and not bisects(wanted.samples):
+            self._ask(predictor, rows, wanted, self._state, step)
+            return
+        if found is None:  # with --tp told to all before, or the compiler takes long
             found = passes.asked(predictor, rows, wanted)
-            assert found is not None
-            self._decide(self._state, found[1][:, 0, 0], told)
+        else:
+            self._beside.await_it()
+        assert found is not None
+        self._decide(self._state, found[1][:, 0, 0], step)
 
     def to_warm(
         self, limit: int, measures: Sequence[str], samples: Sequence[int]
     ) -> list[Callable[[], Any]]:
         """What captures all that texts of mode ``threshold`` with all exits, and of ``full``, ask
         for; see `ee_tuning.decode.warm`. limit: tokens that may be pending."""
-        leaves = sorted({False, len(self._stops) > 1})
+        leaves = sorted({False, bool(self.passes.exits)})
         ends = self.passes.sizes.ends(limit + 1)
         every = product(samples, measures, leaves, ends)
         jobs: list[Callable[[], Any]] = [partial(self._warm, limit, *one) for one in every]
@@ -257,16 +309,17 @@ class Ahead:
     def _warm(self, limit: int, samples: int, measure: str, leave: bool, end: int) -> None:
         told = torch.zeros_like(self._state)
         told[LENGTH] = 1
-        inner = self._stops[:-1] if leave else []
+        inner = [k for k in self._stops[:-1] if leave and k in self.passes.exits]
         policy = Policy(self._stops[-1], dict.fromkeys(inner, 0.0), measure)
         size = len(self._stops), limit, end, self.passes.in_order([0])
         self._tokens(self._asking(policy, size, samples), partial(self._state.copy_, told))
 
 
-def _take(row: Row, number: int, layer: int, i: int, confidence: float) -> Token:
-    """A row goes on with a token that has come from segment `i`, which ends at `layer`."""
-    row.done[: i + 1] = [len(row.ids)] * (i + 1)
-    if row.is_last(i):
+def _take(row: Row, number: int, layer: int, computed: int, confidence: float) -> Token:
+    """A row goes on with a token that has come from `layer`, when so many segments had computed
+    the one before it."""
+    row.done[:computed] = [len(row.ids)] * computed
+    if row.is_last(computed - 1):
         token = Token(number, row.policy.end, confidence)
         row.keep(0, number)
     else:
@@ -301,39 +354,37 @@ def _open(
     return positions, positions.clamp(max=limit), counts, waiting(ring, slots, positions)
 
 
-def _ask(
-    predictor: Predictor, rows: Rows, wanted: Wanted, state: Tensor, step: tuple[int, int, bool]
-) -> None:
-    """Ask what follows the last token of a window, and decide. step: see `_decide`."""
+def _ask(predictor: Predictor, rows: Rows, wanted: Wanted, state: Tensor, step: Step) -> None:
+    """Ask what follows the last token of a window, and decide."""
     found = predict(*predictor, rows, wanted)
     assert found is not None
     _decide(state, found[1][:, 0, 0], step)
 
 
-def _decide(state: Tensor, answers: Tensor, step: tuple[int, int, bool]) -> None:
+def _decide(state: Tensor, answers: Tensor, step: Step) -> None:
     """Whether the token leaves behind a step, of which `state` is told.
 
-    answers: (2,), what follows and how sure that is. step: its first and last segment, and whether
-    the token ends there. If it leaves, it is said, with segment and confidence, and the state is
-    that of the next token.
+    answers: (2,), what follows and how sure that is. If it leaves, it is said, with the segment
+    that was asked and the confidence, and the state is that of the next token.
     """
     token, sure = answers.double()
-    (first, last, ends), segments = step, (len(state) - DONE) // 2
+    segments = (len(state) - DONE) // 2
     length, index = state[LENGTH], torch.arange(len(state), device=state.device)
     begun = {NEWEST: token, LENGTH: length + 1, NUMBER: state[NUMBER] + 1}
-    if ends:
+    if step.asked == step.end:
         leaves, goes_on = torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token)
         begun[PENDING] = goes_on
     else:
-        leaves = (sure >= state[DONE + segments + last]) & (state[PENDING] < state[LIMIT])
-        more = length - state[DONE + last + 1] > 1
+        leaves = (sure >= state[DONE + segments + step.asked]) & (state[PENDING] < state[LIMIT])
+        more = length - state[DONE + step.stop] > 1
         goes_on = torch.where(more, MORE, ONE).double().masked_fill(leaves, 0)
         begun[PENDING] = state[PENDING] + 1
-    new = torch.where((index >= DONE + first) & (index <= DONE + last), length, state)
+    computed = (index >= DONE + step.start) & (index < DONE + step.stop)
+    new = torch.where(computed, length, state)
     new = torch.where(index == GOES_ON, goes_on, new)
     for place, value in begun.items():
         new = torch.where((index == place) & leaves, value, new)
     line = SAID + 3 * state[NUMBER]
-    for place, said in enumerate((token, torch.full_like(token, last), sure)):
+    for place, said in enumerate((token, torch.full_like(token, step.asked), sure)):
         new = torch.where((index == line + place) & leaves, said, new)
     state.copy_(new)

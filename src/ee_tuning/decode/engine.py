@@ -35,7 +35,7 @@ import torch
 
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
-from ee_tuning.decode.ahead import Ahead
+from ee_tuning.decode.ahead import Ahead, cuts_beside
 from ee_tuning.decode.drafts import first_tokens, next_round
 from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.noise import Seeds
@@ -71,22 +71,27 @@ class Engine:
         capacity: int,
         max_pending: int = Leaving.max_pending,
         compile: bool = False,
+        drafts: bool = False,
         turn: AbstractContextManager[Any] | None = None,
         mesh: Mesh | None = None,
     ) -> None:
         """exit_layers: the exits that any request may use. slots: sequences at a time.
         capacity: tokens of a sequence at most. max_pending: the largest of any request.
-        compile: see `ee_tuning.decode.passes.Passes`. turn: held in each step, where other
-        threads use the model, too. mesh: of stages that work in turns; see `Relay`.
+        compile: see `ee_tuning.decode.passes.Passes`. drafts: some request has drafts that the end
+        verifies. turn: held in each step, where other threads use the model, too. mesh: of stages
+        that work in turns; see `Relay`.
 
         Raises:
             UserError: the K/V do not fit into the memory that is free.
         """
         longest = min(max_pending + 1, capacity)
         stage = None if mesh is None else model.stage
+        # Of texts beside each other, and of drafts, the host asks: to it each cut is one more pass.
+        alone = slots == 1 and not drafts and mesh is None
+        cuts = cuts_beside(model, exit_layers) if alone else []
         self._own = Passes(
             model, exit_layers, slots=slots, capacity=capacity, longest=longest, compile=compile,
-            stage=stage,
+            stage=stage, cuts=cuts,
         )  # fmt: skip
         self.passes = self._own if mesh is None else cast(Any, Relay(self._own, mesh))
         self.sequences = Sequences(self.passes, exit_layers, max_pending)

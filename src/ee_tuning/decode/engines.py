@@ -87,7 +87,6 @@ class Engines:
                 f"{capacity} tokens with the prompt are asked for, the backbone's positions go on "
                 f"for {backbone.end} alone: ask for fewer"
             )
-        drafts = drafts and self.mesh.pp > 1
         long = backbone.is_long(capacity)
         kind = tuple(exit_layers), max_pending, compile, drafts, long
         alike = (*kind, *_state_of(model))
@@ -126,7 +125,9 @@ class Engines:
         def make() -> AnyEngine:
             if stages is not None and not drafts:
                 return Stage(model, exit_layers, mesh=stages, **settings)
-            return Engine(model, exit_layers, **settings, turn=self.turn, mesh=stages)
+            return Engine(
+                model, exit_layers, drafts=drafts, **settings, turn=self.turn, mesh=stages
+            )
 
         try:
             return self.mesh.on_all(make)

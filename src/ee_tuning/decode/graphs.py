@@ -243,6 +243,28 @@ class Graphs:
         return graph, found
 
 
+class Beside:
+    """Something that is computed while what follows is, too; on a CPU, before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is done within. What it is given must be kept until it is awaited."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def await_it(self) -> None:
+        """What follows may use it."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
 def compiled(function: F, compile: bool, each: bool = True) -> F:
     """`function`, or what it is compiled to: for each size of its own, or if not `each`, for any,
     once it has met several."""

@@ -57,8 +57,9 @@ class Passes:
         longest: int,
         compile: bool = False,
         stage: range | None = None,
+        cuts: Sequence[int] = (),
     ) -> None:
-        """exit_layers: where the backbone is cut. capacity: tokens of a sequence at most.
+        """exit_layers, cuts: where the backbone is cut. capacity: tokens of a sequence at most.
         longest: tokens of a window at most. compile: layers and exits, on CUDA with graphs.
         stage: the layers, counted from 0, that this process has; default: all. What comes from
         the stage before is `put` in front of its segments, what goes to the next one `taken`.
@@ -80,7 +81,7 @@ class Passes:
         stage = stage or range(self.backbone.num_layers)
         self.is_first, self.is_last = stage.start == 0, stage.stop == self.backbone.num_layers
         self.exits = {k: model.exit(k) for k in exit_layers if k - 1 in stage}
-        self.segments = model.segments(list(self.exits), stage.stop)
+        self.segments = model.segments(list(self.exits), stage.stop, cuts)
         draft = model.draft if DRAFT in exit_layers else None
         self.caches, self.exit_caches = self._make_caches(draft)
         rings = len(self.segments) + (0 if self.is_last else 1)
@@ -88,7 +89,7 @@ class Passes:
         self.rings = Rings(rings, slots, longest, hidden, compile)
         self.control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
         self.draws = Draws(slots, self.device, compile)
-        self._steps = model.segments(list(self.exits), stage.stop, change=self.invariant.layer)
+        self._steps = model.segments(list(self.exits), stage.stop, cuts, self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
         self._final = self.invariant.final()
         kept, positions = self.exit_caches, compile * min(most, self.sizes.places)

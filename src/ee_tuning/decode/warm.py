@@ -33,6 +33,8 @@ def to_warm(
     keys: dict[tuple[Any, ...], None] = {}
     for kind, one, measure in product(samples, passes.sizes.every(*size), measures):
         i, rows, length, reach, after, final = one
+        if after != "nothing" and not final and passes.segments[i].stop not in passes.exits:
+            continue
         wanted = Wanted(after, final, measure, kind if after != "nothing" else NOTHING)
         keys[i, rows, length, reach, passes.in_order(list(range(rows))), wanted] = None
     jobs: list[Callable[[], Any]] = [partial(passes.run, key) for key in keys]
