@@ -330,10 +330,13 @@ def save_calibration(network: Network, folder: Path, found: Certificate) -> None
 
 
 def changed_exits(network: Network, found: Certificate) -> list[int]:
-    """The layers of those exits here, of the ones calibrated, whose weights are others now."""
+    """The layers of those exits, of the ones calibrated, whose weights are others now.
+
+    Of those that other processes have, or have parts of, it is whether others were read.
+    """
     own = {layer: network.exits[str(layer)] for layer in found.exits if str(layer) in network.exits}
-    now = {layer: exit_hash(exit) for layer, exit in own.items()}
-    return [layer for layer, value in now.items() if value not in (None, found.exits[layer])]
+    now = network.exit_hashes | {k: one for k, exit in own.items() if (one := exit_hash(exit))}
+    return [layer for layer, then in found.exits.items() if now.get(layer, then) != then]
 
 
 def _lacking(found: Any, names: set[str]) -> list[str]:

@@ -75,6 +75,7 @@ class Network(nn.Module):
                 exit.reset_random(config.seed)  # type: ignore[operator]
         self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
         self.calibration: Certificate | None = None  # that was saved with the exits
+        self.exit_hashes: dict[int, str] = {}  # of calibrated exits, as read, if ranks share them
         self.chain = Chain(self)
 
     @cached_property
@@ -131,8 +132,7 @@ class Network(nn.Module):
         last = self.backbone.num_layers if last is None else last
         stops = sorted({*layers, *sources, last})
         records = [k in layers and self.exit(k).records_call for k in stops]
-        starts = [self.stage.start, *stops[:-1]]
-        cuts = zip(starts, stops, records, strict=True)
+        cuts = zip([self.stage.start, *stops[:-1]], stops, records, strict=True)
         return [self.backbone.segment(*cut, change) for cut in cuts]
 
     def forward(

@@ -58,6 +58,14 @@ def folder(base, data, tmp_path_factory):
     shutil.copytree(folder / "two", folder / "staged-nll")
     staged = settings | {"exits": str(folder / "staged-nll"), "pp": 2, "timeout": 60.0}
     cases.append({"command": "calibrate", "settings": staged})
+    shutil.copytree(folder / "one-nll", folder / "changed")
+    certificate = json.loads((folder / "changed/calibration.json").read_text())
+    certificate["exits"]["3"] = "of other weights"
+    (folder / "changed/calibration.json").write_text(json.dumps(certificate))
+    for name in ("one-nll", "changed"):
+        for layout, ranks in (("split", {"tp": 2, "pp": 1}), ("staged", {"tp": 1, "pp": 2})):
+            told = ranks | {"exits": str(folder / name), "out": str(folder / f"{name}-{layout}")}
+            cases.append({"command": "certified", "settings": told})
     said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
     return folder
@@ -112,3 +120,16 @@ def test_ranks_that_share_the_model_find_the_same_certificate(folder, layout):
     assert {k: v for k, v in split.items() if k not in summed} == {
         k: v for k, v in one.items() if k not in summed
     }
+
+
+@pytest.mark.parametrize("layout", ["split", "staged"])
+def test_each_rank_sees_whether_calibrated_exits_are_the_same(folder, layout):
+    """Those of other ranks, too: all have to decide alike."""
+    for rank in (0, 1):
+        assert json.loads((folder / f"one-nll-{layout}-{rank}.json").read_text()) == [
+            "threshold",
+            [],
+        ]
+        mode, notices = json.loads((folder / f"changed-{layout}-{rank}.json").read_text())
+        assert mode == "full"
+        assert ["the exit at layer 3 is another one now" in one for one in notices] == [True]

@@ -1,19 +1,27 @@
 """Runs of commands whose work several processes share.
 
 A case is {"command", "settings", "port"}; its processes are as many as `dp`, `tp` and `pp` say.
+The command `certified` lets each write the mode that calibrated thresholds come to.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.run import calibrate
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.commands.evaluate import evaluate
-from ee_tuning.config import EvaluateConfig
+from ee_tuning.config import EvaluateConfig, Leaving, SamplingConfig
+from ee_tuning.decode.certified import with_certified
+from ee_tuning.decode.load import load_for_decoding
+from ee_tuning.errors import Notice
+from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.regenerate.run import regenerate
 from helpers.ranks import become, run_ranks
@@ -33,6 +41,19 @@ def _run(rank: int, case: dict) -> None:
             calibrate(CalibrateConfig(**settings))
         case "evaluate":
             evaluate(EvaluateConfig(**settings), Console(quiet=True))
+        case "certified":
+            _certified(rank, **settings)
+
+
+def _certified(rank: int, exits: str, out: str, tp: int, pp: int) -> None:
+    mesh = Mesh(tp=tp, pp=pp)
+    with mesh.connected(torch.device("cpu"), 60.0):
+        model, _ = load_for_decoding(SamplingConfig(exits=exits, device="cpu"), mesh)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            mode = with_certified(model, Leaving(threshold=CALIBRATED)).mode
+        notices = [str(one.message) for one in said if one.category is Notice]
+        Path(f"{out}-{rank}.json").write_text(json.dumps([mode, notices]))
 
 
 def main(path: Path) -> None:

@@ -39,11 +39,10 @@ from ee_tuning.calibrate.walk import (
 )
 from ee_tuning.certificate import Certificate
 from ee_tuning.data.chats import with_template
-from ee_tuning.decode.load import load_for_decoding
+from ee_tuning.decode.load import exit_hashes, load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
-from ee_tuning.fingerprint import exit_hash
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.run import slots_for
@@ -102,13 +101,9 @@ def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Displ
         _check_enough(len(prompts.ids), config, "betting", display)
         display.say(check_not_tuned_on(prompts, folder, config))
         found = _of_prompts(config, model, layers, prompts, mesh, display)
-    own = [layer for layer in layers if layer in model.exit_layers]
-    hashes: dict[int, str | None] = {}
-    for found_there in mesh.gather_on_host({k: exit_hash(model.exit(k), gather=True) for k in own}):
-        hashes |= found_there
     found = replace(
         found,
-        exits={layer: value for layer in layers if (value := hashes[layer])},
+        exits=exit_hashes(model, layers, mesh),
         dtype=str(model.dtype).removeprefix("torch."),
         machine=f"{hardware(model.backbone.device)}; {versions()}",
     )

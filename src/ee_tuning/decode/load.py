@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from ee_tuning.costs import work
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
+from ee_tuning.fingerprint import exit_hash
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
@@ -47,10 +48,19 @@ def load_part(
     found.tensor_hashes  # noqa: B018 - of what was read, before more of it is split
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
+    if together.size > 1 and found.calibration is not None:
+        found.exit_hashes = exit_hashes(found, found.calibration.exits, together)
     engines = engines_of(found)
     engines.mesh = together
     mesh.frees(engines.clear)
     return found
+
+
+def exit_hashes(model: Network, layers: Iterable[int], mesh: Mesh) -> dict[int, str]:
+    """A hash of each exit at `layers`, which the processes of `mesh` have together."""
+    own = {k: exit_hash(model.exit(k), gather=True) for k in layers if k in model.exit_layers}
+    shares = mesh.gather_on_host(own)
+    return {layer: value for share in shares for layer, value in share.items() if value}
 
 
 def load_for_decoding(
