@@ -22,7 +22,7 @@ from ee_tuning.certificate import Certificate
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import DRAFTS, ExitConfig, exit_name
 from ee_tuning.files import filling, read_json, write_json, write_text
-from ee_tuning.fingerprint import config_values, exit_hash
+from ee_tuning.fingerprint import config_values, exit_hash, is_whole
 from ee_tuning.folders import signed
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
@@ -335,7 +335,7 @@ def changed_exits(network: Network, found: Certificate) -> list[int]:
     Of those that other processes have, or have parts of, it is whether others were read.
     """
     own = {layer: network.exits[str(layer)] for layer in found.exits if str(layer) in network.exits}
-    now = network.exit_hashes | {k: one for k, exit in own.items() if (one := exit_hash(exit))}
+    now = network.exit_hashes | {k: exit_hash(exit) for k, exit in own.items() if is_whole(exit)}
     return [layer for layer, then in found.exits.items() if now.get(layer, then) != then]
 
 

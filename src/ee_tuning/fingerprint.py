@@ -80,15 +80,18 @@ def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> N
 _SEEN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
-def exit_hash(exit: nn.Module, gather: bool = False) -> str | None:
-    """A hash of all of an exit's weights as they are now, in their dtype; None if other processes
-    have parts of them, unless all of these call it to `gather` them.
+def is_whole(exit: nn.Module) -> bool:
+    """Whether no other process has parts of an exit's weights."""
+    return not any(isinstance(module, ParallelLinear) for module in exit.modules())
+
+
+def exit_hash(exit: nn.Module) -> str:
+    """A hash of all of an exit's weights as they are now, in their dtype; processes that have parts
+    of them call it together.
 
     Those that were hashed before and did not change since are not hashed again.
     """
     split = {name: m for name, m in exit.named_modules() if isinstance(m, ParallelLinear)}
-    if split and not gather:
-        return None
     tensors = {name: whole(p, p.detach()) for name, p in exit.named_parameters()}
     for name, value in exit.named_buffers():
         owner = split.get(name.rpartition(".")[0])  # rows that were picked of a head

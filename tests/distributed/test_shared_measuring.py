@@ -62,10 +62,11 @@ def folder(base, data, tmp_path_factory):
     certificate = json.loads((folder / "changed/calibration.json").read_text())
     certificate["exits"]["3"] = "of other weights"
     (folder / "changed/calibration.json").write_text(json.dumps(certificate))
-    for name in ("one-nll", "changed"):
+    held = {"one-nll": ["one-nll"] * 2, "changed": ["changed"] * 2, "other": ["one-nll", "one"]}
+    for name, read in held.items():
         for layout, ranks in (("split", {"tp": 2, "pp": 1}), ("staged", {"tp": 1, "pp": 2})):
-            told = ranks | {"exits": str(folder / name), "out": str(folder / f"{name}-{layout}")}
-            cases.append({"command": "certified", "settings": told})
+            exits, out = [str(folder / one) for one in read], str(folder / f"{name}-{layout}")
+            cases.append({"command": "certified", "settings": ranks | {"exits": exits, "out": out}})
     said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
     return folder
@@ -133,3 +134,8 @@ def test_each_rank_sees_whether_calibrated_exits_are_the_same(folder, layout):
         mode, notices = json.loads((folder / f"changed-{layout}-{rank}.json").read_text())
         assert mode == "full"
         assert ["the exit at layer 3 is another one now" in one for one in notices] == [True]
+        # Of which one rank alone has a certificate.
+        assert json.loads((folder / f"other-{layout}-{rank}.json").read_text()) == [
+            "refused",
+            ["rank 1 has other calibration than rank 0: give every process the same"],
+        ]

@@ -20,7 +20,7 @@ from ee_tuning.commands.evaluate import evaluate
 from ee_tuning.config import EvaluateConfig, Leaving, SamplingConfig
 from ee_tuning.decode.certified import with_certified
 from ee_tuning.decode.load import load_for_decoding
-from ee_tuning.errors import Notice
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.regenerate.run import regenerate
@@ -45,10 +45,14 @@ def _run(rank: int, case: dict) -> None:
             _certified(rank, **settings)
 
 
-def _certified(rank: int, exits: str, out: str, tp: int, pp: int) -> None:
+def _certified(rank: int, exits: list[str], out: str, tp: int, pp: int) -> None:
     mesh = Mesh(tp=tp, pp=pp)
     with mesh.connected(torch.device("cpu"), 60.0):
-        model, _ = load_for_decoding(SamplingConfig(exits=exits, device="cpu"), mesh)
+        try:
+            model, _ = load_for_decoding(SamplingConfig(exits=exits[rank], device="cpu"), mesh)
+        except UserError as error:
+            Path(f"{out}-{rank}.json").write_text(json.dumps(["refused", [str(error)]]))
+            return
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             mode = with_certified(model, Leaving(threshold=CALIBRATED)).mode

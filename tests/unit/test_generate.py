@@ -331,6 +331,17 @@ def test_engines_are_kept_and_given_up():
     assert len(engines_of(model).kept) <= 4
 
 
+def test_texts_with_drafts_have_an_engine_of_their_own_where_it_is_cut_otherwise(monkeypatch):
+    """Only there: two engines take twice the K/V, and compile twice."""
+    ids, common = torch.tensor([[5, 9]]), {"max_new_tokens": 2, "eos_token_id": None}
+    for cuts, number in (([], 1), ([3], 2)):
+        monkeypatch.setattr("ee_tuning.decode.engines.cuts_beside", lambda *_, cuts=cuts: cuts)
+        model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="norm")).eval()
+        for mode in ("threshold", "speculative"):
+            model.generate(ids, mode=mode, **common)
+        assert len(engines_of(model).kept) == number
+
+
 def test_calls_of_two_sizes_in_turns_keep_their_engines():
     """And one that is large enough for both takes their place."""
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="norm")).eval()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ def cuts_beside(model: Network, exit_layers: Sequence[int]) -> list[int]:
     if size > FEW or not branches:
         return []
     last, layers = backbone.num_layers, [k for k in exit_layers if k > 0]
-    cuts = [(k + BESIDE, min([later for later in layers if later > k] or [last])) for k in layers]
+    cuts = [(k + BESIDE, min((one for one in layers if one > k), default=last)) for k in layers]
     return [cut for cut, following in cuts if cut < following]
 
 
@@ -84,23 +84,18 @@ class Asking(NamedTuple):
         end = len(self.asks) - 1
         asked = [i for i, one in enumerate(self.asks) if one and i < end]
         stops = [0, *(i + 1 + self.beside[i] for i in asked), end + 1]
-        cuts = zip(stops, stops[1:], [*asked, end], strict=False)
-        return [Step(*cut, end) for cut in cuts]
+        cuts = zip(pairwise(stops), [*asked, end], strict=True)
+        return [Step(start, stop, at, at == end) for (start, stop), at in cuts]
 
 
 class Step(NamedTuple):
     """What runs before the next decision: segments `start` to `stop` − 1, and what is asked behind
-    segment `asked` of them. end: the last one."""
+    segment `asked` of them. ends: whether the token leaves in any case."""
 
     start: int
     stop: int
     asked: int
-    end: int
-
-    @property
-    def ends(self) -> bool:
-        """Whether the token leaves in any case."""
-        return self.asked == self.end
+    ends: bool
 
 
 class Newest:
@@ -210,9 +205,9 @@ class Ahead:
         passes, stops = self.passes, self._stops[:through]
         leaves = [layer in policy.thresholds for layer in stops]
         asks = [one and limit > 0 for one in leaves]
-        # Behind the next segment there is no exit, and it is not the last one.
-        quiet = [layer not in passes.exits for layer in stops[1:-1]]
-        beside = [*map(all, zip(asks, quiet, strict=False)), False, False][: len(stops)]
+        # Where there is no exit behind the next segment, and that is not the last one.
+        quiet = [layer not in passes.exits for layer in stops[1:-1]] + [False, False]
+        beside = [one and quiet[i] for i, one in enumerate(asks)]
         keeps = [
             one and layer in passes.exit_caches for one, layer in zip(leaves, stops, strict=True)
         ]
@@ -371,7 +366,7 @@ def _decide(state: Tensor, answers: Tensor, step: Step) -> None:
     segments = (len(state) - DONE) // 2
     length, index = state[LENGTH], torch.arange(len(state), device=state.device)
     begun = {NEWEST: token, LENGTH: length + 1, NUMBER: state[NUMBER] + 1}
-    if step.asked == step.end:
+    if step.ends:
         leaves, goes_on = torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token)
         begun[PENDING] = goes_on
     else:

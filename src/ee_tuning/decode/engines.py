@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ee_tuning.decode.ahead import cuts_beside
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
@@ -73,7 +74,7 @@ class Engines:
 
         Captured graphs hold the addresses of weights, so other weights want another engine.
         drafts: of requests some have drafts that the end verifies: stages then work in turns, which
-        whole texts want, too.
+        whole texts want, too, and no exit is asked beside layers.
 
         Raises:
             UserError: numbers that make no sense, or K/V that do not fit into memory.
@@ -87,6 +88,8 @@ class Engines:
                 f"{capacity} tokens with the prompt are asked for, the backbone's positions go on "
                 f"for {backbone.end} alone: ask for fewer"
             )
+        # Others are cut alike for both.
+        drafts = drafts and (self.mesh.pp > 1 or bool(cuts_beside(model, exit_layers)))
         long = backbone.is_long(capacity)
         kind = tuple(exit_layers), max_pending, compile, drafts, long
         alike = (*kind, *_state_of(model))

@@ -48,6 +48,7 @@ def load_part(
     found.tensor_hashes  # noqa: B018 - of what was read, before more of it is split
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
+    together.check_same("calibration", repr(found.calibration))
     if together.size > 1 and found.calibration is not None:
         found.exit_hashes = exit_hashes(found, found.calibration.exits, together)
     engines = engines_of(found)
@@ -58,9 +59,8 @@ def load_part(
 
 def exit_hashes(model: Network, layers: Iterable[int], mesh: Mesh) -> dict[int, str]:
     """A hash of each exit at `layers`, which the processes of `mesh` have together."""
-    own = {k: exit_hash(model.exit(k), gather=True) for k in layers if k in model.exit_layers}
-    shares = mesh.gather_on_host(own)
-    return {layer: value for share in shares for layer, value in share.items() if value}
+    own = {k: exit_hash(model.exit(k)) for k in layers if k in model.exit_layers}
+    return {k: value for share in mesh.gather_on_host(own) for k, value in share.items()}
 
 
 def load_for_decoding(
