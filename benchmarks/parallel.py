@@ -3,12 +3,16 @@
 torchrun --nproc-per-node 2 benchmarks/parallel.py --shape llama2-7b --out results/name.json
 torchrun --nproc-per-node 2 benchmarks/parallel.py --shape 160m --precision fp32 --check 1e-4
 torchrun --nproc-per-node 2 benchmarks/parallel.py --shape tiny --seq-length 64 --device cpu
+torchrun --nproc-per-node 4 benchmarks/parallel.py --shape llama2-70b --layouts pp4 \\
+    --optimizer adamw-8bit --master-weights bf16
 
 Random weights, the same in every layout, and the same random tokens at every step. Each layout
 says: tokens per second, also against one process; the peak memory of every rank; losses and
 gradient norms of all steps, and how far they are from one process's. One more step, with a
 timeline, gives the share of time in which ranks are idle, and what the simulator says it must be
-with the parts of the step as measured; for its seconds, too. `--check` fails where losses or norms
+with the parts of the step as measured; for its seconds, too. On a GPU that `ee-tuning plan` knows,
+what that expects of the layout stands beside. One process's figures may come from an earlier run on
+the same machine: `--one FILE`. `--check` fails where losses or norms
 differ by more. A layout may have a global batch of its own, ``pp2-batch8``; it is not compared. One
 whose name has ``kl`` distils, and is compared with ``one-kl``; with ``fp8`` backbone and exits are
 in fp8, compared with ``one-fp8``.
@@ -46,7 +50,11 @@ from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.pipeline import Pipeline
 from ee_tuning.parallel.trace import Event, idle_share, span
 from ee_tuning.plan.check import check
+from ee_tuning.plan.gpus import GPUS, Gpu
+from ee_tuning.plan.layouts import expected
+from ee_tuning.plan.shapes import account_of
 from ee_tuning.plan.simulate import simulate
+from ee_tuning.plan.time import seconds_of_parts
 from ee_tuning.stages import cut_stages
 from ee_tuning.tune.metrics import OnTheWay
 from ee_tuning.tune.optimizers import build_optimizers
@@ -167,6 +175,18 @@ def build_stage(
     return build(shape, exits, device, dtype, fp8, stage)
 
 
+def planned(shape: str, config: TuneConfig, gpu: Gpu) -> dict[str, float]:
+    """What `ee-tuning plan` expects of a layout: GiB of the fullest GPU, speed and idle share."""
+    shapes = build(shape, config.exit_config(), torch.device("meta"), torch.bfloat16, False)
+    account = account_of(shapes, config)
+    found = expected(account, config, seconds_of_parts(account, config, gpu))
+    return {
+        "tokens_per_second": round(found.tokens_per_second),
+        "gib": round(found.gib, 4),
+        "idle": round(found.idle, 4),
+    }
+
+
 def measure(config: TuneConfig, mesh: Mesh, device: torch.device, args: argparse.Namespace) -> dict:
     """Speed, memory, losses and idle share of one layout."""
     started = time.perf_counter()
@@ -177,7 +197,9 @@ def measure(config: TuneConfig, mesh: Mesh, device: torch.device, args: argparse
     seconds, values = layout.steps(args.steps + 2)
     memory = mesh.gather_on_host(peak(device))
     rate = speed(seconds, config.global_batch_size * config.seq_length)
-    return {
+    gpu = next((gpu for name, gpu in GPUS.items() if name in hardware(device).lower()), None)
+    plan = {"plan": planned(args.shape, config, gpu)} if gpu and not config.shard else {}
+    return plan | {
         "tokens_per_second": {k: round(v) for k, v in rate.items()},
         "seconds": [round(s, 4) for s in seconds],
         "peak_gib": memory,
@@ -208,6 +230,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "layouts": {},
     }
+    known = json.loads(args.one.read_text())["layouts"] if args.one else {}
     for number, name in enumerate(args.layouts.split(",")):
         config = settings(name, args)
         mesh = Mesh(config.dp, config.tp, config.pp)
@@ -219,7 +242,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         except (ProcessFailed, torch.OutOfMemoryError) as error:
             found = {"error": str(error)}
         alone = next((f"one-{kind}" for kind in ("kl", "fp8") if kind in name), "one")
-        one = found if name == alone else result["layouts"].get(alone, {"error": ""})
+        one = found if name == alone else (known | result["layouts"]).get(alone, {"error": ""})
         if "error" not in found and "error" not in one and "batch" not in name:
             compare(found, one, mesh.size)
         result["layouts"][name] = found
@@ -250,6 +273,8 @@ def main() -> None:
     parser.add_argument("--layers", default="1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8")
     parser.add_argument("--head", default="own")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--master-weights", default="fp32")
     parser.add_argument("--compile", default="auto")
     parser.add_argument("--seq-length", type=int, default=2048)
     parser.add_argument("--micro-batch-size", type=int, default=4)
@@ -258,6 +283,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--check", type=float, help="largest relative difference of a loss")
+    parser.add_argument("--one", type=Path, help="what an earlier run on this machine wrote")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     layouts = run(args)["layouts"]

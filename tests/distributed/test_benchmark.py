@@ -47,10 +47,34 @@ def test_layouts_are_measured_against_one_process(tmp_path):
     assert found["one"]["losses"][-1] < found["one"]["losses"][0]
 
 
-def test_losses_that_differ_fail_the_check(monkeypatch):
-    """Nothing differs by less than nothing."""
+def one_process(monkeypatch, *flags):
+    """The script in this process."""
     for name in ("WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setattr("sys.argv", ["", *FLAGS, "--layouts", "one", "--steps", "1", "--check=-1"])
+    monkeypatch.setattr("sys.argv", ["", *FLAGS, "--steps", "1", *flags])
+    parallel.main()
+
+
+def test_one_process_may_have_been_measured_before(tmp_path, monkeypatch):
+    """Compared with what the earlier file has, to the digit; `plan`'s word on a GPU it knows."""
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    one_process(monkeypatch, "--layouts", "one", "--out", str(before))
+    earlier = json.loads(before.read_text())
+    assert "plan" not in earlier["layouts"]["one"]
+    earlier["layouts"]["one"]["tokens_per_second"]["median"] = 1
+    before.write_text(json.dumps(earlier))
+    monkeypatch.setattr(parallel, "hardware", lambda _: "NVIDIA H100 80GB HBM3")
+    layouts = "dp1,dp1-batch4"
+    one_process(monkeypatch, "--layouts", layouts, "--one", str(before), "--out", str(after))
+    found = json.loads(after.read_text())["layouts"]
+    assert found["dp1"]["speedup"] == found["dp1"]["tokens_per_second"]["median"]
+    assert found["dp1"]["losses_differ_by"] == 0
+    assert "speedup" not in found["dp1-batch4"]
+    assert 0 < found["dp1"]["plan"]["gib"] < 0.1
+    assert found["dp1"]["plan"]["tokens_per_second"] > 0 == found["dp1"]["plan"]["idle"]
+
+
+def test_losses_that_differ_fail_the_check(monkeypatch):
+    """Nothing differs by less than nothing."""
     with pytest.raises(SystemExit, match=r"one is not within -1.0 of one process: \[0.0, 0.0\]"):
-        parallel.main()
+        one_process(monkeypatch, "--layouts", "one", "--check=-1")
