@@ -60,12 +60,15 @@ def test_decoding_in_every_way(tmp_path, monkeypatch):
 
 
 def test_what_asking_and_drafting_take(tmp_path, monkeypatch):
-    flags = "--shape tiny --device cpu --archs mlp --known 64 --prompt-length 5 --new-tokens 9"
+    flags = "--shape tiny --device cpu --archs mlp --known 64 --prompt-length 5 --new-tokens 13"
     found = run(rounds, monkeypatch, tmp_path / "rounds.json", f"{flags} --rounds 1")
     assert {"0 asked", "1 asked", "2 asked"} <= found["asking"]["mlp"].keys()
     rows = found["drafting"]
     assert all(rows[f"{number} drafts, by the host"]["ms"] > 0 for number in range(1, 7))
-    assert rows["known tokens"] == 64
+    assert found["known tokens"] == 64
+    rows = found["leaving"]["mlp"]
+    assert {rows[f"1 leaves, {n} of {n + 1}"]["layers"] for n in (1, 2)} == {2.5, 2.0}
+    assert 1 < rows["some leave"]["layers"] < 4
 
 
 def test_starts_of_exits_and_what_was_measured_before_is_kept(base, data, tmp_path, monkeypatch):
