@@ -225,7 +225,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Every layout in turn; on the main process, what was found."""
     device, rank = pick_device(args.device), int(os.environ.get("RANK", 0))
     result: dict[str, Any] = {
-        "settings": {k: str(v) for k, v in vars(args).items() if k != "out"},
+        "settings": {k: str(v) for k, v in vars(args).items() if k not in ("out", "one")},
         "hardware": hardware(device),
         "versions": versions(),
         "layouts": {},

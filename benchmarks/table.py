@@ -178,15 +178,22 @@ def _rate(found: dict[str, Any]) -> str:
     return f"{rate['median']:,.0f} ({rate['min']:,.0f}–{rate['max']:,.0f})"
 
 
-def parallel(name: str) -> str:
-    """The step in several layouts of processes, against one process."""
-    result = json.loads((RESULTS / f"{name}.json").read_text())
+def parallel(*names: str) -> str:
+    """The step in several layouts of processes, against one process; of files of one machine."""
+    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+    result, found_in = files[0], {}
+    for one in files:
+        found_in |= one["layouts"]
     lines = [
         "| layout | tokens/s | against one process | peak GiB of a rank | idle | ideal "
         "| losses differ by | norms by |",
         "|---" * 8 + "|",
     ]
-    for layout, found in result["layouts"].items():
+    for layout, found in found_in.items():
+        if "speedup" not in found:
+            from parallel import compare  # takes longer to import than all else here
+
+            compare(found, found_in["one"], len(found["peak_gib"]))
         idle, differ = found["idle"], [found[f"{v}_differ_by"] for v in ("losses", "norms")]
         peak = f"{max(found['peak_gib']):.1f}" if any(found["peak_gib"]) else "–"
         lines.append(
@@ -205,6 +212,32 @@ def parallel(name: str) -> str:
             f"{given['steps']} of {len(result['layouts']['one']['losses'])} steps timed.",
         ]
     )
+
+
+def planned() -> str:
+    """Layouts of several GPUs against what `ee-tuning plan` and the simulator say of them."""
+    lines = [
+        "| shape | layout | tokens/s | `plan` | GiB of the fullest GPU | `plan` "
+        "| idle, a step by itself | simulated | its seconds | simulated |",
+        "|---" * 10 + "|",
+    ]
+    runs = []
+    for path in sorted(RESULTS.glob("parallel-four*.json")):
+        result = json.loads(path.read_text())
+        rows = {name: found for name, found in result["layouts"].items() if name != "one"}
+        runs += [(result["settings"]["shape"], *row) for row in rows.items()]
+    for shape, layout, found in sorted(runs, key=lambda run: (len(run[0]), run[0])):
+        plan, idle = found["plan"], found["idle"]
+        rate, most = found["tokens_per_second"]["median"], max(found["peak_gib"])
+        rate_off, gib_off = plan["tokens_per_second"] / rate - 1, plan["gib"] / most - 1
+        off = idle["simulated_seconds"] / idle["seconds"] - 1
+        lines.append(
+            f"| {shape} | `{layout}` | {rate:,} | {plan['tokens_per_second']:,} ({rate_off:+.0%}) "
+            f"| {most:.1f} | {plan['gib']:.1f} ({gib_off:+.0%}) | {idle['measured']:.1%} "
+            f"| {idle['ideal']:.1%} | {idle['seconds']:.2f} "
+            f"| {idle['simulated_seconds']:.2f} ({off:+.0%}) |"
+        )
+    return "\n".join(lines)
 
 
 def pipeline() -> str:
@@ -284,6 +317,10 @@ TABLES = {
         "parallel-gpu": partial(parallel, "parallel-gpu"),
         "parallel-gpu-pp": partial(parallel, "parallel-gpu-pp"),
         "parallel-gpu-check": partial(parallel, "parallel-gpu-check"),
+        "parallel-four": partial(
+            parallel, "parallel-four-one", "parallel-four-two", "parallel-four"
+        ),
+        "planned": planned,
         "pipeline": pipeline,
         "layouts": layouts,
     },
