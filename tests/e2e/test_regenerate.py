@@ -223,10 +223,22 @@ def test_a_text_comes_once_unless_asked_otherwise(chatty, tmp_path):
     more = {"data": [data], "temperature": 0.0}
     records = write(chatty, tmp_path / "all.jsonl", dedup=False, tokens=100, **more)
     assert len({json.dumps(record) for record in records}) == 2
-    with pytest.raises(UserError, match=r"of 3 waves no text was kept: duplicate"):
-        write(chatty, tmp_path / "own.jsonl", tokens=10_000, **more)
-    written = (tmp_path / "own.jsonl").read_text().splitlines()
-    assert len(written) == 2
+    assert len(write(chatty, tmp_path / "own.jsonl", tokens=10_000, **more)) == 2
+
+
+def test_greedily_every_prompt_is_gone_on_from_once(chatty, tmp_path, monkeypatch):
+    """A source that has run out leaves its turns to the others, up to the last prompt."""
+    files = [
+        jsonl(tmp_path / f"{len(numbers)}.jsonl", *({"prompt": f"A fox {i}?"} for i in numbers))
+        for numbers in (range(3), range(3, 20))
+    ]
+    more, said = {"data": files, "temperature": 0.0, "tokens": 1e6}, []
+    monkeypatch.setattr(Display, "say", lambda self, text: said.append(text))
+    records = write(chatty, tmp_path / "own.jsonl", Display(), **more)
+    asked = sorted(int(record["messages"][0]["content"][6:-1]) for record in records)
+    assert asked == list(range(20))
+    assert "no more prompts" in said[-1]
+    assert write(chatty, tmp_path / "own.jsonl", Display(), resume=True, **more) == records
 
 
 def test_a_question_comes_once(chatty, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,12 +66,15 @@ def shares_of(config: RegenerateConfig, sources: Sequence[Source]) -> list[float
 
 
 def in_turns(shares: Sequence[float]) -> Iterator[int]:
-    """The source of text 0, 1, …: always the one that is furthest behind its share."""
+    """The source of text 0, 1, …: always the one that is furthest behind its share.
+
+    Shares may change meanwhile: one without any has no more turns, and when none has, that is all.
+    """
     counts = [0] * len(shares)
     number = 0
-    while True:
+    while any(shares):
         number += 1
-        behind = [share * number - count for share, count in zip(shares, counts, strict=True)]
+        behind = [s * number - n if s else -inf for s, n in zip(shares, counts, strict=True)]
         chosen = behind.index(max(behind))
         counts[chosen] += 1
         yield chosen
@@ -78,17 +83,25 @@ def in_turns(shares: Sequence[float]) -> Iterator[int]:
 def prompts(config: RegenerateConfig, sources: Sequence[Source], chats: bool) -> Iterator[Prompt]:
     """The prompt of text 0, 1, …; a source that has run out starts again.
 
-    chats: prompts are a user's words, where they are not documents.
+    Where that would only give the same texts, greedily, and each is to come once, its turns are
+    the others', and the prompts end when all have run out. chats: prompts are a user's words, where
+    they are not documents.
 
     Raises:
         UserError: a source cannot be read or has no records, or a record is malformed.
     """
-    records = [_again(source, config.seed) for source in sources]
-    for number, place in enumerate(in_turns(shares_of(config, sources))):
+    again = config.temperature > 0 or not config.dedup
+    records = [_records(source, config.seed, again) for source in sources]
+    shares, numbers = shares_of(config, sources), count()
+    for place in in_turns(shares):
         if place == len(sources):
-            yield Prompt(number, NOTHING)
+            yield Prompt(next(numbers), NOTHING)
             continue
-        record, source = next(records[place]), sources[place].name
+        record, source = next(records[place], None), sources[place].name
+        if record is None:
+            shares[place] = 0.0
+            continue
+        number = next(numbers)
         try:
             yield prompt_of(number, source, record, config, chats)
         except BadRecord as error:
@@ -98,9 +111,10 @@ def prompts(config: RegenerateConfig, sources: Sequence[Source], chats: bool) ->
             yield Prompt(number, source, problem=problem)
 
 
-def _again(source: Source, seed: int) -> Iterator[Record]:
-    """The records of a source, of long texts the beginning, again and again."""
-    while True:
+def _records(source: Source, seed: int, again: bool) -> Iterator[Record]:
+    """The records of a source, of long texts the beginning. again: and so on for ever."""
+    empty = True
+    while empty or again:
         empty = True
         for record in source.records(seed):
             if record.begins:

@@ -162,21 +162,26 @@ class _Run:
             fruitless = 0
             while state.end is None or state.end["tokens"] < config.tokens:
                 before = self.totals.texts
-                self._round(writer)
+                if not self._round(writer):
+                    self.display.say("there are no more prompts, and again they get the same texts")
+                    break
                 fruitless = 0 if self.totals.texts > before else fruitless + 1
                 if fruitless == PATIENCE:
                     reasons = ", ".join(f"{k} ({v:,})" for k, v in self.totals.left_out.items())
                     raise UserError(f"of {PATIENCE} waves no text was kept: {reasons}")
         return self.totals
 
-    def _round(self, writer: Writer) -> None:
-        """A wave of each process; all of them take in all, and the main one writes."""
+    def _round(self, writer: Writer) -> bool:
+        """A wave of each process; all of them take in all, and the main one writes. Gives whether
+        there were prompts."""
         self.mesh.doing = f"wave {self.state.waves}"
         wave = self.state.waves + self.mesh.dp_rank
         own = self.mesh.on_all(lambda: writer.wave(self._prompts_of(wave), self._advance))
-        for found in collect([own], self.mesh):
+        waves = [found for found in collect([own], self.mesh) if found]
+        for found in waves:
             if self._take(found):
-                return
+                break
+        return bool(waves)
 
     def _advance(self, tokens: int) -> None:
         self.display.advance(tokens * self.mesh.dp)
