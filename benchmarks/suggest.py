@@ -30,7 +30,7 @@ from ee_tuning.config import TuneConfig
 from ee_tuning.costs import draft_cost
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.exit_config import DRAFT
-from ee_tuning.files import write_json
+from ee_tuning.files import read_json, write_json
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import drafted
@@ -120,7 +120,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8, help="of 256 tokens")
-    parser.add_argument("--exits")
+    parser.add_argument(
+        "--exits", help="exits that there are; without --layer where those go that were suggested"
+    )
     parser.add_argument("--layer", type=int)
     parser.add_argument("--threshold", type=float)
     parser.add_argument("--longest", type=int)
@@ -129,11 +131,17 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
+    given = {name: str(value) for name, value in vars(args).items()}
+    result = {"machine": f"{hardware(pick_device('auto'))}; {versions()}", "settings": given}
     with tempfile.TemporaryDirectory() as folder:
         way = {"layer": args.layer, "threshold": args.threshold, "longest": args.longest}
         exits = args.exits or f"{folder}/exits"
-        if not args.exits:
+        if args.layer is None and Path(exits).exists():
+            kept = read_json(args.out)
+            way = {name: kept[name] for name in (*way, "suggested", "probe")}
+        elif args.layer is None:
             way = chosen(args, exits)
+        write_json(args.out, result | way)
         device = pick_device("auto")
         model = EarlyExitModel.from_pretrained(
             exits, args.model, dtype=pick_dtype("auto", device), device=device
@@ -149,12 +157,10 @@ def main() -> None:
             "drafting": Own(model, how, settings),
         }
         tokenizer = load_tokenizer(args.model or model.model.name_or_path)
-        given = {name: str(value) for name, value in vars(args).items()}
-        result = {"machine": f"{hardware(device)}; {versions()}", "settings": given, **way}
-        result["sets"] = sets = {}
+        sets: dict[str, Any] = {}
         for name in args.sets:
             sets[name] = measured(owns, SETS[name](tokenizer)[: args.prompts], way)
-            write_json(args.out, result)
+            write_json(args.out, result | way | {"sets": sets})
             print(name, {key: sets[name][key] for key in ("predicted", "measured", "off")})
 
 
