@@ -125,9 +125,8 @@ def depths(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     for arch, run in found.items():
         exits = exits_of(run)
         for layer, one in exits.items():
-            faster = "–"
-            if "speed" in run:
-                faster = f"{run['speed'][str(layer)] / run['full_speed']:.2f}×"
+            speed = run.get("speed", {}).get(str(layer))
+            faster = f"{speed:.2f}×" if speed else "–"
             parameters = run["parameters"].get(str(layer), 0)
             rows.append([f"`{arch}`", layer, *_quality(one), f"{parameters:,}", faster])
         lines[arch] = plan.layers, [one["loss"] for one in exits.values()]

@@ -19,7 +19,7 @@ import torch
 from ee_tuning.adapter import count_parameters
 from ee_tuning.config import EvaluateConfig, TuneConfig
 from ee_tuning.data import load_packed
-from ee_tuning.decode import engines, generate
+from ee_tuning.decode import generate
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.evaluate.exits import measure_exits
@@ -115,31 +115,38 @@ class Runs:
         print(f"{name}: {found['seconds']:.0f} s", flush=True)
 
     def measure_speeds(self, wanted: dict[str, Settings]) -> None:
-        """Add to runs how fast all tokens leave at each of their exits, where that is not there.
+        """Add to runs how fast all tokens leave at each of their exits, full depth being 1, where
+        that is not there.
 
-        The exits are new ones: what they say does not matter to that. All at once are compiled for,
-        and timed one after another, the result written after each.
+        The exits are new ones: what they say does not matter to that. Each is compiled for in a
+        process of its own, and timed one after another, the result written after each.
         """
-        missing = [self.key(s) for s in wanted.values() if self.get(s)]
-        missing = [key for key in missing if "speed" not in self.found[key]]
+        runs = {self.key(s): s for s in wanted.values() if self.get(s)}
+        missing = [
+            (key, layer)
+            for key, settings in runs.items()
+            for layer in settings["layers"].split(",")
+            if layer not in self.found[key].get("speed", {})
+        ]
         if not missing:
             return
         spawn = multiprocessing.get_context("spawn")
         meet, turn, told = spawn.Barrier(len(missing)), spawn.Lock(), spawn.Queue()
+        about, held_out = self.common.model, next(iter(self.held_out.values()))
         workers = [
             spawn.Process(
-                target=tell_speeds,
-                args=(key, self.found[key], self.common.model, self.held_out, meet, turn, told),
+                target=tell_speed,
+                args=(key, runs[key]["arch"], layer, about, held_out, meet, turn, told),
             )
-            for key in missing
+            for key, layer in missing
         ]
         for worker in workers:
             worker.start()
         for _ in workers:
-            key, speeds = told.get()
-            if speeds is None:
+            key, layer, speed = told.get()
+            if speed is None:
                 raise RuntimeError("speeds could not be measured: see above")
-            self.found[key] |= speeds
+            self.found[key].setdefault("speed", {})[layer] = speed
             self.write()
         for worker in workers:
             worker.join()
@@ -175,38 +182,34 @@ def measured(config: TuneConfig, held_out: dict[str, list[str]], end: float) -> 
     }
 
 
-def tell_speeds(
-    key: str, run: Found, backbone: str, held_out: dict[str, list[str]], meet: Any, turn: Any,
+def tell_speed(
+    key: str, arch: str, layer: str, backbone: str, held_out: list[str], meet: Any, turn: Any,
     told: Any,
 ) -> None:  # fmt: skip
-    """Tell the tokens per second by exit, and at full depth, of new exits like those of a run; None
-    if that fails.
+    """Tell how fast all tokens leave at a new exit of this kind, full depth being 1; None if that
+    fails.
 
     meet, turn: all who measure wait for each other before the clock starts, then take turns.
     """
     try:
-        settings = run["settings"]
         device = pick_device("auto")
         share = Share(dtype=pick_dtype("auto", device), device=str(device))
-        exits = ExitConfig(settings["layers"], arch=settings["arch"], head="shared")
+        exits = ExitConfig(layer, arch=arch, head="shared")
         model = load(New(backbone, exits), share, Network)
         tokenizer = load_tokenizer(backbone)
-        files = next(iter(held_out.values()))
-        prompts = take_prompts(load_packed(files, tokenizer, 256, 0), 2, PROMPT_TOKENS)
-        engines.KEPT = len(model.exit_layers) + 1  # one for each is captured ahead
-        places = [None, *model.exit_layers]
-        for layer in places:
-            decode(model, prompts, layer)
+        prompts = take_prompts(load_packed(held_out, tokenizer, 256, 0), 2, PROMPT_TOKENS)
+        for at in (None, int(layer)):
+            decode(model, prompts, at)
         meet.wait()
         with turn:
-            rounds = [{at: decode(model, prompts, at) for at in places} for _ in range(ROUNDS)]
-            speeds = {at: median(one[at] for one in rounds) for at in places}
-            full = speeds.pop(None)
-            speed = {str(at): value for at, value in speeds.items()}
-            told.put((key, {"speed": speed, "full_speed": full}))
+            ratios = [
+                decode(model, prompts, int(layer)) / decode(model, prompts, None)
+                for _ in range(ROUNDS)
+            ]
+        told.put((key, layer, median(ratios)))
     except BaseException:
         meet.abort()
-        told.put((key, None))
+        told.put((key, layer, None))
         raise
 
 

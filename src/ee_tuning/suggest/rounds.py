@@ -28,9 +28,8 @@ def measure_full(model: Network, prompt: list[int]) -> Costs:
     policy, seconds, prompts = Full(model.backbone.num_layers), [], []
     with _engine(model, [], prompt) as engine:
         for _ in range(TIMES):
-            start = time.perf_counter()
-            with _sequence(engine, policy, 0, prompt):
-                prompts.append(time.perf_counter() - start)
+            with _sequence(engine, policy, 0, prompt) as read:
+                prompts.append(read)
                 seconds.append(_go(engine, policy, 0, ROUNDS))
     return Costs({(0, False): median(seconds)}, median(prompts))
 
@@ -92,15 +91,20 @@ def _engine(model: Network, layers: list[int], prompt: list[int]) -> Iterator[En
 
 
 @contextmanager
-def _sequence(engine: Engine, policy: Policy, number: int, prompt: list[int]) -> Iterator[None]:
-    """Inside, there is one sequence, which has had its first rounds, of as many drafts as that."""
+def _sequence(engine: Engine, policy: Policy, number: int, prompt: list[int]) -> Iterator[float]:
+    """Inside, there is one sequence, which has had its first rounds, of as many drafts as that.
+
+    Tells the seconds that its prompt took.
+    """
     request = Request(prompt, policy, engine.passes.capacity)
+    start = time.perf_counter()
     engine.submit(request)
     engine.step()
+    read = time.perf_counter() - start
     (row,) = engine.sequences.live
     row.pace, row.limit = None, policy.max_pending
     _go(engine, policy, number, 1)
-    yield
+    yield read
     engine.cancel(request)
     engine.step()
 
