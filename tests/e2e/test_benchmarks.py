@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import decode
+import numpy as np
 import pytest
 import regenerate
 import rounds
@@ -14,7 +15,10 @@ import serve
 import speedup
 import starts
 import table
+import thresholds
 import tune
+
+from ee_tuning.calibrate.risks import Seen
 
 
 def run(module, monkeypatch, out, flags):
@@ -80,6 +84,37 @@ def test_starts_of_exits_and_what_was_measured_before_is_kept(base, data, tmp_pa
     assert found["runs"]["norm"].keys() == {"copied", "random", "fitted"}
     assert found["runs"]["layer"].keys() == starts.STARTS.keys()
     assert starts.table(found).count("\n| `") == 8
+
+
+def test_thresholds_that_save_most_are_found():
+    """Of two exits whose confidence is the probability of being right, place by place."""
+    draw = np.random.default_rng(0)
+    sure = draw.uniform(0.5, 1, (40, 2, 60)).astype(np.float32)
+    right = draw.uniform(size=sure.shape) < sure**0.2
+    seen = Seen([2, 5], 8, right, sure, None, draw.integers(20, 60, 40))
+    own = thresholds.Set(seen, np.arange(40), max_pending=8)
+    gains = []
+    for row in thresholds.curve([own], [0.005, 0.02, 0.05]):
+        bars = {2: 1.0, 5: 1.0} | {
+            int(layer): float(bar)
+            for layer, _, bar in (part.partition(":") for part in row["thresholds"].split(","))
+        }
+        wrong = left = 0
+        for text, length in enumerate(seen.lengths):
+            for place in range(length):
+                for exit, bar in enumerate(bars.values()):
+                    if bar < 1 and sure[text, exit, place] >= bar:
+                        left += 1
+                        wrong += not right[text, exit, place]
+                        break
+        count = seen.lengths.sum()
+        assert row["differs"] == pytest.approx(wrong / count, abs=2 / count)
+        assert row["leaves"] == pytest.approx(left / count, abs=2 / count)
+        assert row["differs"] <= row["allowed"]
+        assert row["depth"] < 8
+        gains.append(row["gain"])
+    assert gains == sorted(gains)
+    assert gains[0] < gains[-1]
 
 
 def test_patterns_hold_their_shares():
