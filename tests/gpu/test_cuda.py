@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
+from ee_tuning.decode.cache import Rings
 from ee_tuning.losses import Objective
 from ee_tuning.quantise.fp8 import has_fp8, product, quantise
 from ee_tuning.quantise.packages import PACKAGES
@@ -218,3 +219,16 @@ def test_fp8_products_are_those_of_the_rounded_operands():
     values, x_scale = quantise(x)
     expected = (values.float() * x_scale) @ (weight.float() * scale).t()
     assert (product(x, weight, scale, True) - expected).norm() < 2**-7 * expected.norm()
+
+
+def test_hidden_states_are_handed_on_without_a_wait_for_the_device():
+    """As the stages of a pipeline do: what waits for the pass before would hold both hosts up."""
+    rings = Rings(1, 3, 4, torch.zeros(8, device="cuda"), compile=False)
+    hidden = torch.randn(2, 8, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rings.put([0, 2], [5, 9], hidden)
+        taken = rings.take([2, 0], [9, 5])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(taken, hidden.flip(0))

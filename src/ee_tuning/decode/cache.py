@@ -324,7 +324,8 @@ def places_in(
     ring: Tensor, slots: Sequence[int], positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Where in a ring (slots, R, …) n tokens are."""
-    table = torch.tensor([[*slots], [*positions]], dtype=torch.int64, device=ring.device)
+    table = torch.tensor([[*slots], [*positions]], dtype=torch.int64)
+    table = table.to(ring.device, non_blocking=True)  # else it would wait for the pass before
     return table[0], table[1] % ring.shape[1]
 
 

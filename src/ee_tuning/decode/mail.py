@@ -7,18 +7,20 @@ each stage does the talking and tells its tensor-parallel group.
 
 from __future__ import annotations
 
-import queue
-import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.parallel.sockets import connect
 
 UNDERWAY = 64  # messages that may not have been read yet
 
@@ -72,41 +74,34 @@ class Message:
 
 
 class Mail:
-    """This stage's letter box, and the way to other ones'.
+    """This stage's connections with other ones.
 
-    A thread for each sender reads what arrives, so that neither a sender waits for this stage's
-    work, nor this stage for one sender while another has something for it.
+    News goes by way of the hosts, at once. Hidden states between GPUs follow on these, behind what
+    computes them, so neither host waits for it; those of a CPU go with the news.
     """
 
     def __init__(self, mesh: Mesh, longest: int, like: Tensor) -> None:
-        """longest: news in a message at most. like: (0, H), a hidden state's dtype and device."""
+        """longest: news in a message at most. like: (0, H), a hidden state's dtype and device.
+        Every process of the mesh makes one."""
         self.mesh, self.longest, self.like = mesh, longest, like
         self.is_first, self.is_last = mesh.pp_rank == 0, mesh.pp_rank == mesh.pp - 1
-        self.speaks = mesh.tp_rank == 0
-        self._arrived: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
-        self._held: Message | None = None  # taken out of the queue, not read yet
+        self.speaks, self.on_host = mesh.tp_rank == 0, like.device.type == "cpu"
+        self._held: Message | None = None  # come, not read yet
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
-        self._listeners: list[threading.Thread] = []
+        to = [] if self.is_last else [mesh.next_stage]
+        to += [] if self.is_first else [mesh.counterpart(0)]
+        self._to, self._from = connect(mesh, list(dict.fromkeys(to)) if self.speaks else [])
+        self._open: list[Connection] = []  # that have more to say
 
     def open(self) -> None:
-        """Listen until every sender has said that there will be no more."""
-        if not self.speaks:
-            return
-        later = [self.mesh.counterpart(stage) for stage in range(1, self.mesh.pp)]
-        senders = later if self.is_first else [self.mesh.previous_stage]
-        self._listeners = [
-            threading.Thread(target=self._listen, args=(sender,), daemon=True) for sender in senders
-        ]
-        for listener in self._listeners:
-            listener.start()
+        """Every sender says something from now on, until it has said that there will be no more."""
+        self._open = list(self._from)
 
     def close(self) -> None:
         """Say that there will be no more, and wait until nothing is on its way."""
         self.tell_next(Message(Kind.STOP, []))
         self.tell_first(Message(Kind.STOP, []))
-        for listener in self._listeners:
-            listener.join()
-        while not self._arrived.empty():
+        while self._open:
             self._next()
         while self._sent:
             self._sent.popleft()[0].wait()
@@ -126,8 +121,8 @@ class Mail:
 
         def take() -> Message:
             found: list[News] = []
-            while (wait and not found) or not self._arrived.empty():
-                found += self._next().news
+            while (message := self._next(wait=wait and not found)) is not None:
+                found += message.news
             return Message(Kind.TOKENS, found)
 
         return self._shared(take).news
@@ -138,49 +133,54 @@ class Mail:
         parts: list[Message] = []
 
         def take() -> Message:
-            parts.append(self._next())
-            while parts[0].kind == Kind.TOKENS and not self._arrived.empty():
-                self._held = self._next()
-                news = [item for part in (*parts, self._held) for item in part.news]
-                if self._held.kind != Kind.TOKENS or len(news) > self.longest:
+            first = self._next()
+            assert first is not None
+            parts.append(first)
+            number = len(first.news)
+            while first.kind == Kind.TOKENS and (more := self._next(wait=False)) is not None:
+                number += len(more.news)
+                if more.kind != Kind.TOKENS or number > self.longest:
+                    self._held = more
                     break
-                parts.append(self._held)
-                self._held = None
-            return Message(parts[0].kind, [item for part in parts for item in part.news])
+                parts.append(more)
+            return Message(first.kind, [item for part in parts for item in part.news])
 
         message = self._shared(take)
-        message.hidden = self._hidden(message.states, [part.states for part in parts])
+        message.hidden = self._hidden(message.states, parts)
         return message
 
-    def _next(self) -> Message:
+    def _next(self, wait: bool = True) -> Message | None:
+        """The next message of any sender; None, if none is there and it is not to `wait`."""
         if self._held is not None:
             message, self._held = self._held, None
             return message
-        found = self._arrived.get()
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def _listen(self, sender: int) -> None:
-        """A thread: put what arrives into the queue, or why nothing can any more."""
-        kind = None
+        ready = wait_for(self._open, self.mesh.patience if wait else 0) if self._open else []
+        if not ready:
+            if wait:
+                raise TimeoutError(f"time-out: no word for {self.mesh.patience:g} seconds")
+            return None
+        (sender, *_) = ready
+        assert isinstance(sender, Connection)
         try:
-            while kind != Kind.STOP:
-                table = self._empty_table()
-                dist.recv(table, src=sender, group=self.mesh.host)
-                message = _message(table)
-                kind = message.kind
-                self._arrived.put(message)
-        except Exception as error:
-            self._arrived.put(error)
+            message = _message(sender.recv_bytes())
+            if message.states and self.on_host:
+                message.hidden = self.like.new_empty(message.states, self.like.shape[1])
+                sender.recv_bytes_into(_bytes(message.hidden))
+        except EOFError as error:
+            raise ConnectionError(f"rank {self._from[sender]} has closed its connection") from error
+        if message.kind == Kind.STOP:
+            self._open.remove(sender)
+        return message
 
     def _send(self, message: Message, to: int) -> None:
-        table = _fill(self._empty_table(), message)
-        self._post(table, dist.isend(table, dst=to, group=self.mesh.host))
+        self._to[to].send_bytes(_packed(message))
         if message.states:
             assert message.hidden is not None
             hidden = message.hidden.contiguous()
-            self._post(hidden, dist.isend(hidden, dst=to))
+            if self.on_host:
+                self._to[to].send_bytes(_bytes(hidden))
+            else:
+                self._post(hidden, dist.isend(hidden, dst=to))
 
     def _post(self, tensor: Tensor, work: dist.Work | None) -> None:
         assert work is not None
@@ -188,12 +188,17 @@ class Mail:
         while len(self._sent) > UNDERWAY:
             self._sent.popleft()[0].wait()
 
-    def _hidden(self, states: int, parts: Sequence[int]) -> Tensor:
-        """The hidden states of messages with so many each, on every process of this stage."""
+    def _hidden(self, states: int, parts: Sequence[Message]) -> Tensor:
+        """The hidden states of messages, `states` in all, on every process of this stage."""
         hidden = self.like.new_empty(states, self.like.shape[1])
-        for part in hidden.split(list(parts)) if self.speaks and states else ():
-            if len(part):
-                dist.recv(part, src=self.mesh.previous_stage)
+        start = 0
+        for part in parts:  # none on those that do not speak
+            own = hidden[start : start + part.states]
+            start += part.states
+            if part.hidden is not None:
+                own.copy_(part.hidden)
+            elif part.states:
+                dist.recv(own, src=self.mesh.previous_stage)
         if self.mesh.tp > 1 and states:
             self._broadcast(hidden)
         return hidden
@@ -202,32 +207,35 @@ class Mail:
         """What `take` gives on the process that speaks, on every process of this stage."""
         if self.mesh.tp == 1:
             return take()
-        table = self._empty_table()
+        # As long as any message: the others do not know how long this one is.
+        table = torch.zeros(8 * (1 + (1 + self.longest) * len(fields(News))), dtype=torch.uint8)
         if self.speaks:
-            _fill(table, take())
+            said = torch.frombuffer(bytearray(_packed(take())), dtype=torch.uint8)
+            table[: len(said)] = said
         self._broadcast(table)
-        return _message(table)
+        return _message(table.numpy().tobytes())
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.mesh.speaker, group=self.mesh.group("tp"))
 
-    def _empty_table(self) -> Tensor:
-        """The size of every message: a row for the kind and number of news, one for each."""
-        return torch.zeros(1 + self.longest, len(fields(News)), dtype=torch.float64)
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Those of a tensor on the host, themselves."""
+    return tensor.view(torch.uint8).flatten().numpy().data
 
 
-def _fill(table: Tensor, message: Message) -> Tensor:
-    rows = [list(astuple(item)) for item in message.news]
-    table[0, :2] = torch.tensor([message.kind, len(rows)])
-    if rows:
-        table[1 : 1 + len(rows)] = torch.tensor(rows, dtype=torch.float64)
-    return table
+def _packed(message: Message) -> bytes:
+    values = [value for item in message.news for value in astuple(item)]
+    return array("d", [message.kind, len(message.news), *values]).tobytes()
 
 
-def _message(table: Tensor) -> Message:
-    (kind, number, *_), *rows = table.tolist()
+def _message(packed: bytes) -> Message:
+    """What was packed; zeros may follow."""
+    kind, number, *values = array("d", packed)
+    width = len(fields(News))
+    rows = [values[at : at + width] for at in range(0, int(number) * width, width)]
     news = [
         News(int(slot), int(id), int(place), int(layer), sure, int(fate), bool(asks), int(states))
-        for slot, id, place, layer, sure, fate, asks, states in rows[: int(number)]
+        for slot, id, place, layer, sure, fate, asks, states in rows
     ]
     return Message(Kind(int(kind)), news)

@@ -213,6 +213,7 @@ class Stage:
         rows = self.sequences.rows
         alive = {item.slot: row for item in news if (row := rows[item.slot]) is not None}
         left: set[int] = set()  # slots of rows that wait within this stage for their next token
+        said = False
         for i, layer in enumerate(self.sequences.stops):
             here = [row for row in alive.values() if i < row.through and row.slot not in left]
             for answers in self.sequences.advance(i, here):
@@ -221,8 +222,8 @@ class Stage:
                         self._answer(row, layer, found)
                         if i < row.through - 1 and len(self._late.get(row.slot, ())) < LATE:
                             left.add(row.slot)
-            self._post_answers()
-        self._post_answers(alive=True)
+            said = self._post_answers() or said
+        self._post_answers(alive=not said)
         for item in news:
             self._late.setdefault(item.slot, []).append(item)
         told = [item for slot in dict.fromkeys(item.slot for item in news) if slot not in left
@@ -245,15 +246,17 @@ class Stage:
             News(row.slot, chosen.token, place, layer, found.confidence, asks=True)
         )
 
-    def _post_answers(self, alive: bool = False) -> None:
-        """Tell the first stage at once what was found.
+    def _post_answers(self, alive: bool = False) -> bool:
+        """Tell the first stage at once what was found; gives whether it was told anything.
 
         alive: if nothing, tell it that: it waits for a stage that says nothing no longer than
         --timeout.
         """
-        if (self._answers or alive) and not self.passes.is_first:
+        tells = bool(self._answers or alive) and not self.passes.is_first
+        if tells:
             self._mail.tell_first(Message(Kind.TOKENS, self._answers))
             self._answers = []
+        return tells
 
     def _goes_beyond(self, row: Row) -> bool:
         return row.policy.end > self.sequences.stops[-1]

@@ -50,6 +50,7 @@ class Mesh:
         self.dp, self.tp, self.pp = dp, tp, pp
         self.size = dp * tp * pp
         self.rank = own_rank() if self.size > 1 else 0
+        self.patience = 0.0  # seconds to wait for another process at most
         self._all = list(range(self.size))  # their numbers among all that were started
         self.doing = "the start"  # for messages
         self._last: list[weakref.WeakMethod[Callable[[], None]]] = []
@@ -102,7 +103,7 @@ class Mesh:
         if self.size == 1:
             return
         on_gpu = device.type == "cuda"
-        self._patience = patience = timedelta(seconds=timeout)
+        self.patience, patience = timeout, timedelta(seconds=timeout)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         patient = patience + GRACE if on_gpu else patience
         # torchrun keeps its store through restarts: what a failed attempt left there is not ours.
@@ -167,11 +168,12 @@ class Mesh:
             return self
         own = Mesh(tp=self.tp, pp=self.pp)
         own.rank, own._device_mesh = self.tp_rank + self.tp * self.pp_rank, self._device_mesh
+        own.patience, patience = self.patience, timedelta(seconds=self.patience)
         for part in range(self.dp):
             ranks = [rank for rank in self._all if rank // self.tp % self.dp == part]
             group = None
             if own.size > 1:
-                group = dist.new_group(ranks, backend="gloo", timeout=self._patience)
+                group = dist.new_group(ranks, backend="gloo", timeout=patience)
             if part == self.dp_rank:
                 own._all, own._host = ranks, group
         return own
