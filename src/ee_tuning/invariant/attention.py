@@ -15,7 +15,7 @@ from ee_tuning.invariant.texts import attend_texts
 
 NAME = "ee_tuning_invariant"
 ALL = 1 << 30  # tokens of a window that sees all
-KEYS = 64  # a CPU looks at a multiple of this many places
+KEYS = 32  # a CPU looks at a multiple of this many places
 # And asks with a multiple of this many queries: else what one thread keeps of them begins where
 # vectors are not aligned, and BLAS adds up in another order.
 QUERIES = 4

@@ -91,7 +91,8 @@ class Weights:
             # A product of one row is another one.
             alone = x.numel() == x.shape[-1]
             both = x.expand(2, *x.shape).contiguous() if alone else x
-            y = torch.ops.mkldnn._linear_pointwise(both, self.matrix, self.bias, "none", [], "")
+            multiply: Any = torch.ops.mkldnn._linear_pointwise.default
+            y = multiply(both, self.matrix, self.bias, "none", [], "")
             return y[0] if alone else y
         parts = self.terms(x)
         total = parts[0]
@@ -130,7 +131,7 @@ class Product(nn.Module):
         if self.others and self.others[0] is x and self.others[1][self.place] is not None:
             results = self.others[1]
         else:
-            results = list(self.weights.times(x).split(sizes, -1))
+            results = list(self.weights.times(x).split_with_sizes(sizes, -1))
             self.others[:] = [x, results]
         found, results[self.place] = results[self.place], None
         if all(one is None for one in results):
@@ -186,15 +187,13 @@ class InBlocks(nn.Module):
         """x (…, N) → (…, N)."""
         width = x.shape[-1]
         if width % LANES:
-            x = F.pad(x, (0, -width % LANES))
+            return self.forward(F.pad(x, (0, -width % LANES)))[..., :width]
         x = x.contiguous()  # what is not has other kernels, but if it is of one token
         if x.numel() <= BLOCK:
-            y = self.activation(x)
-        else:
-            blocks = x.flatten(0, -2).split(max(1, BLOCK // x.shape[-1]))
-            y = torch.cat([self.activation(block) for block in blocks]).view(x.shape)
-        found: Tensor = y[..., :width]
-        return found
+            y: Tensor = self.activation(x)
+            return y
+        blocks = x.flatten(0, -2).split(max(1, BLOCK // width))
+        return torch.cat([self.activation(block) for block in blocks]).view(x.shape)
 
 
 def is_activation(module: nn.Module) -> bool:
