@@ -18,7 +18,9 @@ import argparse
 import dataclasses
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -97,18 +99,28 @@ def measured(owns: dict[str, Own], prompts: Prompts, way: dict[str, Any]) -> dic
     costs = measure(model, way["layer"], middle, True, full)
     said = [heard(model, [ids], start)[way["layer"]][0] for start, ids in texts]
     cost = draft_cost(model, way["layer"])
-    told = drafted(said, way["threshold"], way["longest"], cost, costs)
-    tokens = sum(len(ids) - start - 1 for start, ids in texts)
-    seconds = len(texts) * full.prompt + tokens * full.round(0, asked=False)
+    # Of each text by itself, as what is measured is: the clock goes on from one to the next.
+    told = [
+        drafted(said[:number], way["threshold"], way["longest"], cost, costs)
+        for number in range(1, len(said) + 1)
+    ]
+    took = [now - before for before, now in pairwise([0.0, *(one.seconds for one in told)])]
+    new = [len(ids) - start for start, ids in texts]
+    whole = [full.prompt + (number - 1) * full.round(0, asked=False) for number in new]
     row = figures(results["drafting"], results["full"], model.backbone.num_layers, greedy=True)
-    predicted = seconds / told.seconds
+    predicted = _each(whole, new) / _each(took, new)
     return {
         "predicted": predicted,
         "measured": row["against_full"],
         "off": predicted / row["against_full"] - 1,
-        "tokens_per_round_predicted": told.tokens / told.ends,
+        "tokens_per_round_predicted": told[-1].tokens / told[-1].ends,
         **row,
     }
+
+
+def _each(seconds: list[float], tokens: list[int]) -> float:
+    """Seconds a token, the mean over texts."""
+    return mean(took / number for took, number in zip(seconds, tokens, strict=True))
 
 
 def main() -> None:

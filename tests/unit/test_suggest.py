@@ -17,11 +17,12 @@ from ee_tuning.cli import main
 from ee_tuning.commands.suggest import advice
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Engine, Request, engines_of
+from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.pace import Clock
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, drafted, left
 from ee_tuning.suggest.probes import heard, tuned, written
-from ee_tuning.suggest.rounds import leaving, measure, measure_full
+from ee_tuning.suggest.rounds import _sequence, leaving, measure, measure_full
 from ee_tuning.suggest.run import Candidate, Suggestion
 
 FREE = Costs({(0, False): 1.0, (0, True): 1.0, (8, False): 1.0, (8, True): 1.0}, prompt=0.0)
@@ -142,6 +143,30 @@ def test_rounds_of_a_draft_exit_have_so_many_drafts(monkeypatch, number):
     monkeypatch.setattr("ee_tuning.decode.sampling.Chooser.verify", all_kept)
     layers = timed_layers(model, 0, number, leaving(model, 0, number, drafts=True))
     assert layers == ([0] * number + [4]) * (18 // (number + 1))
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 8])
+@pytest.mark.parametrize("chains", [False, True])
+def test_rounds_that_the_device_goes_ahead_with_are_timed(number, chains):
+    """They have so many drafts, kept or not; or so many tokens leave."""
+    exits = ExitConfig("", arch="draft") if chains else ExitConfig("2", arch="norm")
+    model = EarlyExitModel.from_base(tiny("llama"), exits)
+    layer = 0 if chains else 2
+    policy = leaving(model, layer, number, drafts=chains)
+    engine = Engine(model, [layer], capacity=96, max_pending=8)
+    engine.ahead = Ahead(engine.passes, engine.sequences.stops)
+    assert not chains or engine.ahead.rounds
+    with _sequence(engine, policy, number, prompt(5)) as read:
+        assert read > 0
+        tokens = [token for _ in range(12) for _, token in engine.step()]
+    drafts, left = [], 0
+    for token in tokens:
+        left += token.exit_layer == layer
+        if token.exit_layer == 4:
+            drafts.append(left + len(token.rejected))
+            left = 0
+    assert len(drafts) > 2
+    assert set(drafts[1:]) == {number}  # the first began before
 
 
 def timed_layers(model, layer, number, policy):
