@@ -66,8 +66,8 @@ class Weighed(Clock):
 
     LEAST = 0
 
-    def learn(self, drafts: int, seconds: float) -> None:
-        super().learn(drafts, 1 + self.cost * drafts)
+    def learn(self, drafts: int, seconds: float, rounds: int = 1) -> None:
+        super().learn(drafts, 1 + self.cost * drafts, rounds)
 
     def share(self, drafts: float, seconds: float) -> float:
         return super().share(drafts, 1 + self.cost * drafts)

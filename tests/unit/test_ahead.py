@@ -327,7 +327,7 @@ def test_a_text_rests_ahead_where_drafts_do_not_pay(exit, monkeypatch):
     found = written(engine, policy, 60)
     expected = written(engine_of(model, [], ahead=False), Full(4, max_pending=3), 60)
     assert [token for token, *_ in found] == [token for token, *_ in expected]
-    assert {TOKENS, TOKENS // 2} == {*counts}
+    assert {TOKENS} == {*counts}
 
 
 BARS = {"none stops": 0.0, "some stop": 0.001, "each stops": 0.9}
@@ -533,7 +533,6 @@ def test_texts_rest_by_several_tokens_and_draft_later(number, most, sampled, mon
         texts.append([[token for token, _ in text] for text in by_text(engine, requests)])
     assert texts[0] == texts[1]
     assert max(looks) == min(TOKENS, 1 + most)
-    assert TOKENS // 2 in looks
     assert any(found for _, found in seen)
     for text, own in seen if not sampled else ():
         if own:

@@ -31,8 +31,8 @@ FREE = Costs({(0, False): 1.0, (0, True): 1.0, (8, False): 1.0, (8, True): 1.0},
 class Even(Clock):
     """A round takes as long as any, as `FREE` has it."""
 
-    def learn(self, drafts, seconds):
-        super().learn(drafts, 1.0)
+    def learn(self, drafts, seconds, rounds=1):
+        super().learn(drafts, 1.0, rounds)
 
     def share(self, drafts, seconds):
         return super().share(drafts, 1.0)

@@ -15,7 +15,7 @@ from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
 from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
-from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.decode.sequences import Row, Sequences, Stopwatch
 from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
@@ -172,15 +172,16 @@ def next_round(
     looks at each token of several rows, too.
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
-    rounds = ahead.rounds if ahead is not None and ahead.serves(rows) else None
-    if ahead is not None and rounds is not None and rounds.serves(beginning):
-        return _alone(sequences, rows[0], ahead, rounds)
     if not beginning:
         if (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
             return go_on(TOKENS)
         if _go_straight(sequences, rows):
             return full_round(sequences, rows, 1)
         return draft_round(sequences, rows)
+    timed = sequences.stopwatch()  # what the host decides is part of a round
+    rounds = ahead.rounds if ahead is not None and ahead.serves(rows) else None
+    if ahead is not None and rounds is not None and rounds.serves(beginning):
+        return _alone(sequences, rows[0], ahead, rounds, timed)
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
     clocks = [_limit(sequences, alike) for alike in (chained, layered)]
@@ -191,8 +192,7 @@ def next_round(
     if rests and (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
         # Not what others are part of.
         told = (*clocks, *texts) if len(beginning) == len(rows) else ()
-        return _rest(sequences, rows, [one for one in told if one is not None], go_on)
-    timed = sequences.stopwatch()
+        return _rest(sequences, rows, [one for one in told if one is not None], go_on, timed)
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
@@ -264,34 +264,36 @@ def _rest(
     rows: Sequence[Row],
     clocks: Iterable[Clock],
     go_on: Callable[[int], list[Settled]],
+    timed: Stopwatch,
 ) -> list[Settled]:
-    """Some tokens at full depth, of rows of which drafts do not pay; fewer, if that is no more
-    than a look at what such a token takes.
+    """Some tokens at full depth, of rows of which drafts do not pay: always as many, since what
+    they take is what rounds with drafts are held against.
 
-    clocks: of rounds that have none now. go_on: see `_at_full_depth`.
+    clocks: of rounds that have none now. go_on: see `_at_full_depth`. timed: of this round.
     """
-    looks = any(row.pace is not None and row.pace.asked > 0 for row in rows)
-    number = TOKENS // 2 if looks else TOKENS
-    if any(row.policy.bar is not None for row in rows):
-        number = min(number, sequences.passes.most)  # as `catch_up` lets the draft exit compute
-    timed = sequences.stopwatch()
-    settled = go_on(number)
-    seconds = timed()
+    chained = any(row.policy.bar is not None for row in rows)
+    # As many as `catch_up` lets the draft exit compute.
+    settled = go_on(min(TOKENS, sequences.passes.most) if chained else TOKENS)
     for row, tokens in settled:
         for pace in (row.pace, row.text):
             if pace is not None:
                 pace.rest(len(tokens))
+    seconds, number = timed(), max(1, *(len(tokens) for _, tokens in settled))
     if seconds is not None:
-        longest = max(len(tokens) for _, tokens in settled)
         for clock in clocks:
-            clock.learn(0, seconds / max(1, longest))
+            clock.learn(0, seconds / number, number)
     return settled
 
 
-def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> list[Settled]:
+def _alone(
+    sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds, timed: Stopwatch
+) -> list[Settled]:
     """What a row that is alone goes on with: a round, looked at while the device is at the next
-    one, or tokens at full depth."""
-    timed, text = sequences.stopwatch(), None if row.policy.steady else row.text
+    one, or tokens at full depth.
+
+    timed: of this round.
+    """
+    text = None if row.policy.steady else row.text
     exits = _limit(sequences, [row])
     if row.policy.bar is not None:
         sequences.catch_up([row])
@@ -304,7 +306,7 @@ def _alone(sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds) -> list
         clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
         now, behind = _by_text(row, text, rounds.underway(row), clocks)
     if not now.most and not rounds.underway(row):
-        return _rest(sequences, [row], dict.fromkeys(clocks), partial(_ahead, ahead, row))
+        return _rest(sequences, [row], dict.fromkeys(clocks), partial(_ahead, ahead, row), timed)
     # A text's first round is looked at before there is another: many are of a few tokens.
     behind = behind if row.linked > len(row.request.ids) else Limits()
     one = rounds.go_on(row, now, behind, sequences.drawn([row]))

@@ -118,6 +118,7 @@ class TextDrafts(Pace):
     """
 
     STAKE, SHARE, BOUND = Pace.STAKE / 2, Pace.SHARE / 2, Pace.BOUND / 2
+    RESTS = 0  # what a text has for the next token is another thing each time
 
     def __init__(self, longest: int) -> None:
         """longest: drafts at most."""

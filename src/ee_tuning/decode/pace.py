@@ -12,6 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import median
 
+# Of texts side by side: how often what a round may lose counts of what one of them is ahead, and
+# which part of `Pace.BOUND` where it is late.
+SHARED, BOUNDED = 2.0, 2 / 3
+
 
 class Clock:
     """How long rounds took lately, in rounds without drafts: on a line, V / z + k · d / z."""
@@ -34,10 +38,11 @@ class Clock:
         self._usual = 0.0  # z
         self._line = 1.0, cost
         self._looks = self._known = self._resting = self._drafting = 0
-        self._until = self.RARELY
+        self._until, self._together = self.RARELY, 1
 
-    def learn(self, drafts: float, seconds: float) -> None:
-        """Take in a round that had to make so many drafts; of several, the means."""
+    def learn(self, drafts: float, seconds: float, rounds: int = 1) -> None:
+        """Take in a round that had to make so many drafts, or so many without any, by seconds of
+        each, that the host looked at together."""
         if not self.timed:
             return
         if self._plain:
@@ -47,6 +52,7 @@ class Clock:
             self._resting, self._drafting = 0, self._drafting + 1
         else:
             self._plain.append(seconds)
+            self._together = rounds
             self._resting, self._drafting = self._resting + 1, 0
             if self._drafted and self._resting % self.FORGETS == 0:
                 self._drafted.popleft()
@@ -71,7 +77,8 @@ class Clock:
 
         The less they do, the more depends on knowing it well, and the less a look gives up.
         """
-        self._until = max(self.RARELY, int((1 - 1 / rate) / self.SHARE))
+        lost = self._together * (1 - 1 / rate)
+        self._until = max(self.RARELY, int(lost / self.SHARE))
 
     def rounds(self, drafts: float) -> float:
         """What a round with so many drafts takes."""
@@ -110,6 +117,7 @@ class Pace:
     HOPE, FIRST = 0.8, 4.0  # the chance of a first draft, as if it was that of so many tried
     LATER = 2.0  # the same at a later place, of whose chance the place before it gives an idea
     STAKE, SHARE, BOUND = 1.8, 0.01, 0.024  # see `margin`
+    RESTS = 3  # rounds in which it rests without being asked, beside others, once it does
 
     def __init__(self, longest: int, cost: float, stops: bool = True) -> None:
         """longest: drafts at most. cost: of a draft, as a share of a pass at full depth. stops: a
@@ -117,6 +125,7 @@ class Pace:
         self.longest, self.cost, self.stops = longest, cost, stops
         self.hope = self.HOPE
         self.asked = 0  # drafts that the last round had to make, one in vain included
+        self.rests = 0  # of `RESTS`, those to come
         self._ahead, self._tokens = 0.0, 0
         self._unpaid: list[int] = []
         self._tried, self._kept, self._asked = ([0.0] * longest for _ in range(3))
@@ -130,13 +139,10 @@ class Pace:
 
     def see(self, limit: int, asked: int, kept: int) -> None:
         """Take in what became of up to `limit` drafts, of which so many had to be made."""
-        for seen in (self._tried, self._kept, self._asked, self._limited):
-            seen[:] = [self.FORGETS * value for value in seen]
-        for place in range(limit):
-            self._limited[place] += 1
-            self._asked[place] += place < asked
-            self._tried[place] += place <= kept
-            self._kept[place] += place < kept
+        told = (self._tried, kept + 1), (self._kept, kept), (self._asked, asked)
+        for seen, number in (*told, (self._limited, limit)):
+            most = min(number, limit)
+            seen[:] = [self.FORGETS * x + (place < most) for place, x in enumerate(seen)]
 
     def spend(self, tokens: int, asked: int) -> None:
         """Take in that a round has given so many tokens, and had to make so many drafts."""
@@ -158,17 +164,19 @@ class Pace:
         del self._unpaid[-1:]
         self._ahead -= rounds
 
-    def margin(self, room: int, clock: Clock) -> float:
+    def margin(self, room: int, clock: Clock, share: float = 1.0) -> float:
         """What may be lost now, in rounds without drafts, if `room` more tokens are wanted.
 
         It is how much sooner the text has got so far than it would have without drafts, and what it
         may be late: a stake, which grows with its length, and no more than a share of all of it.
-        clock: of the rounds since it was asked for the last time.
+        clock: of the rounds since it was asked for the last time. share: of the bound that counts
+        where the text is late.
         """
         self._ahead -= sum(map(clock.rounds, self._unpaid))
         self._unpaid.clear()
         stake = self.STAKE + self.SHARE * self._tokens
-        return self._ahead + min(stake, self.BOUND * (self._tokens + room))
+        bound = self.BOUND * (share if self._ahead < 0 else 1.0)
+        return self._ahead + min(stake, bound * (self._tokens + room))
 
     def outlook(self, room: int) -> list[tuple[float, float]]:
         """The tokens of rounds of up to 0, 1, … drafts, and how many these have to make.
@@ -199,18 +207,27 @@ def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
 
     rooms: how many tokens more each wants. clock: of rounds with so many of them.
     """
-    margin = sum(pace.margin(room, clock) for pace, room in zip(paces, rooms, strict=True))
+    if all(pace.rests for pace in paces):  # little has changed since, and asking takes its time
+        for pace in paces:
+            pace.rests -= 1
+        return 0
+    alone = len(paces) == 1
+    part, most = 1.0 if alone else BOUNDED, 1.0
+    margins = [pace.margin(room, clock, part) for pace, room in zip(paces, rooms, strict=True)]
     if clock.looks():
         return 0
     outlooks = [pace.outlook(room) for pace, room in zip(paces, rooms, strict=True)]
-    found, most = 0, 1.0
-    for number in range(1, max(map(len, outlooks))):
-        given = [outlook[min(number, len(outlook) - 1)] for outlook in outlooks]
-        rate = sum(tokens for tokens, _ in given) / len(paces)
-        rate /= clock.rounds(max(asked for _, asked in given))
-        if rate > most and len(paces) * (clock.rounds(number) - 1) <= margin:
+    longest, found = max(map(len, outlooks)), 0
+    padded = [one + one[-1:] * (longest - len(one)) for one in outlooks]
+    for number, given in enumerate(zip(*padded, strict=True)):
+        tokens, asked = zip(*given, strict=True)
+        rate, lost = _mean(tokens) / clock.rounds(max(asked)), clock.rounds(number) - 1
+        left = sum(min(margin, SHARED * lost) for margin in margins)
+        if rate > most and len(paces) * lost <= left:
             found, most = number, rate
     clock.promise(most)
+    for pace in paces if not (found or alone) else ():
+        pace.rests = pace.RESTS
     return found
 
 
@@ -220,5 +237,11 @@ def promised(paces: Sequence[Pace], numbers: Sequence[int], clock: Clock, idle: 
     idle: sequences in it that have none.
     """
     found = [pace.outlook(most + 1)[-1] for pace, most in zip(paces, numbers, strict=True)]
-    tokens = idle + sum(tokens for tokens, _ in found)
-    return tokens / clock.rounds(max((asked for _, asked in found), default=0))
+    tokens = [1.0] * idle + [tokens for tokens, _ in found]
+    return len(tokens) * _mean(tokens) / clock.rounds(max((asked for _, asked in found), default=0))
+
+
+def _mean(tokens: Sequence[float]) -> float:
+    """Of what a round gives sequences: that by which the times that they take have their mean, so
+    that what one has at once is not what another waits for."""
+    return len(tokens) / sum(1 / number for number in tokens)

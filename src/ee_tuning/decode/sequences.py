@@ -22,6 +22,8 @@ from ee_tuning.decode.wanted import Prediction, Read, Wanted, Window
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
 
+Stopwatch = Callable[[], float | None]  # see `Sequences.stopwatch`
+
 
 def never(ids: Sequence[int]) -> bool:
     """No text ends."""
@@ -276,7 +278,7 @@ class Sequences:
             self._clocks[key] = Clock(cost, timed=self.passes.group is None)
         return self._clocks[key]
 
-    def stopwatch(self) -> Callable[[], float | None]:
+    def stopwatch(self) -> Stopwatch:
         """What tells the seconds since now; None, if something was met for the first time, and
         compiled, meanwhile."""
         graphs = self.passes.graphs

@@ -1,0 +1,148 @@
+"""Texts side by side: they draft where that pays for all, and clocks are told what rounds take."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from helpers.models import drafting
+from helpers.prompts import prompt
+
+from ee_tuning.decode import Engine, Request, Speculative, drafts
+from ee_tuning.decode.ahead import TOKENS, Ahead
+from ee_tuning.decode.pace import Clock, Pace, plan
+from ee_tuning.exit_config import DRAFT
+
+ROWS, LONGEST, NEW, COST = 8, 6, 128, 0.06
+# Of a token at full depth: a round with drafts takes as long as two and more, one more draft so
+# much, and each look of the host so much more than what the device takes.
+ROUND, DRAFT_TAKES, LOOK, PLANNED = 2.1, 0.06, 0.3, 0.07
+
+
+class Eight:
+    """Texts that begin together, in an engine that goes on with the next ones: see `seconds`."""
+
+    def __init__(self, chances, seed=0):
+        """chances: of each text's drafts."""
+        self.chances, self.draw, self.noise = chances, random.Random(seed), random.Random(seed)
+        self.clock, self.rounds = Clock(COST), 0
+
+    def full(self):
+        """What they take without drafts."""
+        return NEW * (1 + LOOK / TOKENS)
+
+    def seconds(self):
+        """What they take until the last one has ended."""
+        paces, at = [Pace(LONGEST, COST, stops=False) for _ in range(ROWS)], [0] * ROWS
+        total = 0.0
+        while live := [i for i in range(ROWS) if at[i] < NEW]:
+            asked = not all(paces[i].rests for i in live)
+            number = plan([paces[i] for i in live], [NEW - at[i] for i in live], self.clock)
+            rounds = 1 if number else min(TOKENS, max(NEW - at[i] for i in live))
+            took = (ROUND + DRAFT_TAKES * number) if number else rounds
+            took = (took + LOOK + PLANNED * asked) * self.noise.lognormvariate(0, 0.03)
+            for i in live:
+                if not number:
+                    paces[i].rest(rounds)
+                    at[i] += rounds
+                    continue
+                most, kept = min(number, NEW - at[i] - 1), 0
+                while kept < most and self.draw.random() < self.chances[i]:
+                    kept += 1
+                paces[i].learn(most, most, kept)
+                at[i] += kept + 1
+            self.rounds += number > 0
+            self.clock.learn(number, took / rounds, rounds)
+            total += took
+        return total
+
+
+def ratios(*chances, seeds=5, calls=6):
+    """Against full depth, of some calls in each of some engines; rounds with drafts of a call."""
+    found, rounds = [], 0
+    for seed in range(seeds):
+        eight = Eight([chances[i % len(chances)] for i in range(ROWS)], seed)
+        found += [eight.full() / eight.seconds() for _ in range(calls)]
+        rounds += eight.rounds
+    return found, rounds / seeds / calls
+
+
+@pytest.mark.parametrize("chance", [0.02, 0.4, 0.5, 0.56])
+def test_texts_rest_where_drafts_bring_less_than_their_rounds_take(chance):
+    """Six drafts that are kept with a chance of 0.56 bring 2.2 tokens in the time of 2.6."""
+    found, rounds = ratios(chance)
+    assert sum(found) / len(found) > 0.97
+    assert min(found) > 0.94
+    assert rounds < 3
+
+
+@pytest.mark.parametrize(("chance", "least"), [(0.85, 1.3), (0.9, 1.5)])
+def test_texts_draft_where_that_pays(chance, least):
+    found, _ = ratios(chance)
+    assert sum(found) / len(found) > least
+    assert min(found) > 1
+
+
+@pytest.mark.parametrize("chances", [(0.9, 0.2), (0.9, 0.9, 0.2, 0.2), (0.9, *[0.1] * 7)])
+def test_no_text_pays_for_what_drafts_bring_others(chances):
+    found, _ = ratios(*chances)
+    assert sum(found) / len(found) > 0.96
+    assert min(found) > 0.93
+
+
+def test_resting_texts_are_not_asked_each_time():
+    clock, paces = Clock(COST), [Pace(LONGEST, COST, stops=False) for _ in range(3)]
+    clock.learn(0, 1.0)
+    for _ in range(9):
+        clock.learn(6, 9.0)
+    rooms, margins = [NEW] * 3, []
+    for pace in paces:
+        for _ in range(9):
+            pace.learn(6, 6, 0)
+        margin = pace.margin
+        pace.margin = lambda *given, margin=margin: margins.append(1) or margin(*given)
+    clock.LEAST = 0
+    clock.learn(0, 1.0)
+    assert [plan(paces, rooms, clock) for _ in range(2 * (1 + Pace.RESTS))] == [0] * 8
+    assert len(margins) == 2 * 3
+    paces[1] = Pace(LONGEST, COST, stops=False)  # a new text is one to ask
+    plan(paces, rooms, clock)
+    assert len(margins) == 2 * 3 + 2
+
+
+def engine_of(slots, most, **settings):
+    engine = Engine(drafting(), [DRAFT], slots=slots, capacity=96, max_pending=most, **settings)
+    engine.ahead = Ahead(engine.passes, engine.sequences.stops)
+    return engine
+
+
+def test_a_clock_is_told_what_all_of_a_round_takes(monkeypatch):
+    """Of rests and of rounds with drafts alike: the host's plan, what the draft exit has to catch
+    up with, and the passes."""
+    now, told, most = [0.0], [], 3
+    plans = iter([0, 0, 0, *[most] * 9])
+
+    def takes(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def slow(*given):
+            now[0] += seconds(*given)
+            return function(*given)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    watch = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("ee_tuning.decode.sequences.time", watch)
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Clock)  # not the one of tests
+    monkeypatch.setattr(Clock, "learn", lambda clock, *given: told.append(given))
+    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    engine = engine_of(3, most)
+    takes(drafts, "plan", lambda *_: 0.5)
+    takes(engine.sequences, "catch_up", lambda *_: 0.25)
+    takes(engine.passes, "ahead", lambda *given: given[2])
+    takes(drafts, "chain_round", lambda *_: 2.0)
+    for seed in range(3):
+        policy = Speculative(4, {}, max_pending=most, bar=0.0)
+        engine.submit(Request(prompt(7, seed), policy, 7 + 30))
+    for _ in range(6):
+        engine.step()
+    assert told == [*[(0, (0.75 + TOKENS) / TOKENS, TOKENS)] * 3, *[(most, 2.75)] * 2]
