@@ -30,10 +30,7 @@ WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TO
 TELL = 5.0  # seconds between two lines of the log on how far that is
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead
 
-# Seconds from when clients have written what came to when they hear of the next: so many for each
-# text in progress, at least and at most. To write a chunk takes a tenth of that, in which Python
-# does nothing else.
-EACH, LEAST, MOST = 0.0015, 0.005, 0.05
+EVERY = 0.005  # seconds from when clients have written what came to when they hear of the next
 
 
 class Worker:
@@ -145,7 +142,7 @@ class Worker:
             self._loop.call_soon(self._handed_out)  # behind those that write it
 
     def _handed_out(self) -> None:
-        self._next = time.perf_counter() + min(max(LEAST, EACH * len(self._live)), MOST)
+        self._next = time.perf_counter() + EVERY
 
     def _refuse_if_full(self) -> None:
         if self.state not in ("warming up", "ready"):
