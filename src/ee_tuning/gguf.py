@@ -6,7 +6,7 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +40,37 @@ def gguf_file(path: str) -> Path | None:
     return found[0]
 
 
+@lru_cache(maxsize=1)
+def _parsed(reader: Any, path: str, changed: tuple[int, int]) -> Any:
+    """What a GGUF file holds; its tensors stay on disk. changed: when, and its size."""
+    return reader(path)
+
+
 @contextmanager
-def read_once() -> Iterator[None]:
-    """Inside, each GGUF file is parsed once, which takes seconds, and may not change.
+def _parsed_once() -> Iterator[None]:
+    """Inside, the last GGUF file that was parsed is not parsed again, which takes seconds.
 
     transformers parses it for the config, the weights and the tokenizer, and makes one table of
     names for every module of the model anew.
     """
-    check_package("gguf", "a GGUF file")
     package: Any = importlib.import_module("gguf")
-    whole = package.GGUFReader, package.get_tensor_name_map
-    package.GGUFReader, package.get_tensor_name_map = map(cache, whole)
+    reader, names = package.GGUFReader, package.get_tensor_name_map
+
+    def read(path: str | Path) -> Any:
+        now = Path(path).stat()
+        return _parsed(reader, str(path), (now.st_mtime_ns, now.st_size))
+
+    package.GGUFReader, package.get_tensor_name_map = read, cache(names)
     try:
         yield
     finally:
-        package.GGUFReader, package.get_tensor_name_map = whole
+        package.GGUFReader, package.get_tensor_name_map = reader, names
 
 
 def read_config(file: Path) -> Any:
     """The transformers config of a GGUF file."""
-    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    with _parsed_once():
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def read_model(
@@ -72,7 +83,7 @@ def read_model(
     warnings.warn(f"{file.name}: its blocks are made ordinary numbers", Notice, stacklevel=2)
     kind = getattr(transformers, "GgufConfig", None)  # before 5.23 there was no other way
     more = {} if kind is None else {"quantization_config": kind(dequantize=True)}
-    with _without_bar(), read_once():
+    with _without_bar(), _parsed_once():
         model, info = model_class.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -100,4 +111,5 @@ def _without_bar() -> Iterator[None]:
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file."""
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with _parsed_once():
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

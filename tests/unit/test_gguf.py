@@ -1,5 +1,6 @@
 """GGUF files as backbones: the same numbers, tokens and refusals as of an ordinary checkpoint."""
 
+import os
 import shutil
 
 import numpy as np
@@ -10,7 +11,6 @@ from helpers.families import tiny
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.cli import main
 from ee_tuning.errors import Notice
-from ee_tuning.gguf import read_once
 from ee_tuning.loading import load_backbone, load_config, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -82,16 +82,20 @@ def test_its_numbers_are_those_of_the_model(model, file):
     assert torch.equal(found(ids).logits, model(ids).logits)
 
 
-def test_it_is_parsed_once_for_the_weights_and_the_tokenizer(model, file, monkeypatch):
+def test_it_is_parsed_once_until_it_changes(model, file, tmp_path, monkeypatch):
+    """For the config, the weights and the tokenizer, of which commands ask one after another."""
     parsed, reader = [], gguf.GGUFReader
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
-    with read_once():
-        with pytest.warns(Notice):
-            found = load_backbone(str(file))
-        assert len(load_tokenizer(str(file), 64)) == 64
-    assert len(parsed) == 1
+    own = shutil.copy(file, tmp_path / "own.gguf")
     ids = torch.arange(12)[None]
-    assert torch.equal(found(ids).logits, model(ids).logits)
+    for times in (1, 2):
+        assert load_config(str(own)).num_hidden_layers == model.config.num_hidden_layers
+        with pytest.warns(Notice):
+            found = load_backbone(str(own))
+        assert len(load_tokenizer(str(own), 64)) == 64
+        assert len(parsed) == times
+        assert torch.equal(found(ids).logits, model(ids).logits)
+        os.utime(own, (times, times))
 
 
 def test_a_folder_with_one_file_is_that_file_and_exits_remember_it(file, tmp_path):
