@@ -233,6 +233,8 @@ def _check_mode(config: GenerationConfig) -> None:
         )
     if config.guidance_scale not in (None, 1):
         raise UserError("guidance_scale is not possible with early exits: leave it out")
+    if config.do_sample and (config.top_p or 0) > 1:  # which transformers does not look at
+        raise UserError(f"top_p is {config.top_p}: it is a probability, give 1 or less")
 
 
 def _padding(config: GenerationConfig) -> int:
