@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from os.path import expanduser
@@ -89,8 +89,16 @@ def save(
 
     dtype: what to store the weights in; default: as they are. state: in place of
     `Network.exit_state`, where other processes hold some of the exits.
+
+    Raises:
+        UserError: they do, and there is no `state`.
     """
     folder = Path(folder).expanduser()
+    if state is None and not _has_all(network):
+        raise UserError(
+            f"cannot save exits to {folder}: this process has a part of them, of several; save "
+            "them from one that has loaded them alone"
+        )
     with filling(folder, last=CONFIG_NAME) as staging:
         tensors = {
             k: v.to(dtype if dtype and v.is_floating_point() else v.dtype).cpu().clone()
@@ -104,6 +112,12 @@ def save(
             write_json(staging / CALIBRATION_NAME, found.to_json())
         if not (folder / "README.md").exists():
             write_text(staging / "README.md", model_card(config))
+
+
+def _has_all(network: Network) -> bool:
+    """Whether no other process has some of the exits, or of their weights."""
+    alone = {*network.exit_layers} == {*network.all_exit_layers}
+    return alone and all(is_whole(exit) for exit in network.exits.values())
 
 
 def saved_config(network: Network) -> dict[str, Any]:
@@ -332,11 +346,25 @@ def save_calibration(network: Network, folder: Path, found: Certificate) -> None
 def changed_exits(network: Network, found: Certificate) -> list[int]:
     """The layers of those exits, of the ones calibrated, whose weights are others now.
 
-    Of those that other processes have, or have parts of, it is whether others were read.
+    Raises:
+        UserError: several processes share the exits, and those of this one changed since they were
+            read, of which the others do not know.
     """
-    own = {layer: network.exits[str(layer)] for layer in found.exits if str(layer) in network.exits}
-    now = network.exit_hashes | {k: exit_hash(exit) for k, exit in own.items() if is_whole(exit)}
+    read, now = network.exits_read, own_hashes(network, found.exits)
+    if read is not None:
+        changed = [layer for layer, value in now.items() if value != read.own[layer]]
+        if changed:
+            raise UserError(
+                f"the exit at layer {changed[0]}, which several processes share, was changed after "
+                "it was read: its calibration does not hold any more, give a threshold"
+            )
+        now = read.whole
     return [layer for layer, then in found.exits.items() if now.get(layer, then) != then]
+
+
+def own_hashes(network: Network, layers: Iterable[int]) -> dict[int, str]:
+    """A hash of what this process has of each exit at `layers`, as it is now."""
+    return {k: exit_hash(network.exit(k)) for k in layers if k in network.exit_layers}
 
 
 def _lacking(found: Any, names: set[str]) -> list[str]:

@@ -12,6 +12,15 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class ExitsRead:
+    """Hashes of the exits that several processes share, when these had read them: `whole`, of
+    each exit, and `own`, of what this process has of them."""
+
+    whole: dict[int, str]
+    own: dict[int, str]
+
+
+@dataclass(frozen=True)
 class Certificate:
     """With probability 1 − `delta`, the `risk` of `thresholds` is at most `epsilon`.
 

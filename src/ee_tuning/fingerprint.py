@@ -86,22 +86,40 @@ def is_whole(exit: nn.Module) -> bool:
 
 
 def exit_hash(exit: nn.Module) -> str:
-    """A hash of all of an exit's weights as they are now, in their dtype; processes that have parts
-    of them call it together.
+    """A hash of all of an exit's weights as they are now, in their dtype; of those that other
+    processes have parts of, of this one's.
 
     Those that were hashed before and did not change since are not hashed again.
     """
-    split = {name: m for name, m in exit.named_modules() if isinstance(m, ParallelLinear)}
-    tensors = {name: whole(p, p.detach()) for name, p in exit.named_parameters()}
-    for name, value in exit.named_buffers():
-        owner = split.get(name.rpartition(".")[0])  # rows that were picked of a head
-        value = value if owner is None else owner.parallel.group.gather(value, 0)
-        tensors[f"buffer {name}"] = value
+    tensors = _tensors(exit)
     state = tuple((one.data_ptr(), one._version) for one in tensors.values())
     if exit not in _SEEN or _SEEN[exit][0] != state:
-        digest = hashlib.sha256()
-        for name, one in sorted(tensors.items()):
-            digest.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())
-            digest.update(one.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
-        _SEEN[exit] = state, digest.hexdigest()[:32]
+        _SEEN[exit] = state, _hash(tensors)
     return _SEEN[exit][1]
+
+
+def whole_exit_hash(exit: nn.Module) -> str:
+    """`exit_hash` of the whole exit, which processes that have parts of it call together."""
+    if is_whole(exit):
+        return exit_hash(exit)
+    split = {name: m for name, m in exit.named_modules() if isinstance(m, ParallelLinear)}
+    tensors = _tensors(exit)
+    for name, p in exit.named_parameters():
+        tensors[name] = whole(p, p.detach())
+    for name, value in exit.named_buffers():
+        if owner := split.get(name.rpartition(".")[0]):  # rows that were picked of a head
+            tensors[f"buffer {name}"] = owner.parallel.group.gather(value, 0)
+    return _hash(tensors)
+
+
+def _tensors(exit: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.detach() for name, p in exit.named_parameters()}
+    return found | {f"buffer {name}": value for name, value in exit.named_buffers()}
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, one in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())
+        digest.update(one.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()[:32]

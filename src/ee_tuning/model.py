@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ee_tuning.backbone import Backbone, Segment, State
-from ee_tuning.certificate import Certificate
+from ee_tuning.certificate import Certificate, ExitsRead
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, ExitConfig, exit_name
 from ee_tuning.exits import ARCHS, DraftExit, Exit
@@ -75,7 +75,7 @@ class Network(nn.Module):
                 exit.reset_random(config.seed)  # type: ignore[operator]
         self.vocabulary: Vocabulary | None = None  # of the exits, if it is reduced
         self.calibration: Certificate | None = None  # that was saved with the exits
-        self.exit_hashes: dict[int, str] = {}  # of calibrated exits, as read, if ranks share them
+        self.exits_read: ExitsRead | None = None  # if ranks share calibrated exits
         self.chain = Chain(self)
 
     @cached_property

@@ -83,7 +83,7 @@ CHANGES = {
         ("other-settings", "rank 1 has other settings than rank 0"),
         ("other-paths", "rank 1 has other settings than rank 0"),
         ("other-data", "rank 1 has other data than rank 0"),
-        ("other-model-dp", "rank 1 has another backbone than those before it, the layer 3 differs"),
+        ("other-model-dp", "rank 1 has another layer 3 of the backbone than those before it"),
         ("no-data", "code.jsonl does not exist"),
         ("missing-shard-pp", "cannot load the backbone model: "),
         ("missing-shard-tp", "cannot load the backbone model: "),

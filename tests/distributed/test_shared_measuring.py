@@ -19,6 +19,7 @@ EVALUATE = COMMON | {
     "thresholds": "1,0.01", "seq_length": 32, "max_tokens": 480, "prompts": 3, "prompt_length": 8,
     "rounds": 1, "micro_batch_size": 2,
 }  # fmt: skip
+LAYOUTS = {"split": "tp", "staged": "pp", "dealt": "dp"}
 ROWS = (
     "mean_depth", "next_token_agreement", "text_agreement", "text_interval", "shares",
     "identical_texts",
@@ -64,8 +65,11 @@ def folder(base, data, tmp_path_factory):
     (folder / "changed/calibration.json").write_text(json.dumps(certificate))
     held = {"one-nll": ["one-nll"] * 2, "changed": ["changed"] * 2, "other": ["one-nll", "one"]}
     for name, read in held.items():
-        for layout, ranks in (("split", {"tp": 2, "pp": 1}), ("staged", {"tp": 1, "pp": 2})):
+        for layout, axis in LAYOUTS.items():
+            if name == "other" and layout == "dealt":  # each has a model of its own
+                continue
             exits, out = [str(folder / one) for one in read], str(folder / f"{name}-{layout}")
+            ranks = {"dp": 1, "tp": 1, "pp": 1, axis: 2}
             cases.append({"command": "certified", "settings": ranks | {"exits": exits, "out": out}})
     said = launch("helpers.launch_shared", cases, folder)
     assert "ended with status" not in said, said
@@ -123,7 +127,7 @@ def test_ranks_that_share_the_model_find_the_same_certificate(folder, layout):
     }
 
 
-@pytest.mark.parametrize("layout", ["split", "staged"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_rank_sees_whether_calibrated_exits_are_the_same(folder, layout):
     """Those of other ranks, too: all have to decide alike."""
     for rank in (0, 1):
@@ -134,8 +138,25 @@ def test_each_rank_sees_whether_calibrated_exits_are_the_same(folder, layout):
         mode, notices = json.loads((folder / f"changed-{layout}-{rank}.json").read_text())
         assert mode == "full"
         assert ["the exit at layer 3 is another one now" in one for one in notices] == [True]
+        if layout == "dealt":
+            continue
         # Of which one rank alone has a certificate.
         assert json.loads((folder / f"other-{layout}-{rank}.json").read_text()) == [
             "refused",
             ["rank 1 has other calibration than rank 0: give every process the same"],
         ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exits_changed_in_memory_have_no_certificate_on_any_rank(folder, layout):
+    """A process that has them alone says so; those that share them refuse, and do not save."""
+    for rank in (0, 1):
+        used, saved = json.loads((folder / f"one-nll-{layout}-{rank}-later.json").read_text())
+        if layout == "dealt":
+            assert (used, saved) == ("full", None)
+            assert not (folder / f"one-nll-{layout}-{rank}/calibration.json").exists()
+            continue
+        layer = 3 if (layout, rank) == ("staged", 1) else 2
+        assert used.startswith(f"the exit at layer {layer}, which several processes share, was ch")
+        assert "this process has a part of them" in saved
+        assert not (folder / f"one-nll-{layout}-{rank}").exists()

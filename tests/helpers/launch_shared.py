@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ee_tuning.adapter import save
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.run import calibrate
 from ee_tuning.certificate import CALIBRATED
@@ -45,8 +46,8 @@ def _run(rank: int, case: dict) -> None:
             _certified(rank, **settings)
 
 
-def _certified(rank: int, exits: list[str], out: str, tp: int, pp: int) -> None:
-    mesh = Mesh(tp=tp, pp=pp)
+def _certified(rank: int, exits: list[str], out: str, dp: int, tp: int, pp: int) -> None:
+    mesh = Mesh(dp=dp, tp=tp, pp=pp)
     with mesh.connected(torch.device("cpu"), 60.0):
         try:
             model, _ = load_for_decoding(SamplingConfig(exits=exits[rank], device="cpu"), mesh)
@@ -58,6 +59,20 @@ def _certified(rank: int, exits: list[str], out: str, tp: int, pp: int) -> None:
             mode = with_certified(model, Leaving(threshold=CALIBRATED)).mode
         notices = [str(one.message) for one in said if one.category is Notice]
         Path(f"{out}-{rank}.json").write_text(json.dumps([mode, notices]))
+        # What is changed in memory, on all ranks alike.
+        with torch.no_grad():
+            for p in model.exits.parameters():
+                p.mul_(2)
+        refused = []
+        for use in (
+            lambda: with_certified(model, Leaving(threshold=CALIBRATED)).mode,
+            lambda: save(model, f"{out}-{rank}"),
+        ):
+            try:
+                refused.append(use())
+            except UserError as error:
+                refused.append(str(error))
+        Path(f"{out}-{rank}-later.json").write_text(json.dumps(refused))
 
 
 def main(path: Path) -> None:

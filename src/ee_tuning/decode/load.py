@@ -7,14 +7,17 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from ee_tuning.adapter import own_hashes
+from ee_tuning.certificate import ExitsRead
 from ee_tuning.config import SamplingConfig
 from ee_tuning.costs import work
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.fingerprint import exit_hash
+from ee_tuning.fingerprint import whole_exit_hash
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.model import Network
+from ee_tuning.parallel.data import collect_hashes
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import check_splits, split_model
 from ee_tuning.share import Kind, New, Saved, Share, load, shapes
@@ -50,7 +53,9 @@ def load_part(
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
     together.check_same("calibration", repr(found.calibration))
     if together.size > 1 and found.calibration is not None:
-        found.exit_hashes = exit_hashes(found, found.calibration.exits, together)
+        layers = found.all_exit_layers
+        hashes = exit_hashes(found, layers, together)
+        found.exits_read = ExitsRead(hashes, own_hashes(found, layers))
     engines = engines_of(found)
     engines.mesh = together
     mesh.frees(engines.clear)
@@ -58,9 +63,13 @@ def load_part(
 
 
 def exit_hashes(model: Network, layers: Iterable[int], mesh: Mesh) -> dict[int, str]:
-    """A hash of each exit at `layers`, which the processes of `mesh` have together."""
-    own = {k: exit_hash(model.exit(k)) for k in layers if k in model.exit_layers}
-    return {k: value for share in mesh.gather_on_host(own) for k, value in share.items()}
+    """A hash of each exit at `layers`, which the processes of `mesh` have together.
+
+    Raises:
+        UserError: two processes have different ones.
+    """
+    own = {k: whole_exit_hash(model.exit(k)) for k in layers if k in model.exit_layers}
+    return collect_hashes(own, mesh, "exit at layer {}")
 
 
 def load_for_decoding(

@@ -22,6 +22,7 @@ from ee_tuning.parallel.mesh import Mesh, reduce_scatter
 from ee_tuning.slices import SplitParameter, split_parameter
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 Batch = dict[str, Tensor]
 
 
@@ -50,19 +51,23 @@ def collect_stages(own: Sequence[Any], mesh: Mesh) -> list[Any]:
     return [sums[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, sums)))]
 
 
-def collect_hashes(own: Mapping[str, str], mesh: Mesh) -> dict[str, str]:
-    """The fingerprint of a backbone of which each process may have some parts; `own`: of these.
+def collect_hashes(
+    own: Mapping[Key, str], mesh: Mesh, what: str = "{} of the backbone"
+) -> dict[Key, str]:
+    """Hashes of the parts of a model of which each process may have some; `own`: of these.
+
+    what: a part is called in a message.
 
     Raises:
         UserError: two processes read different values of a part.
     """
-    found: dict[str, str] = {}
+    found: dict[Key, str] = {}
     for rank, hashes in enumerate(mesh.gather_on_host(own)):
         for part, value in hashes.items():
             if found.setdefault(part, value) != value:
                 raise UserError(
-                    f"rank {rank} has another backbone than those before it, the {part} differs: "
-                    "give every process the same"
+                    f"rank {rank} has another {what.format(part)} than those before it: give every "
+                    "process the same"
                 )
     return found
 
