@@ -91,7 +91,7 @@ class Bench:
         return sure[int(share * len(sure))]
 
     def count(self) -> None:
-        """Count kernels. Once the profiler has run, every graph is slower, by a tenth: so this has
+        """Count kernels. Graphs were slower once the profiler had run, by a tenth: so this has
         to come behind all that is timed."""
         for row, policy in self.to_count if self.device.type == "cuda" else ():
             kernels, tokens = zip(*(self._kernels(policy, n) for n in (1, 20)), strict=True)
