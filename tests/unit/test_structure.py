@@ -1,7 +1,9 @@
 """The shape of the house: who may import whom, how long a page is, how many pages a step takes."""
 
 import ast
+import importlib
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -41,7 +43,8 @@ FLOORS = [
     ["config", "tune_config", "exit_config", "files", "folders", "hub", "certificate"],
     ["attention", "twin", "errors", "settings", "version", "collectives", "peers"],
 ]
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+HOME = Path(__file__).parents[2]
+README = (HOME / "README.md").read_text(encoding="utf-8")
 
 
 def test_files_do_not_import_each_other_in_circles():
@@ -53,6 +56,20 @@ def test_rooms_do_not_import_each_other_in_circles():
     for file in FILES:
         graph[room(file)] |= {room(other) for other in imports(file)} - {room(file)}
     assert circles(graph) == []
+
+
+SCRIPTS = sorted([*HOME.glob("demo/*.py"), *HOME.glob("benchmarks/*.py")])
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_scripts_import_what_there_is(file):
+    """They run in no test whole, but what they take from the package must not be gone."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ee_tuning"):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                there = hasattr(module, name.name)
+                assert there or find_spec(f"{node.module}.{name.name}"), name.name
 
 
 def test_every_room_has_its_floor():
