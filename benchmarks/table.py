@@ -289,7 +289,8 @@ def calibration() -> str:
         f"{report['n']} prompts that had no part in it the risk is {report['risk']:.4f} "
         f"({report['low']:.4f}–{report['high']:.4f}), the mean depth {report['depth']:.1f}. "
         f"{found['machine']}; {found['max_new_tokens']} new tokens each; loading included it took "
-        f"{result['seconds']:.0f} s by the clock, {result['seconds_of_cores']:.0f} of a core's time.",
+        f"{result['seconds']:.0f} s by the clock, "
+        f"{result['seconds_of_cores']:.0f} of a core's time.",
     ]
     return "\n".join(lines)
 
