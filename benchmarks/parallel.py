@@ -197,9 +197,7 @@ def measure(config: TuneConfig, mesh: Mesh, device: torch.device, args: argparse
     seconds, values = layout.steps(args.steps + 2)
     memory = mesh.gather_on_host(peak(device))
     rate = speed(seconds, config.global_batch_size * config.seq_length)
-    gpu = next((gpu for name, gpu in GPUS.items() if name in hardware(device).lower()), None)
-    plan = {"plan": planned(args.shape, config, gpu)} if gpu and not config.shard else {}
-    return plan | {
+    return {
         "tokens_per_second": {k: round(v) for k, v in rate.items()},
         "seconds": [round(s, 4) for s in seconds],
         "peak_gib": memory,
@@ -230,6 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "layouts": {},
     }
+    gpu = next((gpu for name, gpu in GPUS.items() if name in hardware(device).lower()), None)
     known = json.loads(args.one.read_text())["layouts"] if args.one else {}
     for number, name in enumerate(args.layouts.split(",")):
         config = settings(name, args)
@@ -239,6 +238,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         try:
             with joined(mesh, device, number):
                 found = measure(config, mesh, device, args)
+            if rank == 0 and gpu and not config.shard:
+                found = {"plan": planned(args.shape, config, gpu)} | found
         except (ProcessFailed, torch.OutOfMemoryError) as error:
             found = {"error": str(error)}
         alone = next((f"one-{kind}" for kind in ("kl", "fp8") if kind in name), "one")

@@ -34,15 +34,7 @@ from typing import Any
 import torch
 from experiments import save, table
 from matplotlib.figure import Figure
-from real import (
-    Prompts,
-    chat_prompts,
-    code_prompts,
-    document_prompts,
-    figures,
-    groups_of,
-    timed,
-)
+from real import Prompts, figures, groups_of, prompt_sets, timed
 from ways import Own, Settings
 
 from ee_tuning import EarlyExitModel
@@ -156,13 +148,8 @@ def _score(tasks: Tasks, found: dict[str, Any]) -> dict[str, Any]:
 
 def sets_of(args: argparse.Namespace) -> dict[str, Prompts]:
     """The first prompts of each set."""
-    tokenizer = load_tokenizer(args.model)
-    sets = {
-        "code": code_prompts(tokenizer, ""),
-        "chat": chat_prompts(tokenizer),
-        "documents": document_prompts(tokenizer),
-    }
-    return {name: prompts[: args.prompts] for name, prompts in sets.items() if prompts}
+    sets = prompt_sets(load_tokenizer(args.model))
+    return {name: prompts[: args.prompts] for name, prompts in sets.items()}
 
 
 def write_speeds(ways: list[Way], args: Any, meet: Any, turn: Any) -> None:

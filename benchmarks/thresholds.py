@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real import chat_prompts, code_prompts, document_prompts
+from real import prompt_sets
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.calibrate.risks import OFF, Along, Seen, full_texts, look
@@ -101,12 +101,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
-    every = [
-        code_prompts(tokenizer, args.human_eval),
-        chat_prompts(tokenizer),
-        document_prompts(tokenizer),
-    ]
-    every = [own[args.skip : args.limit] for own in every if own]
+    sets = prompt_sets(tokenizer, args.human_eval)
+    every = [own[args.skip : args.limit] for own in sets.values()]
     ids = [prompt for own in every for prompt in own]
     ends = np.cumsum([len(own) for own in every])
     rows = np.split(np.arange(len(ids)), ends[:-1])
