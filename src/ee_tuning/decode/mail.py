@@ -191,10 +191,8 @@ class Mail:
     def _hidden(self, states: int, parts: Sequence[Message]) -> Tensor:
         """The hidden states of messages, `states` in all, on every process of this stage."""
         hidden = self.like.new_empty(states, self.like.shape[1])
-        start = 0
-        for part in parts:  # none on those that do not speak
-            own = hidden[start : start + part.states]
-            start += part.states
+        sizes = [part.states for part in parts]  # none on those that do not speak
+        for part, own in zip(parts, hidden.split(sizes) if sizes else (), strict=True):
             if part.hidden is not None:
                 own.copy_(part.hidden)
             elif part.states:
