@@ -68,6 +68,28 @@ def test_a_text_alone_goes_through_branches_of_one_graph(family):
     assert len({layer for _, text in texts for _, layer in text}) == 4
 
 
+@pytest.mark.parametrize("arch", ["mlp", "layer"])
+def test_an_exit_is_asked_on_a_stream_beside_the_layers_behind_it(arch):
+    """Tokens, layers and confidences are those of the twin, which asks the host."""
+    model = EarlyExitModel.from_base(tiny("llama").cuda(), ExitConfig("1", arch)).eval()
+    texts, sures, median = [], [], 0.0
+    for branches in (True, False):
+        engine = Engine(model, [1], capacity=300, max_pending=3, compile=True)
+        assert engine.sequences.stops == [1, 3, 4]
+        engine.ahead = engine.ahead if branches else None
+        for least, most in ((0.0, 3), (0.0, 1), (None, 3), (0.999, 3)):
+            policy = Threshold(4, {1: median if least is None else least}, max_pending=most)
+            request = Request(list(range(3, 10)), policy, 290)
+            events = [token for _, token in engine.stream([request])]
+            texts.append([(token.id, token.exit_layer) for token in events])
+            sures.append([token.confidence for token in events])
+            median = median or sorted(sures[0])[len(sures[0]) // 2] + 1e-6
+    assert texts[:4] == texts[4:]
+    for found, expected in zip(sures[:4], sures[4:], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert {layer for _, layer in texts[2]} == {1, 4}
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rounds_of_drafts_go_through_branches_of_one_graph(sampled, monkeypatch):
     """The text is that of full depth, and of the twin, whose host looks at each round."""

@@ -215,8 +215,10 @@ def test_captured_rounds_read_what_is_there_when_they_run(monkeypatch):
 
 @pytest.mark.slow
 def test_compiled_steps_decide_the_same(monkeypatch):
-    """Traced as for the compiler, but not translated, which takes ten times as long."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    """Traced as for the compiler, in one piece each as captures need it, but not translated, which
+    takes ten times as long."""
+    traced = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
     policy = POLICIES["some leave"]()
     plain = written(engine_of(early_exit(), [1, 2, 3], True), policy)
     found = written(engine_of(early_exit(), [1, 2, 3], True, compile=True), policy)

@@ -172,6 +172,28 @@ def test_rotary_embeddings_from_a_table(family, dtype):
     assert bool(tables) == (family not in ("gpt2", "opt", "gemma3", "gpt_bigcode", "biogpt"))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_tables_keep_what_they_say_of_positions(family, monkeypatch):
+    """In memory that is filled as positions change, but where something else has to see them."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = drafting(family)
+    plain, looking = (model.backbone.block(model.draft.block) for _ in range(2))
+    looking.look_up_positions(40)
+    looking.compile()
+    dtype = model.backbone.dtype
+    x = torch.randn(1, 1, plain.trunk.config.hidden_size).to(dtype)
+    positions = torch.tensor([[3]])
+    pairs = looking.keep_positions(positions)
+    assert len(pairs) == (2 if family == "llama" else 0)
+    mask = plain.masks(lambda _: torch.zeros(1, 1, 1, 1, dtype=dtype))
+    for position in (3, 38) if pairs else (3,):
+        positions.fill_(position)
+        for table, own in pairs:
+            own.copy_(table[positions])
+        found, expected = (segment(x, positions, boundaries=mask) for segment in (looking, plain))
+        assert torch.equal(found.hidden, expected.hidden)
+
+
 def test_rows_of_every_mode_share_an_engine():
     model = drafting("llama")
     engine = Engine(model, [DRAFT], slots=3, capacity=64)

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ee_tuning.backbone.families import Family
 from ee_tuning.twin import twin
@@ -79,18 +79,25 @@ def is_rotary(module: nn.Module) -> bool:
 class RotaryTable(nn.Module):
     """In place of a rotary embedding: what that gives for each position, computed once."""
 
-    def __init__(self, rotary: nn.Module, number: int, like: torch.Tensor) -> None:
+    def __init__(self, rotary: nn.Module, number: int, like: Tensor) -> None:
         """number: of positions. like: of the dtype and on the device that is asked with."""
         super().__init__()
         positions = torch.arange(number, device=like.device)[None]
         self._table = [one[0] for one in rotary(like, positions)]
+        self.kept: tuple[Tensor, tuple[Tensor, ...]] | None = None  # positions, what it has of them
+
+    def keep(self, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """See `Segment.keep_positions`."""
+        own = tuple(one.new_zeros(*position_ids.shape, *one.shape[1:]) for one in self._table)
+        self.kept = position_ids, own
+        return [*zip(self._table, own, strict=True)]
 
     @staticmethod
     def serves(rotary: nn.Module) -> bool:
         """Whether it depends on positions alone, as (1, T) → (1, T, D) each."""
         return is_rotary(rotary) and len(inspect.signature(rotary.forward).parameters) == 2
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines (B, T, D) of positions (B, T)."""
         return tuple(one[position_ids] for one in self._table)
 

@@ -147,7 +147,7 @@ class Segment:
                 self.trunk._modules[name] = first.trunk._modules[name]
             elif is_rotary(module) or isinstance(module, RotaryTable):
                 own = twin(module, {})
-                own.forward = _once(torch.compile(own.forward, dynamic=False))
+                own.forward = _once(own, torch.compile(own.forward, dynamic=False))
                 self.trunk._modules[name] = own
 
     def look_up_positions(self, number: int) -> None:
@@ -157,6 +157,15 @@ class Segment:
             if RotaryTable.serves(module):
                 like = torch.empty(0, dtype=self._body.dtype, device=self._body.device)
                 self.trunk._modules[name] = RotaryTable(module, number, like)
+
+    def keep_positions(self, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Once compiled, let tables of positions have what they say of this tensor of them, (B, T),
+        in memory that the caller fills: each table, and its memory. None, if some say nothing."""
+        modules = [*self.trunk.children()]
+        if any(is_rotary(one) for one in modules):
+            return []
+        tables = [one for one in modules if isinstance(one, RotaryTable)]
+        return [pair for table in tables for pair in table.keep(position_ids)]
 
     def keep(self, layers: Collection[int]) -> None:
         """Let a `State` have the hidden states after those of `layers` that it runs as `sources`.
@@ -258,13 +267,17 @@ def _with_cache(forward: Callable[..., Any], own: Any) -> Callable[..., Any]:
     return call
 
 
-def _once(rotary: Callable[..., Any]) -> Callable[..., Any]:
-    """A rotary embedding's forward that gives the tables of the last positions again."""
+def _once(module: nn.Module, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """A rotary embedding's forward that gives the tables of the last positions again, and of those
+    that it keeps."""
     last: Tensor | None = None
     found: dict[Any, Any] = {}  # by the kind of layer, where there are several
 
     def call(x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
         nonlocal last
+        kept = getattr(module, "kept", None)
+        if kept is not None and kept[0] is position_ids:
+            return kept[1]
         if last is not position_ids:
             last = position_ids
             found.clear()

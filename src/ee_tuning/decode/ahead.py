@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -102,7 +103,8 @@ class Newest:
     """The newest token, as passes of it alone are told of it.
 
     What steps share lies in memory of its own: a tensor of a captured step has no numbers when the
-    next one is captured. slots: (1,), id: (1, 1), int64. sizes: of slots.
+    next one is captured. slots: (1,), id: (1, 1), int64. hidden: (1, 1, H), what the step before
+    gave. sizes: of slots.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -115,12 +117,14 @@ class Newest:
 
         self.id, self._position, self._limited = number(), number(), number()
         self._places = {size: number() for size in self.sizes}
+        self.hidden = passes.rings.rings[0].new_zeros(1, 1, passes.backbone.config.hidden_size)
+        self._tables = passes.keep_positions(self._limited)
         self._enter = compiled(_enter, passes.compile)
 
     def read(self, state: Tensor) -> None:
         """Find what it is in the state of `Ahead`."""
         told = self.slots, self.id, self._position, self._limited
-        self._enter(state, *told, self._places, self._limit)
+        self._enter(state, *told, self._places, self._limit, self._tables)
 
     def place(self, reach: int, in_order: bool) -> Place:
         """Its place."""
@@ -130,8 +134,8 @@ class Newest:
 
     def position_ids(self) -> Tensor:
         """Its position (1, 1): a new tensor each time, since what is made of positions is kept for
-        one tensor."""
-        return self._limited.view(1, 1)
+        one tensor; but where that is in tables which `read` fills."""
+        return self._limited if self._tables else self._limited.view(1, 1)
 
 
 class Ahead:
@@ -147,14 +151,13 @@ class Ahead:
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._newest = Newest(passes)
-        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._one, self._draws = torch.ones(1, dtype=torch.int64, device=device), passes.draws.table
         self._beside = Beside(device)
         chains = passes.chains
         # With --tp each draft is told by the first process, between passes.
         drafts = passes.group is None and (chains is not None or passes.texts)
         self.rounds = Rounds(passes, chains) if drafts else None
         self._open = compiled(_open, passes.compile)
-        self._wait = compiled(waiting, passes.compile)
         self._ask = compiled(_ask, passes.compile)
         self._decide = compiled(_decide, passes.compile)
 
@@ -243,8 +246,9 @@ class Ahead:
         if ring is None:
             newest.read(self._state)
         place = newest.place(asking.reach, asking.in_order)
-        hidden = newest.id if ring is None else self._wait(ring, place.slots, place.positions)
-        self._step(step, asking, hidden, newest.position_ids(), place, self._one)
+        hidden = newest.id if ring is None else newest.hidden
+        given = hidden, newest.position_ids(), place, self._one, newest.hidden
+        self._step(step, asking, *given)
 
     def _more(self, step: Step, asking: Asking) -> None:
         """A step of all tokens that wait for it."""
@@ -259,13 +263,13 @@ class Ahead:
 
     def _step(
         self, step: Step, asking: Asking, hidden: Tensor, position_ids: Tensor, place: Place,
-        counts: Tensor,
+        counts: Tensor, newest: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Some segments, behind which it is decided whether the token leaves."""
-        passes, group = self.passes, self.passes.group
-        rows = Rows(place.slots, place.positions, counts, passes.draws.table)
+        """Some segments, behind which it is decided whether the token leaves. newest: where what
+        they give is kept, too."""
+        passes, rows = self.passes, Rows(place.slots, place.positions, counts, self._draws)
         final = step.ends and asking.final
-        wanted, found = Wanted("last", final, asking.measure, asking.samples), None
+        wanted = Wanted("last", final, asking.measure, asking.samples)
         for i in range(step.start, step.stop):
             state = passes.through(i, hidden, position_ids, place)
             hidden = state.hidden
@@ -273,18 +277,20 @@ class Ahead:
                 passes.predict(*passes.predictor(i, state, place), rows, Wanted("nothing", False))
             if i == step.asked:
                 predictor = passes.predictor(i, state, place, final)
-            if i == step.asked < step.stop - 1:
-                with self._beside.work():
-                    found = passes.asked(predictor, rows, wanted)
+                with self._beside.work() if i < step.stop - 1 else nullcontext():
+                    self._say(predictor, rows, wanted, step)
         if not step.ends:
-            passes.rings.keep(step.stop, place.slots, place.positions, hidden)
-        if found is None and group is None and not bisects(wanted.samples):
+            passes.rings.keep(step.stop, place.slots, place.positions, hidden, newest)
+        if step.asked < step.stop - 1:
+            self._beside.await_it()
+
+    def _say(self, predictor: Predictor, rows: Rows, wanted: Wanted, step: Step) -> None:
+        """Whether the token leaves. Nothing of the step reads the state any more."""
+        if self.passes.group is None and not bisects(wanted.samples):
             self._ask(predictor, rows, wanted, self._state, step)
             return
-        if found is None:  # with --tp told to all before, or the compiler takes long
-            found = passes.asked(predictor, rows, wanted)
-        else:
-            self._beside.await_it()
+        # With --tp told to all before; or the compiler takes long.
+        found = self.passes.asked(predictor, rows, wanted)
         assert found is not None
         self._decide(self._state, found[1][:, 0, 0], step)
 
@@ -325,10 +331,10 @@ def _take(row: Row, number: int, layer: int, computed: int, confidence: float) -
 
 def _enter(
     state: Tensor, slots: Tensor, id: Tensor, position: Tensor, limited: Tensor,
-    places: Mapping[int, Tensor], limit: int,
+    places: Mapping[int, Tensor], limit: int, tables: Sequence[tuple[Tensor, Tensor]],
 ) -> None:  # fmt: skip
-    """Say what the newest token is, at which position, that up to `limit`, and at which place of
-    slots with so many."""
+    """Say what the newest token is, at which position, that up to `limit`, at which place of slots
+    with so many, and what tables of all positions have of it."""
     at = state[LENGTH].long() - 1
     slots.copy_(state[SLOT].long())
     id.copy_(state[NEWEST].long())
@@ -336,6 +342,8 @@ def _enter(
     limited.copy_(at.clamp(max=limit))
     for size, place in places.items():
         place.copy_(at % size)
+    for table, own in tables:
+        own.copy_(table[at.clamp(max=limit).view(1, 1)])
 
 
 def _open(

@@ -300,11 +300,13 @@ class Rings:
         self.rings = like.new_zeros(size).unbind()
         self.begin, self._keep = compiled(_begin, compile), compiled(_keep, compile)
 
-    def keep(self, i: int, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
+    def keep(
+        self, i: int, slots: Tensor, positions: Tensor, hidden: Tensor, too: Tensor | None = None
+    ) -> None:
         """Let hidden states (n, T, H) of slots (n,) at positions (n, T) wait in ring `i`, if there
-        is one."""
+        is one, and in `too`, of their shape."""
         if i < len(self.rings):
-            self._keep(self.rings[i], slots, positions, hidden)
+            self._keep(self.rings[i], slots, positions, hidden, too)
 
     def put(self, slots: Sequence[int], positions: Sequence[int], hidden: Tensor) -> None:
         """Let (n, H) of n tokens wait in the first one."""
@@ -345,6 +347,10 @@ def waiting(ring: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
     return ring[slots[:, None], positions % ring.shape[1]]
 
 
-def _keep(ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor) -> None:
-    """Let hidden states (n, T, H) of slots (n,) wait in a ring."""
+def _keep(
+    ring: Tensor, slots: Tensor, positions: Tensor, hidden: Tensor, too: Tensor | None
+) -> None:
+    """Let hidden states (n, T, H) of slots (n,) wait in a ring, and elsewhere."""
     ring[slots[:, None], positions % ring.shape[1]] = hidden
+    if too is not None:
+        too.copy_(hidden)

@@ -96,13 +96,13 @@ class Passes:
         twin = self.invariant.exit
         # These run in place of the exits, but on prompts.
         self._exits = {k: twin(one, kept.get(k), positions) for k, one in self.exits.items()}
-        self.predict = compiled(predict, compile)
-        self.group = sharing_group(model, self.device)
+        self.predict, self.group = compiled(predict, compile), sharing_group(model, self.device)
         self.graphs = Graphs(self.device)
         if compile:
             self._steps[0].look_up_positions(positions)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
             segment.compile(cache, self._steps[0])
+        self.keep_positions = self._steps[0].keep_positions
         self.sources: Sources | None = None
         self.chains: Chains | None = None
         if DRAFT in exit_layers:
