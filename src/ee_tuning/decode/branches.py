@@ -1,6 +1,6 @@
 """One CUDA graph of several captured pieces, each of which says which one runs next, if any.
 
-A next piece is the body of a conditional node (CUDA 12.4), so the host is not asked. torch has no
+A next piece is a body of a conditional node (CUDA 12.8), so the host is not asked. torch has no
 call for such nodes; the driver is called through NVIDIA's bindings, which come with torch.
 """
 
@@ -19,40 +19,36 @@ try:
 except ImportError:
     driver = None
 
-LEAST_DRIVER = 12040
-# Sets two conditions, each to whether the number at an address is another one. In PTX, since the
-# function that it calls has no address on the host, and a compiler for CUDA need not be there.
-_SET_CONDITION = """\
-    ld.param.u64 %handle, [handle{0}];
-    ld.param.f64 %wanted, [wanted{0}];
-    setp.eq.f64 %same, %given, %wanted;
-    selp.b32 %value, 1, 0, %same;
-    {{
+LEAST_DRIVER = 12080
+# Sets a condition to the number at an address less another one. In PTX, since the function that it
+# calls has no address on the host, and a compiler for CUDA need not be there.
+SET_CONDITION = b"""
+.version 7.0
+.target sm_60
+.address_size 64
+.extern .func cudaGraphSetConditional(.param .b64 handle, .param .b32 value);
+.visible .entry set_condition(.param .u64 address, .param .u64 handle, .param .f64 least)
+{
+    .reg .b32 %value;
+    .reg .b64 %address, %handle;
+    .reg .f64 %given, %least;
+    ld.param.u64 %address, [address];
+    ld.param.u64 %handle, [handle];
+    ld.param.f64 %least, [least];
+    cvta.to.global.u64 %address, %address;
+    ld.global.f64 %given, [%address];
+    sub.f64 %given, %given, %least;
+    cvt.rzi.s32.f64 %value, %given;
+    {
         .param .b64 first;
         .param .b32 second;
         st.param.b64 [first], %handle;
         st.param.b32 [second], %value;
         call.uni cudaGraphSetConditional, (first, second);
-    }}
-"""
-SET_CONDITIONS = f"""
-.version 7.0
-.target sm_60
-.address_size 64
-.extern .func cudaGraphSetConditional(.param .b64 handle, .param .b32 value);
-.visible .entry set_conditions(.param .u64 address, .param .u64 handle0, .param .f64 wanted0,
-    .param .u64 handle1, .param .f64 wanted1)
-{{
-    .reg .pred %same;
-    .reg .b32 %value;
-    .reg .b64 %address, %handle;
-    .reg .f64 %given, %wanted;
-    ld.param.u64 %address, [address];
-    cvta.to.global.u64 %address, %address;
-    ld.global.f64 %given, [%address];
-{_SET_CONDITION.format(0)}{_SET_CONDITION.format(1)}    ret;
-}}
-\0""".encode()
+    }
+    ret;
+}
+\0"""
 
 
 def can_branch() -> bool:
@@ -78,7 +74,7 @@ class Branches:
         """steps: of each one variant or two; see `Graphs.branched`. steps, last: captured, with
         their graphs kept. They keep the memory they work in."""
         self._steps, self._last, self._goes_on = steps, last, goes_on
-        self._module = _checked(driver.cuModuleLoadData(SET_CONDITIONS))
+        self._module = _checked(driver.cuModuleLoadData(SET_CONDITION))
         graph = self._graph = _checked(driver.cuGraphCreate(0))
         top = self._add(graph, _child(graph, None, steps[0][0]), 1, 0)
         if last is not None:
@@ -91,42 +87,38 @@ class Branches:
         a part of the graph; gives the last node there."""
         if number == len(self._steps):
             return node
-        variants = [*enumerate(self._steps[number])][least:]
-        handles = [self._handle() for _ in variants]
-        told = zip(handles, (variant + 1 for variant, _ in variants), strict=True)
-        node = self._tell(inner, node, [*told])
-        for handle, (variant, piece) in zip(handles, variants, strict=True):
-            node, body = self._branch(inner, node, handle)
+        pieces = self._steps[number][least:]
+        context = _checked(driver.cuCtxGetCurrent())
+        handle = _checked(driver.cuGraphConditionalHandleCreate(self._graph, context, 0, 0))
+        node = self._tell(inner, node, handle, least + 1)
+        node, bodies = self._branch(inner, node, handle, len(pieces))
+        for variant, (body, piece) in enumerate(zip(bodies, pieces, strict=True), least):
             self._add(body, _child(body, None, piece), number + 1, variant)
         return node
 
-    def _handle(self) -> Any:
-        context = _checked(driver.cuCtxGetCurrent())
-        return _checked(driver.cuGraphConditionalHandleCreate(self._graph, context, 0, 0))
-
-    def _tell(self, inner: Any, node: Any, told: Sequence[tuple[Any, int]]) -> Any:
-        """What sets conditions, each to whether `goes_on` is a number, behind a node."""
+    def _tell(self, inner: Any, node: Any, handle: Any, least: int) -> Any:
+        """What sets a condition to `goes_on` less a number, behind a node."""
         setter = driver.CUDA_KERNEL_NODE_PARAMS()
-        setter.func = _checked(driver.cuModuleGetFunction(self._module, b"set_conditions"))
+        setter.func = _checked(driver.cuModuleGetFunction(self._module, b"set_condition"))
         for size in ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ"):
             setattr(setter, size, 1)
-        values = [value for handle, number in (told[0], told[-1])
-                  for value in (int(handle), float(number))]  # fmt: skip
-        kinds = ctypes.c_void_p, *(ctypes.c_ulonglong, ctypes.c_double) * 2
-        setter.kernelParams = (self._goes_on.data_ptr(), *values), kinds
+        values = self._goes_on.data_ptr(), int(handle), float(least)
+        kinds = ctypes.c_void_p, ctypes.c_ulonglong, ctypes.c_double
+        setter.kernelParams = values, kinds
         return _checked(driver.cuGraphAddKernelNode(inner, [node], 1, setter))
 
-    def _branch(self, inner: Any, node: Any, handle: Any) -> tuple[Any, Any]:
-        """A condition behind a node: its own node, and its body."""
+    def _branch(self, inner: Any, node: Any, handle: Any, number: int) -> tuple[Any, list[Any]]:
+        """A condition behind a node: its own node, and so many bodies, of which that one runs which
+        it counts from 0; none, if there is none."""
         branch = driver.CUgraphNodeParams()
         branch.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
         branch.conditional.handle = handle
         branch.conditional.ctx = _checked(driver.cuCtxGetCurrent())
-        branch.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
-        branch.conditional.size = 1
+        branch.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_SWITCH
+        branch.conditional.size = number
         edges = [None] if driver.CUDA_VERSION >= 13000 else []  # kinds of edges: the usual one
         node = _checked(driver.cuGraphAddNode(inner, [node], *edges, 1, branch))
-        return node, branch.conditional.phGraph_out[0]
+        return node, branch.conditional.phGraph_out
 
     def __call__(self) -> None:
         """Run on the current stream."""
