@@ -19,8 +19,9 @@ write() {
 
 mkdir -p "$out"
 [ -e "$out/documents.jsonl" ] || python "$here/own_text.py" --out "$out" --files "${FILES:-8000}"
-write 0.35 nothing --temperature 1 --min-p 0.02 --max-prompt-tokens 192 --max-question-tokens 96 --max-new-tokens 288
-write 0.25 answers --temperature 0 --max-prompt-tokens 192 --max-new-tokens 288 --data "$out/nothing.jsonl"
+# Short answers: the questions are wanted, for greedy ones as those that are decoded later.
+write 0.2 nothing --temperature 1 --min-p 0.02 --max-prompt-tokens 192 --max-question-tokens 96 --max-new-tokens 96
+write 0.4 answers --temperature 0 --max-prompt-tokens 192 --max-new-tokens 288 --data "$out/nothing.jsonl"
 write 0.4 text --form text --temperature 0 --max-prompt-tokens 240 --max-new-tokens 240 \
   --data "$out/functions.jsonl=0.6" "$out/documents.jsonl=0.4"
 cat "$out"/{nothing,answers,text}.jsonl | shuf --random-source=<(yes) > "$out/own.jsonl"

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers.families import tiny
 from helpers.lookups import let_texts_draft
 from helpers.prompts import padded, prompt
@@ -13,7 +14,7 @@ from torch._dynamo.utils import counters
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Engine
 from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
-from ee_tuning.decode.graphs import Sizes
+from ee_tuning.decode.graphs import SAME_SUMS, Graphs, Sizes
 from ee_tuning.decode.warm import to_warm
 from ee_tuning.exit_config import LOOKUP
 
@@ -74,6 +75,23 @@ def test_passes_that_verify_what_a_text_drafts_are_warmed_up(model, monkeypatch)
     assert_same(model, {"input_ids": ids}, **way, **COMMON)
     assert (model.generate(ids, compile=True, **way, **COMMON).exit_layers == -1).any()
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_every_piece_of_a_pass_is_compiled_for_one_order_of_sums(tune):
+    """And not the first alone: tracing sets some of the compiler's settings back."""
+    config, seen = torch._inductor.config, []
+
+    def backend(graph, inputs):
+        seen.append({name: config.get_config_copy()[name] for name in SAME_SUMS})
+        return graph.forward
+
+    before = {name: config.get_config_copy()[name] for name in SAME_SUMS}
+    pieces = [torch.compile(lambda x, k=k: x * k, backend=backend, dynamic=False) for k in range(3)]
+    Graphs(torch.device("cpu")).run("", lambda: [one(torch.ones(2)) for one in pieces], tune)
+    tuned = before | {"coordinate_descent_tuning": True}
+    assert seen == [tuned if tune else SAME_SUMS] * 3
+    assert SAME_SUMS != before == {name: config.get_config_copy()[name] for name in SAME_SUMS}
 
 
 def test_passes_of_several_rows_are_traced_once(model, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 
 from ee_tuning.decode.ahead import cuts_beside
 from ee_tuning.decode.engine import Engine
@@ -198,5 +199,13 @@ def _state_of(model: Network) -> tuple[Any, Any]:
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     # Exits may be tuned further where they are, and a CPU has copies in another order.
-    versions = tuple(0 if p.is_inference() else p._version for p in model.exits.parameters())
-    return (tuple(p.data_ptr() for p in model.parameters()), versions), cast
+    versions = tuple(0 if p.is_inference() else p._version for p in _weights(model.exits))
+    return (tuple(p.data_ptr() for p in _weights(model)), versions), cast
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """Its parameters; torch's own walk names them all, which takes a call longer than a token."""
+    modules = [model]
+    for module in modules:
+        yield from (p for p in module._parameters.values() if p is not None)
+        modules += [child for child in module._modules.values() if child is not None]

@@ -15,10 +15,18 @@ from ee_tuning.decode.branches import Branches, can_branch
 
 F = TypeVar("F", bound=Callable[..., Any])
 Steps = Sequence[Callable[[], None]]  # the variants of one
-# Of the compiler: that how sums are cut does not depend on timings, nor on how many there are.
-SAME_SUMS = [
-    name for name in ("deterministic", "batch_invariant") if hasattr(torch._inductor.config, name)
-]
+# Of the compiler: how sums are cut does not depend on timings, nor on how many there are. Its
+# `deterministic` would say so, but tracing sets that back behind each piece that is compiled.
+SAME_SUMS = {
+    name: value
+    for name, value in {
+        "coordinate_descent_tuning": False,
+        "test_configs.force_filter_reduction_configs": True,
+        "dynamic_scale_rblock": False,
+        "batch_invariant": True,
+    }.items()
+    if name in torch._inductor.config.get_config_copy()
+}
 VERSIONS = 256  # compiled versions that a layer may have, one per size of a pass
 # Sizes that are compiled for: so many times the last one, from 1 row, 1 token and so many places.
 ROWS_FACTOR = LENGTH_FACTOR = 4
@@ -276,8 +284,7 @@ def compiled(function: F, compile: bool, each: bool = True) -> F:
 @contextmanager
 def _compiling(tune: bool) -> Iterator[None]:
     """How what is compiled meanwhile is; see `Graphs.run`."""
-    options: dict[str, Any] = {"coordinate_descent_tuning": tune}
-    options |= dict.fromkeys(SAME_SUMS, not tune)
+    options = {"coordinate_descent_tuning": True} if tune else SAME_SUMS
     with (
         torch._dynamo.config.patch(recompile_limit=VERSIONS),
         torch._inductor.config.patch(options),
