@@ -217,6 +217,7 @@ def test_captured_rounds_read_what_is_there_when_they_run(monkeypatch):
 def test_compiled_steps_decide_the_same(monkeypatch):
     """Traced as for the compiler, in one piece each as captures need it, but not translated, which
     takes ten times as long."""
+    torch._dynamo.reset()  # else what other tests have compiled counts
     traced = partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
     policy = POLICIES["some leave"]()
