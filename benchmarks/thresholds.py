@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=80, help="prompts of each set, skipped too")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--differ", type=float, nargs="+", default=[0.005, 0.0075, 0.009, 0.012])
+    parser.add_argument("--differ", type=float, nargs="+", default=[0.0075, 0.009, 0.01, 0.012])
     parser.add_argument("--measures", nargs="+", default=["probability"])
     parser.add_argument("--max-pending", type=int, nargs="+", default=[8])
     parser.add_argument("--device", default="auto")
