@@ -17,6 +17,8 @@ HUGE = BIG | {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }  # fmt: skip
+# Between the two, where the compiler may give a block two rows.
+MIDDLE = HUGE | {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
 WINDOWED = BIG | {"sliding_window": 100, "head_dim": 64}
 HYBRID = WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}
 
@@ -24,7 +26,13 @@ HYBRID = WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("family", "sizes"),
-    [("llama", BIG), ("llama", HUGE), ("gemma2", HYBRID), ("starcoder2", WINDOWED)],
+    [
+        ("llama", BIG),
+        ("llama", MIDDLE),
+        ("llama", HUGE),
+        ("gemma2", HYBRID),
+        ("starcoder2", WINDOWED),
+    ],
 )
 def test_a_token_has_the_same_bits_in_every_window_and_beside_others(family, sizes, dtype):
     """At every length of K/V that is compiled for."""
