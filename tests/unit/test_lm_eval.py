@@ -289,6 +289,18 @@ def test_functions_pass_if_they_are_right():
     assert passes(doc, ["    while True: pass\n"]) == {"pass@1": 0.0}
 
 
+def test_a_model_goes_on_with_a_function_from_the_end_of_its_head():
+    """Not from the line behind it: a newline and what it indents are one token to most."""
+    doc = dict(problems()["test"][0])
+    manager = TaskManager(include_path=str(command.TASKS), include_defaults=False)
+    names = ["local_humaneval", "local_humaneval_chat"]
+    plain, chat = manager.load(names)["tasks"].values()
+    begin = doc["prompt"].rstrip()
+    assert plain.doc_to_text(doc) == begin
+    assert chat.doc_to_prefix(doc).endswith("\n" + begin)
+    assert passes(doc, ["\n" + doc["canonical_solution"]]) == {"pass@1": 1.0}
+
+
 @pytest.mark.parametrize(
     "puzzle", ["chain_sum", "letter_counting", "spell_backward", "family_relationships"]
 )
