@@ -212,7 +212,8 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
             unknown = rest.split()[0].strip("'\"").split("=")[0]
             if mark.startswith("unrecognized") and not unknown.startswith("-"):
                 return _left_over(rest, hints, flags)
-            return f"unknown setting {unknown!r}{nearest(_key(unknown), hints)}"
+            hint = nearest(_key(unknown), hints) or "; --help lists those that there are"
+            return f"unknown setting {unknown!r}{hint}"
     missing = re.match(r"argument (--[\w-]+)\S*: expected (?:one|at least one) argument", message)
     if missing:
         return f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"

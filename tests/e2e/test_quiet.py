@@ -47,7 +47,10 @@ for name in [*runs, *(COMMANDS.keys() - runs.keys())]:
 run("export", *exits, "--merge", "--out", f"{out}/merged")
 """
 HELPED = "status 0"
-MISTAKEN = ["ee-tuning: unknown setting '--no-such-setting'", "status 2"]
+MISTAKEN = [
+    "ee-tuning: unknown setting '--no-such-setting'; --help lists those that there are",
+    "status 2",
+]
 LOSSES = "exit 1 [0-9.]+  exit 3 [0-9.]+"
 DATA = "data: 61 records, [0-9,]+ tokens, .*"
 SAID = {  # by commands that work

@@ -144,6 +144,11 @@ def test_paths_with_a_tilde(monkeypatch, yaml_file):
         ("inspect", ["a", "b"], "'b' belongs to no setting"),
         ("inspect", [], "no path given"),
         ("tune", ["--step", "3"], "unknown setting '--step'; did you mean steps?"),
+        (
+            "inspect",
+            ["--exits", "e"],
+            "unknown setting '--exits'; --help lists those that there are",
+        ),
         ("tune", ["--steps"], "--steps needs a value"),
         ("tune", ["--layers", "--lr", "1"], "--layers needs a value"),
         ("tune", ["--layers"], "--layers needs a value"),
