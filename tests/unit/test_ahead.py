@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ee_tuning.decode import (
     Request,
     Speculative,
     Threshold,
+    branches,
     drafts,
 )
 from ee_tuning.decode.ahead import TOKENS, Ahead, _decide, cuts_beside
@@ -564,3 +566,15 @@ def test_texts_rest_beside_those_at_full_depth(monkeypatch):
         texts = by_text(engine, [Request(prompt(7), way, 37) for way in ways])
         assert [[token for token, _ in text] for text in texts] == [[one[0] for one in alone]] * 2
         assert {*counts} == expected
+
+
+@pytest.mark.parametrize(
+    ("bindings", "there", "can"),
+    [(12080, 13000, True), (12060, 13000, False), (13000, 12040, False)],
+)
+def test_graphs_have_branches_if_driver_and_bindings_know_them(bindings, there, can, monkeypatch):
+    fake = SimpleNamespace(CUDA_VERSION=bindings, cuDriverGetVersion=lambda: (0, there))
+    monkeypatch.setattr(branches, "driver", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert branches.can_branch() is can

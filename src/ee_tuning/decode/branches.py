@@ -19,7 +19,7 @@ try:
 except ImportError:
     driver = None
 
-LEAST_DRIVER = 12080
+LEAST = 12080  # CUDA, of the driver and of the bindings
 # Sets a condition to the number at an address less another one. In PTX, since the function that it
 # calls has no address on the host, and a compiler for CUDA need not be there.
 SET_CONDITION = b"""
@@ -55,7 +55,7 @@ def can_branch() -> bool:
     """Whether the current device's graphs can have branches."""
     if driver is None or not torch.cuda.is_available() or not torch.version.cuda:
         return False
-    return bool(_checked(driver.cuDriverGetVersion()) >= LEAST_DRIVER)
+    return min(driver.CUDA_VERSION, _checked(driver.cuDriverGetVersion())) >= LEAST
 
 
 class Branches:
