@@ -1,17 +1,20 @@
 """Tokens that the device decides on are those of its twin, which asks the host at every exit."""
 
 import itertools
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.families import tiny
 from helpers.models import drafting, early_exit
 from helpers.prompts import prompt
 from helpers.recorded import Recorder, act_out, attend
 from helpers.slow_decoder import draft_loop
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
+from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import (
     Chooser,
     Engine,
@@ -24,6 +27,7 @@ from ee_tuning.decode import (
     drafts,
 )
 from ee_tuning.decode.ahead import TOKENS, Ahead, _decide, cuts_beside
+from ee_tuning.decode.graphs import Beside
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT, LOOKUP
@@ -115,6 +119,44 @@ def test_captured_steps_ask_beside_layers(monkeypatch):
     engine = engine_of(model, [1, 3], True)
     act_out(engine.passes.graphs, monkeypatch)
     assert [one[:2] for one in written(engine, policy, 24)] == [one[:2] for one in expected]
+
+
+@pytest.mark.parametrize("arch", ["mlp", "layer", "norm"])
+def test_what_is_asked_beside_layers_may_be_late(arch, monkeypatch):
+    """As late as it is awaited: what it reads is not written over before."""
+    late = []
+
+    class Late(Beside):
+        open = False
+
+        @contextmanager
+        def work(self):
+            self.open = True
+            yield
+            self.open = False
+
+        def await_it(self):
+            while late:
+                late.pop()()
+
+    def say(ahead, *given):
+        if ahead._beside.open:
+            late.append(partial(Ahead.said, ahead, *given))
+        else:
+            Ahead.said(ahead, *given)
+
+    base = tiny("llama", num_hidden_layers=7)
+    model = EarlyExitModel.from_base(base, ExitConfig("1,4", arch)).eval()
+    monkeypatch.setattr("ee_tuning.decode.engine.cuts_beside", lambda *_: [3, 6])
+    policy = Threshold(7, {1: 0.9, 4: 0.0}, max_pending=3)
+    engine = engine_of(model, [1, 4], True)
+    assert engine.sequences.stops == [1, 3, 4, 6, 7]
+    expected = written(engine, policy)
+    monkeypatch.setattr(Ahead, "said", Ahead._say, raising=False)
+    monkeypatch.setattr(Ahead, "_say", say)
+    monkeypatch.setattr("ee_tuning.decode.ahead.Beside", Late)
+    assert written(engine_of(model, [1, 4], True), policy) == expected
+    assert {one[1] for one in expected} == {4, 7}
 
 
 def test_exits_are_asked_beside_layers_of_few_bytes(monkeypatch):

@@ -279,10 +279,10 @@ class Ahead:
                 predictor = passes.predictor(i, state, place, final)
                 with self._beside.work() if i < step.stop - 1 else nullcontext():
                     self._say(predictor, rows, wanted, step)
+        if step.asked < step.stop - 1:
+            self._beside.await_it()  # an exit may read what is kept of the newest token
         if not step.ends:
             passes.rings.keep(step.stop, place.slots, place.positions, hidden, newest)
-        if step.asked < step.stop - 1:
-            self._beside.await_it()
 
     def _say(self, predictor: Predictor, rows: Rows, wanted: Wanted, step: Step) -> None:
         """Whether the token leaves. Nothing of the step reads the state any more."""
