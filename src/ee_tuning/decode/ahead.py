@@ -151,7 +151,7 @@ class Ahead:
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._newest = Newest(passes)
-        self._one, self._draws = torch.ones(1, dtype=torch.int64, device=device), passes.draws.table
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._beside = Beside(device)
         chains = passes.chains
         # With --tp each draft is told by the first process, between passes.
@@ -267,7 +267,8 @@ class Ahead:
     ) -> None:  # fmt: skip
         """Some segments, behind which it is decided whether the token leaves. newest: where what
         they give is kept, too."""
-        passes, rows = self.passes, Rows(place.slots, place.positions, counts, self._draws)
+        passes = self.passes
+        rows = Rows(place.slots, place.positions, counts, passes.draws.table)
         final = step.ends and asking.final
         wanted = Wanted("last", final, asking.measure, asking.samples)
         for i in range(step.start, step.stop):
@@ -339,11 +340,12 @@ def _enter(
     slots.copy_(state[SLOT].long())
     id.copy_(state[NEWEST].long())
     position.copy_(at)
-    limited.copy_(at.clamp(max=limit))
+    within = at.clamp(max=limit)
+    limited.copy_(within)
     for size, place in places.items():
         place.copy_(at % size)
     for table, own in tables:
-        own.copy_(table[at.clamp(max=limit).view(1, 1)])
+        own.copy_(table[within.view(1, 1)])
 
 
 def _open(
