@@ -2,19 +2,25 @@
 
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 import torch._inductor.config
 from helpers.families import tiny
 from helpers.lookups import let_texts_draft
 from helpers.prompts import padded, prompt
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.hints import ReductionHint
+from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Engine
 from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
 from ee_tuning.decode.graphs import SAME_SUMS, Graphs, Sizes
+from ee_tuning.decode.sums import one_order
 from ee_tuning.decode.warm import to_warm
 from ee_tuning.exit_config import LOOKUP
 
@@ -92,6 +98,25 @@ def test_every_piece_of_a_pass_is_compiled_for_one_order_of_sums(tune):
     tuned = before | {"coordinate_descent_tuning": True}
     assert seen == [tuned if tune else SAME_SUMS] * 3
     assert SAME_SUMS != before == {name: config.get_config_copy()[name] for name in SAME_SUMS}
+
+
+@pytest.mark.parametrize("numbers", [576, 1025, 1536, 2048, 2049, 4096])
+@pytest.mark.parametrize("hint", [ReductionHint.INNER, ReductionHint.OUTER])
+def test_a_block_has_one_sum_of_what_lies_side_by_side(numbers, hint):
+    """Where the compiler's own rule says so, and at widths at which it would have two."""
+    features = SimpleNamespace(
+        reduction_numel=sympy.Integer(numbers), get_reduction_hint=lambda: hint
+    )
+    graph = SimpleNamespace(sizevars=SizeVarAllocator())
+
+    def whole():
+        with V.set_graph_handler(graph):
+            return bool(V.choices.should_use_persistent_reduction(features, False))
+
+    usual = whole()
+    with one_order():
+        assert whole() == (usual or (hint == ReductionHint.INNER and numbers <= 2048))
+    assert whole() == usual == (hint == ReductionHint.INNER and numbers <= 1024)
 
 
 def test_passes_of_several_rows_are_traced_once(model, monkeypatch):

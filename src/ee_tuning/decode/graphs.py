@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import product
 from typing import Any, TypeVar
 
@@ -172,7 +172,7 @@ class Graphs:
         own for each key; else sums have one order for all keys.
         """
         if key not in self._kept:
-            with _compiling(tune):
+            with _compiling(tune, self._on_gpu):
                 self._kept[key] = self._captured(function)
         return self._kept[key]()
 
@@ -188,7 +188,7 @@ class Graphs:
         done. tune: as for `run`.
         """
         if key not in self._kept:
-            with _compiling(tune):
+            with _compiling(tune, self._on_gpu):
                 self._kept[key] = self._branches(steps, goes_on, begin, last)
         return self._kept[key]
 
@@ -282,11 +282,18 @@ def compiled(function: F, compile: bool, each: bool = True) -> F:
 
 
 @contextmanager
-def _compiling(tune: bool) -> Iterator[None]:
+def _compiling(tune: bool, on_gpu: bool) -> Iterator[None]:
     """How what is compiled meanwhile is; see `Graphs.run`."""
     options = {"coordinate_descent_tuning": True} if tune else SAME_SUMS
+    choices: AbstractContextManager[Any] = nullcontext()
+    if on_gpu and not tune:
+        # It takes a second to import, which decoding on a CPU need not wait for.
+        from ee_tuning.decode.sums import one_order
+
+        choices = one_order()
     with (
         torch._dynamo.config.patch(recompile_limit=VERSIONS),
         torch._inductor.config.patch(options),
+        choices,
     ):
         yield
