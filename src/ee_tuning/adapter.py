@@ -21,7 +21,7 @@ from torch import Tensor
 from ee_tuning.certificate import Certificate
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import DRAFTS, ExitConfig, exit_name
-from ee_tuning.files import filling, read_json, write_json, write_text
+from ee_tuning.files import check_object, filling, read_json, read_object, write_json, write_text
 from ee_tuning.fingerprint import config_values, exit_hash, is_whole
 from ee_tuning.folders import signed
 from ee_tuning.hub import check_there
@@ -33,6 +33,11 @@ CONFIG_NAME = "exit_config.json"
 WEIGHTS_NAME = "exits.safetensors"
 CALIBRATION_NAME = "calibration.json"
 CHECKPOINTS = "checkpoints"  # of a run, in its folder
+KINDS = {  # of the values in an `exit_config.json`
+    "base_model": str, "layers": list[int], "arch": list[str], "head": list[str], "init": str,
+    "seed": int, "backbone": dict, "base_model_path": str | None, "sources": list[int] | None,
+    "vocab_size": int | None, "vocab_coverage": float | None, "vocab_names": str | None,
+}  # fmt: skip
 HERE = "."  # the backbone of exits that lie in the same folder as it
 
 CARD = Template(
@@ -313,17 +318,18 @@ def read_exit_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.exists():
         raise UserError(f"{folder} holds no exits: it has no {CONFIG_NAME}")
-    saved = read_json(path)
-    needed = {"format_version", "layers", "arch", "init", "head", "seed", "backbone"}
-    lacking = _lacking(saved, needed) or [
-        f"backbone.{name}" for name in _lacking(saved["backbone"], {"config", "tensors"})
-    ]
-    if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)}")
+    saved = read_object(path, format_version=int)
     if saved["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {saved['format_version']}, this version reads {FORMAT_VERSION}"
         )
+    check_object(saved, str(path), **KINDS)
+    backbone = saved["backbone"]
+    check_object(backbone, f"{path}: backbone", config=dict, tensors=dict)
+    sizes = {"num_hidden_layers": int, "vocab_size": int}
+    check_object(backbone["config"], f"{path}: backbone.config", **sizes)
+    if len({len(saved[name]) for name in ("layers", "arch", "head")}) > 1:
+        raise UserError(f"{path} is damaged: layers, arch and head must have an entry per exit")
     return saved
 
 
@@ -365,8 +371,3 @@ def changed_exits(network: Network, found: Certificate) -> list[int]:
 def own_hashes(network: Network, layers: Iterable[int]) -> dict[int, str]:
     """A hash of what this process has of each exit at `layers`, as it is now."""
     return {k: exit_hash(network.exit(k)) for k in layers if k in network.exit_layers}
-
-
-def _lacking(found: Any, names: set[str]) -> list[str]:
-    """Those of `names` that are no keys of what a JSON file held."""
-    return sorted(names - (found.keys() if isinstance(found, dict) else set()))

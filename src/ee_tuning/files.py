@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from safetensors import SafetensorError
 
@@ -127,11 +128,55 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: the file is missing, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: Path, **kinds: Any) -> dict[str, Any]:
+    """Parse a JSON file that holds an object; see `read_json` and `check_object`.
+
+    Raises:
+        UserError: see both.
+    """
+    found = read_json(path)
+    check_object(found, str(path), **kinds)
+    return found
+
+
+def check_object(found: Any, where: str, **kinds: Any) -> None:
+    """Refuse what is no JSON object, or one in which a value is of another kind than it has to be.
+
+    where: it was found. kinds: by name, as ``int``, ``list[int]`` or ``int | None``; what may be
+    None may be absent, too.
+
+    Raises:
+        UserError: names the first value.
+    """
+    if not isinstance(found, dict):
+        raise UserError(f"{where} is damaged: it holds {found!r:.40}, no JSON object")
+    lacking = [name for name, kind in kinds.items() if name not in found and not _is(None, kind)]
+    if lacking:
+        raise UserError(f"{where} is damaged: it lacks {', '.join(sorted(lacking))}")
+    for name, kind in kinds.items():
+        if not _is(found.get(name), kind):
+            wanted = kind if get_args(kind) else kind.__name__
+            raise UserError(
+                f"{where} is damaged: {name} is {found[name]!r:.40}, it must be of type {wanted}"
+            )
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        return isinstance(value, list) and all(_is(one, item) for one in value)
+    return type(value) is kind  # True is no number

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from ee_tuning.backbone import Anatomy, check_unquantised, find_anatomy, layer_plan
 from ee_tuning.errors import UserError, first_line
-from ee_tuning.files import read_json
+from ee_tuning.files import read_object
 from ee_tuning.fingerprint import sample_places
 from ee_tuning.gguf import gguf_file, read_config, read_model, read_tokenizer
 from ee_tuning.hub import check_there, find_file
@@ -68,6 +68,7 @@ def load_config(path: str, trust: bool = False) -> Any:
         if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
             raise UserError(_not_a_checkpoint(Path(path)))
         _check_alone(path)
+        _check_settings(Path(path))
     try:
         if gguf:
             config = read_config(gguf)
@@ -90,6 +91,19 @@ def load_config(path: str, trust: bool = False) -> Any:
     return config
 
 
+def _check_settings(folder: Path) -> None:
+    """Refuse a local backbone whose settings are damaged.
+
+    Of some of them transformers says nothing: it takes its own default for the tokens that end.
+
+    Raises:
+        UserError: names the file.
+    """
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.is_file():
+            read_object(path)
+
+
 def _check_alone(path: str) -> None:
     """Refuse a backbone with an adapter of PEFT beside it, which is read or not with the package.
 
@@ -109,7 +123,7 @@ def _not_a_checkpoint(folder: Path) -> str:
     if (folder / "exit_config.json").is_file():
         return f"{folder} holds exits, no backbone: name it with --exits"
     if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
         return (
             f"{folder} is an adapter of PEFT for {base}: name that with --model, or a folder with "
             "both in one (merge_and_unload, then save_pretrained)"
@@ -290,7 +304,7 @@ def tensor_files(path: str) -> dict[str, str]:
     try:
         single = find(SAFE_WEIGHTS_NAME)
     except OSError:
-        index = read_json(Path(find(SAFE_WEIGHTS_INDEX_NAME)))["weight_map"]
+        index = read_object(Path(find(SAFE_WEIGHTS_INDEX_NAME)), weight_map=dict)["weight_map"]
         files = {file: find(file) for file in set(index.values())}
         return {name: files[file] for name, file in index.items()}
     with safe_open(single, "pt") as file:
@@ -349,7 +363,7 @@ def load_tokenizer(
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # or no JSON object
         raise UserError(
             f"no tokenizer in {path}: {first_line(error)}; save the model's own there"
         ) from error

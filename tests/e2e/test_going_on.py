@@ -1,5 +1,6 @@
 """Runs that go on: from nothing, from before a first checkpoint, for longer; in other threads."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -209,6 +210,35 @@ def test_a_damaged_checkpoint_is_a_line(runs, tmp_path, capsys):
     (copy / "exit-3.safetensors").write_bytes(b"cut short")
     line = fails(capsys, "generate", "--exits", copy, "--prompt", "x")
     assert f"{copy} is damaged or holds other exits" in line
+
+
+def test_a_line_of_metrics_cut_off_by_a_crash(runs, tmp_path, capsys):
+    """The last one is dropped, another is named."""
+    out = shutil.copytree(runs / "cut", tmp_path / "cut")
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines) + lines[-1][:20])
+    main(["tune", "--out", str(out), "--resume"])
+    capsys.readouterr()
+    assert_same_weights(out, runs / "whole")
+    assert all("step" in json.loads(line) for line in log.read_text().splitlines())
+    log.write_text("null\n" + log.read_text())
+    flags = ["--out", out, "--resume", "--steps", "7"]
+    assert f"{log} line 1 is damaged: it holds None" in fails(capsys, "tune", *flags)
+    log.write_text("{\n" + log.read_text())
+    assert f"{log} line 1 is not valid JSON: remove it" in fails(capsys, "tune", *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("null", "it holds None, no JSON object"), ("{}", "it lacks settings, step")],
+)
+def test_a_damaged_state(runs, tmp_path, capsys, text, message):
+    out = shutil.copytree(runs / "cut", tmp_path / "cut")
+    state = out / "checkpoints/step-000004/state.json"
+    state.write_text(text)
+    line = fails(capsys, "tune", "--out", out, "--resume")
+    assert f"{state} is damaged: {message}" in line
 
 
 # -- the same names, other contents ----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`ee-tuning regenerate` on a tiny model: forms, shares, repeats, and files to the byte."""
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -359,6 +360,23 @@ def test_files_that_are_not_ours_or_were_begun_otherwise_are_left_alone(chatty, 
     out.write_text("")
     with pytest.raises(UserError, match="was changed since"):
         write(chatty, out, resume=True, tokens=2000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda _: None, "it holds None, no JSON object"),
+        (lambda state: state | {"totals": 3}, "totals is 3, it must be of type dict"),
+        (lambda state: {"format_version": 1}, "it lacks settings, size, slots, totals, waves"),
+    ],
+)
+def test_a_damaged_state_is_a_line(chatty, own, tmp_path, damage, message):
+    out, state = tmp_path / "0.jsonl", tmp_path / ".0.jsonl.regenerate.json"
+    shutil.copy(own[0], out)
+    before = json.loads(own[0].with_name(state.name).read_text())
+    state.write_text(json.dumps(damage(before)))
+    with pytest.raises(UserError, match=message):
+        write(chatty, out, resume=True)
 
 
 def test_malformed_records_stop_or_are_counted(chatty, tmp_path):

@@ -279,6 +279,8 @@ def test_saved_data_sets(tmp_path):
     assert texts(tmp_path / "several#test") == ["a b"]
     fails(tmp_path / "several#dev", "has no split dev", "train, test")
     fails(tmp_path / "one#dev", "saved without splits")
+    (tmp_path / "several/dataset_dict.json").write_text("null")
+    fails(tmp_path / "several", "dataset_dict.json is damaged: it holds None, no JSON object")
 
 
 def test_a_folder_of_json_holds_records(tmp_path):

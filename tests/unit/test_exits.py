@@ -221,6 +221,11 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def _with(**values):
+    """Damage to a JSON file: other values in it."""
+    return lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | values))
+
+
 BAD_FILES = [
     ("base/model.safetensors", _truncate, "cannot load the backbone"),
     (
@@ -230,18 +235,34 @@ BAD_FILES = [
     ),
     ("base/model.safetensors", lambda p: p.unlink(), "cannot load the backbone"),
     ("base/config.json", lambda p: p.unlink(), "has no config.json"),
-    ("base/config.json", lambda p: p.write_text("{"), "cannot read the backbone"),
+    ("base/config.json", lambda p: p.write_text("{"), r"config\.json is not valid JSON"),
+    ("base/config.json", lambda p: p.write_text("null"), "it holds None, no JSON object"),
+    ("base/generation_config.json", lambda p: p.write_text("[]"), r"it holds \[\], no JSON"),
+    ("base/generation_config.json", lambda p: p.write_text('{"eos'), "is not valid JSON"),
     ("exits/exits.safetensors", _truncate, "is damaged"),
     ("exits/exits.safetensors", lambda p: p.unlink(), "does not exist"),
     ("exits/exit_config.json", lambda p: p.write_text("{"), "is not valid JSON"),
-    ("exits/exit_config.json", lambda p: p.write_text("{}"), "lacks"),
-    ("exits/exit_config.json", lambda p: p.write_text("[]"), "lacks arch, backbone,"),
-    (
-        "exits/exit_config.json",
-        lambda p: p.write_text(json.dumps(json.loads(p.read_text()) | {"backbone": {}})),
-        r"lacks backbone\.config, backbone\.tensors",
-    ),
+    ("exits/exit_config.json", lambda p: p.write_text("[]"), r"it holds \[\], no JSON object"),
+    ("exits/exit_config.json", lambda p: p.write_text('{"format_version": 1}'), "lacks arch, back"),
     ("exits/exit_config.json", lambda p: p.unlink(), "holds no exits"),
+    *(
+        ("exits/exit_config.json", _with(**{name: value}), message)
+        for name, value, message in [
+            ("format_version", "1", "format_version is '1', it must be of type int"),
+            ("layers", None, r"layers is None, it must be of type list\[int\]"),
+            ("layers", [1.5], r"layers is \[1\.5\], it must be of type list\[int\]"),
+            ("layers", [], "must have an entry per exit"),
+            ("arch", "mlp", r"arch is 'mlp', it must be of type list\[str\]"),
+            ("head", True, r"head is True, it must be of type list\[str\]"),
+            ("seed", True, "seed is True, it must be of type int"),
+            ("base_model", -1, "base_model is -1, it must be of type str"),
+            ("sources", 3, r"sources is 3, it must be of type list\[int\] \| None"),
+            ("vocab_size", "x", r"vocab_size is 'x', it must be of type int \| None"),
+            ("backbone", {}, "backbone is damaged: it lacks config, tensors"),
+            ("backbone", {"config": [], "tensors": {}}, r"config is \[\], it must be of type dict"),
+            ("backbone", {"config": {}, "tensors": {}}, r"backbone\.config is damaged: it lacks"),
+        ]
+    ),
 ]
 
 

@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from helpers.data import make_tokenizer
 from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -62,3 +64,13 @@ def test_pickled_weights_written_once_more_as_the_line_says(folder, tmp_path):
     exec(f"from transformers import AutoModelForCausalLM\n{advice}")
     new = EarlyExitModel.from_base(str(tmp_path / "new"), ExitConfig("2"))
     assert new.backbone.num_layers == 4
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "{"])
+def test_a_damaged_tokenizer(tmp_path, name, text):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"no tokenizer in {tmp_path}: ") as refusal:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refusal.value)

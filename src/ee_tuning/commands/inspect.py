@@ -52,7 +52,7 @@ def _exits_table(path: str) -> Table:
     table = Table(title=f"exits {path}\nfor {saved['base_model']} ({depth} layers)")
     for column in ("exit layer", "architecture", "head", "parameters"):
         table.add_column(column, justify="right")
-    if saved["vocab_size"]:
+    if saved.get("vocab_size"):
         total = saved["backbone"]["config"]["vocab_size"]
         known = f"the exits know {saved['vocab_size']:,} of {total:,} tokens"
         share = saved.get("vocab_coverage")

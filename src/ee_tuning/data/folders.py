@@ -10,7 +10,7 @@ from pathlib import Path
 from ee_tuning.data.readers import READERS, Reader, Record, read_text
 from ee_tuning.data.streams import kind, reading, reading_text
 from ee_tuning.errors import Notice, UserError
-from ee_tuning.files import read_json
+from ee_tuning.files import read_object
 
 RECORDS = (".jsonl", ".parquet", ".arrow")  # if a folder has any, the rest is about them
 PERHAPS_RECORDS = (".json", ".csv", ".tsv")  # records, unless beside texts and sources
@@ -46,7 +46,7 @@ def saved_folder(folder: Path, split: str) -> Path | None:
         return folder
     if not (folder / "dataset_dict.json").is_file():
         return None
-    splits = read_json(folder / "dataset_dict.json").get("splits", [])
+    splits = read_object(folder / "dataset_dict.json", splits=list[str])["splits"]
     wanted = split or (splits[0] if len(splits) == 1 else "train")
     if wanted not in splits:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.errors import UserError
-from ee_tuning.files import read_json, replacing, write_json, writing
+from ee_tuning.files import check_object, read_object, replacing, write_json, writing
 from ee_tuning.regenerate.writer import Written, key_of
 
 FORMAT = 1
@@ -91,9 +91,11 @@ class OutFile:
             raise UserError(
                 f"{self.path} exists: go on with --resume, or replace it with --overwrite"
             )
-        saved = read_json(self.state_path)
+        saved = read_object(self.state_path)
         if saved.pop("format_version", None) != FORMAT:
             raise UserError(f"{self.state_path} is of another version: use --overwrite")
+        kinds = {"settings": dict, "slots": int, "waves": int, "size": int, "totals": dict}
+        check_object(saved, str(self.state_path), **kinds)
         state = State(**saved | {"totals": Totals(**saved["totals"])})
         if self.path.stat().st_size < state.size:
             raise UserError(f"{self.path} was changed since: begin again with --overwrite")

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ee_tuning.adapter import CONFIG_NAME, checkpoints, saved_config
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.files import put_at, read_json, write_json, writing
+from ee_tuning.files import put_at, read_object, write_json, writing
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.slices import COLUMNS, SplitParameter, part, whole
@@ -86,7 +86,7 @@ def load_checkpoint(
         UserError: it is damaged, a setting or what the run works on differs that may not, or it has
             more steps than asked.
     """
-    state = read_json(path / "state.json")
+    state = read_object(path / "state.json", step=int, settings=dict)
     before = state["settings"]
     steps = state.get("steps") or before["steps"]  # which stood there in earlier versions
     for key, value in config.fixed().items():

@@ -153,6 +153,7 @@ class Run:
         self.tuner, self.model = made.tuner, made.tuner.model
         self.layers, self.contents = self.model.all_exit_layers, made.contents()
         self.order = SampleOrder(made.train, config.global_batch_size, config.seed, config.steps)
+        self.log: MetricsLog | NoLog = NoLog()
         self.unread: tuple[int, OnTheWay] | None = None  # the last step's losses and norms
         self.stopping = False  # every process knows that one of them was asked to stop
 
@@ -167,8 +168,8 @@ class Run:
         first = self._resume() if config.resume else 0
         if not first:
             self._fit()
-        self.mesh.on_main(self._begin)
-        log = MetricsLog(self.out, config.log_to, first) if self.mesh.is_main else NoLog()
+        self.mesh.on_main(lambda: self._begin(first))
+        log = self.log
         before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
         self._check_before(before)
         timeline, self.speed = self.made.pipeline.timeline, Speed()
@@ -328,10 +329,11 @@ class Run:
             )
         return losses
 
-    def _begin(self) -> None:
-        """Everything is there and was checked: the run's files begin."""
+    def _begin(self, first: int) -> None:
+        """Everything is there and was checked: the run's files begin, or go on at step `first`."""
         self.out.begin()
         write_text(self.out.path / "run.yaml", describe_run(self.config))
+        self.log = MetricsLog(self.out, self.config.log_to, first)
 
     def _save(self, step: int, log: MetricsLog | NoLog) -> None:
         """Write a checkpoint; with the first one the run takes the place of an earlier one."""

@@ -6,13 +6,14 @@ import json
 import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ee_tuning.errors import UserError
-from ee_tuning.files import write_text
+from ee_tuning.files import check_object, write_text
 from ee_tuning.folders import Output
 
 
@@ -22,9 +23,8 @@ class MetricsLog:
     def __init__(self, out: Output, log_to: str, first_step: int = 0) -> None:
         """Records after `first_step`, left by a run that was cut off, are dropped."""
         self.path = out.path / "metrics.jsonl"
-        kept = self.path.read_text().splitlines() if self.path.exists() and first_step else []
-        records = [json.loads(line) for line in kept]
-        records = [record for record in records if record["step"] <= first_step]
+        kept = _records(self.path) if self.path.exists() and first_step else []
+        records = [record for record in kept if record["step"] <= first_step]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         self.file = self.path.open("a", encoding="utf-8")
         losses = [record["valid_loss"] for record in records if "valid_loss" in record]
@@ -45,6 +45,25 @@ class MetricsLog:
         """Close the file."""
         self.file.close()
         self.let_go()
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """What is recorded in a ``metrics.jsonl``, less a last line that a crash cut off.
+
+    Raises:
+        UserError: another line is no record.
+    """
+    lines, records = path.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not valid JSON: remove it") from error
+        check_object(record, f"{path} line {number}", step=int)
+        records.append(record)
+    return records
 
 
 class NoLog:
