@@ -17,6 +17,11 @@ from ee_tuning.quantise.packages import check_installed, check_package, nothing_
 from ee_tuning.tune_config import Precision
 from ee_tuning.vocabulary import check_number
 
+NOT_NEGATIVE = (
+    "min_lr", "warmup", "weight_decay", "clip", "loss_weight_start", "loss_weight_warmup",
+    "save_every", "eval_every",
+)  # fmt: skip
+
 
 def check(config: TuneConfig) -> None:
     """Refuse settings that cannot work before anything is loaded.
@@ -80,7 +85,7 @@ def check_settings(config: TuneConfig) -> None:
         raise UserError("give either --exits or --layers: one says which exits to tune")
     counts = "steps", "seq_length", "micro_batch_size", "global_batch_size", "keep", "log_every"
     check_counts(config, "draft_steps")
-    check_counts(config, *counts, "dp", "tp", "pp")
+    check_counts(config, *counts, "dp", "tp", "pp", "eval_batches")
     if config.seq_length < 2:
         raise UserError("seq_length is 1: a token needs another one before it")
     if config.master_weights == "bf16" and config.optimizer != "adamw-8bit":
@@ -91,6 +96,16 @@ def check_settings(config: TuneConfig) -> None:
     for key in ("lr", "eps", "kl_temperature"):
         if not getattr(config, key) > 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
+    for key in NOT_NEGATIVE:
+        if not getattr(config, key) >= 0:  # nor nan
+            raise UserError(f"{key} is {getattr(config, key)}: it must be at least 0")
+    if not all(weight >= 0 for weight in config.loss_weights):
+        raise UserError(f"loss_weights are {config.loss_weights}: each must be at least 0")
+    if config.min_lr > config.lr:
+        raise UserError(
+            f"min_lr is {config.min_lr}, above lr, {config.lr}: the learning rate falls to it, give "
+            "a lower --min-lr"
+        )
     if config.exits and config.init != "auto":
         raise UserError(f"init is {config.init}: it is for new exits, not for those in --exits")
     check_parallel(config)
