@@ -178,7 +178,9 @@ def _read(file: str, parser: ArgumentParser, config_class: type, before: Namespa
     not there.
     """
     try:
-        found = get_loader("yaml")(Path(file).read_text(encoding="utf-8"))
+        text = Path(file).read_text(encoding="utf-8")
+        found = get_loader("yaml")(text)
+        _refuse_twice(file, yaml.compose(text))
     except OSError as error:
         raise UserError(f"cannot read the settings in {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -190,6 +192,8 @@ def _read(file: str, parser: ArgumentParser, config_class: type, before: Namespa
     hints = typing.get_type_hints(config_class)
     values = {str(name): value for name, value in (found or {}).items() if value is not None}
     for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{file}: {_unknown(name, hints)}")
         if _is_list(hints.get(name)):
             items = values[name] = value if isinstance(value, list) else [value]
             if any(isinstance(item, dict | list) for item in items):
@@ -200,20 +204,37 @@ def _read(file: str, parser: ArgumentParser, config_class: type, before: Namespa
         raise UserError(f"{file}: {_explain(str(error), hints, [])}") from error
 
 
+def _refuse_twice(file: str, root: yaml.Node | None) -> None:
+    """Refuse a key that a YAML file has twice, of which the last one would be taken.
+
+    root: the file's; settings may be mappings, too.
+
+    Raises:
+        UserError: names both lines.
+    """
+    settings = [value for _, value in root.value] if isinstance(root, yaml.MappingNode) else []
+    for mapping in (root, *settings):
+        lines: dict[str, int] = {}
+        for key, _ in mapping.value if isinstance(mapping, yaml.MappingNode) else ():
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UserError(
+                    f"{file} line {line}: {key.value} is given twice, first in line "
+                    f"{lines[key.value]}: leave one out"
+                )
+            lines[key.value] = line
+
+
 def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     """jsonargparse's message as one line, with the nearest known name for an unknown one.
 
     hints: types of the settings by name. flags: as they were given.
     """
     message = " ".join(message.split()).removeprefix("error: ")
-    for mark in ("unrecognized arguments: ", "Option '"):
-        if mark in message:
-            rest = message.split(mark)[1]
-            unknown = rest.split()[0].strip("'\"").split("=")[0]
-            if mark.startswith("unrecognized") and not unknown.startswith("-"):
-                return _left_over(rest, hints, flags)
-            hint = nearest(_key(unknown), hints) or "; --help lists those that there are"
-            return f"unknown setting {unknown!r}{hint}"
+    _, mark, rest = message.partition("unrecognized arguments: ")
+    if mark:
+        unknown = rest.split()[0].strip("'\"").split("=")[0]
+        return _unknown(unknown, hints) if unknown[:1] == "-" else _left_over(rest, hints, flags)
     missing = re.match(r"argument (--[\w-]+)\S*: expected (?:one|at least one) argument", message)
     if missing:
         return f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"
@@ -232,6 +253,11 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
         kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds)
         return f"{name} is {value}: it must be one of {kinds}"
     return message
+
+
+def _unknown(name: str, hints: dict[str, Any]) -> str:
+    hint = nearest(_key(name), hints) or "; --help lists those that there are"
+    return f"unknown setting {name!r}{hint}"
 
 
 def _left_over(words: str, hints: dict[str, Any], flags: list[str]) -> str:
