@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+import warnings
 
 import pytest
 from helpers.lookups import let_texts_draft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_tuning.cli import main
+from ee_tuning.errors import Notice
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -124,6 +126,30 @@ def test_what_makes_no_sense_is_refused(exits, args, message, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("ee-tuning: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ([], ""),
+        (["--threshold", "0.5"], "threshold"),
+        (["--exit-layers", "2", "--min-depth", "1"], "exit_layers and min_depth"),
+        (["--max-pending", "0", "--measure", "margin"], "max_pending and measure"),
+    ],
+)
+def test_settings_that_the_mode_ignores_are_named(exits, flags, named, capsys):
+    """And they change nothing."""
+
+    def said(*args):
+        with warnings.catch_warnings(record=True) as warned:
+            main(run(exits, "--prompt", "def a", *args))
+        text = capsys.readouterr().out.rpartition(",")[0]  # the speed is behind it
+        return text, [str(one.message) for one in warned if one.category is Notice]
+
+    assert said(*flags) == (said()[0], [f"mode full ignores {named}"] * bool(named))
+    fixed = "--mode", "fixed"
+    named = named if "exit_layers" not in named else ""
+    assert said(*fixed, *flags) == (said(*fixed)[0], [f"mode fixed ignores {named}"] * bool(named))
 
 
 def test_where_rounding_may_change_a_speculative_text_it_is_said(exits, monkeypatch, capsys):

@@ -349,6 +349,11 @@ def test_mistakes_in_the_models_arguments(exits, settings, words):
         EarlyExitLM(**{"exits": exits} | settings)
 
 
+def test_settings_that_the_mode_ignores_are_named(exits, caplog):
+    EarlyExitLM(exits=exits, mode="full", threshold=0.5)
+    assert "mode full ignores threshold" in caplog.text
+
+
 def test_mistakes_in_what_is_asked(exits, tmp_path, monkeypatch):
     ours = EarlyExitLM(exits=exits)
     with pytest.raises(UserError, match="asks for 512 new tokens, the context has 128"):

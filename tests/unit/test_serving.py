@@ -15,7 +15,10 @@ from ee_tuning.commands.serve import _is_loopback
 from ee_tuning.decode import Request, Token
 from ee_tuning.decode.settings import Speculative, Threshold
 from ee_tuning.decode.text import TextStream
+from ee_tuning.errors import UserError
 from ee_tuning.serve.choices import Choice, Stops, joined
+from ee_tuning.serve.config import ServeConfig
+from ee_tuning.serve.load import check_settings
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 from ee_tuning.serve.speed import Faster
@@ -163,13 +166,22 @@ def test_tokens_that_come_together_say_what_they_say_one_by_one(tokenizer, stops
         (["--model", "BASE", "--port", "70000"], "port is 70000: give 65535 or less"),
         (["--model", "BASE", "--deadline", "0"], "deadline and grace are seconds"),
         (["--model", "BASE", "--capacity", "129"], "the backbone's context 128: give that or less"),
-        (["--model", "BASE", "--threshold", "2"], "threshold 2.0 is outside [0, 1]"),
+        (["--model", "BASE", "--lookup", "--threshold", "2"], "threshold 2.0 is outside [0, 1]"),
         (["--model", "BASE", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(base, capsys, flags, said):
     given = [base if flag == "BASE" else flag for flag in flags]
     assert said in fails(capsys, "serve", "--port", "0", *given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("threshold", 0.5), ("exit_layers", "2"), ("min_depth", 2)]
+)
+def test_settings_of_exits_are_refused_for_a_backbone_alone(name, value):
+    check_settings(ServeConfig(exits="exits", **{name: value}))
+    with pytest.raises(UserError, match=f"{name} needs exits: give them with --exits"):
+        check_settings(ServeConfig(model="base", **{name: value}))
 
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(base, capsys):

@@ -24,7 +24,7 @@ from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.decode.sampling import Token
-from ee_tuning.decode.settings import POLICIES
+from ee_tuning.decode.settings import POLICIES, ignored
 from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
@@ -93,11 +93,13 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
     """
     if config.stage_layers and config.pp == 1:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
+    mesh = Mesh(tp=config.tp, pp=config.pp)
+    if mesh.is_main and (unused := ignored(config)):
+        warnings.warn(unused, Notice, stacklevel=1)
     if config.calibrated:
         if config.threshold != GenerateConfig.threshold:
             raise UserError("threshold and calibrated are both given: leave one out")
         config = replace(config, threshold=CALIBRATED)
-    mesh = Mesh(tp=config.tp, pp=config.pp)
     with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         _generate(config, mesh, console or Console(quiet=not mesh.is_main))

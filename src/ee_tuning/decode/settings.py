@@ -33,6 +33,7 @@ class Policy:
     lookup: bool = False
 
     mode: ClassVar[str]
+    ignores: ClassVar[tuple[str, ...]] = ()  # settings that change neither tokens nor layers
     needs_exits: ClassVar[bool] = True
     final: ClassVar[bool] = True  # the final exit predicts at the end, not an exit there
     verifies: ClassVar[bool] = False  # what left is a draft; the next that gets to the end verifies
@@ -69,6 +70,7 @@ class Full(Policy):
     """Every token goes through the whole backbone."""
 
     mode = "full"
+    ignores = ("threshold", "exit_layers", "min_depth", "max_pending", "measure")
     needs_exits = False
 
     @classmethod
@@ -81,6 +83,7 @@ class Fixed(Policy):
     """Every token ends at the same exit."""
 
     mode = "fixed"
+    ignores = ("threshold", "max_pending", "measure")
     final = False
 
     @classmethod
@@ -161,6 +164,13 @@ def make_policy(model: Network, leaving: Leaving) -> Policy:
         raise UserError(f"min_depth {least} leaves no exit active, of those at {named}")
     thresholds = _thresholds(leaving.threshold, active)
     return POLICIES[mode].read(leaving, thresholds, model.backbone.num_layers)
+
+
+def ignored(leaving: Leaving) -> str:
+    """What to say of settings that are not as by default, and that the mode ignores, if any."""
+    names = POLICIES[leaving.mode].ignores
+    given = [name for name in names if getattr(leaving, name) != getattr(Leaving, name)]
+    return f"mode {leaving.mode} ignores {' and '.join(given)}" if given else ""
 
 
 def check_mode(leaving: Leaving) -> None:

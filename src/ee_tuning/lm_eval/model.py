@@ -21,7 +21,7 @@ from ee_tuning.config import Leaving, SamplingConfig
 from ee_tuning.decode import engines_of, generate_batch
 from ee_tuning.decode.generate import widest
 from ee_tuning.decode.load import load_for_decoding
-from ee_tuning.decode.settings import make_policy
+from ee_tuning.decode.settings import ignored, make_policy
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import mean_depth
 from ee_tuning.lm_eval.scoring import score
@@ -93,6 +93,8 @@ class EarlyExitLM(HFLM):
         self.scoring = scoring
         self.network, tokenizer = load_for_decoding(config)
         self.policy = make_policy(self.network, self.leaving)
+        if unused := ignored(self.leaving):
+            log.warning(unused)
         self.compile = config.compiled()
         self._records: dict[str, Record] = {}
         self._record = Record()

@@ -103,8 +103,8 @@ def check_settings(config: TuneConfig) -> None:
         raise UserError(f"loss_weights are {config.loss_weights}: each must be at least 0")
     if config.min_lr > config.lr:
         raise UserError(
-            f"min_lr is {config.min_lr}, above lr, {config.lr}: the learning rate falls to it, give "
-            "a lower --min-lr"
+            f"min_lr is {config.min_lr}, above lr, {config.lr}: the learning rate falls to it, "
+            "lower --min-lr"
         )
     if config.exits and config.init != "auto":
         raise UserError(f"init is {config.init}: it is for new exits, not for those in --exits")

@@ -64,7 +64,7 @@ class Generation(Body):
 
     mode: Mode | Literal["auto"] | None = None
     threshold: Finite | Annotated[str, Field(max_length=1000)] | dict[str, Finite] | None = None
-    exit_layers: Annotated[list[TokenId], Field(max_length=1000)] | Name | None = None
+    exit_layers: Annotated[list[TokenId], Field(min_length=1, max_length=1000)] | Name | None = None
     min_depth: TokenId | None = None
     measure: Measure | None = None
     lookup: bool | None = None

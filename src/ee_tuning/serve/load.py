@@ -75,6 +75,10 @@ def check_settings(config: ServeConfig) -> None:
     drafts = config.lookup and config.mode == "speculative"
     if not config.exits and config.mode not in ("auto", "full") and not drafts:
         raise UserError(f"mode {config.mode} needs exits: give them with --exits")
+    for name in ("threshold", "exit_layers", "min_depth"):
+        given = getattr(config, name) != getattr(ServeConfig, name)
+        if given and not config.exits and not config.lookup:
+            raise UserError(f"{name} needs exits: give them with --exits")
     leaves = config.mode == "auto" and config.threshold == CALIBRATED
     if config.lookup and (leaves or config.mode not in ("auto", "speculative")):
         mode = "auto with calibrated thresholds" if leaves else config.mode

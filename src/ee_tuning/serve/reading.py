@@ -24,7 +24,7 @@ from ee_tuning.data.chats import REFUSALS
 from ee_tuning.decode import Chooser, Full, Policy, Request
 from ee_tuning.decode.arguments import end_tokens
 from ee_tuning.decode.noise import SEEDS
-from ee_tuning.decode.settings import make_policy
+from ee_tuning.decode.settings import POLICIES, make_policy
 from ee_tuning.decode.text import encode_chat, encode_prompt
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exit_config import DRAFT
@@ -43,7 +43,7 @@ from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 
 COMPLETION = 16  # tokens of a completion that says nothing else, as with OpenAI
-POLICIES = 256  # settings of exits that are remembered
+REMEMBERED = 256  # settings of exits
 COLDEST = 0.01  # a temperature below it would be 0 to fp32
 
 
@@ -244,6 +244,9 @@ class Reader:
             leaving |= {"mode": "speculative" if drafts else "full", "lookup": lookup and drafts}
             if drafts and not leaving["exit_layers"] and DRAFT not in self.drafting:
                 leaving["exit_layers"] = self.drafting or ""
+        for name in () if mode == "auto" else POLICIES[mode].ignores:
+            if name in given and name != "measure":  # confidences are by it in any mode
+                raise Refused(f"{name}: mode {mode} ignores it: leave it out", name)
         if leaving["mode"] == "full" and threshold == CALIBRATED:
             leaving["threshold"] = 1.0
         try:
@@ -259,7 +262,7 @@ class Reader:
         """The policy of these settings: the same for the same ones, of which there are few."""
         key = repr(leaving)
         if key not in self._policies:
-            if len(self._policies) >= POLICIES:
+            if len(self._policies) >= REMEMBERED:
                 self._policies.clear()
             self._policies[key] = make_policy(self.model, Leaving(**leaving))
         return self._policies[key]
