@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -145,6 +146,36 @@ def claim(
         refuse_foreign(folder)
     there = any(path.name != REPLACED for path in folder.iterdir())
     return Output(folder, overwrites and there, overwrites)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Inside, no other process that asks for this writes to `folder`.
+
+    The kernel lets go of it when this process ends, however it does. Where there is no such lock,
+    as on some network file systems, nobody is kept out.
+
+    Raises:
+        UserError: another one is inside.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run writes to {folder}: wait for its end, or choose another --out"
+            ) from None
+        except OSError:  # no such lock
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from ee_tuning.folders import sole_writer
+
 BAD = {
     "no-divisor": (2, {"pp": 1}), "too-deep": (2, {"pp": 2, "layers": "1", "arch": "mlp"}),
     "stage-layers": (2, {"pp": 2, "stage_layers": [1, 1]}),
@@ -33,7 +35,10 @@ def runs(new_runs, backbones, data):
         change(folders[1])
         same = {axis: 2, "data": ["code.jsonl"], "model": "model"}
         runs.add(name, 2, folders=list(map(str, folders)), **same)
-    runs.start()
+    runs.add("written-to", 2, dp=2)
+    (runs.root / "written-to").mkdir()
+    with sole_writer(runs.root / "written-to"):
+        runs.start()
     return runs
 
 
@@ -84,6 +89,7 @@ CHANGES = {
         ("other-paths", "rank 1 has other settings than rank 0"),
         ("other-data", "rank 1 has other data than rank 0"),
         ("other-model-dp", "rank 1 has another layer 3 of the backbone than those before it"),
+        ("written-to", "another run writes to "),
         ("no-data", "code.jsonl does not exist"),
         ("missing-shard-pp", "cannot load the backbone model: "),
         ("missing-shard-tp", "cannot load the backbone model: "),

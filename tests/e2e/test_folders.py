@@ -1,5 +1,6 @@
 """What commands write, who may read it, and what they leave where something is already."""
 
+import errno
 import os
 import shutil
 import signal
@@ -114,6 +115,38 @@ def test_the_old_exits_stay_until_the_new_ones_are_whole(base, data, old, monkey
         "step-000004",
     ]
     assert EarlyExitModel.from_pretrained(str(old)).exit_layers == [2]
+
+
+@pytest.mark.parametrize("how", ["overwrite", "resume"])
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_is_on_its_way(
+    how, exits, base, data, tmp_path, capsys, monkeypatch
+):
+    out, step, settings = tmp_path / "out", Tuner.step, {"arch": "mlp,layer", "steps": 2}
+    again, refused = arguments(base, data, out, **settings, **{how: True}), []
+
+    def meanwhile(tuner, *args):
+        monkeypatch.setattr(Tuner, "step", step)
+        before = read_all(out)
+        refused.append(fails(capsys, "tune", *again))
+        assert read_all(out) == before
+        return step(tuner, *args)
+
+    monkeypatch.setattr(Tuner, "step", meanwhile)
+    tune(base, data, out, **settings)
+    assert refused == [
+        f"ee-tuning: another run writes to {out}: wait for its end, or choose another --out"
+    ]
+    assert read_all(out)["exits.safetensors"] == read_all(exits)["exits.safetensors"]
+    main(["tune", *again])
+
+
+def test_a_file_system_without_locks_is_written_to(base, data, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    tune(base, data, tmp_path / "out", steps=1)
+    assert (tmp_path / "out/exits.safetensors").exists()
 
 
 def test_overwriting_nothing_is_a_run_like_any_other(base, data, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +25,7 @@ from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, ve
 from ee_tuning.errors import Interrupted, UserError
 from ee_tuning.exit_config import DRAFT, exit_name
 from ee_tuning.files import write_text
-from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim
+from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim, sole_writer
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import deal, deal_batches, without_labels
 from ee_tuning.parallel.mesh import Mesh, restarts
@@ -72,10 +72,11 @@ def tune(
     config = _going_on(config)
     mesh = Mesh(config.dp, config.tp, config.pp)
     device = pick_device(config.device)
-    with mesh.connected(device, config.timeout):
+    with mesh.connected(device, config.timeout), ExitStack() as held:
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
         reads = config.exits, config.model
         out = mesh.on_main(lambda: claim(config.out, config.overwrite, config.resume, reads))
+        mesh.on_main(lambda: held.enter_context(sole_writer(out.folder)))
         shown = display if display and mesh.is_main else Display()
         shapes = mesh.on_all(lambda: shapes_of(config))
         with _largest_parts_named(shapes, config, mesh, out):
