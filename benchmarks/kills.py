@@ -111,7 +111,7 @@ def arguments(folder: Path, phase: str, layout: str, out: str) -> list[str]:
     if phase in DECODES:
         return [
             "generate", "--exits", str(folder / "exits"), "--prompt", "w1 w2 w3", "--pp", "2",
-            "--max-new-tokens", "100", "--threshold", "0", "--timeout", str(TIMEOUT),
+            "--max-new-tokens", "240", "--threshold", "0", "--timeout", str(TIMEOUT),
         ]  # fmt: skip
     return [
         "tune", "--model", str(folder / "model"), "--layers", "1,3", "--arch", "mlp",
