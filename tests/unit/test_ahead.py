@@ -26,7 +26,8 @@ from ee_tuning.decode import (
     branches,
     drafts,
 )
-from ee_tuning.decode.ahead import TOKENS, Ahead, _decide, cuts_beside
+from ee_tuning.decode.ahead import Ahead, _decide, cuts_beside
+from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.graphs import Beside
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.sequences import Row
@@ -301,6 +302,69 @@ def test_a_text_that_becomes_the_only_one_goes_on_as_it_was():
     assert texts[0] == texts[1]
 
 
+@contextmanager
+def looks_behind(monkeypatch):
+    """Looks that ask for the same, as compiled ones mostly do; what was begun, as (first, number of
+    tokens, whether it is behind another)."""
+    seen, asking, begin, follow = [], Ahead._asking, Ahead._begin, Ahead._follow
+
+    def begun(function, behind):
+        def called(self, *args):
+            look = function(self, *args)
+            if look is not None:
+                seen.append((look.length, look.number, behind))
+            return look
+
+        return called
+
+    with monkeypatch.context() as patch:
+        wide = {"reach": CAPACITY}
+        patch.setattr(Ahead, "_asking", lambda *args: asking(*args)._replace(**wide))
+        patch.setattr(Ahead, "_begin", begun(begin, False))
+        patch.setattr(Ahead, "_follow", begun(follow, True))
+        yield seen
+
+
+@pytest.mark.parametrize("name", ["full", "some leave", "all leave", "margin"])
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 40])
+def test_the_device_is_at_the_next_tokens_while_the_host_looks(name, number, monkeypatch):
+    """At no more than there is room for."""
+    policy = POLICIES[name]()
+    expected = written(engine_of(early_exit(), [1, 2, 3], False), policy, number)
+    with looks_behind(monkeypatch) as seen:
+        assert written(engine_of(early_exit(), [1, 2, 3], True), policy, number) == expected
+    assert [behind for *_, behind in seen] == [False] + [True] * (len(seen) - 1)
+    assert [(first, of) for first, of, _ in seen] == [
+        (at, min(TOKENS // 2, 7 + number - at)) for at in range(8, 7 + number, TOKENS // 2)
+    ]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("others", [1, 9])
+def test_what_was_begun_is_lost_where_another_text_comes(steps, others, monkeypatch):
+    """And where the first is alone again, it goes on from where it is."""
+    policy, texts, looks = POLICIES["some leave"](), [], []
+    for ahead in (True, False):
+        engine = engine_of(early_exit(), [1, 2, 3], ahead, slots=2)
+        long, short = Request(prompt(7), policy, 50), Request(prompt(5), policy, 5 + others)
+        found = {id(long): [], id(short): []}
+        with looks_behind(monkeypatch) as seen:
+            engine.submit(long)
+            for step in itertools.count():
+                if step == steps:
+                    engine.submit(short)
+                for request, token in engine.step():
+                    found[id(request)].append((token.id, token.exit_layer, token.confidence))
+                if long.finished:
+                    break
+        texts.append([*found.values()])
+        looks.append(seen)
+    assert texts[0] == texts[1]
+    begun = [first for first, _, behind in looks[0] if not behind]
+    assert len(begun) == (1 if others == 1 else 2)
+    assert any(behind for *_, behind in looks[0])
+
+
 @pytest.mark.parametrize("end", [1, 2, TOKENS + 3])
 def test_a_text_ends_where_its_stop_is(end):
     engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
@@ -351,7 +415,9 @@ def test_logits_that_are_no_numbers_fail_a_text_behind_what_was_right(monkeypatc
     monkeypatch.setattr("ee_tuning.decode.ahead._decide", spoilt)
     request = Request(prompt(7), Full(4, max_pending=3), 60)
     engine.submit(request)
-    events = [event for _ in range(4) for event in engine.step()]
+    events = []
+    while not request.finished:
+        events += engine.step()
     assert [token.id for _, token in events[:-1]] == expected[: 1 + TOKENS + 2]
     assert events[-1] == (request, None)
     assert "not finite" in str(request.error)

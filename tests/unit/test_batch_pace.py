@@ -8,7 +8,8 @@ from helpers.models import drafting
 from helpers.prompts import prompt
 
 from ee_tuning.decode import Engine, Request, Speculative, drafts
-from ee_tuning.decode.ahead import TOKENS, Ahead
+from ee_tuning.decode.ahead import Ahead
+from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.pace import Clock, Pace, plan
 from ee_tuning.exit_config import DRAFT
 

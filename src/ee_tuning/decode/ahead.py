@@ -13,7 +13,7 @@ waits for a step, it computes that one alone; else a window.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise, product
@@ -22,6 +22,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.alone import (
+    DONE,
+    GOES_ON,
+    LENGTH,
+    LIMIT,
+    MORE,
+    NEWEST,
+    NUMBER,
+    ONE,
+    PENDING,
+    SAID,
+    TOKENS,
+    Newest,
+)
 from ee_tuning.decode.branches import can_branch
 from ee_tuning.decode.cache import Place, waiting
 from ee_tuning.decode.draws import ALL, bisects
@@ -35,14 +49,6 @@ from ee_tuning.decode.wanted import Predictor, Rows, Wanted, predict
 from ee_tuning.model import Network
 from ee_tuning.slices import group_of
 
-TOKENS = 4  # between two looks: those behind a text's end are lost, and new texts wait
-# What there is of a row: its slot, newest token, tokens, how many of them are pending and may be,
-# tokens since the last look, which pieces run next, and of each token since then: it, the segment
-# behind which it left, confidence; then, by segment, tokens that it has computed, and thresholds.
-SLOT, NEWEST, LENGTH, PENDING, LIMIT, NUMBER, GOES_ON, SAID = range(8)
-DONE = SAID + 3 * TOKENS
-# What may run next: nothing, a step with the newest token alone, or with more.
-ONE, MORE = 1, 2
 # Layers beside which an exit is asked: about as long as that takes. It takes none of the time of
 # layers of few bytes, which is that of their kernels one after the other.
 BESIDE, FEW = 2, 32 << 20
@@ -99,43 +105,27 @@ class Step(NamedTuple):
     ends: bool
 
 
-class Newest:
-    """The newest token, as passes of it alone are told of it.
+class Look(NamedTuple):
+    """Tokens of a row that the device finds while the host does not look.
 
-    What steps share lies in memory of its own: a tensor of a captured step has no numbers when the
-    next one is captured. slots: (1,), id: (1, 1), int64. hidden: (1, 1, H), what the step before
-    gave. sizes: of slots.
+    length: tokens of the text before them. number: of them. at: of the first one, of `TOKENS`. run:
+    finds one. said: of each it, the segment behind which it left, and confidence, when `ready`.
     """
 
-    def __init__(self, passes: Passes) -> None:
-        caches = [*passes.caches, *passes.exit_caches.values()]
-        self.sizes = sorted({layer.size for cache in caches for layer in cache.slot_layers})
-        self.slots, self._limit = passes.control[:1, 0], passes.limit
+    row: Row
+    length: int
+    number: int
+    at: int
+    asking: Asking
+    run: Callable[[], None]
+    said: Tensor
+    ready: torch.cuda.Event | None
 
-        def number() -> Tensor:
-            return torch.zeros(1, 1, dtype=torch.int64, device=passes.device)
-
-        self.id, self._position, self._limited = number(), number(), number()
-        self._places = {size: number() for size in self.sizes}
-        self.hidden = passes.rings.rings[0].new_zeros(1, 1, passes.backbone.config.hidden_size)
-        self._tables = passes.keep_positions(self._limited)
-        self._enter = compiled(_enter, passes.compile)
-
-    def read(self, state: Tensor) -> None:
-        """Find what it is in the state of `Ahead`."""
-        told = self.slots, self.id, self._position, self._limited
-        self._enter(state, *told, self._places, self._limit, self._tables)
-
-    def place(self, reach: int, in_order: bool) -> Place:
-        """Its place."""
-        place = Place(self.slots, self._position, reach, in_order)
-        place.know(self._places)
-        return place
-
-    def position_ids(self) -> Tensor:
-        """Its position (1, 1): a new tensor each time, since what is made of positions is kept for
-        one tensor; but where that is in tables which `read` fills."""
-        return self._limited if self._tables else self._limited.view(1, 1)
+    def lines(self) -> Any:
+        """What was said, in a wait for the device."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.said.tolist()
 
 
 class Ahead:
@@ -151,6 +141,9 @@ class Ahead:
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._newest = Newest(passes)
+        pinned = device.type == "cuda"
+        self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, pin_memory=pinned)
+        self._behind: Look | None = None  # that was begun before the one in front of it was over
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._beside = Beside(device)
         chains = passes.chains
@@ -170,11 +163,27 @@ class Ahead:
         return not (own or rows[0].door or not chooser.in_passes)
 
     @torch.inference_mode()
-    def go_on(self, row: Row, count: int) -> list[Token]:
+    def go_on(self, row: Row, count: int, behind: bool = False) -> list[Token]:
         """The next tokens of a row, up to `count` ≤ `TOKENS`; none, if there is no first one, but
-        the error of its request. None leaves early if none may be pending."""
-        policy, count = row.policy, min(count, row.left)
-        thresholds = [policy.thresholds.get(layer, math.inf) for layer in self._stops]
+        the error of its request. None leaves early if none may be pending.
+
+        behind: the device begins with as many more before the host looks at these, up to half of
+        `TOKENS` each: for rows that will go on so. If the row does not, they are lost.
+        """
+        look, self._behind = self._behind, None
+        if look is None or look.row is not row or look.length != len(row.ids):
+            look = self._begin(row, min(count, row.left))
+        if behind and row.left > look.number:
+            self._behind = self._follow(look, min(count, row.left - look.number))
+        tokens: list[Token] = []
+        for number, i, confidence in row.evident(look.lines()):
+            computed = int(i) + 1 + look.asking.beside[int(i)]
+            tokens.append(_take(row, int(number), self._stops[int(i)], computed, confidence))
+        return tokens
+
+    def _begin(self, row: Row, count: int) -> Look:
+        """The first look at a row: the device is told of it."""
+        thresholds = [row.policy.thresholds.get(layer, math.inf) for layer in self._stops]
         done = row.done + [0] * (len(self._stops) - row.through)
         head = [row.slot, row.ids[-1], len(row.ids), row.pending, row.limit]
         said = [0] * (DONE - len(head))
@@ -183,20 +192,34 @@ class Ahead:
         def begin() -> None:
             self._state.copy_(told, non_blocking=True)
 
-        end, in_order = len(row.ids) + count, self.passes.in_order([row.slot])
-        samples = row.request.chooser.samples
-        size = row.through, row.limit, end, in_order
-        asking = self._asking(policy, size, samples)
+        asking = self._asking_of(row, len(row.ids) + count)
         run = self._tokens(asking, begin)
         begin()
-        for _ in range(count):
+        return self._look(row, len(row.ids), count, 0, asking, run)
+
+    def _follow(self, look: Look, count: int) -> Look | None:
+        """A look behind another, if it asks for the same."""
+        length, at = look.length + look.number, (look.at + look.number) % TOKENS
+        if self._asking_of(look.row, length + count) != look.asking:
+            return None
+        return self._look(look.row, length, count, at, look.asking, look.run)
+
+    def _look(
+        self, row: Row, length: int, number: int, at: int, asking: Asking, run: Callable[[], None]
+    ) -> Look:
+        """Let the device find tokens; see `Look`."""
+        for _ in range(number):
             run()
-        lines = self._state[SAID : SAID + 3 * count].view(count, 3)
-        tokens: list[Token] = []
-        for number, i, confidence in row.evident(lines.tolist()):
-            computed = int(i) + 1 + asking.beside[int(i)]
-            tokens.append(_take(row, int(number), self._stops[int(i)], computed, confidence))
-        return tokens
+        said, first = self._said[at : at + number], SAID + 3 * at
+        found = self._state[first : first + said.numel()].view(said.shape)
+        said.copy_(found, non_blocking=True)
+        ready = torch.cuda.current_stream().record_event() if found.is_cuda else None
+        return Look(row, length, number, at, asking, run, said, ready)
+
+    def _asking_of(self, row: Row, end: int) -> Asking:
+        """What a row asks for till its text is so long."""
+        size = row.through, row.limit, end, self.passes.in_order([row.slot])
+        return self._asking(row.policy, size, row.request.chooser.samples)
 
     def _asking(self, policy: Policy, size: tuple[int, int, int, bool], samples: int) -> Asking:
         """What a text of a policy asks for.
@@ -330,24 +353,6 @@ def _take(row: Row, number: int, layer: int, computed: int, confidence: float) -
     return token
 
 
-def _enter(
-    state: Tensor, slots: Tensor, id: Tensor, position: Tensor, limited: Tensor,
-    places: Mapping[int, Tensor], limit: int, tables: Sequence[tuple[Tensor, Tensor]],
-) -> None:  # fmt: skip
-    """Say what the newest token is, at which position, that up to `limit`, at which place of slots
-    with so many, and what tables of all positions have of it."""
-    at = state[LENGTH].long() - 1
-    slots.copy_(state[SLOT].long())
-    id.copy_(state[NEWEST].long())
-    position.copy_(at)
-    within = at.clamp(max=limit)
-    limited.copy_(within)
-    for size, place in places.items():
-        place.copy_(at % size)
-    for table, own in tables:
-        own.copy_(table[within.view(1, 1)])
-
-
 def _open(
     state: Tensor, slots: Tensor, ring: Tensor, i: int, length: int, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -375,7 +380,7 @@ def _decide(state: Tensor, answers: Tensor, step: Step) -> None:
     token, sure = answers.double()
     segments = (len(state) - DONE) // 2
     length, index = state[LENGTH], torch.arange(len(state), device=state.device)
-    begun = {NEWEST: token, LENGTH: length + 1, NUMBER: state[NUMBER] + 1}
+    begun = {NEWEST: token, LENGTH: length + 1, NUMBER: (state[NUMBER] + 1) % TOKENS}
     if step.ends:
         leaves, goes_on = torch.ones_like(token, dtype=torch.bool), torch.zeros_like(token)
         begun[PENDING] = goes_on

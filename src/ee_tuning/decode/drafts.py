@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from ee_tuning.decode.ahead import TOKENS, Ahead
+from ee_tuning.decode.ahead import Ahead
+from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
 from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
@@ -173,6 +174,8 @@ def next_round(
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
+        if ahead is not None and ahead.serves(rows):
+            return [(rows[0], ahead.go_on(rows[0], TOKENS // 2, behind=True))]
         if (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
             return go_on(TOKENS)
         if _go_straight(sequences, rows):
