@@ -7,7 +7,7 @@
 # TOKENS that the model writes, STEPS of 48 × LENGTH tokens, exits after LAYERS. A step that was done is not done again.
 set -euo pipefail
 model=$1 out=$2 gpus=${3:-1}
-tokens=${TOKENS:-22e6} steps=${STEPS:-2600} slots=${SLOTS:-2048} length=${LENGTH:-512} limit=${LIMIT:-16}
+tokens=${TOKENS:-30e6} steps=${STEPS:-3000} slots=${SLOTS:-2048} length=${LENGTH:-512} limit=${LIMIT:-16}
 here=$(cd "$(dirname "$0")" && pwd)
 ours() { python -m torch.distributed.run --nproc-per-node "$gpus" --master-port "${PORT:-29711}" -m ee_tuning "$@" --dp "$gpus"; }
 part() { python -c "print($1 * $tokens)"; }
