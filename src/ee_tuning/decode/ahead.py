@@ -141,8 +141,7 @@ class Ahead:
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._newest = Newest(passes)
-        pinned = device.type == "cuda"
-        self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, pin_memory=pinned)
+        self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, pin_memory=self._state.is_cuda)
         self._behind: Look | None = None  # that was begun before the one in front of it was over
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._beside = Beside(device)
@@ -164,15 +163,12 @@ class Ahead:
 
     @torch.inference_mode()
     def go_on(self, row: Row, count: int, behind: bool = False) -> list[Token]:
-        """The next tokens of a row, up to `count` ≤ `TOKENS`; none, if there is no first one, but
-        the error of its request. None leaves early if none may be pending.
-
-        behind: the device begins with as many more before the host looks at these, up to half of
-        `TOKENS` each: for rows that will go on so. If the row does not, they are lost.
+        """The next tokens of a row, up to `count` ≤ `TOKENS`, or what is `underway`; none, if there
+        is no first one, but the error of its request. None leaves early if none may be pending.
+        behind: as many more, up to half of `TOKENS`, are begun before the host looks at these.
         """
-        look, self._behind = self._behind, None
-        if look is None or look.row is not row or look.length != len(row.ids):
-            look = self._begin(row, min(count, row.left))
+        look = self.underway(row) or self._begin(row, min(count, row.left))
+        self._behind = None
         if behind and row.left > look.number:
             self._behind = self._follow(look, min(count, row.left - look.number))
         tokens: list[Token] = []
@@ -180,6 +176,11 @@ class Ahead:
             computed = int(i) + 1 + look.asking.beside[int(i)]
             tokens.append(_take(row, int(number), self._stops[int(i)], computed, confidence))
         return tokens
+
+    def underway(self, row: Row) -> Look | None:
+        """What the device is at for a row, or has found, if the row has gone no other way since."""
+        look = self._behind
+        return look if look and look.row is row and look.length == len(row.ids) else None
 
     def _begin(self, row: Row, count: int) -> Look:
         """The first look at a row: the device is told of it."""
@@ -211,9 +212,8 @@ class Ahead:
         for _ in range(number):
             run()
         said, first = self._said[at : at + number], SAID + 3 * at
-        found = self._state[first : first + said.numel()].view(said.shape)
-        said.copy_(found, non_blocking=True)
-        ready = torch.cuda.current_stream().record_event() if found.is_cuda else None
+        said.copy_(self._state[first : first + said.numel()].view(said.shape), non_blocking=True)
+        ready = torch.cuda.current_stream().record_event() if self._state.is_cuda else None
         return Look(row, length, number, at, asking, run, said, ready)
 
     def _asking_of(self, row: Row, end: int) -> Asking:

@@ -145,23 +145,24 @@ def _go_straight(sequences: Sequences, rows: Sequence[Row]) -> bool:
 
 
 def _at_full_depth(
-    sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None
+    sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None, behind: bool = False
 ) -> Callable[[int], list[Settled]] | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
-    where it is to look at each."""
+    where it is to look at each. behind: see `_ahead`."""
     if ahead is None:
         return None
     if ahead.serves(rows):
-        return partial(_ahead, ahead, rows[0])
+        return partial(_ahead, ahead, rows[0], behind=behind)
     # What a text has for a token is not known before the one before it.
     texts = any(row.text is not None for row in rows)
     straight = not texts and _go_straight(sequences, rows)
     return partial(full_round, sequences, rows) if straight else None
 
 
-def _ahead(ahead: Ahead, row: Row, count: int) -> list[Settled]:
-    """The next `count` tokens, or fewer, of a row that is alone."""
-    return [(row, ahead.go_on(row, count))]
+def _ahead(ahead: Ahead, row: Row, count: int, behind: bool = False) -> list[Settled]:
+    """The next tokens of a row that is alone. behind: the device may be `count` ahead: at half of
+    them while the host looks at the others."""
+    return [(row, ahead.go_on(row, max(1, count // 2) if behind else count, behind))]
 
 
 def next_round(
@@ -174,9 +175,7 @@ def next_round(
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
-        if ahead is not None and ahead.serves(rows):
-            return [(rows[0], ahead.go_on(rows[0], TOKENS // 2, behind=True))]
-        if (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
+        if (go_on := _at_full_depth(sequences, rows, ahead, behind=True)) is not None:
             return go_on(TOKENS)
         if _go_straight(sequences, rows):
             return full_round(sequences, rows, 1)
@@ -308,8 +307,10 @@ def _alone(
     elif text is not None:
         clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
         now, behind = _by_text(row, text, rounds.underway(row), clocks)
-    if not now.most and not rounds.underway(row):
-        return _rest(sequences, [row], dict.fromkeys(clocks), partial(_ahead, ahead, row), timed)
+    rests = not now.most and not rounds.underway(row)
+    if rests or ahead.underway(row):  # what the device is at comes before what pays behind it
+        go_on = partial(_ahead, ahead, row, behind=rests)
+        return _rest(sequences, [row], dict.fromkeys(clocks if rests else ()), go_on, timed)
     # A text's first round is looked at before there is another: many are of a few tokens.
     behind = behind if row.linked > len(row.request.ids) else Limits()
     one = rounds.go_on(row, now, behind, sequences.drawn([row]))
