@@ -41,7 +41,7 @@ from ee_tuning.decode.cache import Place, waiting
 from ee_tuning.decode.draws import ALL, bisects
 from ee_tuning.decode.graphs import Beside, compiled
 from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.rounds import Rounds
+from ee_tuning.decode.rounds import Line, Rounds
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.settings import Policy
@@ -109,7 +109,7 @@ class Look(NamedTuple):
     """Tokens of a row that the device finds while the host does not look.
 
     length: tokens of the text before them. number: of them. at: of the first one, of `TOKENS`. run:
-    finds one. said: of each it, the segment behind which it left, and confidence, when `ready`.
+    finds one. line: where they are read.
     """
 
     row: Row
@@ -118,14 +118,22 @@ class Look(NamedTuple):
     at: int
     asking: Asking
     run: Callable[[], None]
-    said: Tensor
-    ready: torch.cuda.Event | None
+    line: Line
 
-    def lines(self) -> Any:
-        """What was said, in a wait for the device."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return self.said.tolist()
+    def begun(self) -> Look:
+        """Let the device find them: itself."""
+
+        def find() -> None:
+            for _ in range(self.number):
+                self.run()
+
+        self.line.follow(find)
+        return self
+
+    def read(self) -> list[list[float]]:
+        """Of each token it, the segment behind which it left, and confidence."""
+        said, _ = self.line.read()
+        return said[self.at : self.at + self.number]
 
 
 class Ahead:
@@ -141,7 +149,7 @@ class Ahead:
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
         self._newest = Newest(passes)
-        self._said = torch.zeros(TOKENS, 3, dtype=torch.float64, pin_memory=self._state.is_cuda)
+        self._lines = [Line(self._state[SAID:DONE].view(TOKENS, 3)) for _ in range(2)]
         self._behind: Look | None = None  # that was begun before the one in front of it was over
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._beside = Beside(device)
@@ -172,7 +180,7 @@ class Ahead:
         if behind and row.left > look.number:
             self._behind = self._follow(look, min(count, row.left - look.number))
         tokens: list[Token] = []
-        for number, i, confidence in row.evident(look.lines()):
+        for number, i, confidence in row.evident(look.read()):
             computed = int(i) + 1 + look.asking.beside[int(i)]
             tokens.append(_take(row, int(number), self._stops[int(i)], computed, confidence))
         return tokens
@@ -196,25 +204,15 @@ class Ahead:
         asking = self._asking_of(row, len(row.ids) + count)
         run = self._tokens(asking, begin)
         begin()
-        return self._look(row, len(row.ids), count, 0, asking, run)
+        return Look(row, len(row.ids), count, 0, asking, run, self._lines[0]).begun()
 
     def _follow(self, look: Look, count: int) -> Look | None:
         """A look behind another, if it asks for the same."""
         length, at = look.length + look.number, (look.at + look.number) % TOKENS
         if self._asking_of(look.row, length + count) != look.asking:
             return None
-        return self._look(look.row, length, count, at, look.asking, look.run)
-
-    def _look(
-        self, row: Row, length: int, number: int, at: int, asking: Asking, run: Callable[[], None]
-    ) -> Look:
-        """Let the device find tokens; see `Look`."""
-        for _ in range(number):
-            run()
-        said, first = self._said[at : at + number], SAID + 3 * at
-        said.copy_(self._state[first : first + said.numel()].view(said.shape), non_blocking=True)
-        ready = torch.cuda.current_stream().record_event() if self._state.is_cuda else None
-        return Look(row, length, number, at, asking, run, said, ready)
+        line = self._lines[look.line is self._lines[0]]
+        return look._replace(length=length, number=count, at=at, line=line).begun()
 
     def _asking_of(self, row: Row, end: int) -> Asking:
         """What a row asks for till its text is so long."""

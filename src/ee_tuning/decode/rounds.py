@@ -48,16 +48,16 @@ class Key(NamedTuple):
 
 
 class Line:
-    """A copy of what a round says, on its way to the host while the device goes on."""
+    """A copy of what the device says, on its way to the host while the device goes on."""
 
     def __init__(self, said: Tensor) -> None:
         self._said, on_gpu = said, said.is_cuda
-        self._copy = torch.zeros(said.shape, pin_memory=on_gpu)
+        self._copy = torch.zeros(said.shape, dtype=said.dtype, pin_memory=on_gpu)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         self._seconds = 0.0
 
     def follow(self, run: Callable[[], None]) -> Line:
-        """Run a round, and take a copy behind it: itself."""
+        """Run something, and take a copy behind it: itself."""
         start = time.perf_counter()
         if self._events:
             self._events[0].record()
@@ -68,14 +68,13 @@ class Line:
         self._seconds = time.perf_counter() - start
         return self
 
-    def read(self) -> tuple[list[float], float]:
-        """What the round said, waited for, and the seconds that it took the device."""
+    def read(self) -> tuple[list[Any], float]:
+        """What was said, waited for, and the seconds that it took the device."""
         if self._events:
             start, end = self._events
             end.synchronize()
             self._seconds = start.elapsed_time(end) / 1000
-        found: list[float] = self._copy.tolist()
-        return found, self._seconds
+        return self._copy.tolist(), self._seconds
 
 
 @dataclass
