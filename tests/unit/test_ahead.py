@@ -365,6 +365,26 @@ def test_what_was_begun_is_lost_where_another_text_comes(steps, others, monkeypa
     assert any(behind for *_, behind in looks[0])
 
 
+@pytest.mark.parametrize("ends", ["cancelled", "stops"])
+def test_the_next_text_in_a_slot_has_nothing_of_what_was_begun_for_the_last(ends, monkeypatch):
+    policy = POLICIES["some leave"]()
+    expected = written(engine_of(early_exit(), [1, 2, 3], False), policy, length=5)
+    engine = engine_of(early_exit(), [1, 2, 3], True)
+    stops = {"stops": lambda ids: len(ids) == 10} if ends == "stops" else {}
+    first, found = Request(prompt(7), policy, 60, **stops), []
+    with looks_behind(monkeypatch) as seen:
+        engine.submit(first)
+        for _ in range(3):
+            engine.step()
+        assert engine.ahead._behind is not None  # so this is about something
+        if ends == "cancelled":
+            engine.cancel(first)
+        assert first.finished == (ends == "stops")
+        assert seen[-1][2]
+        found = written(engine, policy, length=5)
+    assert found == expected
+
+
 @pytest.mark.parametrize("end", [1, 2, TOKENS + 3])
 def test_a_text_ends_where_its_stop_is(end):
     engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
