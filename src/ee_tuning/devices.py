@@ -33,9 +33,8 @@ def pick_device(name: str) -> torch.device:
             torch.cuda.set_device(int(rank))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {name!r} cannot be used: {first_line(error)}; use --device cpu"
-        ) from error
+        why, *_ = first_line(error).split(". ")  # a list of all that torch knows may follow
+        raise UserError(f"device {name!r} cannot be used: {why}; use --device cpu") from error
     return device
 
 

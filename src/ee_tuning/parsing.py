@@ -256,7 +256,9 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
 
 
 def _unknown(name: str, hints: dict[str, Any]) -> str:
-    hint = nearest(_key(name), hints) or "; --help lists those that there are"
+    """What to say of a key or, with dashes before it, a flag: a near one is named as such."""
+    known = [f"--{key.replace('_', '-')}" for key in hints] if name[:2] == "--" else hints
+    hint = nearest(name, known) or "; --help lists those that there are"
     return f"unknown setting {name!r}{hint}"
 
 

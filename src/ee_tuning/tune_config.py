@@ -23,7 +23,9 @@ class Schedule:
     micro_batch_size: int = option(1, "sequences per forward pass")
     global_batch_size: int = option(16, "sequences per optimizer step", fixed=True)
     lr: float = option(1e-4, "peak learning rate")
-    min_lr: float = option(1e-5, "learning rate at the end")
+    min_lr: float | Literal["auto"] = option(
+        "auto", "learning rate at the end; auto: a tenth of --lr"
+    )
     warmup: float = option(0.01, "warm-up: steps, or a share of the steps if below 1")
     decay: Literal["cosine", "linear"] = option("cosine", "learning-rate decay")
     beta1: float = option(0.9, "AdamW beta 1")
@@ -38,6 +40,11 @@ class Schedule:
     loss_weights: list[float] = option([], "loss weight per exit, by depth; default 1 each")
     loss_weight_start: float = option(1.0, "factor on the loss weights at step 0")
     loss_weight_warmup: int = option(0, "steps over which that factor goes to 1")
+
+    @property
+    def last_lr(self) -> float:
+        """The learning rate at the end."""
+        return self.lr / 10 if self.min_lr == "auto" else self.min_lr
 
 
 @dataclass

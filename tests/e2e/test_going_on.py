@@ -91,6 +91,19 @@ def test_a_finished_run_goes_on_for_more_steps(base, data, tmp_path, capsys):
     assert_same_weights(tmp_path / "exits", tmp_path / "long")
 
 
+def test_a_low_learning_rate_alone(base, data, tmp_path):
+    """The one that it falls to is kept as it was given, not at all: another `lr` has another."""
+    tune(base, data, tmp_path / "whole", lr=5e-6)
+    with pytest.raises(Killed):
+        tune_exits(settings(base, data, tmp_path / "exits", lr=5e-6), on_step=killed_after(5))
+    shutil.copytree(tmp_path / "exits", tmp_path / "lower")
+    main(["tune", "--out", str(tmp_path / "exits"), "--resume"])
+    assert_same_weights(tmp_path / "exits", tmp_path / "whole")
+    main(["tune", "--out", str(tmp_path / "lower"), "--resume", "--lr", "1e-6", "--decay=linear"])
+    rates = [line["lr"] for line in records(tmp_path / "lower") if "loss" in line]
+    assert rates[4:] == pytest.approx([1e-7 + 9e-7 * left / 5.94 for left in (2, 1)])
+
+
 def test_fewer_steps_than_a_run_has_made_are_refused(base, data, tmp_path, capsys, whole):
     shutil.copytree(whole, tmp_path / "exits")
     line = fails(capsys, "tune", "--out", tmp_path / "exits", "--resume", "--steps", 5)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.cli import main
+from ee_tuning.errors import Notice
 from ee_tuning.quantise.packages import PACKAGES
 from ee_tuning.tune.step import Tuner
 
@@ -112,8 +114,9 @@ BAD = [
     ({"seq_length": 4096}, "beyond the backbone's context of 128"),
     ({"loss_weights": [1, 2, 3]}, "3 loss_weights for 2 exits"),
     ({"device": "cuda:7"}, "cannot be used"),
+    ({"device": "mps"}, "from the 'MPS' backend; use --device cpu"),
     ({"lr": "fast"}, "lr is 'fast': it must be of type float"),
-    ({"seq_lenght": 3}, "did you mean seq_length?"),
+    ({"seq_lenght": 3}, "did you mean --seq-length?"),
     ({"arch": "embedding", "head": "shared"}, "nothing to tune"),
 ]
 
@@ -123,6 +126,19 @@ def test_bad_settings(changes, message, base, data, tmp_path, capsys):
     changes = {"out": tmp_path / "x", "data": data} | changes
     flags = arguments(base, changes.pop("data"), changes.pop("out"), **changes)
     assert message in fails(capsys, "tune", *flags)
+
+
+def test_settings_that_the_loss_ignores_are_named(base, data, tmp_path):
+    flags = {"kl_weight": 0.7, "kl_temperature": 2, "draft_steps": 3, "steps": 1}
+    with pytest.warns(Notice) as told:
+        tune(base, data, tmp_path / "ce", **flags)
+    assert [str(notice.message) for notice in told] == [
+        "loss ce ignores kl_temperature and kl_weight",
+        "a run without a draft exit ignores draft_steps",
+    ]
+    with warnings.catch_warnings(record=True) as told:
+        tune(base, data, tmp_path / "mixed", loss="mixed", **flags | {"draft_steps": None})
+    assert [notice for notice in told if notice.category is Notice] == []
 
 
 def test_bad_yaml(base, data, tmp_path, capsys):

@@ -143,7 +143,8 @@ def test_paths_with_a_tilde(monkeypatch, yaml_file):
         ("tune", ["exits"], "'exits' belongs to no setting: give settings as --name value"),
         ("inspect", ["a", "b"], "'b' belongs to no setting"),
         ("inspect", [], "no path given"),
-        ("tune", ["--step", "3"], "unknown setting '--step'; did you mean steps?"),
+        ("tune", ["--step", "3"], "unknown setting '--step'; did you mean --steps?"),
+        ("tune", ["--weight_decay", "0"], "'--weight_decay'; did you mean --weight-decay?"),
         (
             "inspect",
             ["--exits", "e"],

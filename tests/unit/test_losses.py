@@ -1,5 +1,7 @@
 """Losses against formulas written out, and one step against one graph over everything."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.families import tiny
@@ -16,6 +18,7 @@ from ee_tuning.losses import (
     distillation,
     likeliest,
 )
+from ee_tuning.plan.check import check_settings
 from ee_tuning.tune.optimizers import (
     build_optimizers,
     clip_gradients,
@@ -169,6 +172,15 @@ def test_mean_losses_are_the_forward_pass_losses():
     assert Tuner(model, {}).mean_losses([batch]) == pytest.approx(
         {k: v.item() for k, v in expected.items()}
     )
+
+
+def test_the_learning_rate_falls_to_a_tenth_unless_another_end_is_given():
+    """A low `lr` alone, too, may be given."""
+    for rate in (1e-4, 5e-6):
+        config = TuneConfig(lr=rate, layers="1")
+        check_settings(config)
+        assert learning_rate(config, config.steps) == rate / 10
+        assert learning_rate(dataclasses.replace(config, min_lr=0.0), config.steps) == 0.0
 
 
 def test_schedules():

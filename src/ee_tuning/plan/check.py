@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 from torch import nn
 
 from ee_tuning.config import PlanConfig, TuneConfig
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import drafts_alone
 from ee_tuning.model import Network
+from ee_tuning.parallel.mesh import own_rank
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
 from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
@@ -18,13 +20,17 @@ from ee_tuning.tune_config import Precision
 from ee_tuning.vocabulary import check_number
 
 NOT_NEGATIVE = (
-    "min_lr", "warmup", "weight_decay", "clip", "loss_weight_start", "loss_weight_warmup",
-    "save_every", "eval_every",
+    "warmup", "weight_decay", "clip", "loss_weight_start", "loss_weight_warmup", "save_every",
+    "eval_every",
 )  # fmt: skip
+OF_LOSSES = {  # settings that other losses ignore
+    "kl_temperature": ("kl", "mixed"), "kl_weight": ("mixed",),
+    "acceptance_weight": ("acceptance",),
+}  # fmt: skip
 
 
 def check(config: TuneConfig) -> None:
-    """Refuse settings that cannot work before anything is loaded.
+    """Refuse settings that cannot work before anything is loaded; name those that are ignored.
 
     Raises:
         UserError: names the setting.
@@ -35,6 +41,17 @@ def check(config: TuneConfig) -> None:
     check_installed(config.backbone_precision)
     if config.optimizer == "adamw-8bit":
         check_package("torchao", "--optimizer adamw-8bit")
+    if own_rank() == 0:
+        others = [key for key, losses in OF_LOSSES.items() if config.loss not in losses]
+        _warn_ignored(config, f"loss {config.loss}", others)
+        if not (config.drafts or config.exits):
+            _warn_ignored(config, "a run without a draft exit", ["draft_steps", "draft_decay"])
+
+
+def _warn_ignored(config: TuneConfig, what: str, keys: list[str]) -> None:
+    """Name those of `keys` that are not as by default, though `what` ignores them."""
+    if given := [key for key in keys if getattr(config, key) != getattr(TuneConfig, key)]:
+        warnings.warn(f"{what} ignores {' and '.join(given)}", Notice, stacklevel=2)
 
 
 def check_plan(config: PlanConfig) -> PlanConfig:
@@ -101,10 +118,10 @@ def check_settings(config: TuneConfig) -> None:
             raise UserError(f"{key} is {getattr(config, key)}: it must be at least 0")
     if not all(weight >= 0 for weight in config.loss_weights):
         raise UserError(f"loss_weights are {config.loss_weights}: each must be at least 0")
-    if config.min_lr > config.lr:
+    if not 0 <= config.last_lr <= config.lr:  # nor nan
         raise UserError(
-            f"min_lr is {config.min_lr}, above lr, {config.lr}: the learning rate falls to it, "
-            "lower --min-lr"
+            f"min_lr is {config.min_lr}: the learning rate falls to it from lr, so it must be "
+            f"within [0, {config.lr}]"
         )
     if config.exits and config.init != "auto":
         raise UserError(f"init is {config.init}: it is for new exits, not for those in --exits")

@@ -117,7 +117,7 @@ def learning_rate(schedule: Schedule, step: int) -> float:
         return schedule.lr * (step + 1) / (math.ceil(warmup) + 1)
     progress = (step - warmup) / max(1, schedule.steps - warmup)
     left = 1 - progress if schedule.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return schedule.min_lr + (schedule.lr - schedule.min_lr) * left
+    return schedule.last_lr + (schedule.lr - schedule.last_lr) * left
 
 
 def loss_weights(schedule: Schedule, layers: list[int], step: int) -> dict[int, float]:
