@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ee_tuning.adapter import CONFIG_NAME, save
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
-from ee_tuning.errors import UserError
+from ee_tuning.decode.arguments import read_leaving
+from ee_tuning.decode.settings import POLICIES, ignored
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, write_json
 from ee_tuning.model import Network
@@ -122,8 +125,12 @@ class EarlyExitModel(Network):
     ) -> Any:
         """Generate from prompts (B, P), `inputs` or ``input_ids``; see `ee_tuning.decode.generate`.
 
-        Names and order of the arguments are those of transformers.
+        Names and order of the arguments are those of transformers. Settings that the mode ignores
+        are named in a warning.
         """
+        leaving = read_leaving(kwargs.get("leaving"), dict(kwargs))
+        if leaving.mode in POLICIES and (unused := ignored(leaving)):
+            warnings.warn(unused, Notice, stacklevel=2)
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise UserError("both inputs and input_ids are given: leave one out")
         input_ids = kwargs.pop("input_ids", inputs)

@@ -2,6 +2,7 @@
 
 import io
 import threading
+import warnings
 
 import numpy
 import pytest
@@ -285,6 +286,16 @@ def test_what_is_not_given_is_said():
         with pytest.warns(UserWarning, match="output_scores is ignored") as warned:
             early_exit().generate(torch.tensor([[5, 9]]), **given)
         assert warned[0].filename == __file__
+
+
+def test_settings_that_the_mode_ignores_are_named_in_python():
+    ids, how = torch.tensor([[5, 9]]), {"threshold": 0.5, "max_new_tokens": 1}
+    with pytest.warns(UserWarning, match="^mode full ignores threshold$") as warned:
+        early_exit().generate(ids, mode="full", **how)
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings(record=True) as warned:
+        early_exit().generate(ids, mode="speculative", **how)
+    assert not any("ignores" in str(one.message) for one in warned)
 
 
 def test_in_a_pipeline(base, data, monkeypatch):
