@@ -281,6 +281,7 @@ def test_bad_thresholds(given):
         ({"max_new_tokens": 0}, "max_new_tokens 0 is too small"),
         ({"micro_batch_size": 0}, "micro_batch_size 0 is too small"),
         ({"prompt_length": LENGTH + 8}, "more than seq_length"),
+        ({"seq_length": 4096}, "seq_length 4096 is beyond the backbone's context of 128"),
         ({"exit_layers": "3"}, "no exit at layer 3"),
         ({"max_pending": -1}, "whole number from 0"),
     ],

@@ -72,6 +72,12 @@ def _measure(
     packed = mesh.on_all(
         lambda: load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
     )
+    context = model.backbone.context
+    if context and config.seq_length > context:
+        raise UserError(
+            f"seq_length {config.seq_length} is beyond the backbone's context of {context}: "
+            "lower --seq-length"
+        )
     progress.print(describe(packed), highlight=False, soft_wrap=True)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
     mesh.check_same("data", repr(prompts))
