@@ -158,7 +158,7 @@ def test_rounds_that_the_device_goes_ahead_with_are_timed(number, chains):
     assert not chains or engine.ahead.rounds
     with _sequence(engine, policy, number, prompt(5)) as read:
         assert read > 0
-        tokens = [token for _ in range(12) for _, token in engine.step()]
+        tokens = [token for _ in range(24) for _, token in engine.step()]
     drafts, left = [], 0
     for token in tokens:
         left += token.exit_layer == layer
