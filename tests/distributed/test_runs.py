@@ -183,7 +183,9 @@ def test_8_bit_state_is_split(runs, name):
     assert (expected.keys() == found.keys()) == ("cut" not in name)
     for key in alike:
         assert found[key].shape == expected[key].shape
-        assert (found[key].float() - expected[key].float()).abs().max() <= 4, key
+        # Gradients are sums in another order, and around 0 codes lie close to each other.
+        bounds = {"atol": 8, "rtol": 0} if key.endswith(":codes") else {"atol": 0, "rtol": 1e-3}
+        torch.testing.assert_close(found[key].float(), expected[key].float(), **bounds, msg=key)
 
 
 @pytest.mark.parametrize(("name", "before"), [(name, before) for name, before, *_ in EIGHT_BIT_ON])
