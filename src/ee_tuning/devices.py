@@ -18,6 +18,12 @@ from ee_tuning.version import __version__
 GIB = 2**30  # bytes
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` is a GPU if there is one.
 

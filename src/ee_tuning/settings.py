@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from os.path import expanduser
 from typing import Any
 
@@ -16,6 +17,11 @@ def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> 
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def changed(settings: Any, names: Iterable[str]) -> list[str]:
+    """Those of `names` that are not as by default."""
+    return [name for name in names if getattr(settings, name) != getattr(type(settings), name)]
 
 
 class Settings:

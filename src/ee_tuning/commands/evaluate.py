@@ -25,6 +25,7 @@ from ee_tuning.files import write_json
 from ee_tuning.folders import claim, refuse_foreign
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.plan.check import check_length
 
 RESULTS = "evaluation.json", "report.html"
 COUNTS = (
@@ -69,15 +70,10 @@ def _measure(
             "evaluate measures exits at which tokens leave, and there is a draft exit alone: how "
             "its drafts agree with the final exit is in the run's metrics.jsonl, draft_agreement"
         )
+    check_length(config.seq_length, model.backbone.context)
     packed = mesh.on_all(
         lambda: load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
     )
-    context = model.backbone.context
-    if context and config.seq_length > context:
-        raise UserError(
-            f"seq_length {config.seq_length} is beyond the backbone's context of {context}: "
-            "lower --seq-length"
-        )
     progress.print(describe(packed), highlight=False, soft_wrap=True)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
     mesh.check_same("data", repr(prompts))

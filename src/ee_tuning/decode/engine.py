@@ -46,6 +46,7 @@ from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences, never
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.warm import to_warm
+from ee_tuning.devices import wait_for
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
@@ -132,8 +133,7 @@ class Engine:
             job()
             if told is not None:
                 told(number, len(jobs))
-        if self.passes.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(self.passes.device)
 
     def check(self, request: Request, capacity: int | None = None) -> None:
         """See `Sequences.check`."""

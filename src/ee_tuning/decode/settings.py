@@ -13,6 +13,7 @@ from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, LOOKUP, Layers, parse_layers, parse_threshold
 from ee_tuning.model import Network
+from ee_tuning.settings import changed
 
 
 @dataclass
@@ -168,8 +169,7 @@ def make_policy(model: Network, leaving: Leaving) -> Policy:
 
 def ignored(leaving: Leaving) -> str:
     """What to say of settings that are not as by default, and that the mode ignores, if any."""
-    names = POLICIES[leaving.mode].ignores
-    given = [name for name in names if getattr(leaving, name) != getattr(Leaving, name)]
+    given = changed(leaving, POLICIES[leaving.mode].ignores)
     return f"mode {leaving.mode} ignores {' and '.join(given)}" if given else ""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput, generate
+from ee_tuning.devices import wait_for
 from ee_tuning.errors import UserError
 from ee_tuning.evaluate.exits import active_exits
 from ee_tuning.evaluate.intervals import bootstrap
@@ -138,10 +139,10 @@ def _timed(method: Method, inputs: list[Tensor]) -> tuple[list[Any], list[float]
     """The outputs for all prompts and the seconds that each took."""
     outputs, seconds = [], []
     for ids in inputs:
-        _wait(ids)
+        wait_for(ids.device)
         start = time.perf_counter()
         outputs.append(method(ids))
-        _wait(ids)
+        wait_for(ids.device)
         seconds.append(time.perf_counter() - start)
     return outputs, seconds
 
@@ -149,12 +150,6 @@ def _timed(method: Method, inputs: list[Tensor]) -> tuple[list[Any], list[float]
 def _middles(rounds: list[list[float]]) -> list[float]:
     """Of each prompt, the median over the rounds."""
     return [statistics.median(own) for own in zip(*rounds, strict=True)]
-
-
-def _wait(tensor: Tensor) -> None:
-    """Until a GPU has done what it was given; a CPU is never behind."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def _methods(model: Network, thresholds: list[float], config: EvaluateConfig) -> dict[Any, Method]:

@@ -16,6 +16,7 @@ from ee_tuning.parallel.mesh import own_rank
 from ee_tuning.parallel.tensor import check_splits
 from ee_tuning.plan.gpus import GPUS
 from ee_tuning.quantise.packages import check_installed, check_package, nothing_to_quantise
+from ee_tuning.settings import changed
 from ee_tuning.tune_config import Precision
 from ee_tuning.vocabulary import check_number
 
@@ -50,7 +51,7 @@ def check(config: TuneConfig) -> None:
 
 def _warn_ignored(config: TuneConfig, what: str, keys: list[str]) -> None:
     """Name those of `keys` that are not as by default, though `what` ignores them."""
-    if given := [key for key in keys if getattr(config, key) != getattr(TuneConfig, key)]:
+    if given := changed(config, keys):
         warnings.warn(f"{what} ignores {' and '.join(given)}", Notice, stacklevel=2)
 
 
@@ -166,6 +167,19 @@ def check_dtype(config: Precision, dtype: torch.dtype) -> None:
         raise UserError("master_weights bf16 needs --precision bf16, it is fp32 here")
 
 
+def check_length(seq_length: int, context: int | None) -> None:
+    """Refuse sequences that are longer than a backbone's context, None: which has no end.
+
+    Raises:
+        UserError: they are.
+    """
+    if context and seq_length > context:
+        raise UserError(
+            f"seq_length {seq_length} is beyond the backbone's context of {context}: "
+            "lower --seq-length"
+        )
+
+
 def check_model(model: Network, config: TuneConfig) -> None:
     """Refuse settings that cannot work with this model, which may be on the meta device.
 
@@ -173,10 +187,7 @@ def check_model(model: Network, config: TuneConfig) -> None:
         UserError: names the setting, or there is nothing to tune.
     """
     backbone, exits = model.backbone, len(model.all_exit_layers)
-    if backbone.context and config.seq_length > backbone.context:
-        raise UserError(
-            f"seq_length {config.seq_length} is beyond the backbone's context of {backbone.context}"
-        )
+    check_length(config.seq_length, backbone.context)
     if config.loss_weights and len(config.loss_weights) != exits:
         raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):

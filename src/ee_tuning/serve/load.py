@@ -24,6 +24,7 @@ from ee_tuning.serve.metrics import Metrics
 from ee_tuning.serve.reading import Reader
 from ee_tuning.serve.worker import Worker
 from ee_tuning.serve.writer import Log
+from ee_tuning.settings import changed
 from ee_tuning.share import New, Saved, Share, load
 
 CAPACITY = 4096  # tokens of a text, where the backbone's context has room for them
@@ -75,10 +76,9 @@ def check_settings(config: ServeConfig) -> None:
     drafts = config.lookup and config.mode == "speculative"
     if not config.exits and config.mode not in ("auto", "full") and not drafts:
         raise UserError(f"mode {config.mode} needs exits: give them with --exits")
-    for name in ("threshold", "exit_layers", "min_depth"):
-        given = getattr(config, name) != getattr(ServeConfig, name)
-        if given and not config.exits and not config.lookup:
-            raise UserError(f"{name} needs exits: give them with --exits")
+    of_exits = changed(config, ("threshold", "exit_layers", "min_depth"))
+    if of_exits and not config.exits and not config.lookup:
+        raise UserError(f"{of_exits[0]} needs exits: give them with --exits")
     leaves = config.mode == "auto" and config.threshold == CALIBRATED
     if config.lookup and (leaves or config.mode not in ("auto", "speculative")):
         mode = "auto with calibrated thresholds" if leaves else config.mode

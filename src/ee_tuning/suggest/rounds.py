@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
 
-import torch
-
 from ee_tuning.config import Leaving
 from ee_tuning.decode import Engine, Policy, Request
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.settings import Full, Speculative, Threshold
+from ee_tuning.devices import wait_for
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.model import Network
 from ee_tuning.suggest.predict import Costs
@@ -114,20 +113,14 @@ def _sequence(engine: Engine, policy: Policy, number: int, prompt: list[int]) ->
 def _go(engine: Engine, policy: Policy, number: int, rounds: int) -> float:
     """Seconds of one of so many rounds at least, each of which ends with a token that went to the
     end, after `number` that left."""
-    _wait(engine)
+    wait_for(engine.passes.device)
     start, ends, tokens = time.perf_counter(), 0, 0
     while ends < rounds:
         events = engine.step()
         assert events, "a sequence ended before its rounds did"
         tokens += len(events)
         ends += sum(token is not None and token.exit_layer == policy.end for _, token in events)
-    _wait(engine)  # what the device is at now is as much as it was at before
+    wait_for(engine.passes.device)  # what the device is at now is as much as it was at before
     seconds = time.perf_counter() - start
     # Of drafts only those are settled that are kept; else a step may end within a round.
     return seconds / (ends if policy.verifies else tokens / (number + 1))
-
-
-def _wait(engine: Engine) -> None:
-    """For what the device has begun."""
-    if engine.passes.device.type == "cuda":
-        torch.cuda.synchronize(engine.passes.device)
