@@ -180,7 +180,11 @@ def test_what_was_measured_is_shown_even_if_it_cannot_be_written(exits, data, ca
             "outside [0, 1]",
         ),
         (["evaluate", "--exits", "EXITS", "--data", "DATA", "--thresholds", "a"], "not numbers"),
-        (["evaluate", "--exits", "EXITS", "--data", "nowhere.txt"], "does not exist"),
+        (
+            ["evaluate", "--exits", "EXITS", "--data", "nowhere.txt", "--seq-length", "64"],
+            "does not exist",
+        ),
+        (["evaluate", "--exits", "EXITS", "--data", "DATA"], "beyond the backbone's context of"),
         (
             ["init", "--model", "BASE", "--layers", "2", "--out", "EXITS"],
             "is not empty: replace it with --overwrite or",
