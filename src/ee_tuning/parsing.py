@@ -250,7 +250,7 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     )
     if wrong:
         name, kinds, value = wrong.groups()
-        kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds)
+        kinds = re.sub(r"<class '(\w+)'>|(?:typing\.)?Literal\[(.*?)\]", r"\1\2", kinds)
         return f"{name} is {value}: it must be one of {kinds}"
     return message
 

@@ -28,6 +28,7 @@ from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.commands.generate import DepthStreamer
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.text import TextStream
+from ee_tuning.errors import Notice
 from ee_tuning.loading import load_tokenizer
 
 
@@ -374,7 +375,8 @@ def test_calls_of_two_sizes_in_turns_keep_their_engines():
     assert sizes() == [(4, 512)]
     model.backbone.config.max_position_embeddings = 512
     for more in (600, 601, 602):  # beyond the context, too
-        model.generate(torch.full((1, 10), 5), max_length=more, min_length=more, mode="full")
+        with pytest.warns(Notice, match=f"has {more} tokens, the backbone's context is 512"):
+            model.generate(torch.full((1, 10), 5), max_length=more, min_length=more, mode="full")
         assert sizes() == [(4, 512), (1, 768)]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from ee_tuning.decode.settings import (
     check_pending,
     make_policy,
 )
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
 
@@ -118,11 +119,26 @@ def generate(
             tokens = _texts(engine, requests, audit, on_token, streamer)
     if streamer is not None:
         streamer.end()
+    _check_context(
+        model, [len(one.ids) + len(own) for one, own in zip(requests, tokens, strict=True)]
+    )
     given = input_ids.repeat_interleave(len(requests) // len(prompts), 0)
     output = _output(given, tokens, read[0][1], model.backbone.device)
     if return_dict_in_generate is None:
         return_dict_in_generate = said(kwargs, "return_dict_in_generate")
     return output["sequences"] if return_dict_in_generate is False else output
+
+
+def _check_context(model: Network, lengths: Sequence[int]) -> None:
+    """Warn of texts that went beyond the backbone's context."""
+    context, longest = model.backbone.context, max(lengths)
+    if context and longest > context:
+        warnings.warn(
+            f"a text has {longest} tokens, the backbone's context is {context}: what it says "
+            "beyond may make no sense",
+            Notice,
+            stacklevel=3,
+        )
 
 
 def _audited(requests: list[Request], audit: Watcher | None) -> list[Request]:
