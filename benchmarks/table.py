@@ -1,4 +1,4 @@
-"""Put the tables of benchmarks/results into the docs.
+"""Put the tables of benchmarks/results into the docs and the README.
 
 python benchmarks/table.py
 """
@@ -10,6 +10,8 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import speeds
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -302,6 +304,7 @@ def experiments(name: str) -> str:
 
 
 TABLES = {
+    "../README.md": {"real": speeds.table},
     "experiments.md": {
         "quality": partial(experiments, "quality.md"),
         "tables": partial(experiments, "tables.md"),

@@ -12,6 +12,7 @@ import regenerate
 import rounds
 import savings
 import serve
+import speeds
 import speedup
 import starts
 import table
@@ -162,3 +163,19 @@ def test_a_server_under_load(base, tmp_path, monkeypatch):
         assert row["failed"] == 0 < row["requests"]
         assert row["first_token_ms"]["p99"] >= row["first_token_ms"]["p50"] > 0
     assert found["engine"].keys() == {"1", "3"}
+
+
+def test_the_picture_shows_the_figures_of_the_table(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(speeds, "save", lambda figure, path: drawn.append(figure))
+    speeds.picture()
+    (axes,) = drawn[0].axes
+    names = [text.get_text() for text in axes.get_yticklabels()]
+    speed = {}
+    for place, bars in enumerate(axes.containers):
+        for name, bar, text in zip(names, bars, axes.texts[place * len(names) :], strict=False):
+            assert text.get_text() == f"{bar.get_width():.2f}×"
+            speed.setdefault(name, []).append(text.get_text())
+    table = speeds.table().replace("`", "")
+    for name, (code, chat, documents) in speed.items():
+        assert f"| {name} | {code} | {chat} | {documents} |" in table
