@@ -117,11 +117,7 @@ def generate(
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             tokens = _texts(engine, requests, audit, on_token, streamer)
-    if streamer is not None:
-        streamer.end()
-    _check_context(
-        model, [len(one.ids) + len(own) for one, own in zip(requests, tokens, strict=True)]
-    )
+    _check_context(model, requests, tokens)
     given = input_ids.repeat_interleave(len(requests) // len(prompts), 0)
     output = _output(given, tokens, read[0][1], model.backbone.device)
     if return_dict_in_generate is None:
@@ -129,9 +125,12 @@ def generate(
     return output["sequences"] if return_dict_in_generate is False else output
 
 
-def _check_context(model: Network, lengths: Sequence[int]) -> None:
-    """Warn of texts that went beyond the backbone's context."""
-    context, longest = model.backbone.context, max(lengths)
+def _check_context(
+    model: Network, requests: Sequence[Request], tokens: Sequence[Sequence[Token]]
+) -> None:
+    """Warn of texts that went beyond the backbone's context. tokens: of each, the new ones."""
+    context = model.backbone.context
+    longest = max(len(one.ids) + len(own) for one, own in zip(requests, tokens, strict=True))
     if context and longest > context:
         warnings.warn(
             f"a text has {longest} tokens, the backbone's context is {context}: what it says "
@@ -174,6 +173,8 @@ def _texts(
             on_token(rows[request], token)
         if streamer is not None:
             streamer.put(torch.tensor([token.id]))
+    if streamer is not None:
+        streamer.end()
     return tokens
 
 
