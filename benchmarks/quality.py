@@ -97,7 +97,7 @@ def ways_of(args: argparse.Namespace) -> list[Way]:
     found = [Way(FULL, args.exits, {"mode": "full"})]
     for threshold in args.thresholds:
         leaving = {"mode": "threshold", "threshold": threshold}
-        found.append(Way(f"threshold {threshold:g}", args.exits, leaving))
+        found.append(Way(f"threshold {threshold}", args.exits, leaving))
     if (Path(args.exits) / "calibration.json").exists():
         leaving = {"mode": "threshold", "threshold": "calibrated"}
         found.append(Way("calibrated threshold", args.exits, leaving))
@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo/smollm2")
     parser.add_argument("--exits", required=True, help="exits at layers")
     parser.add_argument("--draft-exits", default="", help="a draft exit beside them")
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.9, 0.75, 0.6])
+    parser.add_argument("--thresholds", nargs="*", default=["0.9", "0.75", "0.6"])
     parser.add_argument("--only", nargs="*", default=[], help="ways whose names have one of these")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument(
