@@ -24,11 +24,11 @@ from tune import timed
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Threshold, Token
-from ee_tuning.decode.prompts import read as read_prompts
-from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
+from ee_tuning.passes.prompts import read as read_prompts
+from ee_tuning.passes.wanted import Prediction, Wanted, Window
 
 SHARE, ACCEPTANCE = 0.5, 0.8  # of tokens that leave in the pattern; of drafts that are kept
 

@@ -23,11 +23,11 @@ from shapes import SHAPES, build
 
 from ee_tuning import ExitConfig
 from ee_tuning.decode import Engine, Full
-from ee_tuning.decode.draws import Warp
 from ee_tuning.decode.whole import AHEAD, Text, whole_texts
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
 from ee_tuning.grouped import use_grouped
+from ee_tuning.passes.draws import Warp
 
 
 def write(engine: Engine, args: argparse.Namespace, seed: int) -> float:

@@ -8,8 +8,8 @@ from torch._dynamo.utils import counters
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
-from ee_tuning.decode.cache import Rings
 from ee_tuning.losses import Objective
+from ee_tuning.passes.cache import Rings
 from ee_tuning.quantise.fp8 import has_fp8, product, quantise
 from ee_tuning.quantise.packages import PACKAGES
 from ee_tuning.tune.optimizers import build_optimizers

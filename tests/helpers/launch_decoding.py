@@ -27,13 +27,13 @@ from ee_tuning.config import GenerateConfig
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.arguments import to_requests
 from ee_tuning.decode.engines import engine_for, engines_of
-from ee_tuning.decode.graphs import Graphs
 from ee_tuning.decode.mail import Mail
-from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.stage import Stage
 from ee_tuning.devices import pick_device
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.parallel.tensor import split_model
+from ee_tuning.passes.graphs import Graphs
+from ee_tuning.passes.passes import Passes
 from ee_tuning.peers import inbox
 from ee_tuning.slices import group_of
 from helpers.prompts import prompt

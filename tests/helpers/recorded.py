@@ -87,7 +87,7 @@ class Acted:
 
 def act_out(graphs: Any, monkeypatch: Any) -> None:
     """Let `Graphs` of a CPU have branches that are acted out."""
-    monkeypatch.setattr("ee_tuning.decode.graphs.Branches", Acted)
+    monkeypatch.setattr("ee_tuning.passes.graphs.Branches", Acted)
     monkeypatch.setattr("ee_tuning.invariant.attention._on_cpu", attend)
     monkeypatch.setattr(graphs, "_on_gpu", True)
     monkeypatch.setattr(graphs, "_graph", lambda piece, begin, keep: (Recorded(piece, begin), 0))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.wanted import Wanted, Window
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Wanted, Window
 from helpers.families import tiny
 
 # What vector units compute at a time divides these, so that no element is computed by itself.

@@ -16,7 +16,7 @@ from helpers.families import tiny
 from helpers.serving import in_a_thread
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
+from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.serve.choices import Choice
 
 LONG = {"prompt": [5, 9], "max_tokens": 10_000, "ignore_eos": True, "temperature": 0}

@@ -23,15 +23,15 @@ from ee_tuning.decode import (
     Request,
     Speculative,
     Threshold,
-    branches,
     drafts,
 )
 from ee_tuning.decode.ahead import Ahead, _decide, cuts_beside
 from ee_tuning.decode.alone import TOKENS
-from ee_tuning.decode.graphs import Beside
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT, LOOKUP
+from ee_tuning.passes import branches
+from ee_tuning.passes.graphs import Beside
 
 CAPACITY = 96
 SOME = {1: 0.0296, 2: 0.0275, 3: 0.0225}  # of which each is passed now and then

@@ -79,7 +79,7 @@ def test_prompts_that_are_read_in_windows(rounds, family, length, monkeypatch):
     """Each leaves the exit's K/V, too. In the sizes of compiled passes, not compiled."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name in ("graphs", "passes", "prompts"):
-        monkeypatch.setattr(f"ee_tuning.decode.{name}.CHUNK", 16)
+        monkeypatch.setattr(f"ee_tuning.passes.{name}.CHUNK", 16)
     model, ids = drafting(family), prompt(length, length)
     out = model.generate(
         torch.tensor([ids]), mode="speculative", threshold=0.01, max_pending=3, compile=True,

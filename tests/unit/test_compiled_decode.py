@@ -18,11 +18,11 @@ from torch._inductor.virtualized import V
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Engine
-from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
-from ee_tuning.decode.graphs import SAME_SUMS, Graphs, Sizes
-from ee_tuning.decode.sums import one_order
-from ee_tuning.decode.warm import to_warm
 from ee_tuning.exit_config import LOOKUP
+from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
+from ee_tuning.passes.graphs import SAME_SUMS, Graphs, Sizes
+from ee_tuning.passes.sums import one_order
+from ee_tuning.passes.warm import to_warm
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Speculative, Threshold
-from ee_tuning.decode.cache import SlotLayer, check_room
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.prompts import read as read_prompts
-from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.losses import confidence
+from ee_tuning.passes.cache import SlotLayer, check_room
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.prompts import read as read_prompts
+from ee_tuning.passes.wanted import Prediction, Wanted, Window
 
 # Tiny windows of 6 tokens: the rings of these families are written over several times.
 MIXED = ["llama", "mistral", "gemma2", "gemma3", "opt", "gpt2", "falcon", "granite", "phi"]
@@ -399,7 +399,7 @@ def test_a_ring_holds_what_a_window_sees():
     """Size, mask and content of a sliding layer, against positions written down one by one."""
     layer = SlotLayer(window=4, slots=1, capacity=100, longest=3)
     assert layer.size == 7
-    from ee_tuning.decode.cache import Place
+    from ee_tuning.passes.cache import Place
 
     written = {}
     start = 0
@@ -432,7 +432,7 @@ def test_caches_may_take_all_that_is_free(short, fits, monkeypatch):
     small, large = SlotLayer(None, 1, 1, 1), SlotLayer(None, 3, 100, 1)
     small.lazy_initialization(torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
     needed = 2 * 3 * 100 * 2 * 4 * 4
-    monkeypatch.setattr("ee_tuning.decode.cache.free_memory", lambda _: needed - short)
+    monkeypatch.setattr("ee_tuning.passes.cache.free_memory", lambda _: needed - short)
     if fits:
         check_room([(small, large)], torch.device("cpu"))
     else:

@@ -17,11 +17,11 @@ from transformers import (
 
 from ee_tuning import UserError
 from ee_tuning.decode import Engine, Full
-from ee_tuning.decode import draws as drawing
-from ee_tuning.decode.draws import ALL, AMONG_FEW, FEW, Draws, Warp
-from ee_tuning.decode.noise import gumbel as noise_of
-from ee_tuning.decode.noise import places as places_of
 from ee_tuning.decode.whole import Text, whole_texts
+from ee_tuning.passes import draws as drawing
+from ee_tuning.passes.draws import ALL, AMONG_FEW, FEW, Draws, Warp
+from ee_tuning.passes.noise import gumbel as noise_of
+from ee_tuning.passes.noise import places as places_of
 
 WARPS = [
     Warp(),

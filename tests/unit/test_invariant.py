@@ -10,12 +10,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.prompts import read
-from ee_tuning.decode.wanted import Wanted
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.invariant import Invariant
 from ee_tuning.invariant.products import InBlocks, Weights, is_activation, products
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.prompts import read
+from ee_tuning.passes.wanted import Wanted
 
 # Plain; soft-capped, with windows; transposed weights; biases, a tied head; windows, LayerNorm.
 FAMILIES = ["llama", "gemma2", "gpt2", "llama-tied-bias", "starcoder2", "qwen3"]
@@ -145,7 +145,7 @@ def test_long_prompts_and_those_that_an_exit_goes_on_with_are_read_one_by_one(mo
     given = {slot: prompt(9, slot) for slot in range(3)}
     assert reading(model, [2], given)[2] == 3
     assert reading(model, [2], given, wanted=("last", False))[2] == 1
-    monkeypatch.setattr("ee_tuning.decode.prompts.BESIDE", 20)
+    monkeypatch.setattr("ee_tuning.passes.prompts.BESIDE", 20)
     assert reading(model, [2], given)[2] == 2
     assert reading(model, [2], {0: prompt(30)})[2] == 1
 

@@ -36,7 +36,7 @@ FLOORS = [
     ["share", "export"],
     ["adapter"],
     ["parallel"],
-    ["stages", "costs"],
+    ["stages", "costs", "passes"],
     ["model", "invariant"],
     ["exits", "backbone", "loading", "fingerprint", "gguf", "grouped"],
     ["quantise", "data", "vocabulary", "varlen", "devices", "losses", "slices", "own_code"],

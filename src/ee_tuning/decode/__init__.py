@@ -2,12 +2,10 @@
 
 `settings` says where a token may leave; `engine` which sequence goes through which segment next,
 `drafts` what a round of it is, `pace` how many drafts it has, `lookup` those a text has itself.
-`sequences` keeps what each has computed, `sampling` chooses tokens, `noise` is what samples are
-drawn from. `passes` runs the segments, `prompts` reads with them, `cache` keeps their K/V, `graphs`
-captures them, `warm` ahead, and `sums` keeps to one order what the compiler adds up. Where a text
-is alone, `ahead` lets the device decide by what it knows (`alone`), and `rounds` lets it draft.
-`engines` has what a model decodes with, `arguments` reads a call, `text` writes it, and `generate`
-is the way in.
+`sequences` keeps what each has computed, and lets it go through `ee_tuning.passes`; `sampling`
+chooses tokens. Where a text is alone, `ahead` lets the device decide by what it knows (`alone`),
+and `rounds` lets it draft. `engines` has what a model decodes with, `arguments` reads a call,
+`text` writes it, and `generate` is the way in.
 On several processes `load` gives each its part of the model, `stage` is an engine cut into stages
 and `mail` what these tell each other.
 """

@@ -36,17 +36,17 @@ from ee_tuning.decode.alone import (
     TOKENS,
     Newest,
 )
-from ee_tuning.decode.branches import can_branch
-from ee_tuning.decode.cache import Place, waiting
-from ee_tuning.decode.draws import ALL, bisects
-from ee_tuning.decode.graphs import Beside, compiled
-from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.rounds import Line, Rounds
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.wanted import Predictor, Rows, Wanted, predict
 from ee_tuning.model import Network
+from ee_tuning.passes.branches import can_branch
+from ee_tuning.passes.cache import Place, waiting
+from ee_tuning.passes.draws import ALL, bisects
+from ee_tuning.passes.graphs import Beside, compiled
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Predictor, Rows, Wanted, predict
 from ee_tuning.slices import group_of
 
 # Layers beside which an exit is asked: about as long as that takes. It takes none of the time of
@@ -73,7 +73,7 @@ class Asking(NamedTuple):
     asks: of each segment that it goes through, whether a token may leave behind it. beside: whether
     that is asked beside the next one, and looked at behind that. keeps: whether the exit there,
     though not asked, needs its K/V later. length: tokens of the longest window. reach, in_order:
-    see `Place`. samples: see `draws`.
+    see `Place`. samples: see `passes.draws`.
     """
 
     asks: tuple[bool, ...]
@@ -320,7 +320,7 @@ class Ahead:
         self, limit: int, measures: Sequence[str], samples: Sequence[int]
     ) -> list[Callable[[], Any]]:
         """What captures all that texts of mode ``threshold`` with all exits, and of ``full``, ask
-        for; see `ee_tuning.decode.warm`. limit: tokens that may be pending."""
+        for; see `ee_tuning.passes.warm`. limit: tokens that may be pending."""
         leaves = sorted({False, bool(self.passes.exits)})
         ends = self.passes.sizes.ends(limit + 1)
         every = product(samples, measures, leaves, ends)

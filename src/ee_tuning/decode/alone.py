@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.cache import Place
-from ee_tuning.decode.graphs import compiled
-from ee_tuning.decode.passes import Passes
+from ee_tuning.passes.cache import Place
+from ee_tuning.passes.graphs import compiled
+from ee_tuning.passes.passes import Passes
 
 TOKENS = 4  # that the device may be ahead: those behind a text's end are lost, and new texts wait
 # The state, in fp64: a text's slot, newest token, tokens, how many of them are pending and may be,

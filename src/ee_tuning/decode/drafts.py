@@ -17,8 +17,8 @@ from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences, Stopwatch
-from ee_tuning.decode.wanted import Prediction, Wanted, Window
 from ee_tuning.exit_config import DRAFT, LOOKUP
+from ee_tuning.passes.wanted import Prediction, Wanted, Window
 
 Settled = tuple[Row, list[Token]]
 

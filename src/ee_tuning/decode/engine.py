@@ -37,20 +37,20 @@ from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.ahead import Ahead, cuts_beside
 from ee_tuning.decode.drafts import first_tokens, next_round
-from ee_tuning.decode.draws import NOTHING
-from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Pace
-from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences, never
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.warm import to_warm
 from ee_tuning.devices import wait_for
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.passes.draws import NOTHING
+from ee_tuning.passes.noise import Seeds
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.warm import to_warm
 
 # A settled token of a request; None where it failed, for the reason `request.error`.
 Event = tuple[Request, Token | None]
@@ -78,7 +78,7 @@ class Engine:
     ) -> None:
         """exit_layers: the exits that any request may use. slots: sequences at a time.
         capacity: tokens of a sequence at most. max_pending: the largest of any request.
-        compile: see `ee_tuning.decode.passes.Passes`. drafts: some request has drafts that the end
+        compile: see `ee_tuning.passes.passes.Passes`. drafts: some request has drafts that the end
         verifies. turn: held in each step, where other threads use the model, too. mesh: of stages
         that work in turns; see `Relay`.
 
@@ -122,7 +122,7 @@ class Engine:
     ) -> None:
         """Compile and capture everything now.
 
-        samples: kinds of what texts do to choose their tokens, see `ee_tuning.decode.draws`. texts:
+        samples: kinds of what texts do to choose their tokens, see `ee_tuning.passes.draws`. texts:
         whether texts draft, where they may. told: how much of it is done, and of how much.
         """
         assert not self.busy

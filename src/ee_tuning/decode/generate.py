@@ -22,7 +22,6 @@ from ee_tuning.decode.arguments import (
     warn_ignored,
 )
 from ee_tuning.decode.certified import with_certified
-from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.engines import ROOM, AnyEngine, engine_for, engines_of
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
@@ -37,6 +36,7 @@ from ee_tuning.decode.settings import (
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
+from ee_tuning.passes.draws import NOTHING
 
 
 @dataclass

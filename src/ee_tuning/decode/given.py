@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.wanted import Prediction, Predictions
 from ee_tuning.losses import confidence
+from ee_tuning.passes.wanted import Prediction, Predictions
 
 
 def exits_before_end(policy: Policy) -> list[int]:

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_tuning.decode.chains import Link, filled
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.wanted import Predictions, Read, Wanted, Window
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.passes.chains import Link, filled
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Predictions, Read, Wanted, Window
 
 
 class Part(NamedTuple):

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.cache import SlotCache
-from ee_tuning.decode.chains import Chains, Found, Step, Tables, first_draft, later_draft, tell
-from ee_tuning.decode.draws import NOTHING
-from ee_tuning.decode.graphs import compiled
 from ee_tuning.decode.lookup import MATCH, Limits, Looked, look
-from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Row
-from ee_tuning.decode.wanted import Prediction, Predictions, Wanted
 from ee_tuning.exit_config import DRAFT, LOOKUP
+from ee_tuning.passes.cache import SlotCache
+from ee_tuning.passes.chains import Chains, Found, Step, Tables, first_draft, later_draft, tell
+from ee_tuning.passes.draws import NOTHING
+from ee_tuning.passes.graphs import compiled
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Prediction, Predictions, Wanted
 
 NO_LOGITS = torch.empty(0)  # those of a round are not kept
 
@@ -158,7 +158,7 @@ class Rounds:
 
         now: its drafts at most, where it is not under way already. behind: those of the one that
         begins before this one is read; without any there is none. drawn: how an exit's drafts are
-        drawn, see `draws`.
+        drawn, see `passes.draws`.
         """
         chain = row.policy.bar is not None
         samples = drawn if chain else NOTHING, row.request.chooser.samples

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.draws import NOTHING, read_warp
-from ee_tuning.decode.noise import gumbel, places
-from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
+from ee_tuning.passes.draws import NOTHING, read_warp
+from ee_tuning.passes.noise import gumbel, places
+from ee_tuning.passes.wanted import Prediction
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Chooser:
 
     @property
     def samples(self) -> int:
-        """What a pass does to choose a token: see `draws`."""
+        """What a pass does to choose a token: see `passes.draws`."""
         return self.warp.samples if self.sample and self.in_passes else NOTHING
 
     def choose(self, ids: Sequence[int], found: Prediction) -> int:

@@ -9,18 +9,18 @@ from itertools import groupby
 
 from torch import Tensor
 
-from ee_tuning.decode.chains import Link
-from ee_tuning.decode.draws import ALL, NOTHING, samples_of
 from ee_tuning.decode.lookup import TextDrafts
-from ee_tuning.decode.noise import Seeds
 from ee_tuning.decode.pace import Clock, Pace
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.prompts import read as read_prompts
 from ee_tuning.decode.sampling import Chooser, Token, check_evidence
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.wanted import Prediction, Read, Wanted, Window
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
+from ee_tuning.passes.chains import Link
+from ee_tuning.passes.draws import ALL, NOTHING, samples_of
+from ee_tuning.passes.noise import Seeds
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.prompts import read as read_prompts
+from ee_tuning.passes.wanted import Prediction, Read, Wanted, Window
 
 Stopwatch = Callable[[], float | None]  # see `Sequences.stopwatch`
 
@@ -262,7 +262,7 @@ class Sequences:
                 ]
 
     def samples(self, rows: Iterable[Row]) -> int:
-        """What a pass of these does to choose their tokens; see `ee_tuning.decode.draws`."""
+        """What a pass of these does to choose their tokens; see `ee_tuning.passes.draws`."""
         needed = {row.request.chooser.samples for row in rows}
         return needed.pop() if len(needed) == 1 else samples_of(needed)
 

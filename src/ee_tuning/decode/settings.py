@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from ee_tuning.config import MEASURES, Leaving
 from ee_tuning.decode.certified import with_certified
-from ee_tuning.decode.wanted import Prediction
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT, LOOKUP, Layers, parse_layers, parse_threshold
 from ee_tuning.model import Network
+from ee_tuning.passes.wanted import Prediction
 from ee_tuning.settings import changed
 
 

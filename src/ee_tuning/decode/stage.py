@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from ee_tuning.config import Leaving
-from ee_tuning.decode.draws import NOTHING
 from ee_tuning.decode.mail import Fate, Kind, Mail, Message, News
-from ee_tuning.decode.noise import Seeds
-from ee_tuning.decode.passes import Passes
 from ee_tuning.decode.sampling import Asked, Token, choose
 from ee_tuning.decode.sequences import Request, Row, Sequences
-from ee_tuning.decode.wanted import Prediction
-from ee_tuning.decode.warm import to_warm
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
+from ee_tuning.passes.draws import NOTHING
+from ee_tuning.passes.noise import Seeds
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Prediction
+from ee_tuning.passes.warm import to_warm
 
 LATE = 8  # tokens of a row that wait within a stage at most: the next stage hears of them then
 

@@ -12,12 +12,12 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from ee_tuning.decode.draws import NOTHING, Warp, samples_of
 from ee_tuning.decode.engine import Engine
-from ee_tuning.decode.prompts import read
 from ee_tuning.decode.sampling import check_evidence
 from ee_tuning.decode.sequences import Request, Row, never
-from ee_tuning.decode.wanted import Wanted, Window
+from ee_tuning.passes.draws import NOTHING, Warp, samples_of
+from ee_tuning.passes.prompts import read
+from ee_tuning.passes.wanted import Wanted, Window
 
 AHEAD = 8  # tokens between two looks
 PLAIN = Warp()

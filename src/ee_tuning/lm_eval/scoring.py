@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ee_tuning.decode.given import Given, exits_before_end, predictions
 from ee_tuning.decode.settings import Policy
-from ee_tuning.decode.wanted import Predictions
 from ee_tuning.model import Network
+from ee_tuning.passes.wanted import Predictions
 
 
 @dataclass(frozen=True)

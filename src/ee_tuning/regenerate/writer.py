@@ -11,13 +11,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.decode.arguments import end_tokens
-from ee_tuning.decode.draws import SEEDS, Warp
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import never
 from ee_tuning.decode.settings import Full
 from ee_tuning.decode.text import encode_chat
 from ee_tuning.decode.whole import Text, whole_texts
 from ee_tuning.errors import UserError
+from ee_tuning.passes.draws import SEEDS, Warp
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.regenerate.prompts import NOTHING, Prompt, beginning
 from ee_tuning.regenerate.template import Template, ends_by_mark

@@ -23,12 +23,12 @@ from ee_tuning.config import Leaving
 from ee_tuning.data.chats import REFUSALS
 from ee_tuning.decode import Chooser, Full, Policy, Request
 from ee_tuning.decode.arguments import end_tokens
-from ee_tuning.decode.noise import SEEDS
 from ee_tuning.decode.settings import POLICIES, make_policy
 from ee_tuning.decode.text import encode_chat, encode_prompt
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.model import Network
+from ee_tuning.passes.noise import SEEDS
 from ee_tuning.serve.bodies import (
     MOST,
     ChatBody,

@@ -16,8 +16,8 @@ import torch
 
 from ee_tuning.calibrate.audit import Audit
 from ee_tuning.decode import Engine, Full, Request
-from ee_tuning.decode.draws import ALL, NOTHING, TOP_P
 from ee_tuning.errors import first_line
+from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.serve.choices import Choice
 from ee_tuning.serve.errors import Refused
 from ee_tuning.serve.jobs import Job, answer, fail, too_late
@@ -25,7 +25,7 @@ from ee_tuning.serve.metrics import Metrics
 from ee_tuning.serve.writer import Log, News, Writer
 
 PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
-# What is compiled before the first request, of the ways to choose tokens: see `decode.draws`.
+# What is compiled before the first request, of the ways to choose tokens: see `passes.draws`.
 WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
 TELL = 5.0  # seconds between two lines of the log on how far that is
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead

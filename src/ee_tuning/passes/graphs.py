@@ -11,7 +11,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from ee_tuning.decode.branches import Branches, can_branch
+from ee_tuning.passes.branches import Branches, can_branch
 
 F = TypeVar("F", bound=Callable[..., Any])
 Steps = Sequence[Callable[[], None]]  # the variants of one
@@ -288,7 +288,7 @@ def _compiling(tune: bool, on_gpu: bool) -> Iterator[None]:
     choices: AbstractContextManager[Any] = nullcontext()
     if on_gpu and not tune:
         # It takes a second to import, which decoding on a CPU need not wait for.
-        from ee_tuning.decode.sums import one_order
+        from ee_tuning.passes.sums import one_order
 
         choices = one_order()
     with (

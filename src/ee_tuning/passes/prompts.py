@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.graphs import CHUNK
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.wanted import Read, Wanted, Window
+from ee_tuning.passes.graphs import CHUNK
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Read, Wanted, Window
 
 CHUNKS = 4  # prompts of so many chunks at most are read as windows, if compiled
 BESIDE = 512  # tokens of prompts in one pass, if there are several

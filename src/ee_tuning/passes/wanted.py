@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ee_tuning.backbone import State
-from ee_tuning.decode.cache import SlotCache
-from ee_tuning.decode.draws import drawn, places_of
 from ee_tuning.exits import Exit
 from ee_tuning.exits.head import Head
 from ee_tuning.losses import confidence, likeliest
+from ee_tuning.passes.cache import SlotCache
+from ee_tuning.passes.draws import drawn, places_of
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ee_tuning.backbone import Segment
-from ee_tuning.decode.graphs import ALIGNED, compiled
 from ee_tuning.devices import GIB, free_memory
 from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
+from ee_tuning.passes.graphs import ALIGNED, compiled
 
 
 @dataclass

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.cache import Place, SlotCache
-from ee_tuning.decode.draws import ALL, NOTHING, drawn, places_of
-from ee_tuning.decode.graphs import Graphs, Sizes, compiled
-from ee_tuning.decode.sources import Sources
 from ee_tuning.exits import DraftExit
 from ee_tuning.invariant import Invariant
 from ee_tuning.losses import confidence, likeliest
+from ee_tuning.passes.cache import Place, SlotCache
+from ee_tuning.passes.draws import ALL, NOTHING, drawn, places_of
+from ee_tuning.passes.graphs import Graphs, Sizes, compiled
+from ee_tuning.passes.sources import Sources
 from ee_tuning.slices import group_of
 
 
@@ -191,7 +191,7 @@ class Chains:
     def to_warm(
         self, most: int, measures: Sequence[str], samples: Sequence[int], alone: bool
     ) -> list[Callable[[], Any]]:
-        """What compiles every size; see `ee_tuning.decode.warm`. Chains of other lengths are
+        """What compiles every size; see `ee_tuning.passes.warm`. Chains of other lengths are
         captured when they are first met: that takes no longer than a few rounds.
 
         most: drafts. alone: there are drafts of one text that is alone, for which there is no

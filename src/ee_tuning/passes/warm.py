@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ee_tuning.decode.draws import NOTHING
-from ee_tuning.decode.passes import Passes
-from ee_tuning.decode.wanted import Wanted
+from ee_tuning.passes.draws import NOTHING
+from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.wanted import Wanted
 
 
 @torch.inference_mode()
@@ -21,7 +21,7 @@ def to_warm(
     """What compiles and captures all that decoding asks of passes; to be run at once, in inference
     mode, without a sequence in progress.
 
-    samples: kinds, see `ee_tuning.decode.draws`. texts: whether texts draft, where they may.
+    samples: kinds, see `ee_tuning.passes.draws`. texts: whether texts draft, where they may.
     """
     if not passes.compile:
         return []

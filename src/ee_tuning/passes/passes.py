@@ -16,12 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.backbone import Segment, State
-from ee_tuning.decode.cache import Place, Rings, SlotCache, make_caches
-from ee_tuning.decode.chains import Chains
-from ee_tuning.decode.draws import NOTHING, Draws
-from ee_tuning.decode.graphs import CHUNK, Graphs, Sizes, compiled
-from ee_tuning.decode.sources import Sources, side_by_side
-from ee_tuning.decode.wanted import (
+from ee_tuning.exit_config import DRAFT, LOOKUP
+from ee_tuning.exits import DraftExit, Exit
+from ee_tuning.exits.head import Head
+from ee_tuning.invariant import Invariant
+from ee_tuning.model import Network
+from ee_tuning.passes.cache import Place, Rings, SlotCache, make_caches
+from ee_tuning.passes.chains import Chains
+from ee_tuning.passes.draws import NOTHING, Draws
+from ee_tuning.passes.graphs import CHUNK, Graphs, Sizes, compiled
+from ee_tuning.passes.sources import Sources, side_by_side
+from ee_tuning.passes.wanted import (
     Predictions,
     Predictor,
     Read,
@@ -33,11 +38,6 @@ from ee_tuning.decode.wanted import (
     table_of,
     verified,
 )
-from ee_tuning.exit_config import DRAFT, LOOKUP
-from ee_tuning.exits import DraftExit, Exit
-from ee_tuning.exits.head import Head
-from ee_tuning.invariant import Invariant
-from ee_tuning.model import Network
 from ee_tuning.slices import sharing_group
 
 

@@ -22,9 +22,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning.decode.graphs import compiled
-from ee_tuning.decode.noise import SEEDS, gumbel, places
 from ee_tuning.losses import likeliest
+from ee_tuning.passes.graphs import compiled
+from ee_tuning.passes.noise import SEEDS, gumbel, places
 
 FEW = 128  # tokens that are looked at where top-k leaves half as many or fewer
 BITS = 30  # of a probability as an integer: up to 1.0, which is 0x3f800000

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ee_tuning.backbone import State
-from ee_tuning.decode.cache import places_in
-from ee_tuning.decode.graphs import compiled
+from ee_tuning.passes.cache import places_in
+from ee_tuning.passes.graphs import compiled
 
 
 class Sources:
