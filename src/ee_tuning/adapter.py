@@ -21,9 +21,17 @@ from torch import Tensor
 from ee_tuning.certificate import Certificate
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import DRAFTS, ExitConfig, exit_name
-from ee_tuning.files import check_object, filling, read_json, read_object, write_json, write_text
+from ee_tuning.files import (
+    HUB_ID,
+    check_object,
+    filling,
+    read_json,
+    read_object,
+    write_json,
+    write_text,
+)
 from ee_tuning.fingerprint import config_values, exit_hash, is_whole
-from ee_tuning.folders import signed
+from ee_tuning.folders import is_edited, signed
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
 from ee_tuning.slices import SplitParameter, read_part
@@ -44,8 +52,8 @@ CARD = Template(
     """\
 ---
 library_name: ee-tuning
-{%- if base %}
-base_model: {{ base }}
+{%- if hub_id %}
+base_model: {{ hub_id }}
 {%- endif %}
 tags: [early-exit, ee-tuning]
 ---
@@ -87,8 +95,8 @@ def save(
     dtype: torch.dtype | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write ``exits.safetensors``, ``exit_config.json`` and a model card, if there is none; and
-    what calibration found of these exits.
+    """Write ``exits.safetensors``, ``exit_config.json`` and a model card, unless somebody has
+    edited one; and what calibration found of these exits.
 
     All are written before the first one takes the place of what may be there already.
 
@@ -115,7 +123,7 @@ def save(
         found = network.calibration if state is None else None  # of a run it is not known
         if found is not None and not changed_exits(network, found):
             write_json(staging / CALIBRATION_NAME, found.to_json())
-        if not (folder / "README.md").exists():
+        if not is_edited(folder / "README.md"):
             write_text(staging / "README.md", model_card(config))
 
 
@@ -152,8 +160,11 @@ def model_card(saved_config: dict[str, Any], here: bool = False) -> str:
     """Markdown for the contents of an ``exit_config.json``. here: the backbone is beside it."""
     exits = zip(*(saved_config[k] for k in ("layers", "arch", "head")), strict=True)
     saved_config = {"sources": None} | saved_config
+    base = "" if here else saved_config["base_model"]
     card = CARD.render(
-        base="" if here else saved_config["base_model"],
+        base=base,
+        # The hub refuses a card that names a folder there.
+        hub_id=base if HUB_ID.fullmatch(base) and not saved_config["base_model_path"] else "",
         here=here,
         depth=saved_config["backbone"]["config"]["num_hidden_layers"],
         exits=[(exit_name(layer), arch, head) for layer, arch, head in exits],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -41,7 +42,7 @@ class EarlyExitModel(Network):
     @classmethod
     def from_base(
         cls,
-        model: str | PreTrainedModel,
+        model: str | os.PathLike[str] | PreTrainedModel,
         config: ExitConfig,
         *,
         whole: bool = True,
@@ -59,13 +60,13 @@ class EarlyExitModel(Network):
             UserError: the backbone or the exits are not what this method can work with.
         """
         share = Share(whole=whole, dtype=dtype, device=device, precision=backbone_precision)
-        return load(New(model, config, trust_remote_code), share, cls)
+        return load(New(_named(model), config, trust_remote_code), share, cls)
 
     @classmethod
     def from_pretrained(
         cls,
-        exits: str,
-        model: str | PreTrainedModel | None = None,
+        exits: str | os.PathLike[str],
+        model: str | os.PathLike[str] | PreTrainedModel | None = None,
         *,
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
@@ -92,10 +93,10 @@ class EarlyExitModel(Network):
             device=device,
             precision=backbone_precision,
         )
+        source = Saved(_named(exits), _named(model), trust_remote_code)
         if mesh is not None:
-            source = Saved(exits, model, trust_remote_code)
             return load_part(source, share, cls, mesh, stage_layers)
-        return load(Saved(exits, model, trust_remote_code), share, cls)
+        return load(source, share, cls)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``exits.safetensors``, ``exit_config.json`` and a model card.
@@ -151,6 +152,16 @@ class EarlyExitModel(Network):
         """The backbone's."""
         return self.model.generation_config
 
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        """Give the backbone another one."""
+        self.model.generation_config = config
+
     def can_generate(self) -> bool:
         """Yes."""
         return True
+
+
+def _named(given: Any) -> Any:
+    """A path as its name; a hub id or a model as it is."""
+    return os.fspath(given) if isinstance(given, os.PathLike) else given

@@ -284,6 +284,11 @@ def signed(text: str) -> str:
     return f"{text}{SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
+def is_edited(path: Path) -> bool:
+    """Whether there is a text that is not, or not any more, as it was `signed`."""
+    return path.exists() and not _says(_is_signed, path)
+
+
 def _is_signed(path: Path) -> bool:
     text = path.read_text(encoding="utf-8")
     return text == signed(text.rpartition(SIGNATURE)[0])

@@ -88,6 +88,7 @@ class Share:
     device: str | torch.device | None = None
 
 
+@torch.inference_mode(False)  # whatever the caller is in: exits are tuned later, perhaps
 def load(source: New | Saved, share: Share, kind: type[Kind]) -> Kind:
     """A process's share of a model, of class `kind`.
 
@@ -134,6 +135,8 @@ def _new(source: New, share: Share, kind: type[Kind]) -> Kind:
     model = source.model
     if isinstance(model, str):
         model = _read_backbone(model, source.config, share, source.trust)
+    else:
+        _check_loaded(model, share)
     return kind(model, source.config, share.stage)
 
 
@@ -141,8 +144,10 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
     folder = find_exits(source.exits)
     saved = read_exit_config(folder)
     config, model = saved_exits(saved), source.model
-    if not isinstance(model, PreTrainedModel):
+    if model is None or isinstance(model, str):
         model = _look_up(source, folder, saved, config, share)
+    else:
+        _check_loaded(model, share)
     check_same(saved["backbone"]["config"], config_values(model.config), source.exits)
     network = kind(model, config, share.stage)
     hashes = saved["backbone"]["tensors"]
@@ -156,6 +161,31 @@ def _saved(source: Saved, share: Share, kind: type[Kind]) -> Kind:
         network.vocabulary.names = saved.get("vocab_names")
     network.calibration = read_calibration(folder)
     return network
+
+
+def _check_loaded(model: Any, share: Share) -> None:
+    """Refuse what is no loaded causal LM, or one that is not as `share` wants it.
+
+    Raises:
+        UserError: says what to give.
+    """
+    if not isinstance(model, PreTrainedModel):
+        merge = " (of PEFT's, merge_and_unload())" if hasattr(model, "merge_and_unload") else ""
+        raise UserError(
+            "a backbone is a folder, a hub id or a causal LM of transformers, not a "
+            f"{type(model).__name__}{merge}"
+        )
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        raise UserError(
+            f"the backbone is spread over {', '.join(sorted(places))} by its device_map: load it "
+            "on one device"
+        )
+    if share.dtype not in ("auto", model.dtype, str(model.dtype).removeprefix("torch.")):
+        raise UserError(
+            f"the backbone is loaded in {model.dtype}, and dtype {share.dtype} is for one that is "
+            "yet to be read: load it so, or leave dtype out"
+        )
 
 
 def _look_up(

@@ -93,8 +93,9 @@ def find_form(fields: dict[str, Any], text_field: str = "text") -> Form:
         if given.issuperset(names):
             return make(fields)
     wanted = [" and ".join(names) for names, _ in (*named, *FORMS)]
+    found = [f"{name}" if name in given else f"{name} (null)" for name in fields]
     raise BadRecord(
-        f"fields found: {', '.join(map(str, fields)) or 'none'}; wanted: {', '.join(wanted[:-1])}, "
+        f"fields found: {', '.join(found) or 'none'}; wanted: {', '.join(wanted[:-1])}, "
         f"or {wanted[-1]}"
     )
 

@@ -133,11 +133,13 @@ class Engines:
                 model, exit_layers, drafts=drafts, **settings, turn=self.turn, mesh=stages
             )
 
-        try:
-            return self.mesh.on_all(make)
-        except UserError:
-            self.kept.clear()
-            return self.mesh.on_all(make)
+        # What it writes to has to be writable by later calls outside of inference mode, too.
+        with torch.inference_mode(False):
+            try:
+                return self.mesh.on_all(make)
+            except UserError:
+                self.kept.clear()
+                return self.mesh.on_all(make)
 
     def will_compile(self, model: Network, compile: bool | None) -> bool:
         """Whether decoding with this argument compiles.

@@ -26,11 +26,15 @@ BYTES = {"fp8": 1.0, "torchao-int8": 1.0, "bnb-8bit": 1.0, "bnb-4bit": 0.5 + 4 /
 
 
 def check_installed(precision: str) -> None:
-    """Refuse a precision whose package is missing.
+    """Refuse a precision that is unknown, or whose package is missing.
 
     Raises:
-        UserError: what to install.
+        UserError: which there are, or what to install.
     """
+    if precision not in ("same", *BYTES):
+        raise UserError(
+            f"backbone_precision {precision!r} is unknown: use one of same, {', '.join(BYTES)}"
+        )
     if precision in PACKAGES:
         check_package(PACKAGES[precision], f"--backbone-precision {precision}")
 

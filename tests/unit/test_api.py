@@ -1,0 +1,136 @@
+"""`EarlyExitModel` in the hands of somebody who knows transformers and PEFT."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.families import tiny
+from torch import nn
+from transformers import GenerationConfig
+
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+
+IDS = torch.tensor([[5, 9, 11, 40]])
+
+
+def exits(**settings):
+    return EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,2", arch="mlp"), **settings)
+
+
+def test_folders_may_be_paths(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model = EarlyExitModel.from_base(Path(tmp_path / "base"), ExitConfig("2", arch="mlp"))
+    model.save_pretrained(tmp_path / "exits")
+    again = EarlyExitModel.from_pretrained(tmp_path / "exits", tmp_path / "base")
+    assert again.exit_layers == [2]
+    assert json.loads((tmp_path / "exits/exit_config.json").read_text())["base_model"] == str(
+        tmp_path / "base"
+    )
+
+
+def test_a_new_card_takes_the_place_of_an_old_one_that_nobody_edited(tmp_path):
+    model = exits()
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert "| 1 | mlp | own |" in card.read_text()
+    other = EarlyExitModel.from_base(tiny("llama"), ExitConfig("3", arch="norm"))
+    other.save_pretrained(tmp_path)
+    assert "| 3 | norm | own |" in card.read_text()
+    assert "mlp" not in card.read_text()
+    for text in (card.read_text().replace("Early exits", "My exits"), "mine", ""):
+        card.write_text(text)
+        model.save_pretrained(tmp_path)
+        assert card.read_text() == text
+
+
+def test_a_card_names_a_backbone_of_the_hub_alone(tmp_path, monkeypatch):
+    """The hub refuses a card whose base_model is no id of its own."""
+    monkeypatch.chdir(tmp_path)
+    tiny("llama").save_pretrained("some/base")
+    for name, said in (("some/base", False), (f"{tmp_path}/some/base", False), ("a/b", True)):
+        model = tiny("llama")
+        model.name_or_path = name
+        EarlyExitModel.from_base(model, ExitConfig("2")).save_pretrained("exits")
+        card = Path("exits/README.md").read_text()
+        assert (f"base_model: {name}" in card) is said
+        assert f"# Early exits for `{name}`" in card
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_calls_in_and_out_of_inference_mode_take_turns(tmp_path, loading):
+    tiny("llama").save_pretrained(tmp_path / "base")
+    exits().save_pretrained(tmp_path)
+    with torch.inference_mode(loading):
+        model = EarlyExitModel.from_pretrained(tmp_path, tmp_path / "base")
+    texts = []
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            texts.append(model.generate(IDS, max_new_tokens=6, do_sample=False).sequences)
+    assert all(torch.equal(text, texts[0]) for text in texts)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.exits.parameters())
+
+
+def test_a_generation_config_can_be_given_to_the_model():
+    model = exits()
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    assert model.generate(IDS).sequences.shape == (1, 7)
+    assert model.model.generation_config is model.generation_config
+
+
+class Adapted(nn.Module):
+    """As layers of PEFT's: a linear layer and what is added to it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer, self.low = linear, nn.Linear(linear.in_features, linear.out_features)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.low(x)
+
+
+class PeftModel(nn.Module):
+    def merge_and_unload(self):
+        pass
+
+
+def with_adapter():
+    model = tiny("llama")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    return model
+
+
+def spread():
+    model = tiny("llama")
+    model.hf_device_map = {"model.layers": "disk", "lm_head": "cpu"}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "message"),
+    [
+        (with_adapter, {}, "has an adapter of PEFT in its layers: .*merge_and_unload"),
+        (PeftModel, {}, "not a PeftModel .*merge_and_unload"),
+        (lambda: tiny("llama").config, {}, "or a causal LM of transformers, not a LlamaConfig"),
+        (exits, {}, "not a EarlyExitModel"),
+        (spread, {}, "spread over cpu, disk by its device_map"),
+        (lambda: tiny("llama"), {"dtype": torch.bfloat16}, "is loaded in torch.float32, and dtype"),
+        (lambda: tiny("llama"), {"dtype": "bfloat16"}, "is loaded in torch.float32, and dtype"),
+        (lambda: tiny("llama"), {"backbone_precision": "int3"}, "unknown: use one of same, fp8"),
+    ],
+)
+def test_backbones_in_memory_that_cannot_be_had(tmp_path, made, settings, message):
+    model = made()
+    with pytest.raises(UserError, match=message) as refusal:
+        EarlyExitModel.from_base(model, ExitConfig("2"), **settings)
+    assert "\n" not in str(refusal.value)
+    exits().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        EarlyExitModel.from_pretrained(tmp_path, model, **settings)
+
+
+def test_the_dtype_that_a_loaded_backbone_has_may_be_named():
+    for dtype in ("auto", "float32", torch.float32):
+        assert exits(dtype=dtype).dtype == torch.float32
