@@ -129,13 +129,13 @@ class EarlyExitModel(Network):
         Names and order of the arguments are those of transformers. Settings that the mode ignores
         are named in a warning.
         """
-        leaving = read_leaving(kwargs.get("leaving"), dict(kwargs))
+        leaving = read_leaving(kwargs.pop("leaving", None), kwargs)
         if leaving.mode in POLICIES and (unused := ignored(leaving)):
             warnings.warn(unused, Notice, stacklevel=2)
         if inputs is not None and kwargs.get("input_ids") is not None:
             raise UserError("both inputs and input_ids are given: leave one out")
         input_ids = kwargs.pop("input_ids", inputs)
-        return generate(self, input_ids, generation_config=generation_config, **kwargs)
+        return generate(self, input_ids, leaving, generation_config=generation_config, **kwargs)
 
     def generate_batch(self, prompts: Iterable[Any], **kwargs: Any) -> Iterator[tuple[int, Any]]:
         """Generate from any number of prompts; see `ee_tuning.decode.generate_batch`."""

@@ -1,6 +1,7 @@
 """The benchmarks run as their docstrings say, on tiny models, and write what the tables read."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -116,6 +117,29 @@ def test_thresholds_that_save_most_are_found():
         gains.append(row["gain"])
     assert gains == sorted(gains)
     assert gains[0] < gains[-1]
+
+
+def test_the_costs_of_leaving_are_those_that_were_measured():
+    """Milliseconds are u·(REST + layers + LEAVE·share that leaves + ASK·exits asked), u and two of
+    the others fitted to the file, the third what the file says itself. Rounded to halves."""
+    found = json.loads(
+        (Path(thresholds.__file__).parent / "results/rounds-smollm2.json").read_text()
+    )
+    asked = found["asking"]["layer"]
+    ask = asked.pop("layers an exit takes")
+    rows = [(30, 0, number, row["ms"]) for number, row in enumerate(asked.values())]
+    for name, row in found["leaving"]["layer"].items():
+        if part := re.search(r"(\d) of (\d)", name):
+            share = int(part[1]) / int(part[2])
+            ways = "10 leaves, 20 stays", "10 stays"
+            asks = next((n for n, way in zip((2 - share, 2), ways, strict=True) if way in name), 1)
+            rows.append((row["layers"], share, asks, row["ms"]))
+    layers, shares, asks, ms = np.array(rows).T
+    assert len(rows) == 15
+    parts = np.stack([np.ones(len(rows)), layers + ask * asks, shares], axis=1)
+    rest, unit, leave = np.linalg.lstsq(parts, ms, rcond=None)[0]
+    costs = thresholds.REST, thresholds.LEAVE, thresholds.ASK
+    assert costs == pytest.approx((rest / unit, leave / unit, ask), abs=0.25)
 
 
 def test_patterns_hold_their_shares():
