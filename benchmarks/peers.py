@@ -181,9 +181,8 @@ def tune(args: argparse.Namespace) -> None:
     base = load_model(args.model, device)
     rows = load_packed(args.data, load_tokenizer(args.model), args.seq_length, 0)
     number = rows.count(args.rows)
-    picked = [rows[place] for place in range(number)]
-    ids = torch.stack([row["input_ids"] for row in picked]).long()
-    labels = torch.stack([row["labels"] for row in picked])
+    picked = rows[range(number)]
+    ids, labels = picked["input_ids"], picked["labels"]
     # A place counts where the token that follows it is one to learn.
     learned = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)).long()
     counts = torch.bincount(ids.flatten(), minlength=base.config.vocab_size)

@@ -28,6 +28,10 @@ from helpers.data import (
     texts,
 )
 
+from ee_tuning.config import ReadingConfig
+from ee_tuning.data.encode import Encoder
+from ee_tuning.data.readers import Record
+
 pytestmark = pytest.mark.usefixtures("cache")
 
 # Labels
@@ -89,6 +93,32 @@ def test_messages_come_before_other_fields(tmp_path):
 def test_forms_may_mix_in_one_file(tmp_path):
     records = [{"text": "a b"}, {"prompt": "c", "completion": "d"}, {"text": "e f"}]
     assert texts(jsonl(tmp_path / "a.jsonl", *records)) == ["a b", "cd", "e f"]
+
+
+@pytest.mark.parametrize("together", [1, 40, 10**6], ids=["one", "some", "all"])
+def test_what_becomes_tokens_together_is_what_it_is_alone(together, monkeypatch):
+    """Chats, completions and texts, of which `together` characters are tokenised at once."""
+    monkeypatch.setattr("ee_tuning.data.encode.WITH_OFFSETS", together)
+    encoder = Encoder(CHATTY, ReadingConfig())
+    turns = [{"role": "user", "content": "a fox"}, {"role": "assistant", "content": "the dog"}]
+    records = []
+    for number in range(30):
+        words = " ".join(["fox"] * (number % 7 + 1))
+        forms = (
+            {"messages": [*turns, {"role": "user", "content": words}]},
+            {"messages": [{"role": "user", "content": words}, *turns[1:], *turns]},
+            {"prompt": words, "completion": " a dog"},
+            {"text": words},
+            {"words": words},
+        )
+        records.append(Record(f"line {number}", forms[number * 3 % 5]))
+    together = [*encoder.encode(records)]
+    alone = [one for record in records for one in encoder.encode([record])]
+    assert len(together) == len(alone) == 30
+    for one, other in zip(together, alone, strict=True):
+        assert (one.record.where, one.problem) == (other.record.where, other.problem)
+        for a, b in zip(one.documents, other.documents, strict=True):
+            assert [a.ids.tolist(), a.counts.tolist()] == [b.ids.tolist(), b.counts.tolist()]
 
 
 # Other names for the same

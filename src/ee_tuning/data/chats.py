@@ -78,8 +78,11 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, 
     numbers = [i for i, turn in enumerate(chat.messages) if turn["role"] == "assistant"]
     try:
         text = render(len(chat.messages), False)
+        last = len(chat.messages) - 1  # most chats have one turn, and this takes its time
         turns = [
-            (i, render(i, True), render(i + 1, False)) for i in numbers if i >= chat.learned_from
+            (i, render(i, True), text if i == last else render(i + 1, False))
+            for i in numbers
+            if i >= chat.learned_from
         ]
         if all(text.startswith(after) and after.startswith(before) for _, before, after in turns):
             return [(text, [(len(before), len(after)) for _, before, after in turns])]

@@ -19,6 +19,7 @@ from ee_tuning.errors import UserError
 
 CHUNK = 256  # texts tokenised at once
 CHUNK_CHARACTERS = 4 * PIECE
+WITH_OFFSETS = PIECE  # characters at once where offsets are wanted, which take far more memory
 
 
 class Document(NamedTuple):
@@ -35,6 +36,15 @@ class Encoded:
     record: Record
     documents: list[Document] = field(default_factory=list)
     problem: str = ""
+
+
+class Written(NamedTuple):
+    """A text of which the characters in `spans` are learned. alone: as it is, and not as a chat
+    template wrote it: it has what the tokenizer puts around a text."""
+
+    text: str
+    spans: Spans
+    alone: bool
 
 
 def document(ids: Any, counts: Any) -> Document:
@@ -104,9 +114,11 @@ class Encoder:
         whole = self._ids([form.text for record, form in texts if record.begins and record.ends])
         parts = [form.text for record, form in texts if not (record.begins and record.ends)]
         bare = self._ids(parts, add_special_tokens=False)
-        for record, form in chunk:
+        read = [self._read(record, form) for record, form in chunk]
+        written = self._documents([part for found, _ in read for part in found])
+        for (record, form), (found, problem) in zip(chunk, read, strict=True):
             if not isinstance(form, Text):
-                yield self._encode_one(record, form)
+                yield Encoded(record, [next(written) for _ in found], problem)
             elif record.begins and record.ends:
                 yield Encoded(record, [self._learned(next(whole))])
             else:
@@ -146,20 +158,22 @@ class Encoder:
             return ids, [*counts[:-1], True]
         return [*ids, eos], [*counts, True]
 
-    def _encode_one(self, record: Record, form: Form | None) -> Encoded:
-        if record.problem:
-            return Encoded(record, problem=record.problem)
+    def _read(self, record: Record, form: Form | None) -> tuple[list[Document | Written], str]:
+        """What a record comes to that is no plain text; or nothing, and its problem, if any."""
+        if record.problem or isinstance(form, Text):
+            return [], record.problem
         if record.tokens is not None:
-            return Encoded(record, [self._stored(record)])
+            return [self._stored(record)], ""
         if isinstance(form, Instruction):
             form = form.as_chat() if self.tokenizer.chat_template else form.as_completion()
+        if isinstance(form, Completion):
+            text = form.prompt + form.completion
+            return [Written(text, [(len(form.prompt), len(text))], True)], ""
+        assert isinstance(form, Chat)
         try:
-            if isinstance(form, Chat):
-                return Encoded(record, list(self._chat(record, form)))
-            assert isinstance(form, Completion)
-            return Encoded(record, [self._completion(form)])
+            return self._chat(record, form), ""
         except BadRecord as error:
-            return Encoded(record, problem=f"{record.where}: {error}")
+            return [], f"{record.where}: {error}"
 
     def _stored(self, record: Record) -> Document:
         """A document that is stored as tokens.
@@ -177,13 +191,7 @@ class Encoder:
             )
         return document(ids, np.ones(len(ids)))
 
-    def _completion(self, form: Completion) -> Document:
-        text = form.prompt + form.completion
-        spans = [(len(form.prompt), len(text))]
-        ids, counts = self._spans(text, spans, add_special_tokens=True, **self.plain)
-        return document(*self._with_eos(ids, counts.tolist()))
-
-    def _chat(self, record: Record, chat: Chat) -> Iterator[Document]:
+    def _chat(self, record: Record, chat: Chat) -> list[Document | Written]:
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{record.where}: messages need a chat template and the tokenizer "
@@ -192,24 +200,55 @@ class Encoder:
             )
         found = marked(chat, self.tokenizer)
         if found:
-            yield document(*found)
-            return
-        for text, spans in rendered(chat, self.tokenizer):
-            yield document(*self._spans(text, spans, add_special_tokens=False))
+            return [document(*found)]
+        return [Written(text, spans, False) for text, spans in rendered(chat, self.tokenizer)]
 
-    def _spans(self, text: str, spans: Spans, **more: Any) -> tuple[list[int], np.ndarray]:
-        """Tokens of `text`; those whose last character lies in one of `spans` count.
-
-        The last and not the first: a token may begin with the space that ends a prompt.
+    def _documents(self, parts: list[Document | Written]) -> Iterator[Document]:
+        """Those of `parts`, in order. Of a text the tokens whose last character lies in a span
+        count: the last and not the first, as a token may begin with the space that ends a prompt.
         """
-        if not self.tokenizer.is_fast:
+        texts = [part for part in parts if isinstance(part, Written)]
+        ids_of = {
+            alone: self._ids_and_ends([part.text for part in texts if part.alone is alone], alone)
+            for alone in (False, True)
+        }
+        for part in parts:
+            if isinstance(part, Document):
+                yield part
+                continue
+            ids, ends = next(ids_of[part.alone])
+            counts = np.zeros(len(ends), dtype=bool)
+            for start, stop in part.spans:
+                counts |= (ends > start) & (ends <= stop)
+            yield document(*(self._with_eos(ids, counts.tolist()) if part.alone else (ids, counts)))
+
+    def _ids_and_ends(
+        self, texts: list[str], alone: bool
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Of each text its tokens, and behind which of its characters each ends, (n,) int64."""
+        if texts and not self.tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path} gives no character offsets, which "
                 "chats and completions need: use its fast version, or records with text"
             )
-        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **more)
-        ends = np.array([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
-        counts = np.zeros(len(ends), dtype=bool)
-        for start, stop in spans:
-            counts |= (ends > start) & (ends <= stop)
-        return encoded["input_ids"], counts
+        more: dict[str, Any] = self.plain if alone else {}
+        for some in _batches(texts):
+            found = self.tokenizer(
+                some, return_offsets_mapping=True, add_special_tokens=alone, verbose=False, **more
+            )
+            for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
+                yield ids, np.array([end for _, end in offsets], dtype=np.int64)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts to be tokenised at once, on all cores."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= WITH_OFFSETS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
