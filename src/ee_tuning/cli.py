@@ -6,6 +6,7 @@ A command is a function of its name in `ee_tuning.commands`, which is imported w
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import logging
@@ -60,7 +61,8 @@ def ends_in_a_line(debug: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it may have been closed at the start
+                sys.stdout.flush()
     except UserError as error:
         _fail(str(error), debug, 2)
     except ProcessFailed as error:
@@ -69,9 +71,13 @@ def ends_in_a_line(debug: bool = False) -> Iterator[None]:
         _fail(str(error), debug, 130)
     except KeyboardInterrupt:
         _fail("stopped", debug, 130)
-    except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        if error.errno == errno.ENOSPC:
+            _fail(f"cannot write: {error.strerror}", debug, 1)
+        raise SystemExit(1) from None  # who read the output has seen enough
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import typing
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 import schemathesis
@@ -117,3 +119,20 @@ def test_what_the_schema_allows_is_answered(tiny_server):
         ask()
     assert asked >= {*ROUTES, "/health", "/metrics", "/v1/models", "/version", "/"}
     assert tiny_server.ask("/health") == {"status": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status", "said"),
+    [
+        ("/v1/completions", "application/x-www-form-urlencoded", 400, "content-type: application/"),
+        ("/health", "application/json", 405, "Method Not Allowed"),
+    ],
+)
+def test_what_is_sent_in_another_way_is_told_how(tiny_server, path, kind, status, said):
+    """`curl -d` alone sends a form."""
+    request = Request(tiny_server.url + path, b'{"prompt": "x"}', {"content-type": kind})
+    with pytest.raises(HTTPError) as refused:
+        urlopen(request)
+    assert refused.value.code == status
+    assert said in json.load(refused.value)["error"]["message"]
+    assert refused.value.headers["Allow"] == ("GET" if status == 405 else None)

@@ -146,6 +146,28 @@ def test_a_request_has_a_deadline(long_exits):
         assert running.complete(**SHORT)["usage"]["completion_tokens"] == 3
 
 
+def unended(running, reason):
+    """Texts that did not end, as the metrics have it."""
+    metrics = running.served.worker.metrics
+    labels = {"model_name": running.served.name, "reason": reason}
+    return metrics.registry.get_sample_value("ee_tuning:request_failure_total", labels) or 0
+
+
+def test_each_text_that_does_not_end_is_counted_once(long_exits):
+    """Whether it had a slot or not, and for its own reason."""
+    settings = {"exits": long_exits, "slots": 2, "capacity": 10_240}
+    with in_a_thread(**settings, deadline=2.0) as running:
+        worker = running.served.worker
+        with asking(running, LONG | {"n": 5, "stream": True}):
+            wait_for(lambda: (worker.running, worker.waiting) == (2, 3))
+        wait_for(lambda: not worker.running)
+        assert (unended(running, "abort"), unended(running, "deadline")) == (5, 0)
+        assert status_of(running, **LONG | {"n": 3})[0] == 504
+        wait_for(lambda: not worker.running)
+        assert (unended(running, "abort"), unended(running, "deadline")) == (5, 3)
+        assert unended(running, "error") == 0
+
+
 def read(connection):
     """All of a reply, whose chunks come line by line."""
     said = b""
@@ -170,6 +192,7 @@ def test_a_text_that_fails_fails_alone(tiny_server, monkeypatch):
         good = [pool.submit(tiny_server.complete, **SHORT | {"max_tokens": 20}) for _ in range(2)]
         status, error, _ = status_of(tiny_server, prompt=[6], ignore_eos=True)
     assert (status, "a mistake of this one" in error["message"]) == (500, True)
+    assert (unended(tiny_server, "error"), unended(tiny_server, "abort")) == (1, 0)
     assert [one.result()["usage"]["completion_tokens"] for one in good] == [20, 20]
     assert tiny_server.ask("/health") == {"status": "ready"}
     (line,) = [line for line in tiny_server.log if line["event"] == "error"]

@@ -144,6 +144,31 @@ def test_an_echo_has_the_prompt_and_its_log_probabilities(client):
     assert "".join(chunk.choices[0].text for chunk in streamed) == choice.text
 
 
+@pytest.mark.parametrize("prompt", ["x", "", [5], ["ab cd", "x"]])
+def test_prompts_alone_have_log_probabilities_and_an_end(client, prompt):
+    """Also those of one token, after which there is nothing to say of the next."""
+    fields = {"echo": True, "logprobs": 1, "max_tokens": 0, "n": 2}
+    whole = complete(client, prompt, **fields).choices
+    assert all(one.logprobs.token_logprobs[0] is None for one in whole)
+    chunks = [one for c in complete(client, prompt, stream=True, **fields) for one in c.choices]
+    for one in whole:
+        own = [c for c in chunks if c.index == one.index]
+        assert "".join(c.text for c in own) == one.text
+        assert [token for c in own for token in c.logprobs.tokens] == one.logprobs.tokens
+        assert [c.finish_reason for c in own if c.finish_reason] == ["length"]
+
+
+def test_offsets_are_of_the_text_where_tokens_are_parts_of_characters(client):
+    text = "s = 'é日本😀' + x"
+    found = complete(client, text, echo=True, logprobs=0, max_tokens=0).choices[0]
+    tokens, offsets = found.logprobs.tokens, found.logprobs.text_offset
+    assert any(token.startswith("bytes:") for token in tokens)
+    for token, start in zip(tokens, offsets, strict=True):
+        assert token.startswith("bytes:") or found.text[start:].startswith(token)
+    assert offsets == sorted(offsets)
+    assert offsets[-1] == len(text) - len(tokens[-1])
+
+
 def test_penalties_and_bias(client, process):
     plain = complete(client, max_tokens=40).choices[0].text
     for fields in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0},

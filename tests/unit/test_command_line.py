@@ -230,6 +230,16 @@ def test_a_reader_that_has_seen_enough(args, status):
     assert process.wait(PATIENCE) == status
 
 
+@pytest.mark.parametrize(
+    ("where", "status", "said"),
+    [("/dev/full", 1, b"ee-tuning: cannot write: No space left on device\n"), ("&-", 0, b"")],
+)
+def test_output_that_cannot_be_written(where, status, said):
+    command = ["sh", "-c", f'exec "$@" >{where}', "sh", sys.executable, "-m", "ee_tuning", "--help"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 def test_ctrl_c_while_libraries_are_imported(tmp_path):
     (tmp_path / "torch.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
     command = [sys.executable, "-m", "ee_tuning", "inspect", str(tmp_path)]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from ee_tuning.commands.serve import _is_loopback
+from ee_tuning.commands.serve import _is_loopback, _listening
 from ee_tuning.decode import Request, Token
 from ee_tuning.decode.settings import Speculative, Threshold
 from ee_tuning.decode.text import TextStream
@@ -191,6 +191,13 @@ def test_a_port_that_is_taken_is_said_before_a_model_is_loaded(base, capsys):
         port = taken.getsockname()[1]
         said = fails(capsys, "serve", "--model", base, "--port", port)
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in said
+
+
+def test_of_two_servers_that_start_at_once_one_has_the_port():
+    with _listening(ServeConfig(port=0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"):
+            _listening(ServeConfig(port=port))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.serve.config import ServeConfig
 
+BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
 SWITCH = 2e-4  # seconds that the engine's thread waits for that of the clients, or it for the other
 
 
@@ -80,6 +81,7 @@ def _listening(config: ServeConfig) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)  # at once: until then another server can bind there, too
     except OSError as error:
         raise UserError(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; see --host and --port"

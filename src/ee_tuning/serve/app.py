@@ -129,10 +129,12 @@ class Server:
             return Response(text, media_type="application/json")
         except Gone:
             return Response(status_code=499)
+        except Refused:
+            self.worker.give_up(job, "error")
+            raise
         finally:
             watch.cancel()
-            if job.open:
-                self.worker.give_up(job)
+            self.worker.give_up(job, "abort")
 
     async def _stream(
         self, reply: Reply, job: Job, watch: asyncio.Task[None], usage: bool, noted: dict[str, Any]
@@ -141,6 +143,8 @@ class Server:
         try:
             for chunk in reply.start():
                 yield event(chunk)
+            for delta in () if job.choices else _silent(reply.head.asked):
+                yield event(reply.piece(delta))
             while job.open:
                 news: dict[int, list[Delta]] = {}
                 for delta in await job.take():
@@ -156,19 +160,19 @@ class Server:
         except Gone:
             return
         except Refused as refused:
+            self.worker.give_up(job, "error")
             yield event(refused.body())
             yield DONE
         finally:
             noted |= reply.head.usage()
             watch.cancel()
-            if job.open:
-                self.worker.give_up(job)
+            self.worker.give_up(job, "abort")
 
     async def _watch(self, request: Request, job: Job) -> None:
         """Give a job up when its client leaves."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self.worker.give_up(job)
+        self.worker.give_up(job, "abort")
         job.give(Gone())
 
     async def _score(self, asked: Asked, number: int) -> list[Likely]:
@@ -321,7 +325,9 @@ async def _not_understood(_: Request, error: Any) -> JSONResponse:
 
 
 async def _not_found(_: Request, error: Any) -> JSONResponse:
-    return _errors(Refused(str(error.detail), status=error.status_code))
+    found = _errors(Refused(str(error.detail), status=error.status_code))
+    found.headers.update(error.headers or {})
+    return found
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:

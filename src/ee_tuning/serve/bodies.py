@@ -184,4 +184,5 @@ def explain(errors: typing.Sequence[Any]) -> Refused:
         if param is None or place[:1] == [param]
     ]
     text = ", or ".join(dict.fromkeys(said)) or "not understood"
-    return Refused(f"{param}: {text}" if param else f"the body is not understood: {text}", param)
+    whole = f"the body is not understood: {text}; it is JSON, and content-type: application/json"
+    return Refused(f"{param}: {text}" if param else whole, param)

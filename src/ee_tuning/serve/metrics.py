@@ -80,9 +80,9 @@ class Metrics:
             each = (choice.ended - choice.first) / (len(choice.layers) - 1)
             self.between.labels(self._name).observe(each)
 
-    def gave_up(self, reason: str) -> None:
-        """It did not."""
-        self.failed.labels(self._name, reason).inc()
+    def gave_up(self, reason: str, texts: int = 1) -> None:
+        """So many did not."""
+        self.failed.labels(self._name, reason).inc(texts)
 
     def text(self, running: int, waiting: int) -> bytes:
         """All of it, as Prometheus reads it."""

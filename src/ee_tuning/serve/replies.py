@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 from collections.abc import Sequence
@@ -62,7 +63,8 @@ class Reply:
     def __init__(self, head: Head) -> None:
         self.head = head
         head.id = f"{self.prefix}-{uuid4().hex}"
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}  # by choice: characters that are whole by now
+        self._torn: dict[int, codecs.IncrementalDecoder] = {}  # by choice: what is not yet
 
     def whole(self, deltas: Sequence[Delta]) -> Any:
         """The reply to a request that is not streamed: each choice's text and end."""
@@ -144,6 +146,7 @@ class CompletionReply(Reply):
             elif head.asked.top is not None:
                 logprobs = self._logprobs(index, [])
             self._offsets[index] = len(head.prompts[prompt])
+            self._torn.pop(index, None)
             choice = {
                 "index": index, "text": head.prompts[prompt], "logprobs": logprobs,
                 "finish_reason": None,
@@ -166,9 +169,10 @@ class CompletionReply(Reply):
 
     def _logprobs(self, index: int, seen: Sequence[Likely]) -> dict[str, Any]:
         text, offsets = self.head.pieces.text, []
+        torn = self._torn.setdefault(index, codecs.getincrementaldecoder("utf-8")("replace"))
         for one in seen:
             offsets.append(self._offsets.setdefault(index, 0))
-            self._offsets[index] += len(text(one.token))
+            self._offsets[index] += len(torn.decode(self.head.pieces.bytes(one.token)))
         return {
             "text_offset": offsets,
             "token_logprobs": [one.logprob for one in seen],

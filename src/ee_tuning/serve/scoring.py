@@ -70,6 +70,8 @@ def _said(
 
     Chunk by chunk, with the place that each begins with. final: those of the end, too.
     """
+    if not ids:
+        return
     descent = model.chain.descend(torch.tensor([list(ids)], device=model.backbone.device))
     features = {layer: model.exit(layer).features(descent.to(layer)) for layer in sorted(layers)}
     depth = model.backbone.num_layers

@@ -111,10 +111,17 @@ class Worker:
         except asyncio.TimeoutError:
             raise too_late(self.seconds) from None
 
-    def give_up(self, job: Job) -> None:
-        """Nobody waits for it any more: its slots are free from the next step on."""
+    def give_up(self, job: Job, reason: str) -> None:
+        """Nobody waits for it any more: its slots are free from the next step on.
+
+        reason: for the metrics, which have each of its texts that did not end once.
+        """
         with self._changed:
+            if not job.open or job.given_up:
+                return
             job.given_up = True
+            unended = [choice for choice in job.choices if choice.finish is None]
+            self.metrics.gave_up(reason, len(unended))
             for choice in job.choices:
                 self.engine.cancel(choice.request)
             if any(other is job for other, _ in self._waiting):
@@ -288,19 +295,15 @@ class Worker:
         for request, (job, _) in list(self._live.items()):
             if job.deadline < now and not job.given_up:
                 self._hand_on({*job.choices}, now)
+                self.give_up(job, "deadline")
                 self._tell(job.give, too_late(self.seconds))
-                self.give_up(job)
-                self.metrics.gave_up("deadline")
-            elif job.given_up:
-                self.metrics.gave_up("abort")
             if request.cancelled:
                 del self._live[request]
         with self._changed:
             late = [job for job, _ in self._waiting if job.deadline < now]
         for job in dict.fromkeys(late):
+            self.give_up(job, "deadline")
             self._tell(job.give, too_late(self.seconds))
-            self.give_up(job)
-            self.metrics.gave_up("deadline")
 
     def _failed(self, error: Exception) -> None:
         """A step failed: with it all that was in progress. Others may go on, if the device does."""
@@ -321,9 +324,8 @@ class Worker:
         explained = self._writer.explained(error)
         self._hand_on({choice for _, choice in self._live.values()}, 0)
         for job in dict.fromkeys(job for job, _ in self._live.values()):
+            self.give_up(job, "error")
             self._tell(job.give, explained)
-            self.give_up(job)
-            self.metrics.gave_up("error")
         self._live.clear()
 
     def _end(self, state: str) -> None:
