@@ -46,6 +46,8 @@ def test_prompts_in_every_form(client, process):
         assert found.choices[0].text == text
         assert found.usage.completion_tokens == 16
     assert process.ask("/detokenize", {"tokens": ids})["prompt"] == PROMPT
+    read = complete(client, "", max_tokens=1).usage.prompt_tokens
+    assert process.ask("/tokenize", {"prompt": ""})["count"] == read == 1
 
 
 @pytest.mark.parametrize("call", [complete, say])

@@ -101,6 +101,54 @@ def test_a_token_tells_what_every_exit_says(page):
         assert first.strip() == token.strip()
 
 
+def test_an_empty_prompt_is_one_token(page):
+    """The one that begins a text, to the lens, too."""
+    page.fill("#prompt", "")
+    page.uncheck("#chat")
+    page.fill("#tokens", "2")
+    page.select_option("#mode", "full")
+    page.click("#go")
+    wait_for(page, 2)
+    page.locator("#text-0 .token").nth(0).hover()
+    page.wait_for_selector("#lens table")
+
+
+def test_a_sample_is_beside_the_same_one_at_full_depth(page):
+    page.fill("#temperature", "1")
+    page.fill("#tokens", "12")
+    page.select_option("#mode", "speculative")
+    page.click("#go")
+    page.wait_for_function("document.getElementById('same').textContent !== '–'")
+    assert page.inner_text("#same") == "the same"
+
+
+def test_characters_of_several_tokens_are_whole(page):
+    page.fill("#tokens", "1")
+    page.select_option("#mode", "full")
+    page.click("#go")
+    wait_for(page, 1)
+    page.evaluate(r"""() => ["bytes:\\xf0\\x9f", "bytes:\\x98", "bytes:\\x80", "bytes:"].forEach(
+        text => add({ text, exit_layer: 4, confidence: 0.5, rejected: [] }, 0))""")
+    shown = page.eval_on_selector_all("#text-0 .token", "all => all.map(e => e.firstChild.data)")
+    assert shown[1:] == ["◦", "◦", "😀", "bytes:"]
+    assert page.evaluate("visible(' a\\n')") == "·a⏎"
+
+
+@pytest.mark.parametrize(
+    ("exits", "modes"), [([0], ["auto", "speculative", "full"]), ([], ["auto", "full"])]
+)
+def test_modes_are_those_that_exits_serve(page, exits, modes):
+    page.evaluate(
+        """async exits => {
+        const found = { ...model, exit_layers: exits };
+        ask = async () => ({ json: async () => ({ data: [found] }) });
+        await start();
+    }""",
+        exits,
+    )
+    assert page.eval_on_selector_all("#mode option", "all => all.map(e => e.value)") == modes
+
+
 def test_stop_and_curl(page, process):
     page.fill("#prompt", "a = ")
     page.uncheck("#chat")

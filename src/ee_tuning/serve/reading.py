@@ -140,8 +140,10 @@ class Reader:
         if body.messages is not None:
             return self.chat_ids(body.messages, body.add_generation_prompt)
         assert body.prompt is not None
+        if body.add_special_tokens:  # what a completion reads
+            return self.ids(body.prompt)
         self._check_length(body.prompt, "prompt")
-        encoded: Any = self.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)
+        encoded: Any = self.tokenizer(body.prompt, add_special_tokens=False)
         return encoded.input_ids
 
     def text(self, tokens: list[int]) -> str:
