@@ -96,7 +96,7 @@ def measured(owns: dict[str, Own], prompts: Prompts, way: dict[str, Any]) -> dic
     ]
     middle = sorted(prompts, key=len)[len(prompts) // 2]
     full = measure_full(model, middle)
-    costs = measure(model, way["layer"], middle, True, full)
+    costs = measure(model, way["layer"], True, middle, full)
     said = [heard(model, [ids], start)[way["layer"]][0] for start, ids in texts]
     cost = draft_cost(model, way["layer"])
     # Of each text by itself, as what is measured is: the clock goes on from one to the next.

@@ -352,11 +352,18 @@ def test_files_that_are_not_ours_or_were_begun_otherwise_are_left_alone(chatty, 
     write(chatty, out)
     for more, message in (
         ({"temperature": 0.5}, r"temperature 1.0, now 0.5"),
+        ({"slots": 5}, r"begun with slots \d+, now 5"),
         ({"data": [jsonl(tmp_path / "d.jsonl", {"prompt": "A?"})], "from_nothing": 0.5}, "begun"),
         ({"overwrite": True}, "exclude each other"),
     ):
         with pytest.raises(UserError, match=message):
             write(chatty, out, resume=True, tokens=2000, **more)
+    whole = out.read_text()
+    for other in (f"mine\n{whole}", f"[]\n{whole}", "{}\n" * len(whole)):
+        out.write_text(other)
+        with pytest.raises(UserError, match="was changed since"):
+            write(chatty, out, resume=True, tokens=2000)
+        assert out.read_text() == other
     out.write_text("")
     with pytest.raises(UserError, match="was changed since"):
         write(chatty, out, resume=True, tokens=2000)

@@ -188,7 +188,7 @@ def all_kept(chooser, ids, said, drafts):
 def test_costs_are_measured():
     model = early_exit(arch="norm")
     full = measure_full(model, prompt(5))
-    found = measure(model, 2, prompt(5), True, full)
+    found = measure(model, 2, True, prompt(5), full)
     assert found.prompt == full.prompt > 0
     assert len(found.rounds) == 7
     assert all(seconds > 0 for seconds in found.rounds.values())

@@ -98,15 +98,21 @@ class OutFile:
         check_object(saved, str(self.state_path), **kinds)
         state = State(**saved | {"totals": Totals(**saved["totals"])})
         if self.path.stat().st_size < state.size:
-            raise UserError(f"{self.path} was changed since: begin again with --overwrite")
+            raise self._changed()
         return state
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self.path} was changed since: begin again with --overwrite")
 
     def keys(self, state: State) -> list[str]:
         """Of the records in the whole waves, what later ones must not have again."""
         if not self.path.exists() or not state.size:
             return []
-        with self.path.open("rb") as file:
-            return [key_of(json.loads(line)) for line in file.read(state.size).splitlines()]
+        try:
+            with self.path.open("rb") as file:
+                return [key_of(json.loads(line)) for line in file.read(state.size).splitlines()]
+        except (ValueError, LookupError, TypeError) as error:  # no records any more
+            raise self._changed() from error
 
     def append(self, state: State, lines: bytes, start: int) -> None:
         """Write `lines` from byte `start` on, and then how far the file is."""

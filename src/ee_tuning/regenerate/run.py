@@ -129,13 +129,12 @@ class _Run:
         self.chats = mesh.on_all(lambda: writes_chats(config, self.tokenizer, alone))
         self.capacity = capacity_of(config, self.model)
         settings = self._settings(device)
-        if state is not None:
-            check_settings(state.settings, settings)
-        slots = (
-            state.slots
-            if state
-            else config.slots or min(mesh.gather_on_host(slots_for(self.model, self.capacity)))
-        )
+        slots = config.slots
+        if state is not None:  # without a number it goes on with the one that it had
+            slots = slots or state.slots
+            begun = state.settings | {"slots": state.slots}
+            check_settings(begun, settings | {"slots": slots})
+        slots = slots or min(mesh.gather_on_host(slots_for(self.model, self.capacity)))
         self.state = state or State(settings, slots)
         self.totals = self.state.copied()
         self.seen = set(mesh.on_main(lambda: out.keys(self.state)))

@@ -20,7 +20,7 @@ from ee_tuning.model import Network
 from ee_tuning.suggest.predict import Costs
 
 NUMBERS = (0, 1, 3, Leaving.max_pending)  # of tokens that leave in a round
-ROUNDS, TIMES = 4, 5  # rounds that are timed together, and how often: the middle one counts
+ROUNDS, TIMES = 4, 5  # rounds that are timed together, and how often at most: the middle one counts
 ALL, NONE = 0.0, 2.0  # thresholds
 
 
@@ -35,10 +35,18 @@ def measure_full(model: Network, prompt: list[int]) -> Costs:
     return Costs({(0, False): median(seconds)}, median(prompts))
 
 
-def measure(model: Network, layer: int, prompt: list[int], drafts: bool, full: Costs) -> Costs:
+def measure(
+    model: Network,
+    layer: int,
+    drafts: bool,
+    prompt: list[int],
+    full: Costs,
+    seconds: float = float("inf"),
+) -> Costs:
     """Seconds of rounds with the exit at `layer`.
 
-    drafts: whether tokens that leave are verified. full: what full depth costs.
+    drafts: whether tokens that leave are verified. full: what full depth costs. seconds: to take,
+    but each kind of round is timed once at least.
     """
     whole, chains = Full(model.backbone.num_layers), layer == DRAFT
     found: dict[tuple[int, bool], float] = {}
@@ -46,10 +54,13 @@ def measure(model: Network, layer: int, prompt: list[int], drafts: bool, full: C
 
         def timed(policy: Policy, number: int) -> float:
             with _sequence(engine, policy, number, prompt), _sequence(other, whole, 0, prompt):
-                ratios = [
-                    _go(engine, policy, number, ROUNDS) / _go(other, whole, 0, ROUNDS)
-                    for _ in range(TIMES)
-                ]
+                ratios, begun = [], time.perf_counter()
+                while not ratios or (
+                    len(ratios) < TIMES
+                    and time.perf_counter() - begun < seconds / (len(NUMBERS) + 1)
+                ):
+                    own = _go(engine, policy, number, ROUNDS)
+                    ratios.append(own / _go(other, whole, 0, ROUNDS))
             return median(ratios) * full.round(0, asked=False)
 
         for number in NUMBERS:

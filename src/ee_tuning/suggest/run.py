@@ -79,7 +79,8 @@ class Suggestion:
 @dataclass
 class _Search:
     """What all probes share. texts: to tune on; prompts, and `spoken`, these with what full depth
-    says after them. full: what decoding at full depth costs."""
+    says after them. full: what decoding at full depth costs. timing: seconds for the rounds of an
+    exit in a mode."""
 
     config: SuggestConfig
     say: Callable[[str], None]
@@ -87,6 +88,7 @@ class _Search:
     prompts: list[list[int]]
     spoken: list[list[int]]
     full: Costs
+    timing: float = float("inf")
 
     @property
     def full_seconds(self) -> float:
@@ -118,6 +120,7 @@ def suggest(config: SuggestConfig, say: Callable[[str], None] = lambda text: Non
     tokenizer = load_tokenizer(config.model, size, config.trust_remote_code)
     search = _begin(config, model, tokenizer, say)
     third = max(1.0, (config.minutes * 60 - (time.perf_counter() - begun)) / 3)
+    search.timing = third / 3 / (2 * SHORTLIST)  # what tuning leaves, of two modes of each
     steps: dict[str, int] = {}
     steps["norm"], found = _try(search, model, "norm", third)
     shortlist, more = sorted(one.layer for one in found if one.measured), list[Candidate]()
@@ -203,7 +206,8 @@ def _timed(search: _Search, model: Network, layer: int, arch: str, said: list[He
         f"{f', {len(known.tokens):,} tokens' if known else ''}"
     )
     ways = (True,) if layer == DRAFT else (True, False)
-    costs = [measure(model, layer, search.prompts[0], drafts, search.full) for drafts in ways]
+    given = search.prompts[0], search.full, search.timing
+    costs = [measure(model, layer, drafts, *given) for drafts in ways]
     return _candidate(search, model, layer, arch, said, *costs)
 
 
