@@ -244,7 +244,9 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     if wrong:
         name, kind, value = wrong.groups()
         kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind)
-        return f"{name} is {value!r}: it must be of type {kind}"
+        choices = re.fullmatch(r"Literal\[(.*)\]", kind)
+        wanted = f"one of {choices[1]}" if choices else f"of type {kind}"
+        return f"{name} is {value!r}: it must be {wanted}"
     wrong = re.match(
         r"""Parser key "(\w+)".*?Subtypes: \[(.*?)\] Errors.*Given value: (.*)""", message
     )

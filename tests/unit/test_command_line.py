@@ -180,6 +180,7 @@ def test_what_is_not_understood(command, args, message):
         ("steps: 3\nlr: 1\n'steps': 4", " line 3: steps is given twice, first in line 1"),
         ("data: a\nlayers: {4: 1,\n4: 2}", " line 3: 4 is given twice, first in line 2"),
         ("data: {a: 1}", "data is {'a': 1}: it must be a list of single values"),
+        ("decay: slow", "decay is 'slow': it must be one of 'cosine', 'linear'"),
         ("min_lr: low", "min_lr is low: it must be one of float, 'auto'"),
         ("layers: {a: 1}", "layers is {'a': 1}: it must be one of str, int, list[int | str]"),
     ],

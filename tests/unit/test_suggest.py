@@ -194,6 +194,17 @@ def test_costs_are_measured():
     assert all(seconds > 0 for seconds in found.rounds.values())
 
 
+def test_rounds_are_timed_once_at_least_and_less_often_in_less_time(monkeypatch):
+    model, timed = early_exit(arch="norm"), []
+    full = measure_full(model, prompt(5))
+    monkeypatch.setattr("ee_tuning.suggest.rounds._go", lambda *way: timed.append(way) or 1.0)
+    for seconds, times in ((0.0, 1), (float("inf"), 5)):
+        timed.clear()
+        found = measure(model, 2, True, prompt(5), full, seconds)
+        assert len(timed) == 5 * 2 * (1 + times)  # kinds of rounds, beside full depth, begun first
+        assert len(found.rounds) == 7
+
+
 def test_probes_are_tuned_and_the_backbone_is_not():
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1,3", arch="layer"))
     texts = written(model, [[3]] * 8, 24, seed=0)

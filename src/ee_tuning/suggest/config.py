@@ -16,7 +16,7 @@ class SuggestConfig(Settings):
     data: list[str] = option(
         [], "text to probe with, as for tune; default: what the model writes itself", path=True
     )
-    minutes: float = option(10.0, "time to take, about")
+    minutes: float = option(10.0, "time to take, about; a CPU takes some however few")
     prompt_length: int = option(32, "tokens of the prompts that speed is predicted for")
     max_new_tokens: int = option(64, "tokens generated after each of them")
     out: str = option("", "file for everything that was found, .json", path=True)
