@@ -54,7 +54,7 @@ def measure(
 
         def timed(policy: Policy, number: int) -> float:
             with _sequence(engine, policy, number, prompt), _sequence(other, whole, 0, prompt):
-                ratios, begun = [], time.perf_counter()
+                begun, ratios = time.perf_counter(), list[float]()
                 while not ratios or (
                     len(ratios) < TIMES
                     and time.perf_counter() - begun < seconds / (len(NUMBERS) + 1)
