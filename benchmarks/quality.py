@@ -272,14 +272,15 @@ def speed_of(sets: dict[str, Any]) -> float:
 
 
 def quality_table(ways: dict[str, Any], tasks: list[str]) -> str:
-    """Markdown; – where something is not there."""
+    """Markdown; – where something is not there. Speeds, if there are any."""
     rows = []
+    sets = next((" / ".join(found["sets"]) for found in ways.values() if found["sets"]), "")
     for name, found in ways.items():
         scores = [found["scores"].get(task) for task in tasks]
         shown = [f"{one['score']:.1%} ± {one['error']:.1%}" if one else "–" for one in scores]
-        rows.append([name, *shown, *_speeds(found["sets"])])
-    sets = next((" / ".join(found["sets"]) for found in ways.values() if found["sets"]), "by set")
-    return table(["way", *tasks, "speed", sets, "mean depth", "texts of full depth"], rows)
+        rows.append([name, *shown, *(_speeds(found["sets"]) if sets else ())])
+    speeds = ["speed", sets, "mean depth", "texts of full depth"] if sets else []
+    return table(["way", *tasks, *speeds], rows)
 
 
 def _speeds(sets: dict[str, Any]) -> list[str]:
