@@ -103,6 +103,9 @@ def test_calibrated_thresholds_are_audited(calibrated):
         assert {*sampled["exit_layers"]} == {4}
         with pytest.raises(OSError, match="400"):
             running.complete(**body, temperature=1.0, threshold="calibrated")
+        # Nor is it of what has no threshold.
+        fixed = running.complete(**body, temperature=0, mode="fixed", exit_layers=[2])
+        assert {*fixed["choices"][0]["ee"]["exit_layers"]} == {2}
 
 
 def test_exits_that_were_not_calibrated_have_no_such_threshold(tiny_server):

@@ -239,14 +239,13 @@ def _thresholds(
     """
     if isinstance(threshold, str):
         threshold = parse_threshold(threshold)
+    given: dict[Any, Any] = (
+        dict(threshold) if isinstance(threshold, Mapping) else dict.fromkeys(active, threshold)
+    )
     try:
-        given: dict[Any, Any] = (
-            {int(layer): value for layer, value in threshold.items()}
-            if isinstance(threshold, Mapping)
-            else dict.fromkeys(active, threshold)
-        )
+        given = {int(layer): value for layer, value in given.items()}
     except (TypeError, ValueError) as error:
-        raise UserError(f"the thresholds' layers must be numbers: {error}") from error
+        raise UserError(f"the thresholds' layers must be numbers, not {[*given]}") from error
     for value in given.values() if active or isinstance(threshold, Mapping) else [threshold]:
         if not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise UserError(f"threshold {value!r} is outside [0, 1]")

@@ -249,7 +249,7 @@ class Reader:
         for name in () if mode == "auto" else POLICIES[mode].ignores:
             if name in given and name != "measure":  # confidences are by it in any mode
                 raise Refused(f"{name}: mode {mode} ignores it: leave it out", name)
-        if leaving["mode"] == "full" and threshold == CALIBRATED:
+        if "threshold" in POLICIES[leaving["mode"]].ignores and threshold == CALIBRATED:
             leaving["threshold"] = 1.0
         try:
             return auto, self._made(leaving)
