@@ -91,6 +91,18 @@ def test_a_client_that_leaves_frees_its_slot_within_one_step(long_server, stream
     assert statuses == [200, 200 if stream else 499]
 
 
+def test_prompts_of_a_client_that_leaves_are_not_scored_to_the_end(tiny_server, monkeypatch):
+    scored = []
+    monkeypatch.setattr("ee_tuning.serve.app.score", lambda *_: scored.append(time.sleep(0.05)))
+    before = len(tiny_server.log)
+    with asking(tiny_server, {"prompt": [[5, 6]] * 100, "max_tokens": 0, "echo": True,
+                              "logprobs": 0}):  # fmt: skip
+        wait_for(lambda: scored)
+    wait_for(lambda: len(tiny_server.log) > before)
+    assert tiny_server.log[-1]["status"] == 499
+    assert len(scored) < 50
+
+
 def test_clients_that_lose_patience_leave_nothing_behind(long_exits):
     """200 of them, with 10,000 tokens each, none of which is ever written to its end."""
     with in_a_thread(exits=long_exits, slots=4, capacity=10_240, max_queue=256) as running:

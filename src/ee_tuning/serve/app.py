@@ -95,7 +95,10 @@ class Server:
         if asked.echo:
             head.prompts = await self._read(self._echoed, body, asked)
         if asked.prompt_scores:
-            head.scores = [await self._score(asked, number) for number in range(len(asked.prompts))]
+            for number in range(len(asked.prompts)):
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+                head.scores.append(await self._score(asked, number))
         return await self._reply(CompletionReply(head), body, request)
 
     async def chat(self, body: ChatBody, request: Request) -> Any:
