@@ -129,6 +129,8 @@ def _run(args: list[str]) -> None:
     name = args[0]
     config = parse(name, COMMANDS[name], args[1:])
     check_folders(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not hasattr(config, "tp"):
+        raise UserError(f"{name} runs in one process: start it without torchrun")
     getattr(_module(f"ee_tuning.commands.{name}"), name)(config)
 
 

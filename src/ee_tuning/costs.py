@@ -86,9 +86,10 @@ class Account:
     """The parts of a model.
 
     layers: of the backbone, all of them. exits: by layer (from 1; a draft exit's is 0, it counts as
-    one after the last). reach: the last layer that the exits read. head: the final exit's.
-    embedding: parameters of the token embedding, which are the head's too if they are `tied`.
-    hidden: the width of a hidden state. known: share of the vocabulary that the exits know.
+    one after the last). reach: the last layer that the exits read, 0 where a stage has none. head:
+    the final exit's. embedding: parameters of the token embedding, which are the head's too if they
+    are `tied`. hidden: the width of a hidden state. known: share of the vocabulary that the exits
+    know.
     """
 
     layers: list[Work]
@@ -176,7 +177,7 @@ def work(model: Network, length: int = 0, exit_vocab: int = 0, drafts: int = 1) 
     return Account(
         layers,
         exits,
-        max([*model.exit_layers, *model.sources]),
+        max([*model.exit_layers, *model.sources], default=0),
         _part(backbone.head, backbone),
         _values(backbone.model.get_input_embeddings()),
         backbone.config.tie_word_embeddings,

@@ -273,3 +273,9 @@ def test_a_mistyped_folder_is_said_before_anything_is_imported(args, what, tmp_p
     line = f"ee-tuning: cannot read the {what} nowhere: there is no such folder; a hub id is"
     assert done.stderr.decode().startswith(line)
     assert done.returncode == 2
+
+
+def test_several_processes_of_a_command_for_one_are_refused(tmp_path):
+    done = run("inspect", str(tmp_path), WORLD_SIZE="2", RANK="1")
+    said = b"ee-tuning: rank 1: inspect runs in one process: start it without torchrun\n"
+    assert (done.returncode, done.stderr) == (2, said)

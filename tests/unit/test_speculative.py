@@ -21,6 +21,7 @@ from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Chooser, Engine, Request, Speculative
 from ee_tuning.loading import load_tokenizer
+from ee_tuning.model import Network
 
 IDS = torch.tensor([[5, 9, 11, 40, 7]])
 
@@ -217,7 +218,15 @@ def test_a_draft_costs_the_weights_it_is_multiplied_with(head):
     assert draft_cost(model, 2) == weights("fixed") / weights("full")
 
 
-def test_an_exit_at_the_last_layer_cannot_draft():
+def test_stages_of_which_some_have_no_exits_count_a_draft_as_one_process_does():
+    config = ExitConfig("1,2", arch="mlp,layer")
+    whole = draft_cost(EarlyExitModel.from_base(tiny("llama"), config), 2)
+    stages = [Network(tiny("llama"), config, stage) for stage in (range(2), range(2, 4))]
+    assert stages[1].exit_layers == []
+    counted = []
+    for stage in stages:
+        draft_cost(stage, 2, lambda own: counted.append(own) or [own])
+    assert [draft_cost(stage, 2, lambda _: counted) for stage in stages] == [whole, whole]
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2,4", arch="norm"))
     with pytest.raises(UserError, match="cannot draft with the exit at the last layer, 4"):
         model.generate(IDS, mode="speculative", max_new_tokens=2)
