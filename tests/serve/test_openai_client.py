@@ -297,6 +297,7 @@ def test_what_cannot_be_had_is_refused_by_name(client, field, fields):
 @pytest.mark.parametrize(
     ("field", "fields"),
     [
+        ("max_tokens", {"max_completion_tokens": 9}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("response_format", {"response_format": {"type": "json_object"}}),
         ("top_logprobs", {"top_logprobs": 2}),

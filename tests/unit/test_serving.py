@@ -166,7 +166,10 @@ def test_tokens_that_come_together_say_what_they_say_one_by_one(tokenizer, stops
         (["--model", "BASE", "--port", "70000"], "port is 70000: give 65535 or less"),
         (["--model", "BASE", "--deadline", "0"], "deadline and grace are seconds"),
         (["--model", "BASE", "--capacity", "129"], "the backbone's context 128: give that or less"),
-        (["--model", "BASE", "--lookup", "--threshold", "2"], "threshold 2.0 is outside [0, 1]"),
+        (
+            ["--model", "BASE", "--lookup", "--threshold", "2"],
+            "ee-tuning: threshold 2.0 is outside",
+        ),
         (["--model", "BASE", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1:0"),
     ],
 )

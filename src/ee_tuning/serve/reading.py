@@ -99,7 +99,7 @@ class Reader:
         try:
             self._policy(Generation())
         except Refused as error:
-            raise UserError(error.message) from error
+            raise UserError(str(error.__cause__ or error)) from error  # without a field's name
 
     def completion(self, body: CompletionBody) -> Asked:
         """Raises: Refused, UserError: it cannot be had."""
@@ -127,6 +127,8 @@ class Reader:
         given = (
             body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         )
+        if body.max_tokens not in (None, given):
+            raise Refused("max_tokens: max_completion_tokens says otherwise", "max_tokens")
         if given == 0:
             raise Refused("max_tokens: give 1 or more", "max_tokens")
         ids = self.chat_ids(body.messages)
