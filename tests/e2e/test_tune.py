@@ -107,6 +107,7 @@ BAD = [
     ({"data": []}, "no data given"),
     ({"data": "nowhere.jsonl"}, "does not exist"),
     ({"out": None}, "no output folder"),
+    ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
     ({"steps": 0}, "at least 1"),
     ({"lr": -1}, "above 0"),
     ({"log_every": 0}, "log_every is 0: it must be at least 1"),

@@ -38,6 +38,8 @@ def check(config: TuneConfig) -> None:
     """
     if not config.data:
         raise UserError("no data given: name files, folders or hub ids with --data")
+    if config.resume and config.overwrite:
+        raise UserError("resume and overwrite exclude each other: leave one out")
     check_settings(config)
     check_installed(config.backbone_precision)
     if config.optimizer == "adamw-8bit":
