@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +20,7 @@ from ee_tuning.data import describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
-from ee_tuning.evaluate.exits import measure_exits, unknown_text
+from ee_tuning.evaluate.exits import Track, measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
 from ee_tuning.exit_config import DRAFT, exit_name
@@ -79,10 +82,10 @@ def _measure(
     mesh.check_same("data", repr(prompts))
     if len(prompts) < mesh.dp:
         raise UserError(f"dp is {mesh.dp}, and there are {len(prompts)} prompts: give each one")
-    with progress.status("losses and agreement on the data"):
-        measured = measure_exits(model, packed, config, thresholds, mesh)
-    with progress.status("speed and agreement of generated text"):
-        measured |= measure_thresholds(model, prompts, thresholds, config, mesh)
+    with _tracked(progress, "losses and agreement on the data") as track:
+        measured = measure_exits(model, packed, config, thresholds, mesh, track)
+    with _tracked(progress, "speed and agreement of generated text") as track:
+        measured |= measure_thresholds(model, prompts, thresholds, config, mesh, track)
     for row, next_token in zip(measured["threshold_rows"], measured.pop("next_token"), strict=True):
         row["next_token_agreement"] = next_token["agreement"]
         row["next_token_interval"] = next_token["interval"]
@@ -96,6 +99,18 @@ def _measure(
         "settings": dataclasses.asdict(config),
         **measured,
     }
+
+
+@contextmanager
+def _tracked(console: Console, what: str) -> Iterator[Track]:
+    """What shows how far something is, and the time left, as long as it takes."""
+    columns = TextColumn(what), BarColumn(bar_width=24), TaskProgressColumn()
+    shown = console.is_terminal and not console.quiet
+    bar = Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not shown
+    )
+    with bar:
+        yield bar.track
 
 
 def _show(

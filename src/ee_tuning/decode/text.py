@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.errors import UserError, first_line
-from ee_tuning.exit_config import LOOKUP
+from ee_tuning.exit_config import DRAFT, LOOKUP
 
 
 class TextStream:
@@ -61,13 +61,21 @@ class TextStream:
         return self._backend.decode(self._ids, skip_special_tokens=self._skips)
 
 
+# Told apart by every kind of eye, on light and on dark; as the playground's.
+EARLY, MIDDLE, LATE = (230, 138, 46), (150, 150, 146), (70, 130, 220)
+OF_DRAFTS = {DRAFT: "#a05ec8", LOOKUP: "#3c9664"}
+
+
 def depth_colour(layer: int, depth: int) -> str:
-    """From green (early) over yellow to red (full depth), as ``#rrggbb``; blue for `LOOKUP`."""
-    if layer == LOOKUP:
-        return "#4682dc"
-    share = layer / depth
-    red, green = min(1.0, 2 * share), min(1.0, 2 * (1 - share))
-    return f"#{int(60 + 160 * red):02x}{int(60 + 130 * green):02x}46"
+    """From orange (early) over grey to blue (full depth), as ``#rrggbb``; purple for `DRAFT`, green
+    for `LOOKUP`."""
+    if layer in OF_DRAFTS:
+        return OF_DRAFTS[layer]
+    at = 2 * layer / depth
+    (low, high), share = ((EARLY, MIDDLE), at) if at < 1 else ((MIDDLE, LATE), at - 1)
+    return "#" + "".join(
+        f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True)
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from ee_tuning.losses import IGNORED, confidence, cross_entropy
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect, deal
 from ee_tuning.parallel.mesh import ALONE, Mesh
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]  # goes through something, and tells how far it is
 
 
 @dataclass
@@ -50,10 +53,12 @@ def measure_exits(
     config: EvaluateConfig,
     thresholds: list[float],
     mesh: Mesh = ALONE,
+    track: Track = iter,
 ) -> dict[str, Any]:
     """One pass over at most ``config.max_tokens`` tokens (but a whole row), exit after exit.
 
-    mesh: the ranks that share the batches, and all get the result.
+    mesh: the ranks that share the batches, and all get the result. track: told what is gone
+    through.
 
     Returns ``exit_rows`` (layer, loss in nats per token, top-1 agreement with the final exit,
     mean confidence; the first two with an interval over batches), ``unknown_targets``, the share of
@@ -65,7 +70,7 @@ def measure_exits(
         UserError: an active exit does not exist, or no token of these rows has a label.
     """
     active = active_exits(model, config)
-    *exits, final = [_of_all(found, mesh) for found in _predict(model, packed, config, mesh)]
+    *exits, final = [_of_all(found, mesh) for found in _predict(model, packed, config, mesh, track)]
     taken = torch.cat(final.tokens)
     if not len(taken):
         raise UserError("the data that were read have no labels: raise --max-tokens")
@@ -112,7 +117,9 @@ def _of_all(own: Predictions, mesh: Mesh) -> Predictions:
     return whole
 
 
-def _predict(model: Network, packed: Rows, config: EvaluateConfig, mesh: Mesh) -> list[Predictions]:
+def _predict(
+    model: Network, packed: Rows, config: EvaluateConfig, mesh: Mesh, track: Track
+) -> list[Predictions]:
     """Predictions of every exit, by depth, and of the final exit, on the same tokens.
 
     Of the batches of this process.
@@ -121,7 +128,7 @@ def _predict(model: Network, packed: Rows, config: EvaluateConfig, mesh: Mesh) -
     final = Predictions(model.backbone.num_layers)
     rows = packed.count(max(1, config.max_tokens // config.seq_length))
     size = config.micro_batch_size
-    for start in deal(range(0, rows, size), mesh):
+    for start in track(deal(range(0, rows, size), mesh)):
         batch = collate(packed, range(start, min(start + size, rows)))
         batch["known"] = model.known_labels(batch["labels"])
         batch = {name: values.to(model.backbone.device) for name, values in batch.items()}

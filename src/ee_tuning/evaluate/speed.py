@@ -14,7 +14,7 @@ from ee_tuning.config import EvaluateConfig
 from ee_tuning.decode import GenerateOutput, generate
 from ee_tuning.devices import wait_for
 from ee_tuning.errors import UserError
-from ee_tuning.evaluate.exits import active_exits
+from ee_tuning.evaluate.exits import Track, active_exits
 from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import IGNORED
@@ -59,18 +59,21 @@ def measure_thresholds(
     thresholds: list[float],
     config: EvaluateConfig,
     mesh: Mesh = ALONE,
+    track: Track = iter,
 ) -> dict[str, Any]:
     """Generate from every prompt with every method, round by round.
 
     In a round each method runs all prompts once, so that a machine that slows down slows all
     alike; speed-ups are ratios within a round. mesh: the ranks that share the prompts; one goes on
-    with a prompt by itself, so speeds are those of one process. Returns ``threshold_rows``, the
+    with a prompt by itself, so speeds are those of one process. track: told what is gone through.
+    Returns ``threshold_rows``, the
     speed with drafts from the text alone, ``lookup``, and of transformers' own ``generate``, and
     ``samples`` to show.
     """
     inputs = [torch.tensor([ids], device=model.backbone.device) for ids in prompts]
     methods = _methods(model, thresholds, config)
-    outputs, taken = _in_rounds(methods, deal(inputs, mesh), config.rounds, mesh)
+    jobs = track([(number, name) for number in range(config.rounds + 1) for name in methods])
+    outputs, taken = _in_rounds(methods, deal(inputs, mesh), jobs, mesh)
     seconds = {name: [sum(own) for own in rounds] for name, rounds in taken.items()}
     total = len(inputs) * config.max_new_tokens
     speeds = {name: speed(times, total) for name, times in seconds.items()}
@@ -112,19 +115,20 @@ def measure_thresholds(
 
 
 def _in_rounds(
-    methods: dict[Any, Method], inputs: list[Tensor], rounds: int, mesh: Mesh
+    methods: dict[Any, Method], inputs: list[Tensor], jobs: Iterable[tuple[int, Any]], mesh: Mesh
 ) -> tuple[dict[Any, list[Any]], dict[Any, list[list[float]]]]:
-    """By method, the outputs for all ranks' prompts, and seconds, by round and prompt."""
-    # Where passes are compiled, all sizes that come are so before the clock starts.
+    """By method, the outputs for all ranks' prompts, and seconds, by round and prompt.
+
+    jobs: numbers of rounds and names of methods; round 0 is before the clock starts. Where passes
+    are compiled, all sizes that come are so in it.
+    """
     first = inputs if inputs[0].is_cuda else inputs[:1]
-    for method in methods.values():
-        for ids in first:
-            method(ids)
     outputs: dict[Any, list[Any]] = {}
     taken: dict[Any, list[list[float]]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, method in methods.items():
-            outputs[name], own = _timed(method, inputs)
+    for number, name in jobs:
+        found, own = _timed(methods[name], inputs if number else first)
+        if number:
+            outputs[name] = found
             taken[name].append(collect(own, mesh))
     del outputs["transformers"]  # which is timed alone
     return {name: collect(map(_on_host, own), mesh) for name, own in outputs.items()}, taken
