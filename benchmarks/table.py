@@ -297,17 +297,17 @@ def calibration() -> str:
     return "\n".join(lines)
 
 
-def experiments(name: str) -> str:
-    """What `experiments.py` or `quality.py` wrote of SmolLM2."""
-    text = (RESULTS / "experiments-smollm2" / name).read_text(encoding="utf-8")
+def written(name: str) -> str:
+    """What `experiments.py` or `quality.py` wrote."""
+    text = (RESULTS / name).read_text(encoding="utf-8")
     return text.replace("## ", "### ").strip()
 
 
 TABLES = {
     "../README.md": {"real": speeds.table},
     "experiments.md": {
-        "quality": partial(experiments, "quality.md"),
-        "tables": partial(experiments, "tables.md"),
+        "quality": partial(written, "quality-smollm2/quality.md"),
+        "tables": partial(written, "experiments-smollm2/tables.md"),
     },
     "calibration.md": {"calibration": calibration},
     "efficiency.md": {
