@@ -136,7 +136,7 @@ def _check_context(
             f"a text has {longest} tokens, the backbone's context is {context}: what it says "
             "beyond may make no sense",
             Notice,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
