@@ -94,7 +94,7 @@ def make(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>")
     config = LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=256,
+        num_attention_heads=4, max_position_embeddings=256, eos_token_id=None,  # texts are long
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -182,11 +182,12 @@ def one(folder: Path, phase: str, layout: str, draw: random.Random) -> dict[str,
         files = [folder / name / "exits.safetensors" for name in (layout, out)]
         same = files[0].read_bytes() == files[1].read_bytes()
     found["same"] = same if tunes else None
+    # Where the text was written before the kill there may be nobody left, and nothing to say.
+    late = not tunes and " tokens/s with the prompt" in said
     found["good"] = (
-        (status == 0 and same if tunes else status == 1)
-        and ended is not None
-        and ended < TIMEOUT
-        and len(lines) == 1
+        (status == 0 and same if tunes else status == 1 or late)
+        and (late if ended is None else ended < TIMEOUT)
+        and (len(lines) == 1 or (late and not lines))
     )
     if not found["good"]:
         found["said"] = said[-4000:]
