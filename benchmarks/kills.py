@@ -182,12 +182,11 @@ def one(folder: Path, phase: str, layout: str, draw: random.Random) -> dict[str,
         files = [folder / name / "exits.safetensors" for name in (layout, out)]
         same = files[0].read_bytes() == files[1].read_bytes()
     found["same"] = same if tunes else None
-    # Where the text was written before the kill there may be nobody left, and nothing to say.
-    late = not tunes and " tokens/s with the prompt" in said
     found["good"] = (
-        (status == 0 and same if tunes else status == 1 or late)
-        and (late if ended is None else ended < TIMEOUT)
-        and (len(lines) == 1 or (late and not lines))
+        (status == 0 and same if tunes else status == 1)
+        and ended is not None
+        and ended < TIMEOUT
+        and len(lines) == 1
     )
     if not found["good"]:
         found["said"] = said[-4000:]

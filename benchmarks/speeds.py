@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ LINES = [
 ]
 
 
+@cache
 def result(line: Line) -> dict[str, Any]:
     """The file of a line."""
     found: dict[str, Any] = json.loads((RESULTS / f"{line.file}.json").read_text())
