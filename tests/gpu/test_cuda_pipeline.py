@@ -18,40 +18,45 @@ CALLS = [
         {"threshold": 0.5, "do_sample": True, "alone": True},
     )
 ]
-LAYOUTS = {
-    "pp2": ({"pp": 2}, {"compile": False}),
-    "pp2-compiled": ({"pp": 2}, {"compile": True}),
-    "tp2": ({"tp": 2}, {"compile": False}),
-    "tp2-compiled": ({"tp": 2}, {"compile": True}),
-}
 
 
-def test_two_gpus_give_what_one_gives(tmp_path):
-    """In fp32, so that rounding does not turn a token."""
-    tiny("llama").save_pretrained(tmp_path / "model")
+@pytest.fixture(scope="module")
+def exits(tmp_path_factory):
+    """Exits of three architectures on a backbone beside them."""
+    folder = tmp_path_factory.mktemp("exits")
+    tiny("llama").save_pretrained(folder / "model")
     model = EarlyExitModel.from_base(
-        str(tmp_path / "model"), ExitConfig("1,2,3", arch=["norm", "mlp", "layer"])
+        str(folder / "model"), ExitConfig("1,2,3", arch=["norm", "mlp", "layer"])
     ).eval()
     for layer in model.exit_layers:
         model.exit(layer).head.weight.data.mul_(8)
-    model.save_pretrained(tmp_path / "exits")
-    common = {"tp": 1, "pp": 1, "todo": "generate", "exits": str(tmp_path / "exits")}
-    cases = [
-        {"name": name, **common, **layout, "device": DEVICE, "calls": [c | more for c in CALLS]}
-        for name, (layout, more) in LAYOUTS.items()
-    ]
-    cases += [{"name": "sums", **common, "tp": 2, "todo": "sums", "device": DEVICE, "calls": []}]
-    said = launch_decoding.start(cases, tmp_path)
-    model = model.to(DEVICE)
+    model.save_pretrained(folder / "exits")
+    return str(folder / "exits")
+
+
+def ranks(exits, tmp_path, todo, calls, **layout):
+    """What each of two ranks found."""
+    case = {"tp": 1, "pp": 1, "name": todo, "todo": todo, "exits": exits, "device": DEVICE}
+    said = launch_decoding.start([case | layout | {"calls": calls}], tmp_path)
+    for rank in (0, 1):
+        error = tmp_path / f"{todo}-{rank}.error"
+        assert not error.exists(), error.read_text() + said
+        yield torch.load(tmp_path / f"{todo}-{rank}.pt")["found"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("layout", ["pp", "tp"])
+def test_two_gpus_give_what_one_gives(exits, tmp_path, layout, compiled):
+    """In fp32, so that rounding does not turn a token."""
+    model = EarlyExitModel.from_pretrained(exits, device=DEVICE).eval()
     expected = launch_decoding.generate(model, [call | {"compile": False} for call in CALLS])
-    for name in LAYOUTS:
-        for rank in (0, 1):
-            error = tmp_path / f"{name}-{rank}.error"
-            assert not error.exists(), error.read_text() + said
-            outputs = torch.load(tmp_path / f"{name}-{rank}.pt")["found"]
-            for out, wanted in zip(outputs, expected, strict=True):
-                assert torch.equal(out["sequences"], wanted["sequences"]), name
-                assert torch.equal(out["exit_layers"], wanted["exit_layers"]), name
-    assert not (tmp_path / "sums-0.error").exists(), said
-    plain, shared = torch.load(tmp_path / "sums-0.pt")["found"]
-    assert all(torch.equal(*both) for both in zip(plain, shared, strict=True))
+    calls = [call | {"compile": compiled} for call in CALLS]
+    for outputs in ranks(exits, tmp_path, "generate", calls, **{layout: 2}):
+        for out, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(out["sequences"], wanted["sequences"])
+            assert torch.equal(out["exit_layers"], wanted["exit_layers"])
+
+
+def test_sums_by_way_of_memory_are_nccls(exits, tmp_path):
+    for plain, shared in ranks(exits, tmp_path, "sums", [], tp=2):
+        assert all(torch.equal(*both) for both in zip(plain, shared, strict=True))
