@@ -97,3 +97,17 @@ def test_one_exit_is_more_than_a_dot(browser, pages):
     line = plot.locator("path[style*='stroke-opacity: 0.5']")
     assert line.bounding_box()["width"] > 50
     page.close()
+
+
+def test_tokens_show_the_layer_that_they_left_at(browser, pages):
+    """Where it is asked for: a colour alone does not tell everybody."""
+    page = browser.new_page(viewport={"width": 320, "height": 800})
+    page.set_default_timeout(60_000)
+    page.goto(pages["many"])
+    shown = "() => getComputedStyle(document.querySelector('.token'), '::after').content"
+    assert page.evaluate(shown) == "none"
+    page.check("text=numbers beside tokens")
+    layer = page.locator(".token").first.get_attribute("title").split(",")[0]
+    assert page.evaluate(shown) == f'"{layer.removeprefix("layer ")}"'
+    assert page.evaluate(WIDE) == []
+    page.close()
