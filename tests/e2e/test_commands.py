@@ -215,6 +215,15 @@ def test_a_chat_template_that_fails_is_one_line(tokenizer):
             encode_chat(tokenizer, [{"role": "user", "content": "x"}])
 
 
+def test_a_file_that_is_no_chat_template_is_refused_before_anything(exits, tmp_path, capsys):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ bos_token }}\n{% for message in messages %}")
+    given = ["generate", "--exits", exits, "--prompt", "x", "--chat", "--chat-template", file]
+    assert f"chat template {file}, line 2: " in fails(capsys, *given)
+    file.write_text("{{ raise_exception('not these roles') }}")  # it may like others
+    assert "the tokenizer's chat template fails: not these roles" in fails(capsys, *given)
+
+
 def test_help_names_every_setting(capsys):
     main(["--help"])
     overview = capsys.readouterr().out

@@ -24,7 +24,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase, file: str) -> PreTrainedTo
     """`tokenizer` with the chat template in `file`; the same one if `file` is empty.
 
     Raises:
-        UserError: there is no such file, or it is not text.
+        UserError: there is no such file, or what it holds is no template.
     """
     if not file:
         return tokenizer
@@ -34,6 +34,12 @@ def with_template(tokenizer: PreTrainedTokenizerBase, file: str) -> PreTrainedTo
         raise UserError(f"chat template {file} cannot be read ({error})") from None
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat template {file}, line {error.lineno}: {error.message}") from None
+    except REFUSALS:
+        pass  # of this one chat: others may be as it wants them
     return tokenizer
 
 

@@ -93,7 +93,7 @@ def find_form(fields: dict[str, Any], text_field: str = "text") -> Form:
         if given.issuperset(names):
             return make(fields)
     wanted = [" and ".join(names) for names, _ in (*named, *FORMS)]
-    found = [f"{name}" if name in given else f"{name} (null)" for name in fields]
+    found = [name if name in given else f"{name} (null)" for name in fields]
     raise BadRecord(
         f"fields found: {', '.join(found) or 'none'}; wanted: {', '.join(wanted[:-1])}, "
         f"or {wanted[-1]}"
