@@ -1,14 +1,18 @@
 """How a server ends."""
 
+import re
 import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import pytest
 from helpers.commands import PATIENCE
 from helpers.serving import as_a_process
+from openai import APIError
 
 
 def streaming(running, texts, prompt, number=100):
@@ -58,6 +62,33 @@ def test_after_sigterm_what_is_in_progress_ends_and_nothing_new_begins(demo):
         assert running.process.stderr is not None
         assert "Traceback" not in running.process.stderr.read()
         assert [line["path"] for line in running.log][-1] == "/v1/completions"
+
+
+@pytest.mark.slow
+def test_what_has_not_ended_after_its_time_hears_so(demo):
+    with as_a_process("--exits", demo / "exits", "--grace", 0.5) as running:
+        texts = []
+        thread = streaming(running, texts, "def f(x):", 900)
+        whole = {"model": running.ask("/v1/models")["data"][0]["id"], "prompt": "x"}
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(
+                running.openai.completions.create, **whole, max_tokens=900,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            while not re.search(
+                rb"num_requests_running.* 2", urlopen(f"{running.url}/metrics").read()
+            ):
+                time.sleep(0.01)
+            assert running.process is not None
+            running.process.send_signal(signal.SIGTERM)
+            error = asked.exception(PATIENCE)
+        thread.join(PATIENCE)
+        assert (error.status_code, error.type) == (503, "service_unavailable_error")
+        assert "the engine is stopped" in str(error)
+        assert isinstance(texts[-1], APIError)
+        assert "the engine is stopped" in str(texts[-1])
+        assert running.process.wait(PATIENCE) in (0, -signal.SIGTERM)
+        assert "Traceback" not in running.process.stderr.read()
 
 
 @pytest.mark.slow

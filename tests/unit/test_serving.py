@@ -164,6 +164,7 @@ def test_tokens_that_come_together_say_what_they_say_one_by_one(tokenizer, stops
         (["--model", "BASE", "--mode", "threshold"], "mode threshold needs exits"),
         (["--model", "BASE", "--slots", "0"], "slots is 0: give 1 or more"),
         (["--model", "BASE", "--port", "70000"], "port is 70000: give 65535 or less"),
+        (["--model", "BASE", "--capacity", "1"], "capacity is 1: give 2 or more"),
         (["--model", "BASE", "--deadline", "0"], "deadline and grace are seconds"),
         (["--model", "BASE", "--capacity", "129"], "the backbone's context 128: give that or less"),
         (

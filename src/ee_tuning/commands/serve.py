@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import ipaddress
 import json
+import math
 import socket
 import sys
 import time
@@ -15,6 +17,7 @@ from ee_tuning.errors import Notice, UserError
 from ee_tuning.serve.config import ServeConfig
 
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
+LAST = 5  # seconds behind --grace that clients have to hear that there was no time for them
 SWITCH = 2e-4  # seconds that the engine's thread waits for that of the clients, or it for the other
 
 
@@ -52,9 +55,15 @@ def serve(config: ServeConfig) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, round(config.grace)),
+            timeout_graceful_shutdown=math.ceil(config.grace) + LAST,
         )
-        uvicorn.Server(settings).run(sockets=[listener])
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                asyncio.get_running_loop().call_later(config.grace, found.worker.halt)
+                await super().shutdown(sockets)
+
+        Server(settings).run(sockets=[listener])
 
 
 def _keep() -> None:

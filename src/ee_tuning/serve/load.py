@@ -92,6 +92,8 @@ def check_settings(config: ServeConfig) -> None:
     ):
         if getattr(config, name) < least:
             raise UserError(f"{name} is {getattr(config, name)}: give {least} or more")
+    if config.capacity == 1:
+        raise UserError("capacity is 1: give 2 or more, for a prompt and what follows it")
     if config.port > 65535:
         raise UserError(f"port is {config.port}: give 65535 or less")
     if not config.deadline > 0 or not config.grace >= 0:

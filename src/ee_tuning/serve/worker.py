@@ -75,11 +75,15 @@ class Worker:
         self._loop, self._warms_for = asyncio.get_running_loop(), (measures, texts)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Give up what there is, and end the thread."""
+    def halt(self) -> None:
+        """Refuse what there is, from the next step on, and whatever comes."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
+
+    def stop(self) -> None:
+        """Halt, and end the thread."""
+        self.halt()
         if self._thread.ident is not None:
             self._thread.join(timeout=10)
 
