@@ -319,7 +319,9 @@ def test_the_command_says_what_it_wrote(chatty, tmp_path, capsys):
         ({"from-nothing": "0.5"}, "name some with --data"),
         ({"from-nothing": "2"}, "is no share"),
         ({"tokens": "0"}, "give at least 1"),
-        ({"top-p": "1.5"}, "no probability"),
+        ({"top-p": "1.5"}, "top_p is 1.5: it must be above 0 and at most 1"),
+        ({"top-p": "0"}, "top_p is 0: it must be above 0 and at most 1"),
+        ({"min-p": "-0.1"}, "min_p is -0.1: it must be at least 0 and at most 1"),
         ({"temperature": "-1"}, "negative"),
         ({"temperature": "0"}, "are the same: raise it"),
         ({"max-new-tokens": "0"}, "give at least 1"),
@@ -331,6 +333,11 @@ def test_mistakes_are_one_line(chatty, tmp_path, capsys, monkeypatch, changes, m
     flags = {"model": chatty, "out": "own.jsonl", "tokens": "100", "device": "cpu"} | changes
     assert message in fails(capsys, "regenerate", *(f"--{k}={v}" for k, v in flags.items()))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_keeps_nothing_stops_but_not_after_a_few_texts(plain, tmp_path):
+    with pytest.raises(UserError, match=r"^of the last 64 texts none was kept: unfinished"):
+        write(plain, tmp_path / "own.jsonl", slots=2, max_new_tokens=1, drop_unfinished=True)
 
 
 def test_a_model_that_cannot_begin_from_nothing_is_refused(tmp_path, capsys):

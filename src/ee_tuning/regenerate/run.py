@@ -6,6 +6,7 @@ import dataclasses
 import json
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -35,7 +36,7 @@ from ee_tuning.regenerate.template import read_template
 from ee_tuning.regenerate.writer import Writer, Written, ends_of, key_of
 from ee_tuning.share import New, Share
 
-PATIENCE = 3  # waves of which nothing was kept, before that is taken for a mistake
+PATIENCE = 3, 64  # waves, and texts, of which none was kept: that is taken for a mistake
 MOST_SLOTS, CPU_SLOTS = 1024, 32
 OF_FREE_MEMORY = 0.6
 SCORES = 8  # fp32 numbers for each token of the vocabulary, while a token is drawn
@@ -101,9 +102,10 @@ def check(config: RegenerateConfig) -> None:
     for name in ("temperature", "top_k", "slots", "seed"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name):g} is negative: give 0 or more")
-    for name, least in (("top_p", 0.0), ("min_p", -1e-9)):
-        if not least < getattr(config, name) <= 1:
-            raise UserError(f"{name} {getattr(config, name):g} is no probability: give 0 to 1")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p is {config.top_p:g}: it must be above 0 and at most 1")
+    if not 0 <= config.min_p <= 1:
+        raise UserError(f"min_p is {config.min_p:g}: it must be at least 0 and at most 1")
 
 
 class _Run:
@@ -158,16 +160,20 @@ class _Run:
         ):
             assert isinstance(engine, Engine)
             writer = self.mesh.on_all(lambda: self._writer(engine))
-            fruitless = 0
+            waves, left_out = 0, Counter(self.totals.left_out)
             while state.end is None or state.end["tokens"] < config.tokens:
                 before = self.totals.texts
                 if not self._round(writer):
                     self.display.say("there are no more prompts, and again they get the same texts")
                     break
-                fruitless = 0 if self.totals.texts > before else fruitless + 1
-                if fruitless == PATIENCE:
-                    reasons = ", ".join(f"{k} ({v:,})" for k, v in self.totals.left_out.items())
-                    raise UserError(f"of {PATIENCE} waves no text was kept: {reasons}")
+                if self.totals.texts > before:
+                    waves, left_out = 0, Counter(self.totals.left_out)
+                    continue
+                waves, fruitless = waves + 1, Counter(self.totals.left_out) - left_out
+                if waves >= PATIENCE[0] and fruitless.total() >= PATIENCE[1]:
+                    reasons = ", ".join(f"{k} ({v:,})" for k, v in fruitless.items())
+                    texts = f"{fruitless.total():,} texts"
+                    raise UserError(f"of the last {texts} none was kept: {reasons}")
         return self.totals
 
     def _round(self, writer: Writer) -> bool:
