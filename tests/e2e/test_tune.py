@@ -107,6 +107,8 @@ BAD = [
     ({"data": []}, "no data given"),
     ({"data": "nowhere.jsonl"}, "does not exist"),
     ({"out": None}, "no output folder"),
+    ({"resume": True, "data": []}, "x' to go on with, and no data given"),
+    ({"valid_fraction": 0}, "valid_fraction is 0.0: it must be above 0 and below 1"),
     ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
     ({"steps": 0}, "at least 1"),
     ({"lr": -1}, "above 0"),
@@ -137,6 +139,14 @@ def test_settings_that_the_loss_ignores_are_named(base, data, tmp_path):
         "loss ce ignores kl_temperature and kl_weight",
         "a run without a draft exit ignores draft_steps",
     ]
+    flags |= {"loss_weight_start": 2, "valid_data": data, "valid_fraction": 0.2}
+    with pytest.warns(Notice) as told:
+        tune(base, data, tmp_path / "valid", loss="mixed", **flags | {"draft_steps": None})
+    assert [str(notice.message) for notice in told] == [
+        "a run with valid_data ignores valid_fraction",
+        "a run without loss_weight_warmup ignores loss_weight_start",
+    ]
+    flags = {"kl_weight": 0.7, "steps": 1, "loss_weight_start": 2, "loss_weight_warmup": 1}
     with warnings.catch_warnings(record=True) as told:
         tune(base, data, tmp_path / "mixed", loss="mixed", **flags | {"draft_steps": None})
     assert [notice for notice in told if notice.category is Notice] == []

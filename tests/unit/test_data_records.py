@@ -319,9 +319,9 @@ BAD_RECORDS = [
         ["found: body, id", "prompt and completion, instruction and output, or text"],
     ),
     ({}, ["found: none"]),
-    ({"text": 3}, ["text must be valid text"]),
-    ({"text": "\ud800"}, ["text must be valid text"]),
-    ({"prompt": "a", "completion": 3}, ["prompt and completion must be valid text"]),
+    ({"text": 3}, ["text must be a string, not 3"]),
+    ({"text": "\ud800"}, ["text has half a surrogate pair in it"]),
+    ({"prompt": "a", "completion": 3}, ["prompt and completion must be a string, not 3"]),
     ({"messages": [{"role": "user"}]}, ["messages must be a list of {role, content}"]),
     ({"messages": CHAT[1:]}, ["the chat template refuses", "begin with the user"]),
 ]

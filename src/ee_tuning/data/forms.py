@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -184,8 +185,10 @@ def _without_nothing(value: Any) -> Any:
 
 
 def _valid(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord(f"{name} must be a string, not {reprlib.repr(value)}")
     if not _is_text(value):
-        raise BadRecord(f"{name} must be valid text")
+        raise BadRecord(f"{name} has half a surrogate pair in it, which is no character")
     return value
 
 

@@ -161,7 +161,7 @@ def split_validation(packed: Rows, fraction: float, seed: int) -> tuple[Rows, Ro
         UserError: `fraction` is not between 0 and 1, or there is only one row.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"valid_fraction {fraction} must lie between 0 and 1")
+        raise UserError(f"valid_fraction is {fraction}: it must be above 0 and below 1")
     first = packed.first_places()
     unique, where = np.unique(first, return_index=True)
     if len(unique) < 2:

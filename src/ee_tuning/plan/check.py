@@ -37,7 +37,8 @@ def check(config: TuneConfig) -> None:
         UserError: names the setting.
     """
     if not config.data:
-        raise UserError("no data given: name files, folders or hub ids with --data")
+        nothing = f"there is no run in {config.out!r} to go on with, and " if config.resume else ""
+        raise UserError(f"{nothing}no data given: name files, folders or hub ids with --data")
     if config.resume and config.overwrite:
         raise UserError("resume and overwrite exclude each other: leave one out")
     check_settings(config)
@@ -49,6 +50,10 @@ def check(config: TuneConfig) -> None:
         _warn_ignored(config, f"loss {config.loss}", others)
         if not (config.drafts or config.exits):
             _warn_ignored(config, "a run without a draft exit", ["draft_steps", "draft_decay"])
+        if config.valid_data:
+            _warn_ignored(config, "a run with valid_data", ["valid_fraction"])
+        if not config.loss_weight_warmup:
+            _warn_ignored(config, "a run without loss_weight_warmup", ["loss_weight_start"])
 
 
 def _warn_ignored(config: TuneConfig, what: str, keys: list[str]) -> None:
