@@ -57,6 +57,16 @@ def wait_for(page, number):
     page.wait_for_function("document.getElementById('go').disabled === false")
 
 
+def go(page, prompt, number, mode):
+    """Ask for so many tokens after a prompt."""
+    page.fill("#prompt", prompt)
+    page.uncheck("#chat")
+    page.fill("#tokens", str(number))
+    page.select_option("#mode", mode)
+    page.click("#go")
+    wait_for(page, number)
+
+
 def test_a_moved_threshold_changes_colours(page):
     page.fill("#prompt", "def add(a, b):\n    ")
     page.uncheck("#chat")
@@ -82,12 +92,7 @@ def test_a_moved_threshold_changes_colours(page):
 
 
 def test_a_token_tells_what_every_exit_says(page):
-    page.fill("#prompt", "import os\n")
-    page.uncheck("#chat")
-    page.fill("#tokens", "6")
-    page.select_option("#mode", "full")
-    page.click("#go")
-    wait_for(page, 6)
+    go(page, "import os\n", 6, "full")
     page.locator("#text-0 .token").nth(2).hover()
     page.wait_for_selector("#lens table")
     rows = page.eval_on_selector_all("#lens tr", "all => all.map(e => e.cells[0].textContent)")
@@ -103,12 +108,7 @@ def test_a_token_tells_what_every_exit_says(page):
 
 def test_an_empty_prompt_is_one_token(page):
     """The one that begins a text, to the lens, too."""
-    page.fill("#prompt", "")
-    page.uncheck("#chat")
-    page.fill("#tokens", "2")
-    page.select_option("#mode", "full")
-    page.click("#go")
-    wait_for(page, 2)
+    go(page, "", 2, "full")
     page.locator("#text-0 .token").nth(0).hover()
     page.wait_for_selector("#lens table")
 

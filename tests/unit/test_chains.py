@@ -7,6 +7,7 @@ import torch
 from helpers.families import FAMILIES, tiny
 from helpers.models import DEPTH, drafting
 from helpers.prompts import padded, prompt
+from helpers.sampled import assert_full_depths
 from helpers.slow_decoder import draft_loop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -234,10 +235,7 @@ def test_a_row_that_is_given_up_leaves_the_others_alone():
 
 
 def test_samples_have_the_full_models_distribution():
-    """Three tokens of a vocabulary of 5 by exact enumeration, χ² over 4,000 draws.
-
-    The bound is the mean plus 5 standard deviations of χ².
-    """
+    """Three tokens of a vocabulary of 5, 4,000 draws."""
     torch.manual_seed(0)
     base = tiny("llama", vocab_size=5, eos_token_id=None, pad_token_id=None, bos_token_id=None)
     model = EarlyExitModel.from_base(base, ExitConfig("0", arch="draft")).eval()
@@ -252,20 +250,7 @@ def test_samples_have_the_full_models_distribution():
             counts[tuple(text)] += 1
         kept += (out.exit_layers == DRAFT).sum().item()
     assert 0.05 < kept / draws / new < 0.5
-    expected, texts = torch.full((1,), float(draws)), ids
-    for _ in range(new):
-        logits = model(texts, output_logits=True).logits[:, -1].detach()
-        expected = (expected[:, None] * (logits / 0.8).softmax(-1)).flatten()
-        following = torch.arange(5).repeat(len(texts))[:, None]
-        texts = torch.cat([texts.repeat_interleave(5, 0), following], 1)
-    counts = counts.flatten()
-    large = expected >= 5
-    found = torch.cat([counts[large], counts[~large].sum()[None]])
-    wanted = torch.cat([expected[large], expected[~large].sum()[None]])
-    statistic = ((found - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
-    freedom = len(wanted) - 1
-    assert freedom > 20
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+    assert_full_depths(counts, model, ids, lambda _, logits: logits / 0.8)
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from helpers.families import FAMILIES, tiny
 from helpers.models import DEPTH, early_exit, good_exit
 from helpers.prompts import padded, prompt
+from helpers.sampled import assert_full_depths
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -127,21 +128,7 @@ def test_samples_have_the_full_models_distribution():
             TopKLogitsWarper(top_k),
         ]
     )
-    expected, texts = torch.full((1,), float(draws)), ids
-    for _ in range(new):
-        logits = model(texts, output_logits=True).logits[:, -1].detach()
-        expected = (expected[:, None] * processors(texts, logits).softmax(-1)).flatten()
-        following = torch.arange(5).repeat(len(texts))[:, None]
-        texts = torch.cat([texts.repeat_interleave(5, 0), following], 1)
-    counts = counts.flatten()
-    assert counts[expected == 0].sum() == 0
-    large = expected >= 5
-    found = torch.cat([counts[large], counts[~large].sum()[None]])
-    wanted = torch.cat([expected[large], expected[~large].sum()[None]])
-    statistic = ((found - wanted) ** 2 / wanted.clamp(min=1e-9)).sum().item()
-    freedom = len(wanted) - 1
-    assert freedom > 20
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+    assert_full_depths(counts, model, ids, processors)
 
 
 class Rejecting(Chooser):
