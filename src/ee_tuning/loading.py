@@ -209,7 +209,7 @@ def load_backbone(
     path = expanduser(path)
     config = load_config(path, trust)
     left: Left = {}
-    model_class: Any = causal_lm_class(config, path)
+    plain = model_class = causal_lm_class(config, path)
     gguf = gguf_file(path)  # which is read whole
     if not gguf:
         _check_weights(path)
@@ -224,6 +224,7 @@ def load_backbone(
                 model, info = model_class.from_pretrained(
                     path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
                 )
+        model.__class__ = plain  # that of placeholders has no name to be pickled by
         files = tensor_files(path) if left else {}
         if left and slices is not None and files.keys() >= {f"{name}.weight" for name in left}:
             read_slices(model, left, files, slices.mesh)

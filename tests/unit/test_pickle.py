@@ -39,3 +39,11 @@ def test_a_model_that_was_used_can_be_pickled_and_copied(used, way):
     assert not torch.equal(model.exit(1).head.weight, other.exit(1).head.weight)
     losses = other(IDS, labels=IDS).exit_losses
     assert losses[1].item() == pytest.approx(torch.tensor(96.0).log().item())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_so_can_one_that_is_not_whole(way, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    model = EarlyExitModel.from_base(str(tmp_path), ExitConfig("1,2"), whole=False)
+    losses = [m(IDS, labels=IDS).exit_losses for m in (model, way(model))]
+    assert losses[0] == losses[1]
