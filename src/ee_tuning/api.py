@@ -17,13 +17,15 @@ from transformers import PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ee_tuning.adapter import CONFIG_NAME, save
+from ee_tuning.backbone.positions import padded_positions
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
 from ee_tuning.decode.arguments import read_leaving
 from ee_tuning.decode.settings import POLICIES, ignored
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, write_json
-from ee_tuning.model import Network
+from ee_tuning.losses import IGNORED
+from ee_tuning.model import EarlyExitOutput, Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.share import New, Saved, Share, load
 from ee_tuning.tune_config import FrozenPrecision
@@ -97,6 +99,31 @@ class EarlyExitModel(Network):
         if mesh is not None:
             return load_part(source, share, cls, mesh, stage_layers)
         return load(source, share, cls)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> EarlyExitOutput:
+        """Losses and logits of every exit; see `Network.forward`, and its other arguments there.
+
+        Names and order of the arguments are those of transformers. attention_mask: (B, T), 0 where
+        shorter texts are padded, on either side: there is no loss of what stands there.
+
+        Raises:
+            UserError: a mask that is of something else, or beside position_ids.
+        """
+        if attention_mask is not None:
+            if position_ids is not None:
+                raise UserError("both attention_mask and position_ids are given: leave one out")
+            position_ids = padded_positions(attention_mask, input_ids.shape)
+            if labels is not None:  # a first token would be what padding predicts
+                unasked = (attention_mask == 0) | (position_ids == 0)
+                labels = labels.masked_fill(unasked, IGNORED)
+        return super().forward(input_ids, labels=labels, position_ids=position_ids, **kwargs)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``exits.safetensors``, ``exit_config.json`` and a model card.

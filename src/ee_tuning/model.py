@@ -138,6 +138,7 @@ class Network(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        *,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         output_exit_logits: bool = False,
@@ -149,8 +150,7 @@ class Network(nn.Module):
         tokens, shifted inside, −100 where there is no loss. There is none either where the label is
         not in a reduced vocabulary of the exits.
         """
-        losses: dict[int, Tensor] = {}
-        exit_logits: dict[int, Tensor] = {}
+        losses, exit_logits = dict[int, Tensor](), dict[int, Tensor]()
         final = None
         labels = None if labels is None else self.known_labels(labels)
         descent = self.chain.descend(input_ids, position_ids)

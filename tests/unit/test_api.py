@@ -57,6 +57,19 @@ def test_a_card_names_a_backbone_of_the_hub_alone(tmp_path, monkeypatch):
         assert f"# Early exits for `{name}`" in card
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask has shape \(1, 3\), .* \(1, 4\)"),
+        ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "has 0 within a text"),
+        ({"attention_mask": IDS, "position_ids": IDS}, "both attention_mask and position_ids"),
+    ],
+)
+def test_masks_that_make_no_sense(given, message):
+    with pytest.raises(UserError, match=message):
+        exits()(IDS, **given)
+
+
 @pytest.mark.parametrize("loading", [True, False])
 def test_calls_in_and_out_of_inference_mode_take_turns(tmp_path, loading):
     tiny("llama").save_pretrained(tmp_path / "base")

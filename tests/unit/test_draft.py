@@ -166,3 +166,12 @@ def test_unrolled_steps_are_single_steps_with_a_cache(family):
                     compared += 1
     # Of a text of n tokens, step j has n − j chains.
     assert compared == sum(max(0, b - a - j) for _, a, b in texts(PACKED) for j in range(STEPS))
+
+
+def test_padded_texts_have_the_drafts_that_they_have_alone():
+    model, mask = noisy(), torch.ones_like(IDS)
+    mask[0, 6:] = mask[1, :4] = 0
+    padded = model(IDS, mask, output_exit_logits=True).exit_logits[0]
+    for row, place in enumerate((slice(6), slice(4, 11))):
+        alone = model(IDS[[row], place], output_exit_logits=True).exit_logits[0][0]
+        torch.testing.assert_close(padded[row, place], alone, rtol=1e-4, atol=1e-4)

@@ -123,6 +123,31 @@ def test_packed_documents_do_not_see_each_other(family):
     torch.testing.assert_close(packed.logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [*ALL, *OTHERS])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_texts_are_as_they_are_alone(family, side):
+    """With an attention_mask, as tokenizers give it. Tolerance: as of packed documents."""
+    model = EarlyExitModel.from_base(tiny(family), ExitConfig("1,2", "norm,layer"))
+    ids, mask = batch(rows=2, length=12)["input_ids"], torch.ones(2, 12, dtype=torch.int64)
+    places = [slice(7, 12) if side == "left" else slice(5), slice(12)]
+    mask[0] = 0
+    mask[0, places[0]] = 1
+    asked = {"output_exit_logits": True, "output_logits": True}
+    padded = model(input_ids=ids, attention_mask=mask, labels=ids, **asked)
+    alone = [
+        model(ids[[row], place], labels=ids[[row], place], **asked)
+        for row, place in enumerate(places)
+    ]
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    for layer in (1, 2):
+        for row, (place, one) in enumerate(zip(places, alone, strict=True)):
+            found = padded.exit_logits[layer][row, place]
+            torch.testing.assert_close(found, one.exit_logits[layer][0], **close)
+            torch.testing.assert_close(padded.logits[row, place], one.logits[0], **close)
+        expected = (4 * alone[0].exit_losses[layer] + 11 * alone[1].exit_losses[layer]) / 15
+        torch.testing.assert_close(padded.exit_losses[layer], expected, **close)
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_only_needed_tensors_are_read(family, tmp_path, monkeypatch):
     """With the deepest exit at layer 2 of 4, no tensor of layers 3 and 4 is read from disk."""

@@ -7,10 +7,32 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ee_tuning.backbone.families import Family
+from ee_tuning.errors import UserError
 from ee_tuning.twin import twin
+
+
+def padded_positions(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Positions (B, T) of texts that are padded where `mask` is 0.
+
+    Padding is a text of its own, as in rows of packed documents: neither sees the other.
+
+    Raises:
+        UserError: the mask is not of this shape, or of texts with holes.
+    """
+    if mask.shape != shape:
+        raise UserError(
+            f"attention_mask has shape {tuple(mask.shape)}, the texts have {tuple(shape)}"
+        )
+    real = mask != 0
+    begins = F.pad(real[:, 1:] != real[:, :-1], (1, 0), value=True)
+    if ((begins & real).sum(-1) > 1).any():
+        raise UserError("attention_mask has 0 within a text: pad a text at its ends")
+    index = torch.arange(mask.shape[1], device=mask.device)
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 class Positions:
