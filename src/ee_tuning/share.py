@@ -93,12 +93,34 @@ def load(source: New | Saved, share: Share, kind: type[Kind]) -> Kind:
     """A process's share of a model, of class `kind`.
 
     Raises:
-        UserError: files missing or damaged, exits made for another backbone, or what cannot be
-            quantised.
+        UserError: files missing or damaged, exits made for another backbone, no dtype of models,
+            or what cannot be quantised.
     """
+    dtype = getattr(torch, share.dtype, None) if isinstance(share.dtype, str) else share.dtype
+    if share.dtype not in ("auto", None) and not (
+        isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    ):
+        raise UserError(
+            f"dtype {share.dtype} is none for a model: use auto, float32, bfloat16 or float16"
+        )
+    half = dtype == torch.float16 and not isinstance(source.model, PreTrainedModel)
+    if half:
+        share = replace(share, dtype="auto", exit_dtype=share.exit_dtype or dtype)
     network = _new(source, share, kind) if isinstance(source, New) else _saved(source, share, kind)
+    if half:
+        _round_to_fp16(network, share)
     to_device(network, share)
     return network
+
+
+def _round_to_fp16(network: Network, share: Share) -> None:
+    """Round what was read as it is stored: small numbers of bf16 are others in fp16, and a
+    fingerprint is of those that are stored."""
+    network.tensor_hashes  # noqa: B018 - of the weights as they are
+    for p in network.model.parameters():
+        p.data = p.data.half()
+    network.model.config.dtype = torch.float16
+    network.exits.to(share.exit_dtype)
 
 
 def shapes(source: New | Saved) -> Network:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.families import tiny
 from torch import nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 
@@ -147,3 +147,34 @@ def test_backbones_in_memory_that_cannot_be_had(tmp_path, made, settings, messag
 def test_the_dtype_that_a_loaded_backbone_has_may_be_named():
     for dtype in ("auto", "float32", torch.float32):
         assert exits(dtype=dtype).dtype == torch.float32
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_backbone_is_recognised_in_fp16_whose_small_numbers_are_others(tmp_path, stored):
+    base = tiny("llama").to(stored)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.mul_(1e-3)  # much of it is subnormal in fp16
+    base.save_pretrained(tmp_path / "base")
+    folders = {"": tmp_path / "exits", "float16": tmp_path / "half"}
+    config = ExitConfig("1,2", arch=["mlp", "layer"])
+    EarlyExitModel.from_base(tmp_path / "base", config).save_pretrained(folders[""])
+    half = EarlyExitModel.from_base(tmp_path / "base", config, dtype=torch.float16)
+    half.save_pretrained(folders["float16"])
+    want = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    for folder in folders.values():
+        assert EarlyExitModel.from_pretrained(folder).dtype == stored
+        model = EarlyExitModel.from_pretrained(folder, dtype="float16")
+        assert {p.dtype for p in model.parameters()} == {torch.float16}
+        assert model.config.dtype == torch.float16
+        for ours, theirs in zip(model.model.parameters(), want.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    kept = EarlyExitModel.from_pretrained(folders[""], dtype="float16", exit_dtype=torch.float32)
+    assert {p.dtype for p in kept.exits.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["bf61", "int8", torch.int8])
+def test_what_is_no_dtype_of_models_is_refused(tmp_path, dtype):
+    exits().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^dtype {dtype} is none for a model: use auto"):
+        EarlyExitModel.from_pretrained(tmp_path, "nowhere", dtype=dtype)
