@@ -107,6 +107,7 @@ def load(source: New | Saved, share: Share, kind: type[Kind]) -> Kind:
     if half:
         share = replace(share, dtype="auto", exit_dtype=share.exit_dtype or dtype)
     network = _new(source, share, kind) if isinstance(source, New) else _saved(source, share, kind)
+    network.tensor_hashes  # noqa: B018 - of the weights as they are stored, before all else
     if half:
         _round_to_fp16(network, share)
     to_device(network, share)
@@ -116,7 +117,6 @@ def load(source: New | Saved, share: Share, kind: type[Kind]) -> Kind:
 def _round_to_fp16(network: Network, share: Share) -> None:
     """Round what was read as it is stored: small numbers of bf16 are others in fp16, and a
     fingerprint is of those that are stored."""
-    network.tensor_hashes  # noqa: B018 - of the weights as they are
     for p in network.model.parameters():
         p.data = p.data.half()
     network.model.config.dtype = torch.float16
@@ -262,8 +262,6 @@ def to_device(network: Network, share: Share) -> None:
     """
     precision, device = share.precision, torch.device(share.device or network.model.device)
     quantises = precision != "same"
-    if quantises or share.shard:
-        network.tensor_hashes  # noqa: B018 - of the weights as they are
     if precision == "fp8":
         check_fp8("--backbone-precision", device)
     check_installed(precision)

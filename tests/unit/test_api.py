@@ -169,6 +169,9 @@ def test_a_backbone_is_recognised_in_fp16_whose_small_numbers_are_others(tmp_pat
         assert model.config.dtype == torch.float16
         for ours, theirs in zip(model.model.parameters(), want.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+    rounded = EarlyExitModel.from_base(tmp_path / "base", config).half()
+    rounded.save_pretrained(tmp_path / "rounded")
+    assert EarlyExitModel.from_pretrained(tmp_path / "rounded").dtype == stored
     kept = EarlyExitModel.from_pretrained(folders[""], dtype="float16", exit_dtype=torch.float32)
     assert {p.dtype for p in kept.exits.parameters()} == {torch.float32}
 
