@@ -1,4 +1,6 @@
-"""The layouts of a large run on paper: ``python benchmarks/scaling.py [TRACE.json MICRO_BATCHES]``.
+"""The layouts of a large run on paper.
+
+python benchmarks/scaling.py [TRACE.json MICRO_BATCHES]
 
 Without arguments: Llama-2-70B, 8 `mlp` exits, on 8, 64 and 512 GPUs, the best layouts by search.
 With the ``trace.json`` of a pipeline of pp stages (dp = tp = 1): the simulator against it.
@@ -7,8 +9,8 @@ docs/scaling.md states the assumptions.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -69,8 +71,19 @@ def compare(path: str, number: int) -> None:
     print(f"idle: {idle_share(stages):.1%}, simulated {alone.idle:.1%}")
 
 
+def main() -> None:
+    """The table, or the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trace", nargs="?", help="trace.json of a pipeline, with dp and tp 1")
+    parser.add_argument("micro_batches", nargs="?", type=int, help="of a step of it")
+    args = parser.parse_args()
+    if (args.trace is None) != (args.micro_batches is None):
+        parser.error("a trace and its number of micro-batches go together")
+    if args.trace is None:
+        print(table(best=4))
+    else:
+        compare(args.trace, args.micro_batches)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        compare(sys.argv[1], int(sys.argv[2]))
-        raise SystemExit
-    print(table(best=4))
+    main()
