@@ -144,6 +144,21 @@ def test_backbones_in_memory_that_cannot_be_had(tmp_path, made, settings, messag
         EarlyExitModel.from_pretrained(tmp_path, model, **settings)
 
 
+def test_an_adapter_that_comes_later_is_refused_until_it_is_merged():
+    """As what was decoded before, too, has copies of the weights."""
+    model = exits()
+    model.generate(IDS, mode="full", max_new_tokens=4)
+    attention = model.model.model.layers[0].self_attn
+    adapter = attention.q_proj = Adapted(attention.q_proj)
+    with pytest.raises(UserError, match="has an adapter of PEFT in its layers"):
+        model.generate(IDS, mode="full", max_new_tokens=4)
+    attention.q_proj = adapter.base_layer
+    attention.q_proj.weight.data += 9 * adapter.low.weight.data
+    out = model.generate(IDS, mode="full", max_new_tokens=9, eos_token_id=None).sequences
+    expected = model.model.generate(IDS, do_sample=False, max_new_tokens=9, eos_token_id=None)
+    assert torch.equal(out, expected)
+
+
 def test_the_dtype_that_a_loaded_backbone_has_may_be_named():
     for dtype in ("auto", "float32", torch.float32):
         assert exits(dtype=dtype).dtype == torch.float32

@@ -8,6 +8,7 @@ long texts may be, `splits` how processes split a layer, `segment` runs a slice 
 from ee_tuning.backbone.anatomy import (
     Anatomy,
     attention_name,
+    check_merged,
     check_unquantised,
     find_anatomy,
     in_memory,
@@ -29,6 +30,7 @@ __all__ = [
     "Segment",
     "State",
     "attention_name",
+    "check_merged",
     "check_unquantised",
     "find_anatomy",
     "in_memory",

@@ -46,6 +46,19 @@ def check_unquantised(config: Any, name: str) -> None:
         )
 
 
+def check_merged(model: PreTrainedModel) -> None:
+    """Refuse a model with an adapter of PEFT in its layers.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise UserError(
+            f"{type(model).__name__} has an adapter of PEFT in its layers: exits want both in one, "
+            "which merge_and_unload of a PeftModel gives"
+        )
+
+
 def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a causal LM by what they are, not by what they are called.
 
@@ -58,11 +71,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder model: exits need a decoder-only causal LM")
     check_unquantised(config, name)
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise UserError(
-            f"{name} has an adapter of PEFT in its layers: exits want both in one, which "
-            "merge_and_unload of a PeftModel gives"
-        )
+    check_merged(model)
     head = model.get_output_embeddings()
     if head is None or not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{name} is not a causal LM: it has no output head over a vocabulary")

@@ -15,16 +15,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ee_tuning.backbone import check_merged
 from ee_tuning.decode.ahead import cuts_beside
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
 from ee_tuning.errors import UserError
+from ee_tuning.fingerprint import SAMPLES_PER_TENSOR
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
 # Room of an engine is a multiple of this, so that texts of about the same length share one.
 ROOM = 256
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
 KEPT = 4  # engines of a model: one for each way to decode that is used in turns
 
 AnyEngine = Engine | Stage
@@ -73,12 +76,13 @@ class Engines:
     ) -> AnyEngine:
         """The smallest engine that is free and has room; else a new one, which is kept.
 
-        Captured graphs hold the addresses of weights, so other weights want another engine.
+        Captured graphs hold the addresses of weights, and a CPU has copies: other weights want
+        another engine.
         drafts: of requests some have drafts that the end verifies: stages then work in turns, which
         whole texts want, too, and no exit is asked beside layers.
 
         Raises:
-            UserError: numbers that make no sense, or K/V that do not fit into memory.
+            UserError: senseless numbers, K/V that do not fit into memory, or an adapter of PEFT.
         """
         for name, number in (("slots", slots), ("capacity", capacity)):
             if not isinstance(number, int) or number < 1:
@@ -124,6 +128,7 @@ class Engines:
         self, model: Network, exit_layers: Sequence[int], *, drafts: bool, **settings: Any
     ) -> AnyEngine:
         """A new engine; where there is no room, in the place of all that are kept."""
+        check_merged(model.model)
         stages = self.mesh if self.mesh.pp > 1 else None
 
         def make() -> AnyEngine:
@@ -200,9 +205,19 @@ def _state_of(model: Network) -> tuple[Any, Any]:
     """What an engine depends on that may change under a model: its weights, and autocast."""
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    # Exits may be tuned further where they are, and a CPU has copies in another order.
-    versions = tuple(0 if p.is_inference() else p._version for p in _weights(model.exits))
-    return (tuple(p.data_ptr() for p in _weights(model)), versions), cast
+    # Weights may be changed where they are, and a CPU has copies in another order.
+    weights = [
+        (p.data_ptr(), 0 if p.is_inference() else p._version, _sample(p)) for p in _weights(model)
+    ]
+    return tuple(weights), cast
+
+
+def _sample(weight: Tensor) -> int | None:
+    """On a CPU the sum of a few values' bits: what is changed through `.data` has no version."""
+    if weight.device.type != "cpu":
+        return None
+    values = weight.detach().flatten()[:: weight.numel() // SAMPLES_PER_TENSOR + 1]
+    return int(values.view(BITS[values.element_size()]).sum())
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:

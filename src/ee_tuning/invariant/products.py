@@ -250,4 +250,14 @@ def _together(linears: Sequence[Any]) -> list[Weights]:
 
 def _state(linears: Sequence[Any]) -> list[tuple[Any, ...]]:
     weights = [linear.weight for linear in linears]
-    return [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
+    return [(one.data_ptr(), one.dtype, one._version, _bits(one)) for one in weights]
+
+
+def _bits(weight: Tensor) -> int | None:
+    """On a CPU, which has copies, the sum of a matrix as integers: PEFT merges adapters through
+    `.data`, which no version tells. As long ones, which adds up as fast as memory is read."""
+    if weight.device.type != "cpu":
+        return None
+    values = weight.detach()
+    long = values.shape[-1] * values.element_size() % 8 == 0 and values.storage_offset() % 8 == 0
+    return int(values.contiguous().view(torch.int64 if long else torch.uint8).sum())
