@@ -66,6 +66,20 @@ def test_states_and_losses_are_near_and_exits_are_exact(precision, family, dtype
 
 
 @pytest.mark.parametrize("precision", PACKAGES)
+def test_the_likeliest_tokens_are_decoded(precision):
+    model = EarlyExitModel.from_base(
+        backbone("llama", torch.float32), EXITS, backbone_precision=precision
+    ).eval()
+    wanted = ids = batch()["input_ids"][:1, :5]
+    for _ in range(6):
+        following = model(wanted, output_logits=True).logits[:, -1].argmax(-1)
+        wanted = torch.cat([wanted, following[:, None]], 1)
+    common = {"max_new_tokens": 6, "eos_token_id": None}
+    for mode in ("full", "speculative", "full"):
+        assert torch.equal(model.generate(ids, mode=mode, **common).sequences, wanted)
+
+
+@pytest.mark.parametrize("precision", PACKAGES)
 def test_settings_are_transformers_own(precision):
     kind = TorchAoConfig if precision.startswith("torchao") else BitsAndBytesConfig
     assert isinstance(quantisation_config(precision, torch.bfloat16), kind)

@@ -213,10 +213,12 @@ def _state_of(model: Network) -> tuple[Any, Any]:
 
 
 def _sample(weight: Tensor) -> int | None:
-    """On a CPU the sum of a few values' bits: what is changed through `.data` has no version."""
-    if weight.device.type != "cpu":
+    """On a CPU the sum of a few values' bits: what is changed through `.data` has no version. None
+    of tensors of another kind, as quantised ones, which no product has copies of."""
+    values = weight.detach()
+    if values.device.type != "cpu" or type(values) is not Tensor:
         return None
-    values = weight.detach().flatten()[:: weight.numel() // SAMPLES_PER_TENSOR + 1]
+    values = values.flatten()[:: weight.numel() // SAMPLES_PER_TENSOR + 1]
     return int(values.view(BITS[values.element_size()]).sum())
 
 
