@@ -101,7 +101,7 @@ def test_evaluated_losses_are_those_of_the_forward_pass(exits, base, data):
     rows = measure_exits(model, packed, config, [1.0])["exit_rows"]
     batch = collate(packed, [0, 1, 2, 3])
     with torch.no_grad():
-        expected = model(batch["input_ids"], batch["labels"], batch["position_ids"]).exit_losses
+        expected = model(**batch).exit_losses
     for row in rows[:-1]:
         assert row["loss"] == pytest.approx(expected[row["layer"]].item(), rel=1e-5)
 

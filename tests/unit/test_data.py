@@ -81,7 +81,7 @@ def test_validation_split_of_few_rows(tmp_path):
     one = load(tmp_path / "a.jsonl", seq_length=512)
     with pytest.raises(UserError, match="just one sequence"):
         split_validation(one, 0.01, 0)
-    with pytest.raises(UserError, match=r"valid_fraction 1.5"):
+    with pytest.raises(UserError, match=r"valid_fraction is 1\.5: it must be above 0 and below 1"):
         split_validation(two, 1.5, 0)
 
 

@@ -276,7 +276,7 @@ def test_tokens_that_exits_do_not_know_are_rejected():
     model.reduce_vocabulary(KNOWN)
     batch = batches(1)[0]
     found = exit_gradients(model, [batch], Objective("acceptance", acceptance_weight=1.0))[2]
-    out = model(batch["input_ids"], None, POSITIONS, True, True)
+    out = model(**batch, output_exit_logits=True, output_logits=True)
     shared = torch.minimum(out.logits.softmax(-1), out.exit_logits[2].softmax(-1)).sum(-1)[:, :-1]
     labelled = model.known_labels(batch["labels"])[:, 1:] != -100
     assert found.item() == pytest.approx((1 - shared)[labelled].mean().item(), rel=1e-4)
@@ -295,7 +295,7 @@ def test_acceptance_and_its_gradients_are_the_formulas(arch, known, monkeypatch)
     model.zero_grad()
     total, count = 0.0, 0
     for batch in batches():
-        out = model(batch["input_ids"], None, POSITIONS, True, True)
+        out = model(**batch, output_exit_logits=True, output_logits=True)
         labelled = model.known_labels(batch["labels"])[:, 1:] != -100
         p, q = out.logits.softmax(-1)[:, :-1], out.exit_logits[2].softmax(-1)[:, :-1]
         log_q = torch.where(q > 0, q, 1).log()

@@ -105,7 +105,7 @@ def test_a_fitted_start_is_better_than_a_copied_one(arch, known):
     def distance():
         total = 0.0
         for batch in batches():
-            out = model(batch["input_ids"], None, POSITIONS, True, True)
+            out = model(**batch, output_exit_logits=True, output_logits=True)
             p, q = out.logits.softmax(-1), out.exit_logits[1].softmax(-1)
             total += float((p - q).abs()[..., slice(None) if known is None else known].sum())
         return total
