@@ -1,9 +1,11 @@
-"""Telling backbones apart: exits belong to the backbone that they were made for."""
+"""Telling weights apart: exits belong to the backbone that they were made for, and what was made of
+weights is theirs as long as they do not change."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from functools import cache
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,17 +51,46 @@ def _hash_tensors(module: nn.Module) -> str:
     for name, p in module.named_parameters():
         if isinstance(p, SplitParameter):
             assert p.sample is not None, "split after it was read: too late for a fingerprint"
-            shape, sample = p.whole_shape, p.sample
+            shape, values = p.whole_shape, p.sample
         else:
-            shape, sample = p.shape, p.detach().flatten()[sample_places(p.numel()).to(p.device)]
-        values = sample.to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(shape)}".encode() + values.tobytes())
+            shape, values = p.shape, sample(p)
+        rounded = values.to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name}{tuple(shape)}".encode() + rounded.tobytes())
     return digest.hexdigest()[:16]
 
 
+@cache
 def sample_places(size: int) -> Tensor:
-    """The places among `size` values that a fingerprint looks at."""
-    return torch.linspace(0, size - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+    """The places among `size` values that are looked at."""
+    samples = SAMPLES_PER_TENSOR if size else 0
+    return torch.linspace(0, size - 1, samples, dtype=torch.float64, device="cpu").long()
+
+
+def sample(weight: Tensor) -> Tensor:
+    """The values of a weight, (`SAMPLES_PER_TENSOR`,), that stand for all of them."""
+    places = sample_places(weight.numel()).to(weight.device)
+    return weight.detach().flatten().index_select(0, places)
+
+
+def state_of(weight: Tensor, every_value: bool = False) -> tuple[Any, ...]:
+    """What is another one if a weight was changed where it is, or lies elsewhere.
+
+    PEFT merges adapters through `.data`, of which torch's versions do not tell: on a CPU a sample
+    of the values does, or the sum of every one, which takes as long as to read them. A GPU would
+    have to be waited for, and has no copies of matrices; nor has anything of quantised weights,
+    which are tensors of another kind.
+    """
+    values, seen = weight.detach(), cast(Any, None)
+    if values.device.type == "cpu" and type(values) is Tensor:
+        seen = _sum(values) if every_value else sample(values).view(torch.uint8).numpy().tobytes()
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight.dtype, version, seen
+
+
+def _sum(values: Tensor) -> int:
+    """That of values as integers: long ones, if may be, which add up as fast as memory is read."""
+    long = values.shape[-1] * values.element_size() % 8 == 0 and values.storage_offset() % 8 == 0
+    return int(values.contiguous().view(torch.int64 if long else torch.uint8).sum())
 
 
 def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> None:
@@ -89,10 +120,10 @@ def exit_hash(exit: nn.Module) -> str:
     """A hash of all of an exit's weights as they are now, in their dtype; of those that other
     processes have parts of, of this one's.
 
-    Those that were hashed before and did not change since are not hashed again.
+    Those that were hashed before and did not change since, see `state_of`, are not hashed again.
     """
     tensors = _tensors(exit)
-    state = tuple((one.data_ptr(), one._version) for one in tensors.values())
+    state = [state_of(one) for one in tensors.values()]
     if exit not in _SEEN or _SEEN[exit][0] != state:
         _SEEN[exit] = state, _hash(tensors)
     return _SEEN[exit][1]

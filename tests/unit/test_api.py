@@ -71,11 +71,13 @@ def test_masks_that_make_no_sense(given, message):
 
 
 @pytest.mark.parametrize("loading", [True, False])
-def test_calls_in_and_out_of_inference_mode_take_turns(tmp_path, loading):
+@pytest.mark.parametrize("made", [True, False])  # the backbone, in the same mode
+def test_calls_in_and_out_of_inference_mode_take_turns(tmp_path, loading, made):
     tiny("llama").save_pretrained(tmp_path / "base")
     exits().save_pretrained(tmp_path)
     with torch.inference_mode(loading):
-        model = EarlyExitModel.from_pretrained(tmp_path, tmp_path / "base")
+        base = tiny("llama") if made else None
+        model = EarlyExitModel.from_pretrained(tmp_path, base or tmp_path / "base")
     texts = []
     for inside in (True, False, True):
         with torch.inference_mode(inside):

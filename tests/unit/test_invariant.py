@@ -250,16 +250,21 @@ def test_products_are_made_once_however_little_room_is_left(monkeypatch):
     assert [one.weights for one in products(layers)] == [one.weights for one in before]
 
 
-def test_weights_that_changed_are_read_anew():
-    layer, x = nn.Linear(64, 64), torch.randn(3, 64)
+@pytest.mark.parametrize("inference", [False, True])  # whether there are versions
+@pytest.mark.parametrize("changed", [["weight"], ["bias"], ["weight", "bias"]])
+def test_weights_that_changed_are_read_anew(changed, inference):
+    with torch.inference_mode(inference):
+        layer, x = nn.Linear(64, 64), torch.randn(3, 64)
     with torch.inference_mode():
         before = products([layer])[0](x)
-    with torch.no_grad():
-        layer.weight.mul_(2)
-        layer.bias.mul_(2)
+    assert torch.allclose(before, layer(x), atol=1e-5)
+    with torch.inference_mode(inference), torch.no_grad():
+        for name in changed:
+            getattr(layer, name).mul_(2)
     with torch.inference_mode():
         after = products([layer])[0](x)
-    assert torch.allclose(after, 2 * before, atol=1e-5)
+    assert torch.allclose(after, layer(x), atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-5)
     assert Weights([layer], packed=True).sizes == [64]
 
 

@@ -21,13 +21,12 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
 from ee_tuning.errors import UserError
-from ee_tuning.fingerprint import SAMPLES_PER_TENSOR
+from ee_tuning.fingerprint import state_of
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
 # Room of an engine is a multiple of this, so that texts of about the same length share one.
 ROOM = 256
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a value
 KEPT = 4  # engines of a model: one for each way to decode that is used in turns
 
 AnyEngine = Engine | Stage
@@ -206,20 +205,7 @@ def _state_of(model: Network) -> tuple[Any, Any]:
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     # Weights may be changed where they are, and a CPU has copies in another order.
-    weights = [
-        (p.data_ptr(), 0 if p.is_inference() else p._version, _sample(p)) for p in _weights(model)
-    ]
-    return tuple(weights), cast
-
-
-def _sample(weight: Tensor) -> int | None:
-    """On a CPU the sum of a few values' bits: what is changed through `.data` has no version. None
-    of tensors of another kind, as quantised ones, which no product has copies of."""
-    values = weight.detach()
-    if values.device.type != "cpu" or type(values) is not Tensor:
-        return None
-    values = values.flatten()[:: weight.numel() // SAMPLES_PER_TENSOR + 1]
-    return int(values.view(BITS[values.element_size()]).sum())
+    return tuple(map(state_of, _weights(model))), cast
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from transformers.activations import ACT2CLS
 
 from ee_tuning.collectives import Group
 from ee_tuning.devices import free_memory
+from ee_tuning.fingerprint import state_of
 from ee_tuning.slices import COLUMNS, ParallelLinear
 
 try:  # comes with torch for CUDA alone
@@ -249,15 +250,6 @@ def _together(linears: Sequence[Any]) -> list[Weights]:
 
 
 def _state(linears: Sequence[Any]) -> list[tuple[Any, ...]]:
-    weights = [linear.weight for linear in linears]
-    return [(one.data_ptr(), one.dtype, one._version, _bits(one)) for one in weights]
-
-
-def _bits(weight: Tensor) -> int | None:
-    """On a CPU, which has copies, the sum of a matrix as integers: PEFT merges adapters through
-    `.data`, which no version tells. As long ones, which adds up as fast as memory is read."""
-    if weight.device.type != "cpu":
-        return None
-    values = weight.detach()
-    long = values.shape[-1] * values.element_size() % 8 == 0 and values.storage_offset() % 8 == 0
-    return int(values.contiguous().view(torch.int64 if long else torch.uint8).sum())
+    """That of their weights and biases, by every value: of a small change rounding leaves few."""
+    tensors = [one for linear in linears for one in (linear.weight, linear.bias)]
+    return [state_of(one, every_value=True) for one in tensors if one is not None]
