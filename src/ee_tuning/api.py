@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ee_tuning.adapter import CONFIG_NAME, save
+from ee_tuning.backbone import check_merged
 from ee_tuning.backbone.positions import padded_positions
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
 from ee_tuning.decode.arguments import read_leaving
@@ -114,8 +115,10 @@ class EarlyExitModel(Network):
         shorter texts are padded, on either side: there is no loss of what stands there.
 
         Raises:
-            UserError: a mask that is of something else, or beside position_ids.
+            UserError: a mask that is of something else, or beside position_ids; or an adapter of
+                PEFT was put into the backbone.
         """
+        check_merged(self.model)
         if attention_mask is not None:
             if position_ids is not None:
                 raise UserError("both attention_mask and position_ids are given: leave one out")

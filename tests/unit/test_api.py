@@ -154,11 +154,14 @@ def test_an_adapter_that_comes_later_is_refused_until_it_is_merged():
     adapter = attention.q_proj = Adapted(attention.q_proj)
     with pytest.raises(UserError, match="has an adapter of PEFT in its layers"):
         model.generate(IDS, mode="full", max_new_tokens=4)
+    with pytest.raises(UserError, match="has an adapter of PEFT in its layers"):
+        model(IDS, labels=IDS)
     attention.q_proj = adapter.base_layer
     attention.q_proj.weight.data += 9 * adapter.low.weight.data
     out = model.generate(IDS, mode="full", max_new_tokens=9, eos_token_id=None).sequences
     expected = model.model.generate(IDS, do_sample=False, max_new_tokens=9, eos_token_id=None)
     assert torch.equal(out, expected)
+    assert model(IDS, labels=IDS).loss.isfinite()
 
 
 def test_the_dtype_that_a_loaded_backbone_has_may_be_named():

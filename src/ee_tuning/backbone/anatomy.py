@@ -52,7 +52,7 @@ def check_merged(model: PreTrainedModel) -> None:
     Raises:
         UserError: says what to do.
     """
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    if any("base_layer" in module._modules for module in model.modules()):  # faster than hasattr
         raise UserError(
             f"{type(model).__name__} has an adapter of PEFT in its layers: exits want both in one, "
             "which merge_and_unload of a PeftModel gives"
