@@ -116,7 +116,7 @@ def test_a_text_drafts_for_itself(exits, threshold, monkeypatch, capsys):
         (["--prompt", "x", "--lookup"], "lookup is not possible with mode full"),
         (["--prompt", "x", "--lookup", "--mode", "threshold"], "lookup is not possible with mode"),
         (["--prompt", "x", "--system", "s"], "give --chat"),
-        (["--prompt", "x", "--do-sample", "--min-p", "2"], "min_p"),
+        (["--prompt", "x", "--do-sample", "--min-p", "2"], "min_p is 2: it must be"),
         (["--prompt", "x", "--repetition-penalty", "0"], "penalty"),
     ],
 )

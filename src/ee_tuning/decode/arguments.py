@@ -154,6 +154,8 @@ def to_requests(
         value = _holds(model, kwargs, name)
         if value:
             kwargs[name] = max(value - padded, 1)
+    if _holds(model, kwargs, "do_sample"):
+        check_probabilities(*(_holds(model, kwargs, name) for name in ("top_p", "min_p")))
     kwargs = _for_transformers(kwargs)
     criteria = kwargs["stopping_criteria"]  # the caller's, which take the place of transformers'
     lengths = [c.max_length - padded for c in criteria if isinstance(c, MaxLengthCriteria)]
@@ -184,6 +186,18 @@ def to_requests(
     except ValueError as error:
         raise UserError(first_line(error)) from error
     return requests, padding
+
+
+def check_probabilities(top_p: float | None, min_p: float | None) -> None:
+    """Refuse those that are none, or leave no token; transformers does not look at all of them.
+
+    Raises:
+        UserError: says which.
+    """
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p:g}: it must be above 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UserError(f"min_p is {min_p:g}: it must be at least 0 and at most 1")
 
 
 def _for_transformers(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -233,8 +247,6 @@ def _check_mode(config: GenerationConfig) -> None:
         )
     if config.guidance_scale not in (None, 1):
         raise UserError("guidance_scale is not possible with early exits: leave it out")
-    if config.do_sample and (config.top_p or 0) > 1:  # which transformers does not look at
-        raise UserError(f"top_p is {config.top_p}: it is a probability, give 1 or less")
 
 
 def _padding(config: GenerationConfig) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ee_tuning.data.cache import key_of as key_of_parts
 from ee_tuning.data.chats import with_template
 from ee_tuning.data.sources import contents, parse_source
+from ee_tuning.decode.arguments import check_probabilities
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_part
@@ -102,10 +103,7 @@ def check(config: RegenerateConfig) -> None:
     for name in ("temperature", "top_k", "slots", "seed"):
         if getattr(config, name) < 0:
             raise UserError(f"{name} {getattr(config, name):g} is negative: give 0 or more")
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"top_p is {config.top_p:g}: it must be above 0 and at most 1")
-    if not 0 <= config.min_p <= 1:
-        raise UserError(f"min_p is {config.min_p:g}: it must be at least 0 and at most 1")
+    check_probabilities(config.top_p, config.min_p)
 
 
 class _Run:
