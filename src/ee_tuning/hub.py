@@ -9,6 +9,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -44,9 +45,9 @@ def check_there(path: str, what: str, file: str, kind: str = "model") -> None:
         return
     check_folder(path, what)
     nothing = f"cannot read the {what} {path}: there is no such folder"
-    if isinstance(try_to_load_from_cache(path, file, repo_type=kind), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(path, file, repo_type=kind), str):
+            return
         get_hf_file_metadata(hf_hub_url(path, file, repo_type=kind), timeout=TIMEOUT)
     except EntryNotFoundError:
         return  # it is there, and says itself what it lacks
@@ -63,6 +64,8 @@ def check_there(path: str, what: str, file: str, kind: str = "model") -> None:
         raise UserError(
             f"{nothing}, it is not in the hub's cache, and with HF_HUB_OFFLINE the hub is not asked"
         ) from None
+    except HFValidationError as error:
+        raise UserError(f"{nothing}, and it is no hub id: {first_line(error)}") from None
     except HfHubHTTPError as error:
         raise UserError(f"{nothing}, and the hub says: {first_line(error)}") from error
     except Exception as error:  # of the hub's HTTP client, which is one or another

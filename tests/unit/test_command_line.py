@@ -259,10 +259,10 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path):
 @pytest.mark.parametrize(
     ("args", "what"),
     [
-        (["inspect", "nowhere"], "backbone or exits"),
-        (["tune", "--model", "nowhere"], "backbone"),
-        (["generate", "--exits=nowhere"], "exits"),
-        (["tune", "--tokenizer=nowhere"], "tokenizer"),
+        (["inspect", "./nowhere"], "backbone or exits ./nowhere"),
+        (["tune", "--model", "./nowhere"], "backbone ./nowhere"),
+        (["generate", "--exits=nowhere"], "exits nowhere"),
+        (["tune", "--tokenizer=./nowhere"], "tokenizer ./nowhere"),
     ],
 )
 def test_a_mistyped_folder_is_said_before_anything_is_imported(args, what, tmp_path):
@@ -270,7 +270,7 @@ def test_a_mistyped_folder_is_said_before_anything_is_imported(args, what, tmp_p
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = run(*args, PYTHONPATH=path)
-    line = f"ee-tuning: cannot read the {what} nowhere: there is no such folder; a hub id is"
+    line = f"ee-tuning: cannot read the {what}: there is no such folder; a hub id is"
     assert done.stderr.decode().startswith(line)
     assert done.returncode == 2
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import time
+from itertools import product
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.adapter import find_exits
+from ee_tuning.cli import main
 from ee_tuning.data.sources import Hub
 from ee_tuning.loading import load_config, load_tokenizer
 
@@ -25,8 +27,13 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("what", ["backbone", "tokenizer", "exits"])
-@pytest.mark.parametrize("path", ["nowhere", "./no/where", "/no/where", "~/nowhere", "a/b/c", "a/"])
+NO_IDS = ["./no/where", "/no/where", "~/nowhere", "a/b/c", "a/"]
+
+
+@pytest.mark.parametrize(
+    ("what", "path"),
+    [*product(("backbone", "tokenizer", "exits"), NO_IDS), ("exits", "nowhere")],
+)
 def test_what_is_no_hub_id_is_a_folder_and_looked_for_here_alone(what, path, monkeypatch):
     monkeypatch.setattr("ee_tuning.hub.get_hf_file_metadata", None)
     home = str(Path.home())
@@ -48,11 +55,15 @@ def deaf_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-@pytest.mark.parametrize("what", READERS)
-def test_a_hub_that_cannot_be_reached_is_tried_once(what, deaf_hub, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "path"),
+    [(what, "someone/thing") for what in READERS]
+    + [(what, "thing") for what in READERS if what != "exits"],
+)
+def test_a_hub_that_cannot_be_reached_is_tried_once(what, path, deaf_hub, capfd, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
     with pytest.raises(UserError) as error:
-        READERS[what]("someone/thing")
+        READERS[what](path)
     assert "there is no such folder, and the hub cannot be reached: " in str(error.value)
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
@@ -75,9 +86,37 @@ def test_what_the_hub_does_not_give(error, message, monkeypatch):
             read("someone/thing")
 
 
-def test_without_the_hub_the_line_says_so():
+@pytest.mark.parametrize("path", ["someone/thing", "gpt2"])
+def test_without_the_hub_the_line_says_so(path):
     with pytest.raises(UserError, match="with HF_HUB_OFFLINE the hub is not asked"):
-        load_config("someone/thing")
+        load_config(path)
+
+
+@pytest.mark.parametrize("what", READERS)
+@pytest.mark.parametrize("path", ["some--one/thing", "someone/thing.git", "-someone/thing"])
+def test_what_the_hub_takes_for_no_id_is_said_in_a_line(what, path):
+    with pytest.raises(UserError, match=r"there is no such folder, and it is no hub id: \w+"):
+        READERS[what](path)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A backbone in the hub's cache, whose id has no owner, as those of the oldest."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--gpt2"
+    tiny("gpt2").save_pretrained(folder / "snapshots/a")
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("a")
+
+
+def test_an_id_without_an_owner(cached, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["init", "--model", "gpt2", "--layers", "2", "--out", "exits"])
+    saved = json.loads(Path("exits/exit_config.json").read_text())
+    assert (saved["base_model"], saved["base_model_path"]) == ("gpt2", None)
+    assert EarlyExitModel.from_pretrained("exits").model.name_or_path == "gpt2"
+    main(["inspect", "gpt2"])
+    assert "backbone gpt2" in capsys.readouterr().out
 
 
 @pytest.fixture
