@@ -15,7 +15,12 @@ from ee_tuning.quantise.fp8 import has_fp8
 from ee_tuning.tune_config import Precision
 from ee_tuning.version import __version__
 
-GIB = 2**30  # bytes
+MIB, GIB = 2**20, 2**30  # bytes
+
+
+def readable(size: float) -> str:
+    """Bytes as one says them: in GiB, less than a tenth of one in MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / MIB:.1f} MiB"
 
 
 def wait_for(device: torch.device) -> None:

@@ -36,7 +36,7 @@ def exits(base, data, tmp_path_factory):
 def test_init_and_inspect(base, tmp_path, capsys):
     out = tmp_path / "exits"
     main(["init", "--model", base, "--layers", "1/2,1/1", "--arch", "norm,mlp", "--out", str(out)])
-    assert "exits after layers [2, 4]" in capsys.readouterr().out
+    assert "exits after layers [2, 4] saved in" in capsys.readouterr().out
     main(["inspect", str(out)])
     text = capsys.readouterr().out
     assert f"{300 * 32 + 32:,}" in text

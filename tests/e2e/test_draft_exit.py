@@ -99,7 +99,9 @@ def test_inspect_and_init_call_it_draft(tuned, base, tmp_path, capsys):
     assert "the draft reads layers 1, 4" in shown
     new = ["init", "--model", base, "--layers", "0,2", "--arch", "draft,norm"]
     main([*new, "--out", str(tmp_path / "new")])
-    assert "exits after layers [2, draft] saved" in capsys.readouterr().out
+    assert "exits after layers [2] and a draft exit saved in" in capsys.readouterr().out
+    main(["init", "--model", base, "--arch", "draft", "--out", str(tmp_path / "draft")])
+    assert capsys.readouterr().out == f"a draft exit saved in {tmp_path / 'draft'}\n"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,19 @@ def test_a_backbone_without_linear_layers_cannot_be_quantised(tmp_path, capsys):
         refuse_if_too_large(shapes_of(config), config, 0.1)
     assert "--optimizer adamw-8bit" in str(refusal.value)
     assert "--backbone-precision" not in str(refusal.value)
+
+
+def test_the_memory_of_a_tiny_model_is_not_nothing(tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--layers", "2", "--seq-length", "32"]
+    main(["plan", *flags, "--gpu", "h100", "--gpus", "2"])
+    out = capsys.readouterr().out
+    assert " 0.0 GiB" not in out
+    assert re.search(r"sum +│ +\d+\.\d MiB of 79 GiB", out)
+    assert re.search(r"1 × 1 × 2 │ .* │ 0\.0\d+ │", out)
+    config = TuneConfig(model=str(tmp_path), layers="2", seq_length=32)
+    with pytest.raises(UserError, match=r"about .* MiB, .* MiB more than the GPU has"):
+        refuse_if_too_large(shapes_of(config), config, 1e-6)
 
 
 def test_the_ranks_given_are_those_of_the_gpus(large, capsys):

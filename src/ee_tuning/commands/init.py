@@ -5,7 +5,7 @@ from __future__ import annotations
 from ee_tuning.api import EarlyExitModel
 from ee_tuning.config import InitConfig
 from ee_tuning.errors import UserError
-from ee_tuning.exit_config import exit_name
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.folders import claim
 
 
@@ -26,5 +26,7 @@ def init(config: InitConfig) -> None:
     )
     with output.filled() as folder:
         model.save_pretrained(folder)
-    names = ", ".join(map(exit_name, model.exit_layers))
-    print(f"exits after layers [{names}] saved in {config.out}")
+    layers = [layer for layer in model.exit_layers if layer != DRAFT]
+    made = [f"exits after layers {layers}"] if layers else []
+    made += ["a draft exit"] if model.draft else []
+    print(f"{' and '.join(made)} saved in {config.out}")

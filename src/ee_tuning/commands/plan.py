@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ee_tuning.config import PlanConfig
 from ee_tuning.costs import Account
-from ee_tuning.devices import GIB
+from ee_tuning.devices import GIB, readable
 from ee_tuning.model import Network
 from ee_tuning.plan.advice import advice, check_on_gpu
 from ee_tuning.plan.check import check_plan
@@ -33,12 +33,12 @@ def plan(config: PlanConfig) -> None:
     if not gpu.fp8:
         _show_missing_units(config, console)
     _show_time(account, config, console)
-    missing = sum(parts.values()) / GIB - gpu.memory
+    missing = sum(parts.values()) - gpu.memory * GIB
     if missing <= 0:
         console.print("it fits")
     else:
         flags = advice(model, config, gpu.memory, fp8=gpu.fp8 > 0)
-        console.print(f"it does not fit by {missing:.1f} GiB; {flags}", soft_wrap=True)
+        console.print(f"it does not fit by {readable(missing)}; {flags}", soft_wrap=True)
     if config.gpus > 1:
         _show_layouts(model, account, config, console)
 
@@ -46,11 +46,11 @@ def plan(config: PlanConfig) -> None:
 def _show_memory(parts: dict[str, float], config: PlanConfig, console: Console) -> None:
     table = Table(title=f"{config.gpu}: predicted memory of the fullest GPU")
     table.add_column("part")
-    table.add_column("GiB", justify="right")
+    table.add_column("memory", justify="right")
     for name, size in parts.items():
-        table.add_row(name, f"{size / GIB:.1f}")
-    total, memory = sum(parts.values()) / GIB, GPUS[config.gpu].memory
-    table.add_row("sum", f"{total:.1f} of {memory:g}", style="bold")
+        table.add_row(name, readable(size))
+    total = readable(sum(parts.values()))
+    table.add_row("sum", f"{total} of {GPUS[config.gpu].memory:g} GiB", style="bold")
     console.print(table)
 
 

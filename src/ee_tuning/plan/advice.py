@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ee_tuning.config import TuneConfig
-from ee_tuning.devices import GIB, pick_dtype
+from ee_tuning.devices import GIB, pick_dtype, readable
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.plan.check import check_dtype, check_model, check_settings
@@ -33,11 +33,12 @@ def refuse_if_too_large(model: Network, config: TuneConfig, available: float) ->
     Raises:
         UserError: by how much, and what would help.
     """
-    needed = sum(largest_stage(account_of(model, config), config).values()) / GIB
+    needed = sum(largest_stage(account_of(model, config), config).values())
+    more = needed - available * GIB
     fp8 = not torch.cuda.is_available() or has_fp8(torch.device("cuda"))
-    if needed > available:
+    if more > 0:
         raise UserError(
-            f"this run needs about {needed:.1f} GiB, {needed - available:.1f} more than the GPU "
+            f"this run needs about {readable(needed)}, {readable(more)} more than the GPU "
             f"has; {advice(model, config, available, fp8)}"
         )
 

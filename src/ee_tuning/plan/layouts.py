@@ -117,5 +117,6 @@ def _last_sum(account: Account, config: TuneConfig) -> float:
 def rows(layouts: Sequence[Layout]) -> list[list[str]]:
     """Cells of a table: dp × tp × pp, tokens per second, idle share, GiB."""
     sizes = [f"{x.dp} × {x.tp} × {x.pp}" for x in layouts]
-    found = [[f"{x.tokens_per_second:,.0f}", f"{x.idle:.1%}", f"{x.gib:.0f}"] for x in layouts]
-    return [[size, *cells] for size, cells in zip(sizes, found, strict=True)]
+    room = [f"{x.gib:.0f}" if x.gib >= 10 else f"{x.gib:.2g}" for x in layouts]
+    found = [[f"{x.tokens_per_second:,.0f}", f"{x.idle:.1%}"] for x in layouts]
+    return [[size, *cells, gib] for size, cells, gib in zip(sizes, found, room, strict=True)]

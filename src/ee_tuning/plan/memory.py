@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import Account, ExitWork, Work, runs_side_by_side, state_bytes
-from ee_tuning.devices import GIB
+from ee_tuning.devices import readable
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.losses import LOGITS
 from ee_tuning.quantise.packages import BYTES
@@ -25,7 +25,7 @@ def largest_stage(account: Account, config: TuneConfig) -> dict[str, float]:
 def largest_parts(account: Account, config: TuneConfig) -> str:
     """The three largest parts of the memory, in words."""
     parts = sorted(largest_stage(account, config).items(), key=lambda part: -part[1])[:3]
-    return ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts)
+    return ", ".join(f"{name} {readable(size)}" for name, size in parts)
 
 
 def memory(account: Account, config: TuneConfig, stage: range) -> dict[str, float]:
