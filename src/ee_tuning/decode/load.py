@@ -48,7 +48,6 @@ def load_part(
     if mesh.tp > 1:
         share = replace(share, slices=Slices(mesh.axis("tp"), gather=True))
     found = mesh.on_all(lambda: load(source, share, kind))
-    found.tensor_hashes  # noqa: B018 - of what was read, before more of it is split
     last = found.stage.stop == found.backbone.num_layers
     mesh.on_all(lambda: split_model(found, mesh, teacher=last, gather=True))
     together.check_same("calibration", repr(found.calibration))
