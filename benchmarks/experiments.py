@@ -179,8 +179,7 @@ def independence(found: dict[str, Found], plan: Plan, folder: Path) -> str:
             _quality(exits_of(together)[layer]), _quality(exits_of(alone)[layer]), strict=True
         )
         cells = [cell for pair in pairs for cell in pair]
-        folders = [Path(run["folder"]) for run in (together, alone)]
-        rows.append([layer, *cells, *(_same(*folders) if folders[1].exists() else "––")])
+        rows.append([layer, *cells, *alone.get("apart", "––")])
     names = (
         f"`layer` exit, {plan.few} steps",
         "loss, tuned together",
@@ -191,7 +190,19 @@ def independence(found: dict[str, Found], plan: Plan, folder: Path) -> str:
     return table((*names, "equal bit for bit", "largest difference"), rows)
 
 
-def _same(together: Path, alone: Path) -> tuple[str, str]:
+def compare(runs: Runs, plan: Plan) -> None:
+    """Keep how far exits tuned together and alone are ``apart``, as long as their weights are there."""
+    wanted = independence_wanted(plan)
+    every = {name: run for name, settings in wanted.items() if (run := runs.get(settings))}
+    together = every.pop(_names(plan.layers), None)
+    for name, alone in every.items():
+        folders = [Path(run["folder"]) for run in (together, alone) if run]
+        if len(folders) == 2 and all(folder.exists() for folder in folders):
+            runs.found[runs.key(wanted[name])]["apart"] = _apart(*folders)
+    runs.write()
+
+
+def _apart(together: Path, alone: Path) -> tuple[str, str]:
     """Whether the tensors of `alone` are those of `together`, and how far from them at most."""
     every, own = stored(together), stored(alone)
     same = all(torch.equal(every[name], tensor) for name, tensor in own.items())
@@ -325,9 +336,10 @@ def made(args: argparse.Namespace) -> tuple[Runs, Plan]:
 def there(folder: Path) -> tuple[Runs, Plan]:
     """What was run in a folder before."""
     about = read_json(folder / "results.json")["about"]
-    settings = about["settings"]
-    common = TuneConfig(**settings, min_lr=settings["lr"] / 10)
-    return Runs(folder, common, about, {}), Plan(**about["plan"])
+    settings, plan = about["settings"], Plan(**about["plan"])
+    data = next(iter(plan.kinds.values()))  # what `made` tunes on where nothing else is said
+    common = TuneConfig(**settings, data=data, min_lr=settings["lr"] / 10)
+    return Runs(folder, common, about, {}), plan
 
 
 def main() -> None:
@@ -338,6 +350,7 @@ def main() -> None:
     if not args.tables:
         named = {f"{name}: {own}": s for name, all in asked.items() for own, s in all.items()}
         runs.run(named)
+        compare(runs, plan)
     tables = []
     for name, wanted in asked.items():
         experiment = EXPERIMENTS[name]

@@ -338,22 +338,25 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e4, help="for scores, at most")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/experiments-demo"))
     args = parser.parse_args()
+    if args.limit == 1:
+        parser.error("--limit 1: a score of one question has no standard error, ask two or more")
     args.out.mkdir(parents=True, exist_ok=True)
     ways = ways_of(args)
-    if args.parts:
-        about = {
+    about = kept(args, "quality")
+    for part in args.parts:
+        about[part] = {
             "machine": f"{hardware(pick_device('auto'))}; {versions()}",
             "settings": {name: str(value) for name, value in vars(args).items()},
         }
-        write_json(args.out / "quality.json", about)
+    write_json(args.out / "quality.json", about)
     args.end = time.monotonic() + 60 * args.minutes
     with speeds_measured(ways, args) if "speeds" in args.parts else nullcontext():
         if "scores" in args.parts:
             measure_scores(ways, args)
     found = measured(ways, args)
-    about = kept(args, "quality")
     write_json(args.out / "quality.json", about | {"ways": found})
-    text = f"## quality\n\n{quality_table(found, args.tasks)}\n\n{about['machine']}\n"
+    machines = "; ".join(f"{part}: {about[part]['machine']}" for part in PARTS if part in about)
+    text = f"## quality\n\n{quality_table(found, args.tasks)}\n\n{machines}\n"
     write_text(args.out / "quality.md", text)
     if any(one["sets"] for one in found.values()):
         draw(found, args.tasks, args.out / "quality.svg")

@@ -58,7 +58,8 @@ def test_scores_for_which_there_was_no_time_are_left_out(monkeypatch, flags, tmp
 
 def test_tables_of_what_is_there(monkeypatch, flags, tmp_path, capsys):
     out = tmp_path / "out"
-    write_json(out / "quality.json", {"machine": "a GPU; versions", "settings": {}})
+    machines = {"scores": {"machine": "a CPU"}, "speeds": {"machine": "a GPU; versions"}}
+    write_json(out / "quality.json", machines)
     score = {"puzzles": {"score": 0.25, "error": 0.01}}
     write_json(out / "scores.json", {"threshold 0.75": score})
     write_json(out / "speeds.json", {"threshold 0.75": {"code": ROW, "chat": ROW}})
@@ -67,6 +68,6 @@ def test_tables_of_what_is_there(monkeypatch, flags, tmp_path, capsys):
     assert "| way | HumanEval | puzzles | choices | speed | code / chat |" in text
     row = "| threshold 0.75 | – | 25.0% ± 1.0% | – | 1.25× | 1.25 / 1.25 | 21.0 | 6 of 8 |"
     assert row in text
-    assert text.rstrip().endswith("a GPU; versions")
+    assert text.rstrip().endswith("scores: a CPU; speeds: a GPU; versions")
     assert (out / "quality.svg").exists()
     assert text.strip() in capsys.readouterr().out
