@@ -25,28 +25,32 @@ COLOURS = "#0072b2", "#e69f00", "#009e73"  # told apart by colour-blind eyes, to
 class Line:
     """One way to decode, of a file of `real.py`.
 
-    way: what the name of its rows ends with. text: whose the texts are. alone: it has one at a
-    time, and a place in the picture.
+    way: what the name of its rows ends with. text: whose the texts are. drawn: it has a place in
+    the picture, which is of one text at a time.
     """
 
     name: str
     file: str
     way: str
     text: str = "full depth's"
-    alone: bool = True
+    drawn: bool = True
 
 
 DRAFT = "draft exit, bar 0.1, up to 6"
 LINES = [
-    Line("draft exit and `--lookup`", "real-h100-peers", "lookup, bar 0.1, up to 6"),
-    Line("draft exit", "real-h100", DRAFT),
-    Line("`--lookup` alone", "real-lookup-h100", "lookup, up to 4"),
+    Line("draft exit and `--lookup`", "real-h200", "lookup, bar 0.1, up to 6"),
+    Line("draft exit", "real-h200", DRAFT),
+    Line("draft exit", "real-h100", DRAFT, drawn=False),
+    Line("`--lookup` alone", "real-h200", "lookup, up to 6"),
     Line("draft exit, temperature 0.8", "real-sampled-h100", DRAFT, "full depth's of a seed"),
     Line("`threshold`, exits after layers 10 and 20", "real-layers-h100", "20:0.8122"),
-    Line("draft exit, eight texts at once", "real-batch8-h100", DRAFT, alone=False),
-    Line("draft exit, eight texts at once", "real-batch8-h200", DRAFT, alone=False),
-    Line("transformers, compiled", "real-h100-peers", "static cache, compiled", "–"),
-    Line("transformers' prompt lookup", "real-h100-peers", "transformers, prompt lookup", "–"),
+    Line("draft exit, eight texts at once", "real-batch8-h100", DRAFT, drawn=False),
+    Line("draft exit, eight texts at once", "real-batch8-h200", DRAFT, drawn=False),
+    Line("transformers, compiled", "real-h200", "static cache, compiled", "–"),
+    Line("transformers' prompt lookup", "real-h200", "transformers, prompt lookup", "–"),
+    Line("economize, no drafts", "real-h200", "economize, plain", "–"),
+    Line("economize's `jump`, up to 3 drafts", "real-h200", "jump, up to 3", "–"),
+    Line("economize's `eagle3`, up to 5", "real-h200", "eagle3, up to 5, above 0.5", "–"),
 ]
 
 
@@ -113,8 +117,8 @@ def table() -> str:
 
 def picture() -> None:
     """Bars of the same figures, of one text at a time."""
-    alone = [line for line in LINES if line.alone][::-1]
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    alone = [line for line in LINES if line.drawn][::-1]
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens per second, as a multiple of full depth's")
     height = 0.26
     for place, (name, colour) in enumerate(zip(SETS, COLOURS, strict=True)):
