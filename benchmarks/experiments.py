@@ -191,7 +191,7 @@ def independence(found: dict[str, Found], plan: Plan, folder: Path) -> str:
 
 
 def compare(runs: Runs, plan: Plan) -> None:
-    """Keep how far exits tuned together and alone are ``apart``, as long as their weights are there."""
+    """Keep how far exits tuned together and alone are ``apart``, while their weights are there."""
     wanted = independence_wanted(plan)
     every = {name: run for name, settings in wanted.items() if (run := runs.get(settings))}
     together = every.pop(_names(plan.layers), None)
