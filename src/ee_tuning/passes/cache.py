@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ee_tuning.backbone import Segment
-from ee_tuning.devices import GIB, free_memory
+from ee_tuning.devices import free_memory, readable
 from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.passes.graphs import ALIGNED, compiled
@@ -281,8 +281,8 @@ def check_room(pairs: Sequence[tuple[Any, Any]], device: torch.device) -> None:
     if free is not None and needed > free:
         slots, size = pairs[0][1].slots, max(large.size for _, large in pairs)
         raise UserError(
-            f"K/V of {slots} sequences of {size} tokens need {needed / GIB:.1f} GiB, "
-            f"{device} has {free / GIB:.1f} GiB free: decode fewer at a time, or shorter ones"
+            f"K/V of {slots} sequences of {size} tokens need {readable(needed)}, "
+            f"{device} has {readable(free)} free: decode fewer at a time, or shorter ones"
         )
 
 
