@@ -218,6 +218,21 @@ def test_products_are_those_of_the_layers(dtype):
     assert all(torch.equal(a, layer.weight) for a, layer in zip(before, layers, strict=True))
 
 
+@pytest.mark.parametrize("least", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_of_a_product_has_the_same_bits_however_few_there_are(dtype, least, monkeypatch):
+    """On any CPU, whichever number of them is the fastest."""
+    monkeypatch.setattr("ee_tuning.invariant.products.LEAST", least)
+    torch.manual_seed(0)
+    (product,), x = products([nn.Linear(1536, 576).to(dtype)]), torch.randn(9, 1, 1536, dtype=dtype)
+    with torch.inference_mode():
+        whole = product(x)
+        for number in range(1, 9):
+            few = x[:number]
+            assert torch.equal(product(few), whole[:number])
+            assert torch.equal(product(few.transpose(0, 1)), whole[:number].transpose(0, 1))
+
+
 def test_products_of_layers_that_are_given_different_inputs_are_their_own():
     torch.manual_seed(0)
     a, b = layers = [nn.Linear(64, 64), nn.Linear(64, 64)]
