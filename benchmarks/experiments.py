@@ -197,9 +197,9 @@ def compare(runs: Runs, plan: Plan) -> None:
     together = every.pop(_names(plan.layers), None)
     for name, alone in every.items():
         folders = [Path(run["folder"]) for run in (together, alone) if run]
-        if len(folders) == 2 and all(folder.exists() for folder in folders):
+        if "apart" not in alone and len(folders) == 2 and all(map(Path.exists, folders)):
             runs.found[runs.key(wanted[name])]["apart"] = _apart(*folders)
-    runs.write()
+            runs.write()
 
 
 def _apart(together: Path, alone: Path) -> tuple[str, str]:

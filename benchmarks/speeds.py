@@ -117,18 +117,18 @@ def table() -> str:
 
 def picture() -> None:
     """Bars of the same figures, of one text at a time."""
-    alone = [line for line in LINES if line.drawn][::-1]
+    drawn = [line for line in LINES if line.drawn][::-1]
     figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens per second, as a multiple of full depth's")
     height = 0.26
     for place, (name, colour) in enumerate(zip(SETS, COLOURS, strict=True)):
-        speeds = [rows(line)[name]["against_full"] for line in alone]
+        speeds = [rows(line)[name]["against_full"] for line in drawn]
         bars = axes.barh(
-            np.arange(len(alone)) + (1 - place) * height, speeds, height, color=colour, label=name
+            np.arange(len(drawn)) + (1 - place) * height, speeds, height, color=colour, label=name
         )
         axes.bar_label(bars, fmt="%.2f×", padding=2, fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(alone)), [line.name.replace("`", "") for line in alone])
+    axes.set_yticks(range(len(drawn)), [line.name.replace("`", "") for line in drawn])
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     save(figure, RESULTS / "real.svg")
