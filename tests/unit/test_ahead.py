@@ -24,6 +24,7 @@ from ee_tuning.decode import (
     Speculative,
     Threshold,
     drafts,
+    straight,
 )
 from ee_tuning.decode.ahead import Ahead, _decide, cuts_beside
 from ee_tuning.decode.alone import TOKENS
@@ -607,18 +608,46 @@ def test_several_texts_go_on_by_several_tokens(sampled, monkeypatch):
     """Those of a look of the host behind a text's end are lost; texts are what they are alone."""
     counts, whole = [], drafts.full_round
 
-    def counted(sequences, rows, count):
+    def counted(sequences, rows, count, **how):
         counts.append((len(rows), count))
-        return whole(sequences, rows, count)
+        return whole(sequences, rows, count, **how)
 
     monkeypatch.setattr(drafts, "full_round", counted)
     found = several(True, sampled)
     assert (3, TOKENS) in counts
     assert found == several(False, sampled)
     assert (3, 1) in counts
-    monkeypatch.setattr(drafts, "_go_straight", lambda *_: False)
+    monkeypatch.setattr(drafts, "go_straight", lambda *_: False)
     assert found == several(False, sampled) == several(False, sampled, alone=True)
     assert [len(text) for text in found] == [7, 13, 13, 12, 11]
+
+
+def test_the_next_tokens_of_several_are_begun_before_these_are_read(monkeypatch):
+    """Not where the device was told of another text meanwhile, even of one that is over at once."""
+    began, follow = [], straight._follow
+
+    def followed(sequences, look, rows, count):
+        began.append(behind := follow(sequences, look, rows, count))
+        return behind
+
+    monkeypatch.setattr(straight, "_follow", followed)
+    model = early_exit()
+
+    def requests():
+        return [Request(prompt(5 + i, i), Full(4, max_pending=3), 45) for i in range(2)]
+
+    alone = by_text(engine_of(model, [], False), requests())
+    engine, new = engine_of(model, [], True, slots=3), requests()
+    found = {request: [] for request in new}
+    for request in new:
+        engine.submit(request)
+    for number in range(40):
+        if number == 4:  # over with its first token
+            engine.submit(Request(prompt(6, 3), Full(4, max_pending=3), 7))
+        for request, token in engine.step():
+            found.setdefault(request, []).append((token.id, token.exit_layer))
+    assert [one is None for one in began[:6]] == [False, False, False, True, False, False]
+    assert [found[request] for request in new] == alone
 
 
 def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
@@ -626,20 +655,20 @@ def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
     requests = [Request(prompt(5, i), Full(4, max_pending=3), 25) for i in range(2)]
     for request in requests:
         engine.submit(request)
-    events, ahead = engine.step(), engine.passes.ahead
+    events, read = engine.step(), straight.Look.read
 
-    def broken(*given):
-        found = ahead(*given)
+    def broken(look):
+        found = read(look)
         found[1][1][0] = float("nan")  # the second token of the first text
         return found
 
-    monkeypatch.setattr(engine.passes, "ahead", broken)
+    monkeypatch.setattr(straight.Look, "read", broken)
     events += engine.step()
     monkeypatch.undo()
     good = [token for request, token in events if request is requests[0]]
     assert len(good) == 2
     assert None not in good
-    monkeypatch.setattr(engine.passes, "ahead", lambda *given: [[[5, 5], [float("nan"), 1.0]]])
+    monkeypatch.setattr(straight.Look, "read", lambda _: [[[5, 5], [float("nan"), 1.0]]])
     assert (requests[0], None) in engine.step()
     assert "not finite" in str(requests[0].error)
     assert not requests[1].finished
@@ -689,9 +718,9 @@ def test_texts_rest_beside_those_at_full_depth(monkeypatch):
     """Not beside one that drafts, nor where its own text may have drafts."""
     counts, whole, model = [], drafts.full_round, drafting()
 
-    def counted(sequences, rows, count):
+    def counted(sequences, rows, count, **how):
         counts.append((len(rows), count))
-        return whole(sequences, rows, count)
+        return whole(sequences, rows, count, **how)
 
     monkeypatch.setattr(drafts, "full_round", counted)
     ways = [Full(4, max_pending=3), Speculative(4, {}, max_pending=3, bar=0.0)]

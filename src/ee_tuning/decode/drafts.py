@@ -15,12 +15,11 @@ from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
 from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
-from ee_tuning.decode.sampling import Asked, Choice, Chooser, Token, choose
-from ee_tuning.decode.sequences import Row, Sequences, Stopwatch
+from ee_tuning.decode.sampling import Asked, Choice, Token, choose
+from ee_tuning.decode.sequences import Row, Sequences, Settled, Stopwatch
+from ee_tuning.decode.straight import full_round, go_straight
 from ee_tuning.exit_config import DRAFT, LOOKUP
-from ee_tuning.passes.wanted import Prediction, Wanted, Window
-
-Settled = tuple[Row, list[Token]]
+from ee_tuning.passes.wanted import Prediction
 
 
 def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
@@ -115,53 +114,24 @@ def _verified_chains(
     return verified
 
 
-def full_round(sequences: Sequences, rows: Sequence[Row], count: int) -> list[Settled]:
-    """The next `count` tokens, or fewer, of rows that all `_go_straight`: as of as many rounds
-    without drafts, in one look, with little to do for each token."""
-    row = rows[0]
-    wanted = Wanted("last", True, row.policy.measure, sequences.samples(rows))
-    windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
-    count = min(count, max(row.left for row in rows))
-    found = sequences.passes.ahead(windows, sequences.starts(0), count, wanted)
-    settled: list[Settled] = []
-    for place, row in enumerate(rows):
-        own = row.evident((ids[place], confidences[place]) for ids, confidences in found)
-        tokens = [Token(int(number), row.policy.end, confidence) for number, confidence in own]
-        row.ids += [token.id for token in tokens]
-        row.done = [len(row.ids) - 1]
-        settled.append((row, tokens))
-    return settled
-
-
-def _go_straight(sequences: Sequences, rows: Sequence[Row]) -> bool:
-    """Whether `rows` go through the one segment there is, token by token, and passes choose."""
-    kinds = {(row.policy.measure, row.policy.final) for row in rows}
-    if len(sequences.stops) > 1 or sequences.passes.group is not None or len(kinds) > 1:
-        return False
-    _, final = kinds.pop()
-    chosen = all(type(row.request.chooser) is Chooser for row in rows)
-    ends = all(row.ends and row.request.chooser.in_passes for row in rows)
-    return final and chosen and ends
-
-
 def _at_full_depth(
     sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None, behind: bool = False
 ) -> Callable[[int], list[Settled]] | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
-    where it is to look at each. behind: see `_ahead`."""
+    where it is to look at each. behind: the device may be as many ahead: at half of them while the
+    host looks at the others."""
     if ahead is None:
         return None
     if ahead.serves(rows):
         return partial(_ahead, ahead, rows[0], behind=behind)
     # What a text has for a token is not known before the one before it.
     texts = any(row.text is not None for row in rows)
-    straight = not texts and _go_straight(sequences, rows)
-    return partial(full_round, sequences, rows) if straight else None
+    straight = not texts and go_straight(sequences, rows)
+    return partial(full_round, sequences, rows, behind=behind) if straight else None
 
 
 def _ahead(ahead: Ahead, row: Row, count: int, behind: bool = False) -> list[Settled]:
-    """The next tokens of a row that is alone. behind: the device may be `count` ahead: at half of
-    them while the host looks at the others."""
+    """The next tokens of a row that is alone. behind: see `_at_full_depth`."""
     return [(row, ahead.go_on(row, max(1, count // 2) if behind else count, behind))]
 
 
@@ -177,7 +147,7 @@ def next_round(
     if not beginning:
         if (go_on := _at_full_depth(sequences, rows, ahead, behind=True)) is not None:
             return go_on(TOKENS)
-        if _go_straight(sequences, rows):
+        if go_straight(sequences, rows):
             return full_round(sequences, rows, 1)
         return draft_round(sequences, rows)
     timed = sequences.stopwatch()  # what the host decides is part of a round

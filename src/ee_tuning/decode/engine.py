@@ -167,6 +167,7 @@ class Engine:
             return self._round()
 
     def _round(self) -> list[Event]:
+        self.sequences.rounds += 1
         for row in self.sequences.live:
             if row.request.cancelled:
                 self.sequences.free(row)

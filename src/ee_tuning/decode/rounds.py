@@ -51,7 +51,7 @@ class Line:
     """A copy of what the device says, on its way to the host while the device goes on."""
 
     def __init__(self, said: Tensor) -> None:
-        self._said, on_gpu = said, said.is_cuda
+        self.said, on_gpu = said, said.is_cuda
         self._copy = torch.zeros(said.shape, dtype=said.dtype, pin_memory=on_gpu)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
         self._seconds = 0.0
@@ -62,7 +62,7 @@ class Line:
         if self._events:
             self._events[0].record()
         run()
-        self._copy.copy_(self._said, non_blocking=True)
+        self._copy.copy_(self.said, non_blocking=True)
         if self._events:
             self._events[1].record()
         self._seconds = time.perf_counter() - start

@@ -17,6 +17,7 @@ from ee_tuning.decode.sampling import check_evidence
 from ee_tuning.decode.sequences import Request, Row, never
 from ee_tuning.passes.draws import NOTHING, Warp, samples_of
 from ee_tuning.passes.prompts import read
+from ee_tuning.passes.straight import Straight
 from ee_tuning.passes.wanted import Wanted, Window
 
 AHEAD = 8  # tokens between two looks
@@ -100,7 +101,8 @@ class Wave:
         starts = [0] * self.passes.slots
         for row, _ in self.rows:
             starts[row.slot] = len(row.ids) - 1
-        found = self.passes.ahead(windows, starts, count, self._wanted())
+        straight = Straight(self.passes, windows, starts, self._wanted())
+        found = straight.find(count)[:, :, straight.rows].tolist()
         for _, confidences in found:
             if not math.isfinite(sum(confidences)):
                 check_evidence(math.nan)

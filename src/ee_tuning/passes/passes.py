@@ -219,30 +219,6 @@ class Passes:
         rows = [places[window.slot] for window in windows]
         return Predictions.read(found[0], found[1], rows, self._head(i, wanted))
 
-    @torch.inference_mode()
-    def ahead(
-        self, windows: Sequence[Window], starts: Sequence[int], count: int, wanted: Wanted
-    ) -> list[list[list[float]]]:
-        """The next `count` tokens of texts that go through the one segment there is, each fed with
-        the token before: (count, 2, n), tokens and confidences, in one wait for the device.
-
-        windows: of one token each, by slot, of all texts in progress. starts: as for `window`.
-        """
-        given = {window.slot: window for window in windows}
-        slots = self.sizes.filled(list(given)) if self.compile else list(given)
-        self.tell(slots, starts, given, 1)
-        control, in_order = self.control[: len(slots)], self.in_order(slots)
-        reach, found = max(starts[slot] for slot in slots), []
-        for _ in range(count):
-            reach += 1
-            size = self.sizes.reach(reach) if self.compile else reach
-            _, answers = self.run((0, len(slots), 1, size, in_order, wanted))
-            control[:, 3] = answers[0, :, 0]
-            control[:, 1] += 1
-            found.append(answers[:, :, 0].clone())
-        rows = [row for row, slot in enumerate(slots) if slot in given]
-        return torch.stack(found)[:, :, torch.tensor(rows, device=self.device)].tolist()
-
     def tell(
         self, slots: list[int], starts: Sequence[int], given: Mapping[int, Window], length: int
     ) -> None:
