@@ -30,6 +30,7 @@ from ee_tuning.decode.ahead import Ahead, _decide, cuts_beside
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.sequences import Row
+from ee_tuning.decode.straight import Several
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes import branches
 from ee_tuning.passes.graphs import Beside
@@ -342,8 +343,8 @@ def test_the_device_is_at_the_next_tokens_while_the_host_looks(name, number, mon
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
 @pytest.mark.parametrize("others", [1, 9])
-def test_what_was_begun_is_lost_where_another_text_comes(steps, others, monkeypatch):
-    """And where the first is alone again, it goes on from where it is."""
+def test_what_was_begun_is_read_before_another_text_comes(steps, others, monkeypatch):
+    """And where the first is alone again, the device is told of it anew."""
     policy, texts, looks = POLICIES["some leave"](), [], []
     for ahead in (True, False):
         engine = engine_of(early_exit(), [1, 2, 3], ahead, slots=2)
@@ -362,7 +363,7 @@ def test_what_was_begun_is_lost_where_another_text_comes(steps, others, monkeypa
         looks.append(seen)
     assert texts[0] == texts[1]
     begun = [first for first, _, behind in looks[0] if not behind]
-    assert len(begun) == (1 if others == 1 else 2)
+    assert len(begun) == 2
     assert any(behind for *_, behind in looks[0])
 
 
@@ -537,7 +538,7 @@ def test_a_text_with_drafts_that_becomes_the_only_one_goes_on_as_it_was(monkeypa
 
 
 def test_another_text_comes_while_a_round_is_under_way(monkeypatch):
-    """What the device has begun is not taken, and the texts are those that they are alone."""
+    """What the device has begun is read first, and the texts are those that they are alone."""
     plans = itertools.cycle([3, 2, 1, 3, 3])
     monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
     policy, model = Speculative(4, {}, max_pending=3, bar=0.0), drafting()
@@ -547,15 +548,17 @@ def test_another_text_comes_while_a_round_is_under_way(monkeypatch):
     requests = [Request(prompt(length), policy, length + 40) for length in (7, 9)]
     texts = {request: [] for request in requests}
     engine.submit(requests[0])
+    late = requests[1]
     while not all(request.finished for request in requests):
         for request, token in engine.step():
             texts[request].append(token.id)
         live = engine.sequences.live
         seen.append((len(live), bool(live) and rounds.underway(live[0])))
-        if len(texts[requests[0]]) > 12 and not texts[requests[1]] and len(live) == 1:
-            engine.submit(requests[1])
+        if len(texts[requests[0]]) > 12 and late is not None:
+            engine.submit(late)
+            late = None
     assert [*texts.values()] == [[token for token, *_ in text] for text in alone]
-    assert {(1, True), (2, True), (2, False), (1, False)} == {*seen} - {(0, False)}
+    assert {(1, True), (2, False), (1, False)} == {*seen} - {(0, False)}
 
 
 @pytest.mark.parametrize("which", [range(6, 99), [6]], ids=["all", "one"])
@@ -603,51 +606,102 @@ def several(ahead, sampled, alone=False):
     return list(found.values())
 
 
+def counted(monkeypatch):
+    """Of each look at rows that go straight to the end, their number and that of tokens."""
+    counts, go_on = [], Several.go_on
+
+    def count(several, rows, number, *how, **named):
+        counts.append((len(rows), number))
+        return go_on(several, rows, number, *how, **named)
+
+    monkeypatch.setattr(Several, "go_on", count)
+    return counts
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_several_texts_go_on_by_several_tokens(sampled, monkeypatch):
     """Those of a look of the host behind a text's end are lost; texts are what they are alone."""
-    counts, whole = [], drafts.full_round
-
-    def counted(sequences, rows, count, **how):
-        counts.append((len(rows), count))
-        return whole(sequences, rows, count, **how)
-
-    monkeypatch.setattr(drafts, "full_round", counted)
+    counts = counted(monkeypatch)
     found = several(True, sampled)
     assert (3, TOKENS) in counts
     assert found == several(False, sampled)
     assert (3, 1) in counts
-    monkeypatch.setattr(drafts, "go_straight", lambda *_: False)
+    monkeypatch.setattr(Several, "serves", lambda *_: False)
     assert found == several(False, sampled) == several(False, sampled, alone=True)
     assert [len(text) for text in found] == [7, 13, 13, 12, 11]
 
 
-def test_the_next_tokens_of_several_are_begun_before_these_are_read(monkeypatch):
-    """Not where the device was told of another text meanwhile, even of one that is over at once."""
-    began, follow = [], straight._follow
+def at_full_depth(number):
+    """Requests of texts that end one after another."""
+    return [Request(prompt(5 + i, i), Full(4, max_pending=3), 45 + i) for i in range(number)]
 
-    def followed(sequences, look, rows, count):
-        began.append(behind := follow(sequences, look, rows, count))
+
+def test_the_next_tokens_of_several_are_begun_before_these_are_read(monkeypatch):
+    """Not where one of them ends, or another text waits for a free slot."""
+    began, follow, model = [], Several._follow, early_exit()
+
+    def followed(*given):
+        began.append(behind := follow(*given))
         return behind
 
-    monkeypatch.setattr(straight, "_follow", followed)
-    model = early_exit()
-
-    def requests():
-        return [Request(prompt(5 + i, i), Full(4, max_pending=3), 45) for i in range(2)]
-
-    alone = by_text(engine_of(model, [], False), requests())
-    engine, new = engine_of(model, [], True, slots=3), requests()
-    found = {request: [] for request in new}
+    monkeypatch.setattr(Several, "_follow", followed)
+    alone = by_text(engine_of(model, [], False), at_full_depth(3))
+    engine, (*new, late) = engine_of(model, [], True, slots=3), at_full_depth(3)
+    found = {request: [] for request in [*new, late]}
     for request in new:
         engine.submit(request)
     for number in range(40):
-        if number == 4:  # over with its first token
-            engine.submit(Request(prompt(6, 3), Full(4, max_pending=3), 7))
+        if number == 4:
+            assert engine.several.underway(engine.sequences.live)
+            engine.submit(late)
+        before = len(began)
+        for request, token in engine.step():
+            found[request].append((token.id, token.exit_layer))
+        if number == 4:  # what was begun is read, and nothing follows it
+            assert (len(began), found[late]) == (before, [])
+            assert not engine.several.underway(engine.sequences.live)
+    assert began[0] is not None
+    assert began.count(None) == 1  # of the two that are there when the first one has ended
+    assert [*found.values()] == alone
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("more", [1, 5])
+@pytest.mark.parametrize("kind", ["full", "leaves", "drafts"])
+def test_prompts_are_not_written_over_what_the_device_is_at(kind, more, number, monkeypatch):
+    """Compiled passes of prompts are filled with slots that are idle: of the two that come, which
+    have so many tokens more, with those of the texts there are."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(drafts, "plan", lambda *_: 2)
+    drafts_itself = kind == "drafts"
+    model, layers = (drafting(), [DRAFT]) if drafts_itself else (early_exit(), [])
+    layers = [1, 2, 3] if kind == "leaves" else layers
+    policy = POLICIES["some leave" if kind == "leaves" else "full"]
+    if drafts_itself:
+        policy = partial(Speculative, 4, {}, max_pending=3, bar=0.0)
+
+    def requests():
+        return [Request(prompt(5 + i, i), policy(), 50 + i) for i in range(number)]
+
+    alone = by_text(engine_of(model, layers, False, drafts=drafts_itself), requests())
+    engine = engine_of(model, layers, True, slots=5, compile=True, drafts=drafts_itself)
+    new, seen, came = requests(), [], 0
+    found = {request: [] for request in new}
+    for request in new:
+        engine.submit(request)
+    while not all(request.finished for request in new):
+        live = engine.sequences.live
+        seen.append(drafts.underway(live, engine.several, engine.ahead))
+        if seen[-1] and came < 6 and len(live) == number:
+            for place in range(2):
+                late = Request(prompt(6, came + place), POLICIES["full"](), 6 + more)
+                engine.submit(late)
+            came += 2
         for request, token in engine.step():
             found.setdefault(request, []).append((token.id, token.exit_layer))
-    assert [one is None for one in began[:6]] == [False, False, False, True, False, False]
     assert [found[request] for request in new] == alone
+    several_wait = number > 1 and kind != "full"  # for each other: the host looks at each token
+    assert any(seen) != several_wait
 
 
 def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
@@ -716,13 +770,7 @@ def test_texts_rest_by_several_tokens_and_draft_later(number, most, sampled, mon
 
 def test_texts_rest_beside_those_at_full_depth(monkeypatch):
     """Not beside one that drafts, nor where its own text may have drafts."""
-    counts, whole, model = [], drafts.full_round, drafting()
-
-    def counted(sequences, rows, count, **how):
-        counts.append((len(rows), count))
-        return whole(sequences, rows, count, **how)
-
-    monkeypatch.setattr(drafts, "full_round", counted)
+    counts, model = counted(monkeypatch), drafting()
     ways = [Full(4, max_pending=3), Speculative(4, {}, max_pending=3, bar=0.0)]
     alone = written(engine_of(model, [], ahead=False), ways[0], 30)
     for most, lookup, expected in ((0, False, {(2, TOKENS)}), (3, False, set()), (0, True, set())):

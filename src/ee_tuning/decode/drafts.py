@@ -17,7 +17,7 @@ from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences, Settled, Stopwatch
-from ee_tuning.decode.straight import full_round, go_straight
+from ee_tuning.decode.straight import Several
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes.wanted import Prediction
 
@@ -115,7 +115,7 @@ def _verified_chains(
 
 
 def _at_full_depth(
-    sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None, behind: bool = False
+    rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
 ) -> Callable[[int], list[Settled]] | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
     where it is to look at each. behind: the device may be as many ahead: at half of them while the
@@ -126,34 +126,57 @@ def _at_full_depth(
         return partial(_ahead, ahead, rows[0], behind=behind)
     # What a text has for a token is not known before the one before it.
     texts = any(row.text is not None for row in rows)
-    straight = not texts and go_straight(sequences, rows)
-    return partial(full_round, sequences, rows, behind=behind) if straight else None
+    if texts or several is None or not several.serves(rows):
+        return None
+    return partial(several.go_on, rows, behind=behind)
 
 
-def _ahead(ahead: Ahead, row: Row, count: int, behind: bool = False) -> list[Settled]:
+def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> list[Settled]:
     """The next tokens of a row that is alone. behind: see `_at_full_depth`."""
     return [(row, ahead.go_on(row, max(1, count // 2) if behind else count, behind))]
 
 
+def underway(rows: Sequence[Row], several: Several | None, ahead: Ahead | None) -> bool:
+    """Whether the device is at tokens of some of `rows`, or has found them, of which the host does
+    not know yet.
+
+    No prompt may be read then: what passes write for slots that are idle lies behind what the host
+    knows of these.
+    """
+    if several is not None and several.underway(rows):
+        return True
+    if ahead is None or len(rows) != 1:
+        return False
+    rounds = ahead.rounds
+    return ahead.underway(rows[0]) is not None or (rounds is not None and rounds.underway(rows[0]))
+
+
 def next_round(
-    sequences: Sequences, rows: Sequence[Row], ahead: Ahead | None = None
+    sequences: Sequences,
+    rows: Sequence[Row],
+    several: Several | None = None,
+    ahead: Ahead | None = None,
+    behind: bool = True,
 ) -> list[Settled]:
     """`draft_round` and `chain_round` of the rows that are for each.
 
-    ahead: where a row that is alone, and drafts nothing, goes on; where there is none, the host
-    looks at each token of several rows, too.
+    several: where rows that draft nothing go on. ahead: where one that is alone does; where there
+    is none, the host looks at each token of several, too. behind: whether something may be
+    `underway` when this is over.
     """
+    if several is not None and several.underway(rows):
+        return several.go_on(rows, TOKENS, behind)
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
-        if (go_on := _at_full_depth(sequences, rows, ahead, behind=True)) is not None:
+        if (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
             return go_on(TOKENS)
-        if go_straight(sequences, rows):
-            return full_round(sequences, rows, 1)
+        if several is not None and several.serves(rows):
+            return several.go_on(rows, 1)
         return draft_round(sequences, rows)
     timed = sequences.stopwatch()  # what the host decides is part of a round
     rounds = ahead.rounds if ahead is not None and ahead.serves(rows) else None
     if ahead is not None and rounds is not None and rounds.serves(beginning):
-        return _alone(sequences, rows[0], ahead, rounds, timed)
+        return _alone(sequences, rows[0], ahead, rounds, timed, behind)
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
     clocks = [_limit(sequences, alike) for alike in (chained, layered)]
@@ -161,7 +184,7 @@ def next_round(
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
-    if rests and (go_on := _at_full_depth(sequences, rows, ahead)) is not None:
+    if rests and (go_on := _at_full_depth(rows, several, ahead, behind=False)) is not None:
         # Not what others are part of.
         told = (*clocks, *texts) if len(beginning) == len(rows) else ()
         return _rest(sequences, rows, [one for one in told if one is not None], go_on, timed)
@@ -258,32 +281,33 @@ def _rest(
 
 
 def _alone(
-    sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds, timed: Stopwatch
+    sequences: Sequences, row: Row, ahead: Ahead, rounds: Rounds, timed: Stopwatch, behind: bool
 ) -> list[Settled]:
     """What a row that is alone goes on with: a round, looked at while the device is at the next
     one, or tokens at full depth.
 
-    timed: of this round.
+    timed: of this round. behind: see `next_round`.
     """
     text = None if row.policy.steady else row.text
     exits = _limit(sequences, [row])
     if row.policy.bar is not None:
         sequences.catch_up([row])
-    now = behind = Limits(row.limit)
+    now = then = Limits(row.limit)
     # Of rounds that are begun when the one before them was read, and of those begun behind it.
     clocks = [] if exits is None else [exits, exits]
     if text is not None and exits is not None:
-        now, behind = _beside_text(row, text, rounds.underway(row), exits)
+        now, then = _beside_text(row, text, rounds.underway(row), exits)
     elif text is not None:
         clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
-        now, behind = _by_text(row, text, rounds.underway(row), clocks)
+        now, then = _by_text(row, text, rounds.underway(row), clocks)
     rests = not now.most and not rounds.underway(row)
     if rests or ahead.underway(row):  # what the device is at comes before what pays behind it
-        go_on = partial(_ahead, ahead, row, behind=rests)
+        go_on = partial(_ahead, ahead, row, behind=rests and behind)
         return _rest(sequences, [row], dict.fromkeys(clocks if rests else ()), go_on, timed)
     # A text's first round is looked at before there is another: many are of a few tokens.
-    behind = behind if row.linked > len(row.request.ids) else Limits()
-    one = rounds.go_on(row, now, behind, sequences.drawn([row]))
+    behind = behind and row.linked > len(row.request.ids)
+    then = then if behind else Limits()
+    one = rounds.go_on(row, now, then, sequences.drawn([row]))
     took = timed()
     row.draft(one.drafts)
     (choice,) = choose([Asked(row.request.chooser, row.ids, one.said, row.drafts)])

@@ -36,12 +36,13 @@ import torch
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.ahead import Ahead, cuts_beside
-from ee_tuning.decode.drafts import first_tokens, next_round
+from ee_tuning.decode.drafts import first_tokens, next_round, underway
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences, never
 from ee_tuning.decode.settings import Policy
+from ee_tuning.decode.straight import Several
 from ee_tuning.devices import wait_for
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
@@ -96,6 +97,8 @@ class Engine:
         )  # fmt: skip
         self.passes = self._own if mesh is None else cast(Any, Relay(self._own, mesh))
         self.sequences = Sequences(self.passes, exit_layers, max_pending)
+        one = len(self.sequences.stops) == 1
+        self.several = Several(self.sequences) if one else None
         self.ahead: Ahead | None = None
         if self.passes.branch:
             self.ahead = Ahead(self.passes, self.sequences.stops)
@@ -167,15 +170,15 @@ class Engine:
             return self._round()
 
     def _round(self) -> list[Event]:
-        self.sequences.rounds += 1
         for row in self.sequences.live:
             if row.request.cancelled:
                 self.sequences.free(row)
-        if new := self._admit():
+        live, ways = self.sequences.live, (self.several, self.ahead)
+        waits = bool(self._waiting and self.sequences.free_slots)
+        if not underway(live, *ways) and (new := self._admit()):
             settled = first_tokens(self.sequences, new)
         else:
-            live = self.sequences.live
-            settled = next_round(self.sequences, live, self.ahead) if live else []
+            settled = next_round(self.sequences, live, *ways, behind=not waits) if live else []
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
         if not self.busy and not self._waiting and not self.streams:
             self._seeds = None

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, cast
 
 from torch import Tensor
 
@@ -161,8 +160,7 @@ class Row:
 class Sequences:
     """The rows of an engine, or of a stage of one, and the passes that they go through.
 
-    stops: the layer at which each segment ends. rounds: of the engine, so far. look: that was begun
-    before the one in front of it was over.
+    stops: the layer at which each segment ends.
     """
 
     def __init__(self, passes: Passes, exit_layers: Sequence[int], max_pending: int) -> None:
@@ -171,7 +169,6 @@ class Sequences:
         self.stops = [segment.stop for segment in passes.segments]
         self.rows: list[Row | None] = [None] * passes.slots
         self._clocks: dict[tuple[int, float], Clock] = {}
-        self.rounds, self.look = 0, cast(Any, None)
 
     @property
     def live(self) -> list[Row]:
@@ -209,7 +206,7 @@ class Sequences:
 
     def clear(self) -> None:
         """Give up every row."""
-        self.rows, self.look = [None] * len(self.rows), None
+        self.rows = [None] * len(self.rows)
 
     def read(
         self, rows: Sequence[Row], hidden: Tensor | None = None

@@ -7,37 +7,71 @@ tokens out, it may be at the next ones meanwhile.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.rounds import Line
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row, Sequences, Settled
-from ee_tuning.passes.straight import Straight
+from ee_tuning.passes.passes import Passes
 from ee_tuning.passes.wanted import Wanted, Window
+
+
+class Straight:
+    """As many tokens of these texts as one likes, without a word from the host.
+
+    What the passes were told is moved on by the device: nothing else may be told in between.
+    """
+
+    def __init__(
+        self, passes: Passes, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
+    ) -> None:
+        """windows: of one token each, by slot, of all texts in progress. starts: see `window`."""
+        given = {window.slot: window for window in windows}
+        slots = passes.sizes.filled(list(given)) if passes.compile else list(given)
+        passes.tell(slots, starts, given, 1)
+        self._passes, self._wanted, self._in_order = passes, wanted, passes.in_order(slots)
+        self._reach = max(starts[slot] for slot in slots)
+        self._control = passes.control[: len(slots)]
+        self.rows = [row for row, slot in enumerate(slots) if slot in given]
+        self.number = len(slots)
+
+    @torch.inference_mode()
+    def find(self, count: int) -> Tensor:
+        """The next `count` tokens, (count, 2, n): these and confidences, texts at `rows`."""
+        passes, found = self._passes, []
+        for _ in range(count):
+            self._reach += 1
+            size = passes.sizes.reach(self._reach) if passes.compile else self._reach
+            key = 0, len(self._control), 1, size, self._in_order, self._wanted
+            _, answers = passes.run(key)
+            self._control[:, 3] = answers[0, :, 0]
+            self._control[:, 1] += 1
+            found.append(answers[:, :, 0].clone())
+        return torch.stack(found)
 
 
 class Look(NamedTuple):
     """Tokens of `rows` that the device finds while the host does not look.
 
-    lengths: of their texts before these. number: tokens of each. lines: where this look is read,
-    and where the next one. round: of the engine, in which it was begun.
+    number: of each. lines: where this look is read, and where the next one.
     """
 
     rows: list[Row]
-    lengths: list[int]
     number: int
     straight: Straight
     lines: tuple[Line, Line]
-    round: int
 
     def begun(self) -> Look:
         """Let the device find them: itself."""
 
         def find() -> None:
-            self.lines[0].said[: self.number] = self.straight.find(self.number)
+            said = self.lines[0].said[: self.number, :, : self.straight.number]
+            said.copy_(self.straight.find(self.number))
 
         self.lines[0].follow(find)
         return self
@@ -48,71 +82,70 @@ class Look(NamedTuple):
         return [[[of[i] for i in self.straight.rows] for of in one] for one in said[: self.number]]
 
 
-def full_round(
-    sequences: Sequences, rows: Sequence[Row], count: int, behind: bool = False
-) -> list[Settled]:
-    """The next `count` tokens, or fewer, of rows that all `go_straight`: as of as many rounds
-    without drafts, in one look, with little to do for each token.
+class Several:
+    """Rows of an engine of one segment, of which none has drafts."""
 
-    behind: the device may be so many ahead, at half of them while the host looks at the others.
-    Rows that came meanwhile are part of the next round.
-    """
-    number = max(1, count // 2) if behind else count
-    look = (_underway(sequences, rows) if behind else None) or _begin(sequences, rows, number)
-    sequences.look = _follow(sequences, look, rows, number) if behind else None
-    found, live = look.read(), set(rows)
-    settled: list[Settled] = []
-    for place, row in enumerate(look.rows):
-        if row not in live:
-            continue
-        own = row.evident((ids[place], confidences[place]) for ids, confidences in found)
-        tokens = [Token(int(number), row.policy.end, confidence) for number, confidence in own]
-        row.ids += [token.id for token in tokens]
-        row.done = [len(row.ids) - 1]
-        settled.append((row, tokens))
-    return settled
+    def __init__(self, sequences: Sequences) -> None:
+        assert len(sequences.stops) == 1
+        self._sequences = sequences
+        self._look: Look | None = None  # that was begun before the one in front of it was over
 
+    def serves(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows go token by token, and passes choose."""
+        kinds = {(row.policy.measure, row.policy.final) for row in rows}
+        if self._sequences.passes.group is not None or len(kinds) > 1:
+            return False
+        _, final = kinds.pop()
+        chosen = all(type(row.request.chooser) is Chooser for row in rows)
+        ends = all(row.ends and row.request.chooser.in_passes for row in rows)
+        return final and chosen and ends
 
-def go_straight(sequences: Sequences, rows: Sequence[Row]) -> bool:
-    """Whether `rows` go through the one segment there is, token by token, and passes choose."""
-    kinds = {(row.policy.measure, row.policy.final) for row in rows}
-    if len(sequences.stops) > 1 or sequences.passes.group is not None or len(kinds) > 1:
-        return False
-    _, final = kinds.pop()
-    chosen = all(type(row.request.chooser) is Chooser for row in rows)
-    ends = all(row.ends and row.request.chooser.in_passes for row in rows)
-    return final and chosen and ends
+    def underway(self, rows: Sequence[Row]) -> bool:
+        """Whether the device is at the next tokens of some of `rows`, or has found them."""
+        return self._look is not None and not {*rows}.isdisjoint(self._look.rows)
 
+    def go_on(self, rows: Sequence[Row], count: int, behind: bool = False) -> list[Settled]:
+        """The next `count` ≤ `TOKENS` tokens, or fewer, of rows that it `serves`, or what is
+        `underway`: as of as many rounds without drafts, in one look, with little to do for each.
 
-def _underway(sequences: Sequences, rows: Sequence[Row]) -> Look | None:
-    """What the device is at, or has found, for some of `rows`, if these have gone no other way."""
-    look = sequences.look
-    if look is None:
-        return None
-    lengths = {id(row): length for row, length in zip(look.rows, look.lengths, strict=True)}
-    known = [row for row in rows if id(row) in lengths]
-    return look if known and all(len(row.ids) == lengths[id(row)] for row in known) else None
+        behind: half as many, and as many more are begun before the host looks at these.
+        """
+        number = max(1, count // 2) if behind else count
+        look = self._look if self._look and self.underway(rows) else self._begin(rows, number)
+        assert {*rows} <= {*look.rows}, "a text has come while the device was at others"
+        self._look = self._follow(look, rows, number) if behind else None
+        found, live = look.read(), {*rows}
+        settled: list[Settled] = []
+        for place, row in enumerate(look.rows):
+            if row not in live:
+                continue
+            own = row.evident((ids[place], confidences[place]) for ids, confidences in found)
+            tokens = [Token(int(number), row.policy.end, confidence) for number, confidence in own]
+            row.ids += [token.id for token in tokens]
+            row.done = [len(row.ids) - 1]
+            settled.append((row, tokens))
+        return settled
 
+    @cached_property
+    def _lines(self) -> tuple[Line, Line]:
+        """Where looks are read, in turn."""
+        passes = self._sequences.passes
+        size = TOKENS, 2, passes.slots
+        said = torch.zeros(size, dtype=torch.float64, device=passes.device)
+        return Line(said), Line(said)
 
-def _begin(sequences: Sequences, rows: Sequence[Row], count: int) -> Look:
-    """The first look at some rows: the device is told of them."""
-    passes = sequences.passes
-    wanted = Wanted("last", True, rows[0].policy.measure, sequences.samples(rows))
-    windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
-    straight = Straight(passes, windows, sequences.starts(0), wanted)
-    size = TOKENS, 2, straight.number
-    said = torch.zeros(size, dtype=torch.float64, device=passes.device)
-    number = min(count, max(row.left for row in rows))
-    lengths, lines = [len(row.ids) for row in rows], (Line(said), Line(said))
-    return Look([*rows], lengths, number, straight, lines, sequences.rounds).begun()
+    def _begin(self, rows: Sequence[Row], count: int) -> Look:
+        """The first look at some rows: the device is told of them."""
+        sequences = self._sequences
+        wanted = Wanted("last", True, rows[0].policy.measure, sequences.samples(rows))
+        windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
+        straight = Straight(sequences.passes, windows, sequences.starts(0), wanted)
+        number = min(count, max(row.left for row in rows))
+        return Look([*rows], number, straight, self._lines).begun()
 
-
-def _follow(sequences: Sequences, look: Look, rows: Sequence[Row], count: int) -> Look | None:
-    """A look behind another at the same rows, where the device was told of nothing else since."""
-    left = max(row.left for row in rows) - look.number
-    told = sequences.rounds - look.round > 1
-    if left <= 0 or told or len(rows) < len(look.rows) or {*rows} != {*look.rows}:
-        return None
-    lengths = [length + look.number for length in look.lengths]
-    number, lines, now = min(count, left), look.lines[::-1], sequences.rounds
-    return look._replace(lengths=lengths, number=number, lines=lines, round=now).begun()
+    def _follow(self, look: Look, rows: Sequence[Row], count: int) -> Look | None:
+        """A look behind another, unless some of its rows have ended."""
+        left = max(row.left for row in rows) - look.number
+        if left <= 0 or len(rows) < len(look.rows):
+            return None
+        return look._replace(number=min(count, left), lines=look.lines[::-1]).begun()

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sampling import check_evidence
 from ee_tuning.decode.sequences import Request, Row, never
+from ee_tuning.decode.straight import Straight
 from ee_tuning.passes.draws import NOTHING, Warp, samples_of
 from ee_tuning.passes.prompts import read
-from ee_tuning.passes.straight import Straight
 from ee_tuning.passes.wanted import Wanted, Window
 
 AHEAD = 8  # tokens between two looks
