@@ -10,6 +10,7 @@ those, and all are told its drafts. Nothing overlaps; a process needs the memory
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -106,22 +107,11 @@ class Relay:
         rows = list(range(len(windows))) if found is None else found.rows
         return self._told(part.stage, found, rows, length)
 
-    def ahead(
-        self, windows: Sequence[Window], starts: Sequence[int], count: int, wanted: Wanted
-    ) -> list[list[list[float]]]:
-        """As of passes, token by token."""
-        starts, found, last = [*starts], [], len(self.segments) - 1
-        nothing = Wanted("nothing", False)
-        for _ in range(count):
-            for i in range(last + 1):
-                told = self.window(i, [*windows], starts, wanted if i == last else nothing)
-            assert told is not None
-            found.append([[row[0] for row in rows] for rows in (told.tokens, told.confidences)])
-            tokens = found[-1][0]
-            windows = [Window(w.slot, 1, [int(t)]) for w, t in zip(windows, tokens, strict=True)]
-            for window in windows:
-                starts[window.slot] += 1
-        return found
+    def straight(
+        self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
+    ) -> RelayedStraight:
+        """As of passes."""
+        return RelayedStraight(self, [*windows], [*starts], wanted)
 
     def verify(
         self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int
@@ -182,6 +172,40 @@ class Relay:
         """Let every process have what its counterpart in a stage has."""
         source = self.mesh.counterpart(stage)
         dist.broadcast(tensor, src=source, group=self.mesh.group("pp"))
+
+
+@dataclass
+class RelayedStraight:
+    """`Straight` of all stages, token by token.
+
+    windows: of one token each, the newest. starts: by slot, as of `Passes.window`.
+    """
+
+    relay: Relay
+    windows: list[Window]
+    starts: list[int]
+    wanted: Wanted
+
+    @property
+    def rows(self) -> list[int]:
+        """All of what `find` gives."""
+        return list(range(len(self.windows)))
+
+    def find(self, count: int) -> Tensor:
+        """As of `Straight`."""
+        found, last = [], len(self.relay.segments) - 1
+        nothing = Wanted("nothing", False)
+        for _ in range(count):
+            for i in range(last + 1):
+                wanted = self.wanted if i == last else nothing
+                told = self.relay.window(i, self.windows, self.starts, wanted)
+            assert told is not None
+            found.append([[row[0] for row in rows] for rows in (told.tokens, told.confidences)])
+            pairs = zip(self.windows, found[-1][0], strict=True)
+            self.windows = [Window(window.slot, 1, [int(token)]) for window, token in pairs]
+            for window in self.windows:
+                self.starts[window.slot] += 1
+        return torch.tensor(found, dtype=torch.float64)
 
 
 class RelayedChains:

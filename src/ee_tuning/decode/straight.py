@@ -11,48 +11,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.rounds import Line
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row, Sequences, Settled
-from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.straight import Straight
 from ee_tuning.passes.wanted import Wanted, Window
-
-
-class Straight:
-    """As many tokens of these texts as one likes, without a word from the host.
-
-    What the passes were told is moved on by the device: nothing else may be told in between.
-    """
-
-    def __init__(
-        self, passes: Passes, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
-    ) -> None:
-        """windows: of one token each, by slot, of all texts in progress. starts: see `window`."""
-        given = {window.slot: window for window in windows}
-        slots = passes.sizes.filled(list(given)) if passes.compile else list(given)
-        passes.tell(slots, starts, given, 1)
-        self._passes, self._wanted, self._in_order = passes, wanted, passes.in_order(slots)
-        self._reach = max(starts[slot] for slot in slots)
-        self._control = passes.control[: len(slots)]
-        self.rows = [row for row, slot in enumerate(slots) if slot in given]
-        self.number = len(slots)
-
-    @torch.inference_mode()
-    def find(self, count: int) -> Tensor:
-        """The next `count` tokens, (count, 2, n): these and confidences, texts at `rows`."""
-        passes, found = self._passes, []
-        for _ in range(count):
-            self._reach += 1
-            size = passes.sizes.reach(self._reach) if passes.compile else self._reach
-            key = 0, len(self._control), 1, size, self._in_order, self._wanted
-            _, answers = passes.run(key)
-            self._control[:, 3] = answers[0, :, 0]
-            self._control[:, 1] += 1
-            found.append(answers[:, :, 0].clone())
-        return torch.stack(found)
 
 
 class Look(NamedTuple):
@@ -70,8 +35,8 @@ class Look(NamedTuple):
         """Let the device find them: itself."""
 
         def find() -> None:
-            said = self.lines[0].said[: self.number, :, : self.straight.number]
-            said.copy_(self.straight.find(self.number))
+            found = self.straight.find(self.number)
+            self.lines[0].said[: self.number, :, : found.shape[2]] = found
 
         self.lines[0].follow(find)
         return self
@@ -139,7 +104,7 @@ class Several:
         sequences = self._sequences
         wanted = Wanted("last", True, rows[0].policy.measure, sequences.samples(rows))
         windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
-        straight = Straight(sequences.passes, windows, sequences.starts(0), wanted)
+        straight = sequences.passes.straight(windows, sequences.starts(0), wanted)
         number = min(count, max(row.left for row in rows))
         return Look([*rows], number, straight, self._lines).begun()
 

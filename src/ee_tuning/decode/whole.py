@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sampling import check_evidence
 from ee_tuning.decode.sequences import Request, Row, never
-from ee_tuning.decode.straight import Straight
 from ee_tuning.passes.draws import NOTHING, Warp, samples_of
 from ee_tuning.passes.prompts import read
 from ee_tuning.passes.wanted import Wanted, Window
@@ -101,7 +100,7 @@ class Wave:
         starts = [0] * self.passes.slots
         for row, _ in self.rows:
             starts[row.slot] = len(row.ids) - 1
-        straight = Straight(self.passes, windows, starts, self._wanted())
+        straight = self.passes.straight(windows, starts, self._wanted())
         found = straight.find(count)[:, :, straight.rows].tolist()
         for _, confidences in found:
             if not math.isfinite(sum(confidences)):

@@ -26,6 +26,7 @@ from ee_tuning.passes.chains import Chains
 from ee_tuning.passes.draws import NOTHING, Draws
 from ee_tuning.passes.graphs import CHUNK, Graphs, Sizes, compiled
 from ee_tuning.passes.sources import Sources, side_by_side
+from ee_tuning.passes.straight import Straight
 from ee_tuning.passes.wanted import (
     Predictions,
     Predictor,
@@ -218,6 +219,26 @@ class Passes:
         places = {slot: row for row, slot in enumerate(slots)}
         rows = [places[window.slot] for window in windows]
         return Predictions.read(found[0], found[1], rows, self._head(i, wanted))
+
+    def straight(
+        self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
+    ) -> Straight:
+        """What goes on with texts that go through the one segment there is.
+
+        windows: of one token each, by slot, of all texts in progress. starts: as for `window`.
+        """
+        given = {window.slot: window for window in windows}
+        slots = self.sizes.filled(list(given)) if self.compile else list(given)
+        self.tell(slots, starts, given, 1)
+        in_order, reach = self.in_order(slots), max(starts[slot] for slot in slots)
+
+        def run(reach: int) -> Tensor:
+            size = self.sizes.reach(reach) if self.compile else reach
+            answers: Tensor = self.run((0, len(slots), 1, size, in_order, wanted))[1]
+            return answers
+
+        rows = [row for row, slot in enumerate(slots) if slot in given]
+        return Straight(run, self.control[: len(slots)], reach, rows)
 
     def tell(
         self, slots: list[int], starts: Sequence[int], given: Mapping[int, Window], length: int
