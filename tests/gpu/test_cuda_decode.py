@@ -5,6 +5,7 @@ import torch
 from helpers.families import tiny
 from helpers.lookups import let_texts_draft, repeating
 from helpers.models import drafting
+from helpers.prompts import prompt
 
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold
@@ -88,6 +89,24 @@ def test_an_exit_is_asked_on_a_stream_beside_the_layers_behind_it(arch):
     for found, expected in zip(sures[:4], sures[4:], strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
     assert {layer for _, layer in texts[2]} == {1, 4}
+
+
+def test_texts_that_come_and_go_are_those_that_they_are_alone():
+    """In fp32, at full depth: the device is ahead of the host, also where new prompts wait."""
+    model = EarlyExitModel.from_base(tiny("llama").cuda(), ExitConfig("1", "mlp")).eval()
+    texts = []
+    for slots in (1, 6):
+        engine = Engine(model, [], slots=slots, capacity=96, compile=True)
+        requests = [
+            Request(prompt(3 + 13 * i % 67, i), Full(4), 4 + 13 * i % 67 + 7 * i % 22)
+            for i in range(40)
+        ]
+        found = {id(request): [] for request in requests}
+        for request, token in engine.stream(requests):
+            found[id(request)].append(token.id)
+        texts.append([*found.values()])
+    assert texts[0] == texts[1]
+    assert {len(text) for text in texts[0]} == set(range(1, 23))
 
 
 @pytest.mark.parametrize("sampled", [False, True])
