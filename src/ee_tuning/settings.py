@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from os.path import expanduser
 from typing import Any
+
+from ee_tuning.errors import UserError
 
 
 def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> Any:
@@ -24,12 +28,25 @@ def changed(settings: Any, names: Iterable[str]) -> list[str]:
     return [name for name in names if getattr(settings, name) != getattr(type(settings), name)]
 
 
+def check_finite(name: str, value: Any) -> None:
+    """Refuse a number, or one in a list or mapping, that is none to compute with.
+
+    Raises:
+        UserError: it is nan or infinite.
+    """
+    values = value.values() if isinstance(value, Mapping) else value
+    for one in values if isinstance(value, list | tuple | Mapping) else [value]:
+        if isinstance(one, Real) and not isinstance(one, int) and not math.isfinite(one):
+            raise UserError(f"{name} is {one}: it must be a finite number")
+
+
 class Settings:
-    """What every command's settings are: paths may begin with ``~``."""
+    """What every command's settings are: paths may begin with ``~``, and numbers are finite."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            given = getattr(self, field.name)
+            check_finite(field.name, given)
             if field.metadata["path"]:
-                given = getattr(self, field.name)
                 many = isinstance(given, list)
                 setattr(self, field.name, [*map(expanduser, given)] if many else expanduser(given))

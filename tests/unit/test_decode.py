@@ -468,7 +468,7 @@ BAD: list[tuple] = [
     ([[1]], {"do_sample": True, "temperature": 0.0}, "strictly positive float"),
     ([[1]], {"do_sample": True, "top_p": 3.0}, "top_p is 3: it must be above 0 and at most 1"),
     ([[1]], {"do_sample": True, "top_p": 0.0}, "top_p is 0: it must be above 0 and at most 1"),
-    ([[1]], {"do_sample": True, "top_p": float("nan")}, "top_p is nan: it must be above 0"),
+    ([[1]], {"do_sample": True, "top_p": float("nan")}, "top_p is nan: it must be a finite"),
     ([[1]], {"do_sample": True, "min_p": 2.0}, "min_p is 2: it must be at least 0 and at most 1"),
     ([[1]], {"treshold": 0.5}, "not used by the model"),
     ([[1]], {"stop_strings": "a"}, "stop_strings need the tokenizer"),

@@ -142,7 +142,6 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ("--eval-every -1", "eval_every is -1: it must be at least 0"),
         ("--save-every -1", "save_every is -1: it must be at least 0"),
         ("--min-lr -1", "min_lr is -1.0: the learning rate falls to it from lr, so it must be"),
-        ("--min-lr .nan", "min_lr is nan: the learning rate falls to it from lr, so it must be"),
         ("--min-lr 1e-3 --lr 5e-4", "min_lr is 0.001: the learning rate falls to it from lr, so"),
         ("--loss-weight-start -1", "loss_weight_start is -1.0: it must be at least 0"),
         ("--loss-weight-warmup -1", "loss_weight_warmup is -1: it must be at least 0"),

@@ -27,6 +27,7 @@ from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.settings import Full, make_policy
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.model import Network
+from ee_tuning.settings import check_finite
 
 # Arguments of transformers' `generate` that have no effect here, and those that cannot be had.
 IGNORED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -154,6 +155,10 @@ def to_requests(
         value = _holds(model, kwargs, name)
         if value:
             kwargs[name] = max(value - padded, 1)
+    config = kwargs.get("generation_config")
+    for name, value in {**(vars(config) if config else {}), **kwargs}.items():
+        if isinstance(value, float):  # a bias, which is in a list or mapping, may be infinite
+            check_finite(name, value)
     if _holds(model, kwargs, "do_sample"):
         check_probabilities(*(_holds(model, kwargs, name) for name in ("top_p", "min_p")))
     kwargs = _for_transformers(kwargs)

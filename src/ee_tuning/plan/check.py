@@ -74,7 +74,7 @@ def check_plan(config: PlanConfig) -> PlanConfig:
     if config.shard or config.shard_backbone:
         raise UserError("plan knows neither --shard nor --shard-backbone: leave them out")
     check_counts(config, "gpus", "tp", "pp")
-    if not config.tokens > 0:
+    if config.tokens <= 0:
         raise UserError(f"tokens is {config.tokens}: it must be above 0")
     config = dataclasses.replace(config, dp=_data_parallel(config))
     check_settings(config)
@@ -119,14 +119,14 @@ def check_settings(config: TuneConfig) -> None:
             "--optimizer adamw-8bit"
         )
     for key in ("lr", "eps", "kl_temperature"):
-        if not getattr(config, key) > 0:
+        if getattr(config, key) <= 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be above 0")
     for key in NOT_NEGATIVE:
-        if not getattr(config, key) >= 0:  # nor nan
+        if getattr(config, key) < 0:
             raise UserError(f"{key} is {getattr(config, key)}: it must be at least 0")
     if not all(weight >= 0 for weight in config.loss_weights):
         raise UserError(f"loss_weights are {config.loss_weights}: each must be at least 0")
-    if not 0 <= config.last_lr <= config.lr:  # nor nan
+    if not 0 <= config.last_lr <= config.lr:
         raise UserError(
             f"min_lr is {config.min_lr}: the learning rate falls to it from lr, so it must be "
             f"within [0, {config.lr}]"

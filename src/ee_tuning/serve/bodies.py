@@ -17,7 +17,6 @@ ABSENT = {"max_pending"}  # of decoding, but not of single requests
 # OpenAI's fields; what their types are takes milliseconds to find.
 THEIRS = {*typing.get_type_hints(CompletionParams), *typing.get_type_hints(ChatParams)}
 MOST = 128  # texts that one request may ask for
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Name = Annotated[str, Field(max_length=1000)]
@@ -27,7 +26,9 @@ class Body(BaseModel):
     """Of any route."""
 
     # What is not a field is looked at in `check_fields`, which knows OpenAI's.
-    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False
+    )
     model: Name | None = None
 
 
@@ -43,27 +44,27 @@ class Generation(Body):
     """What completions and chats share: OpenAI's fields, vLLM's additions, and those of exits."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: Name | None = None
 
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Finite, Field(gt=0, le=2)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] | None = None
     ignore_eos: bool | None = None
 
     mode: Mode | Literal["auto"] | None = None
-    threshold: Finite | Annotated[str, Field(max_length=1000)] | dict[str, Finite] | None = None
+    threshold: float | Annotated[str, Field(max_length=1000)] | dict[str, float] | None = None
     exit_layers: Annotated[list[TokenId], Field(min_length=1, max_length=1000)] | Name | None = None
     min_depth: TokenId | None = None
     measure: Measure | None = None
