@@ -41,7 +41,7 @@ from tune import peak
 from ee_tuning import EarlyExitModel
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import work
-from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
+from ee_tuning.devices import GIB, hardware, pick_device, pick_dtype, versions
 from ee_tuning.errors import ProcessFailed, UserError
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
@@ -182,7 +182,7 @@ def planned(shape: str, config: TuneConfig, gpu: Gpu) -> dict[str, float]:
     found = expected(account, config, seconds_of_parts(account, config, gpu))
     return {
         "tokens_per_second": round(found.tokens_per_second),
-        "gib": round(found.gib, 4),
+        "gib": round(found.memory / GIB, 4),
         "idle": round(found.idle, 4),
     }
 

@@ -46,7 +46,7 @@ def shapes() -> EarlyExitModel:
 def table(best: int) -> str:
     """The `best` layouts of each of `RUNS`, as Markdown."""
     model = shapes()
-    lines = ["| GPUs | micro-batches a step | dp × tp × pp | tokens/s | idle | GiB |"]
+    lines = ["| GPUs | micro-batches a step | dp × tp × pp | tokens/s | idle | memory |"]
     lines.append("|---" * 6 + "|")
     for gpus, batch in RUNS:
         config = TuneConfig(seq_length=2048, micro_batch_size=4, global_batch_size=4 * batch)

@@ -40,7 +40,7 @@ def test_one_gpu_takes_what_its_parts_take(model, config):
     seconds = 64 * (32 * 0.001 + 4 * 0.005) + 4 * 0.002
     assert alone.tokens_per_second == pytest.approx(64 * 2048 / seconds)
     assert alone.idle == pytest.approx(0.0)
-    assert alone.gib == sum(memory(account, config, range(32)).values()) / GIB
+    assert alone.memory == sum(memory(account, config, range(32)).values())
 
 
 def test_what_fits_is_sorted_by_speed(model, config):
@@ -53,7 +53,7 @@ def test_what_fits_is_sorted_by_speed(model, config):
     assert speeds == sorted(speeds, reverse=True)
     assert all(0 <= x.idle < 1 for x in found)
     smaller = search(model, config, PARTS, 8, 20)
-    assert smaller == [x for x in found if x.gib <= 20]
+    assert smaller == [x for x in found if x.memory <= 20 * GIB]
     assert 0 < len(smaller) < len(found)
 
 

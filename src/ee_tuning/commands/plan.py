@@ -84,7 +84,7 @@ def _show_layouts(model: Network, account: Account, config: PlanConfig, console:
     parts = seconds_of_parts(account, config, gpu)
     best = search(model, config, parts, config.gpus, gpu.memory)[:5]
     table = Table(title=f"best layouts of {config.gpus} GPUs, communication simulated")
-    for name in ("dp × tp × pp", "tokens/s", "idle", "GiB"):
+    for name in ("dp × tp × pp", "tokens/s", "idle", "memory"):
         table.add_column(name, justify="right")
     for cells in rows(best):
         table.add_row(*cells)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import Account
-from ee_tuning.devices import GIB
+from ee_tuning.devices import GIB, readable
 from ee_tuning.errors import UserError
 from ee_tuning.model import Network
 from ee_tuning.plan.check import check_model, check_parallel
@@ -29,14 +29,14 @@ TP, PP = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout and what is expected of it; gib: of the fullest GPU."""
+    """A layout and what is expected of it; memory: bytes of the fullest GPU."""
 
     dp: int
     tp: int
     pp: int
     tokens_per_second: float
     idle: float
-    gib: float
+    memory: float
 
 
 def search(
@@ -56,7 +56,7 @@ def search(
             one = dataclasses.replace(config, **sizes)  # type: ignore[arg-type]
             if dp * tp * pp == gpus and _is_possible(model, one):
                 layout = expected(account, one, parts)
-                found += [layout] if layout.gib <= available else []
+                found += [layout] if layout.memory <= available * GIB else []
     return sorted(found, key=lambda layout: -layout.tokens_per_second)
 
 
@@ -95,10 +95,10 @@ def expected(account: Account, config: TuneConfig, parts: Seconds) -> Layout:
     forward = [len(range(stage.start, min(stage.stop, runs))) * layer for stage in stages]
     found = simulate(forward, work, each, send, together=together, teacher=teacher)
     seconds = found.seconds + _last_sum(account, config)
-    gib = max(sum(memory(account, config, stage).values()) for stage in stages) / GIB
+    fullest = max(sum(memory(account, config, stage).values()) for stage in stages)
     idle = 1 - (1 - found.idle) * found.seconds / seconds
     rate = config.global_batch_size * config.seq_length / seconds
-    return Layout(dp, tp, pp, rate, max(0.0, idle), gib)
+    return Layout(dp, tp, pp, rate, max(0.0, idle), fullest)
 
 
 def _on_rank(account: Account, tp: int) -> float:
@@ -115,8 +115,7 @@ def _last_sum(account: Account, config: TuneConfig) -> float:
 
 
 def rows(layouts: Sequence[Layout]) -> list[list[str]]:
-    """Cells of a table: dp × tp × pp, tokens per second, idle share, GiB."""
+    """Cells of a table: dp × tp × pp, tokens per second, idle share, memory."""
     sizes = [f"{x.dp} × {x.tp} × {x.pp}" for x in layouts]
-    room = [f"{x.gib:.0f}" if x.gib >= 10 else f"{x.gib:.2g}" for x in layouts]
-    found = [[f"{x.tokens_per_second:,.0f}", f"{x.idle:.1%}"] for x in layouts]
-    return [[size, *cells, gib] for size, cells, gib in zip(sizes, found, room, strict=True)]
+    found = [[f"{x.tokens_per_second:,.0f}", f"{x.idle:.1%}", readable(x.memory)] for x in layouts]
+    return [[size, *cells] for size, cells in zip(sizes, found, strict=True)]
