@@ -14,10 +14,11 @@ VERSION = 1
 @dataclass(frozen=True)
 class ExitsRead:
     """Hashes of the exits that several processes share, when these had read them: `whole`, of
-    each exit, and `own`, of what this process has of them."""
+    each exit, and `own`, of what this process has of them; and of each part of the `backbone`."""
 
     whole: dict[int, str]
     own: dict[int, str]
+    backbone: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Certificate:
     thresholds: by exit layer, 1 where the exit is off. test: that passed with p-value `p` on `n`
     prompts, whose mean loss was `tested`; beside: p-values of other tests. report: risk, low, high,
     n and mean depth on prompts that neither chose nor tested. exits: a hash of each exit's weights.
+    backbone: one of each part, see `ee_tuning.fingerprint.tensor_hashes`.
     data: a hash of the prompts. path: what was tested, from careful to bold. The others are the
     settings that it holds for.
     """
@@ -41,6 +43,7 @@ class Certificate:
     tested: float
     report: dict[str, Any]
     exits: dict[int, str]
+    backbone: dict[str, str]
     dtype: str
     measure: Any
     max_pending: int

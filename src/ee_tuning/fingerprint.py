@@ -52,6 +52,9 @@ def _hash_tensors(module: nn.Module) -> str:
         if isinstance(p, SplitParameter):
             assert p.sample is not None, "split after it was read: too late for a fingerprint"
             shape, values = p.whole_shape, p.sample
+        elif not _is_plain(p):
+            digest.update(f"{name}{tuple(p.shape)} {type(p).__name__}".encode())
+            continue
         else:
             shape, values = p.shape, sample(p)
         rounded = values.to(torch.bfloat16).float().cpu().numpy()
@@ -81,10 +84,25 @@ def state_of(weight: Tensor, every_value: bool = False) -> tuple[Any, ...]:
     which are tensors of another kind.
     """
     values, seen = weight.detach(), cast(Any, None)
-    if values.device.type == "cpu" and type(values) is Tensor:
+    if values.device.type == "cpu" and _is_plain(values):
         seen = _sum(values) if every_value else sample(values).view(torch.uint8).numpy().tobytes()
     version = 0 if weight.is_inference() else weight._version
     return weight.data_ptr(), weight.dtype, version, seen
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is an ordinary tensor, which quantised weights are not."""
+    return type(weight.detach()) is Tensor
+
+
+def states_of(module: nn.Module) -> tuple[Any, ...]:
+    """`state_of` each parameter; torch's own walk names them all, which takes a call longer than a
+    token."""
+    modules, found = [module], []
+    for one in modules:
+        found += [state_of(p) for p in one._parameters.values() if p is not None]
+        modules += [child for child in one._modules.values() if child is not None]
+    return tuple(found)
 
 
 def _sum(values: Tensor) -> int:
@@ -108,7 +126,16 @@ def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> N
             )
 
 
-_SEEN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+_SEEN: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+
+
+def backbone_hashes(backbone: Backbone) -> dict[str, str]:
+    """`tensor_hashes` of the layers in memory as they are now; not made again while no weight
+    changed, see `state_of`."""
+    model, state = backbone.model, states_of(backbone.model)
+    if model not in _SEEN or _SEEN[model][0] != state:
+        _SEEN[model] = state, tensor_hashes(backbone, backbone.num_layers)
+    return _SEEN[model][1]
 
 
 def is_whole(exit: nn.Module) -> bool:

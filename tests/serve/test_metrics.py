@@ -10,7 +10,7 @@ from helpers.serving import in_a_thread
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.certificate import Certificate
-from ee_tuning.fingerprint import exit_hash
+from ee_tuning.fingerprint import backbone_hashes, exit_hash
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -81,7 +81,7 @@ def calibrated(tiny_exits, tmp_path_factory):
         thresholds={1: 1.0, 2: 0.001, 3: 1.0}, risk="next-token", epsilon=0.1, delta=0.1, n=10,
         p=0.01, test="betting", tested=0.0, report={}, dtype="float32", measure="probability",
         exits={k: exit_hash(model.exit(k)) for k in (1, 2, 3)}, max_pending=8, max_new_tokens=20,
-        data="",
+        backbone=backbone_hashes(model.backbone), data="",
     )  # fmt: skip
     (folder / "calibration.json").write_text(json.dumps(certificate.to_json()))
     return str(folder)

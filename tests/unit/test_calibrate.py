@@ -20,7 +20,7 @@ from ee_tuning.calibrate.walk import BELOW_OFF, FINE, by_pareto, by_quantile
 from ee_tuning.certificate import Certificate
 from ee_tuning.config import Leaving
 from ee_tuning.errors import Notice, UserError
-from ee_tuning.fingerprint import exit_hash
+from ee_tuning.fingerprint import backbone_hashes, exit_hash
 
 NEW, LAYERS, DEPTH = 16, [2, 3], 4
 PROMPTS = [prompt(4 + seed % 5, seed) for seed in range(24)]
@@ -164,6 +164,7 @@ def certificate(model, thresholds, **changes):
         "thresholds": thresholds, "risk": "next-token", "epsilon": 0.1, "delta": 0.05, "n": 300,
         "p": 0.01, "test": "betting", "tested": 0.05, "report": {}, "dtype": "float32",
         "exits": {layer: exit_hash(model.exit(layer)) for layer in thresholds},
+        "backbone": backbone_hashes(model.backbone),
         "measure": "probability", "max_pending": 5, "max_new_tokens": NEW, "data": "",
     }  # fmt: skip
     return Certificate(**(values | changes))
@@ -195,6 +196,7 @@ def test_calibrated_is_the_certificates_thresholds_and_settings(calibrated, thre
     [
         ({"dtype": "bfloat16"}, {}, "is of bfloat16, and the model is in float32"),
         ({"exits": {2: "other", 3: "other"}}, {}, "exit at layer 2 is another one"),
+        ({"backbone": {"head": "other"}}, {}, "the embedding of the backbone is another one"),
         ({}, {"measure": "margin"}, "is of measure probability, now margin"),
         ({}, {"max_pending": 3}, "is of max_pending 5, now 3"),
         ({}, {"do_sample": True}, "greedy texts"),
@@ -217,6 +219,24 @@ def test_an_exit_that_is_tuned_on_voids_it(calibrated, through_data):
         weight += 1e-3
     with pytest.warns(Notice, match="exit at layer 3 is another one"):
         assert {*generated(calibrated)[1][0]} == {DEPTH}
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("layer", [2, DEPTH])  # of an exit, and behind all of them
+def test_a_backbone_into_which_something_was_merged_voids_it(calibrated, layer, through_data):
+    generated(calibrated)
+    weight = calibrated.backbone.layers[layer - 1].self_attn.q_proj.weight
+    before, down, up = weight.detach().clone(), torch.ones(2, weight.shape[1]), weight[:, :2]
+    with torch.no_grad():
+        target = weight.data if through_data else weight
+        target += 0.1 * up @ down
+    with pytest.warns(Notice, match=f"the layer {layer} of the backbone is another one"):
+        assert {*generated(calibrated)[1][0]} == {DEPTH}
+    with torch.no_grad():
+        target.copy_(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert min(generated(calibrated)[1][0]) < DEPTH
 
 
 def test_longer_texts_are_told_of(calibrated):

@@ -43,7 +43,9 @@ from ee_tuning.decode.load import exit_hashes, load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
+from ee_tuning.fingerprint import backbone_hashes
 from ee_tuning.model import Network
+from ee_tuning.parallel.data import collect_hashes
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.run import slots_for
 
@@ -104,6 +106,7 @@ def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Displ
     found = replace(
         found,
         exits=exit_hashes(model, layers, mesh),
+        backbone=collect_hashes(backbone_hashes(model.backbone), mesh),
         dtype=str(model.dtype).removeprefix("torch."),
         machine=f"{hardware(model.backbone.device)}; {versions()}",
     )
@@ -255,6 +258,7 @@ def _walk(
         tested=found.risk if found else 0.0,
         report=report,
         exits={},
+        backbone={},
         dtype="",
         measure=config.measure,
         max_pending=config.max_pending,

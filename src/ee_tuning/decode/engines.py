@@ -13,7 +13,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
 
 from ee_tuning.backbone import check_merged
 from ee_tuning.decode.ahead import cuts_beside
@@ -21,7 +20,7 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.stage import Stage
 from ee_tuning.errors import UserError
-from ee_tuning.fingerprint import state_of
+from ee_tuning.fingerprint import states_of
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 
@@ -205,12 +204,4 @@ def _state_of(model: Network) -> tuple[Any, Any]:
     device = model.backbone.device.type
     cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     # Weights may be changed where they are, and a CPU has copies in another order.
-    return tuple(map(state_of, _weights(model))), cast
-
-
-def _weights(model: nn.Module) -> Iterator[Tensor]:
-    """Its parameters; torch's own walk names them all, which takes a call longer than a token."""
-    modules = [model]
-    for module in modules:
-        yield from (p for p in module._parameters.values() if p is not None)
-        modules += [child for child in module._modules.values() if child is not None]
+    return states_of(model), cast

@@ -14,7 +14,7 @@ from ee_tuning.costs import work
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.fingerprint import whole_exit_hash
+from ee_tuning.fingerprint import backbone_hashes, whole_exit_hash
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect_hashes
@@ -54,7 +54,8 @@ def load_part(
     if together.size > 1 and found.calibration is not None:
         layers = found.all_exit_layers
         hashes = exit_hashes(found, layers, together)
-        found.exits_read = ExitsRead(hashes, own_hashes(found, layers))
+        parts = collect_hashes(backbone_hashes(found.backbone), together)
+        found.exits_read = ExitsRead(hashes, own_hashes(found, layers), parts)
     engines = engines_of(found)
     engines.mesh = together
     mesh.frees(engines.clear)
