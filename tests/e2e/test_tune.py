@@ -108,6 +108,7 @@ BAD = [
     ({"data": "nowhere.jsonl"}, "does not exist"),
     ({"out": None}, "no output folder"),
     ({"resume": True, "data": []}, "x' to go on with, and no data given"),
+    ({"resume": True, "data": [], "out": None}, "no run to go on with given: name its folder with"),
     ({"valid_fraction": 0}, "valid_fraction is 0.0: it must be above 0 and below 1"),
     ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
     ({"steps": 0}, "at least 1"),

@@ -11,6 +11,7 @@ from helpers.prompts import padded, prompt
 from helpers.slow_decoder import Decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BatchEncoding
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Speculative, Threshold
@@ -484,10 +485,16 @@ def test_bad_calls(ids, kwargs, message):
 
 @pytest.mark.parametrize(
     ("ids", "found"),
-    [(None, "NoneType"), ([[1]], "list"), (torch.ones(1, 2), r"\(1, 2\) of torch.float32")],
+    [
+        (None, "NoneType"),
+        ([[1]], "list"),
+        (BatchEncoding({}), "BatchEncoding"),
+        ("a text", "str"),
+        (torch.ones(1, 2), r"\(1, 2\) of torch.float32"),
+    ],
 )
 def test_prompts_that_are_no_table_of_ids(ids, found):
-    with pytest.raises(UserError, match=rf"prompts of shape \(B, P\), not {found}"):
+    with pytest.raises(UserError, match=rf"prompts of shape \(B, P\), not {found}.*tokenizer\("):
         early_exit().generate(ids)
 
 

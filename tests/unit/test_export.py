@@ -100,7 +100,7 @@ def test_a_draft_leaves_assisted_generation_as_it_is(saved):
     assert not [path for path in (saved / "out").iterdir() if path.is_dir()]
 
 
-def test_a_merged_folder_needs_nothing_else(saved):
+def test_a_merged_folder_needs_nothing_else(saved, capsys):
     stored = load_file(saved / "exits/exits.safetensors")
     stored = {name: value.double() for name, value in stored.items()}
     save_file(stored, saved / "exits/exits.safetensors")
@@ -118,6 +118,8 @@ def test_a_merged_folder_needs_nothing_else(saved):
     logits = EarlyExitModel.from_pretrained(str(moved))(IDS, output_exit_logits=True).exit_logits
     assert all(torch.equal(logits[k], v) for k, v in expected.exit_logits.items())
     main(["generate", "--exits", str(moved), "--prompt", "a", "--max-new-tokens", "2"])
+    main(["inspect", str(moved)])
+    assert "for the backbone beside them (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ee_tuning.adapter import (
     CONFIG_NAME,
+    HERE,
     count_parameters,
     find_exits,
     read_exit_config,
@@ -49,7 +50,8 @@ def _exits_table(path: str) -> Table:
     notes = []
     if saved.get("sources"):
         notes.append(f"the draft reads layers {', '.join(map(str, saved['sources']))}")
-    table = Table(title=f"exits {path}\nfor {saved['base_model']} ({depth} layers)")
+    base = "the backbone beside them" if saved["base_model"] == HERE else saved["base_model"]
+    table = Table(title=f"exits {path}\nfor {base} ({depth} layers)")
     for column in ("exit layer", "architecture", "head", "parameters"):
         table.add_column(column, justify="right")
     if saved.get("vocab_size"):

@@ -40,6 +40,7 @@ REFUSED = {
     "position_ids": "positions follow from attention_mask",
     "streamer": "generate_batch gives whole texts; generate has one",
 }
+GIVE = ": give a tokenizer's, as in generate(**tokenizer(texts, return_tensors='pt', padding=True))"
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of token ids
 
 
@@ -83,13 +84,13 @@ def read_prompts(
     """
     if not isinstance(input_ids, Tensor):
         found = type(input_ids).__name__
-        raise UserError(f"generate takes a tensor of prompts of shape (B, P), not {found}")
+        raise UserError(f"generate takes a tensor of prompts of shape (B, P), not {found}{GIVE}")
     if not isinstance(attention_mask, Tensor | None):
         found = type(attention_mask).__name__
         raise UserError(f"attention_mask is a tensor of the prompts' shape (B, P), not {found}")
     if input_ids.ndim != 2 or not len(input_ids) or input_ids.dtype not in IDS:
         found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
-        raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}")
+        raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}{GIVE}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
         padding = _tokens(_holds(model, kwargs, "pad_token_id"))

@@ -37,6 +37,8 @@ def check(config: TuneConfig) -> None:
         UserError: names the setting.
     """
     if not config.data:
+        if config.resume and not config.out:
+            raise UserError("no run to go on with given: name its folder with --out")
         nothing = f"there is no run in {config.out!r} to go on with, and " if config.resume else ""
         raise UserError(f"{nothing}no data given: name files, folders or hub ids with --data")
     if config.resume and config.overwrite:
