@@ -73,7 +73,7 @@ class Certificate:
         lacking = sorted(needed - saved.keys()) if isinstance(saved, dict) else ["everything"]
         if lacking or saved.get("format_version") != VERSION:
             reason = f"lacks {', '.join(lacking)}" if lacking else "is of another version"
-            raise UserError(f"{where} {reason}: calibrate again")
+            raise UserError(f"{where} {reason}: delete it, and calibrate again")
         values = {name: saved[name] for name in needed}
         for name in ("thresholds", "exits"):
             values[name] = {int(layer): value for layer, value in values[name].items()}
