@@ -276,7 +276,9 @@ def test_it_is_saved_with_its_exits_and_not_with_others(base, tmp_path):
     again.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b" / "calibration.json").exists()
     (tmp_path / "a" / "calibration.json").write_text('{"thresholds": {}}')
-    with pytest.raises(UserError, match=r"calibration\.json lacks .*: delete it, and calibrate again"):
+    with pytest.raises(
+        UserError, match=r"calibration\.json lacks .*: delete it, and calibrate again"
+    ):
         EarlyExitModel.from_pretrained(str(tmp_path / "a"))
 
 
