@@ -34,13 +34,18 @@ def find_file(path: str, name: str) -> Path | None:
 
 
 def check_there(path: str, what: str, file: str, kind: str = "model") -> None:
-    """Refuse at once what is neither a folder nor to be had from the hub, after one try.
+    """Refuse at once what is neither a folder, or a GGUF file, nor to be had from the hub, after
+    one try.
 
     what: how messages call it. file: one that it has on the hub. kind: model or dataset.
 
     Raises:
         UserError: says which of the two it is not, and why.
     """
+    if Path(path).is_file() and not path.endswith(".gguf"):
+        raise UserError(
+            f"cannot read the {what} {path}: it is a file, give its folder, {Path(path).parent}"
+        )
     if Path(path).exists():
         return
     check_folder(path, what)

@@ -9,6 +9,8 @@ from helpers.data import make_tokenizer
 from safetensors.torch import load_file
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.commands.inspect import inspect
+from ee_tuning.config import InspectConfig
 from ee_tuning.loading import load_tokenizer
 
 
@@ -54,6 +56,21 @@ def test_what_is_no_backbone(folder, spoil, message, whole):
     with pytest.raises(UserError, match=message) as refusal:
         EarlyExitModel.from_base(str(folder), ExitConfig("2"), whole=whole)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("what", ["backbone", "exits", "tokenizer", "backbone or exits"])
+def test_a_file_is_not_its_folder(folder, what):
+    exits = folder / "exits"
+    EarlyExitModel.from_base(str(folder), ExitConfig("2")).save_pretrained(exits)
+    file = exits / "exits.safetensors" if what == "exits" else folder / "config.json"
+    ask = {
+        "backbone": lambda: EarlyExitModel.from_base(str(file), ExitConfig("2")),
+        "exits": lambda: EarlyExitModel.from_pretrained(str(file)),
+        "tokenizer": lambda: load_tokenizer(str(file)),
+        "backbone or exits": lambda: inspect(InspectConfig(path=str(file))),
+    }[what]
+    with pytest.raises(UserError, match=f"read the {what} .*: it is a file, give its folder, .*"):
+        ask()
 
 
 def test_pickled_weights_written_once_more_as_the_line_says(folder, tmp_path):
