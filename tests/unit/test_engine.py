@@ -2,6 +2,7 @@
 
 import gc
 import queue
+import random
 import threading
 import time
 import weakref
@@ -191,6 +192,47 @@ def test_a_cancelled_request_says_no_more_and_frees_its_slot():
     engine.cancel(requests[1])
     events += run(engine)
     assert [len(tokens_of(events, request)) for request in requests] == [2, 0, 16]
+
+
+class Uncertain(Threshold):
+    """A token leaves by chance."""
+
+    def __init__(self, layers, share, seed):
+        super().__init__(DEPTH, dict.fromkeys(layers, 0.5), max_pending=8)
+        self._share, self._chance = share, random.Random(seed)
+
+    def leaves(self, layer, found, ids):
+        return self._chance.random() < self._share
+
+
+@pytest.mark.parametrize("layers", [[1], [2], [1, 2, 3]])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_texts_beside_each_other_take_no_more_passes_than_at_full_depth(layers, share, monkeypatch):
+    """Nor than if the shallowest door were opened always; each says what it says alone."""
+    new, rows, counts, texts = 40, 16, [], []
+    for number, shallowest in ((rows, False), (rows, True), (1, False)):
+        engine = Engine(early_exit(), layers, slots=number, capacity=64, max_pending=8)
+        sequences, passes = engine.sequences, []
+        if shallowest:
+            monkeypatch.setattr(sequences, "next_door", lambda rows: min(row.door for row in rows))
+        advance, stops = sequences.advance, [0, *sequences.stops]
+
+        def counted(door, standing, advance=advance, stops=stops, passes=passes):
+            passes.append(stops[door + 1] - stops[door])
+            return advance(door, standing)
+
+        monkeypatch.setattr(sequences, "advance", counted)
+        requests = [
+            Request(prompt(5, i), Uncertain(layers, share, i), 5 + new) for i in range(rows)
+        ]
+        found = {request: [] for request in requests}
+        for request, token in engine.stream(requests):
+            found[request].append((token.id, token.exit_layer))
+        texts.append([*found.values()])
+        counts.append(sum(passes) / new)
+    assert texts[0] == texts[1] == texts[2]
+    # At the end there are a few rows left.
+    assert counts[0] < min(1.1 * DEPTH, counts[1] * 0.95)
 
 
 @dataclass

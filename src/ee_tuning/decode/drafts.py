@@ -29,8 +29,7 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     """
     settled: list[Settled] = []
     while not settled:
-        # The shallowest door first: so all draft until each needs depth, then go deep together.
-        door = min(row.door for row in rows)
+        door = sequences.next_door(rows)
         layer, standing = sequences.stops[door], [row for row in rows if row.door == door]
         for answers in sequences.advance(door, standing):
             # Draft: at an exit that is sure enough, the token leaves, and the next one begins.

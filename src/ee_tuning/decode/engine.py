@@ -16,11 +16,11 @@ round      from one settling of tokens to the next
 =========  ===========================================================================
 
 A sequence stands at the *door* of a segment with the tokens that the segment has not computed yet.
-The engine always opens the shallowest door at which anyone stands, for all that stand there. So
-sequences whose tokens leave early go on drafting, at a few layers a token, until each of them needs
-depth; then they go deep together, and what a token left behind is computed in the same pass: KV
-recomputation (arXiv 2312.04916) of the missing layers only. Nothing else is needed: full depth is
-decoding in which no token leaves, a fixed depth a model that ends at an exit, and in
+The engine opens one door at a time, for all that stand there: the one that promises most tokens a
+layer. So sequences whose tokens leave early go on, at a few layers a token, while most of them do;
+then those that need depth go deep together, and what their tokens left behind is computed in the
+same pass: KV recomputation (arXiv 2312.04916) of the missing layers only. All else follows: full
+depth is decoding in which no token leaves, a fixed depth a model that ends at an exit, and in
 self-speculation what left is a draft until the next token that goes to the end has verified it.
 """
 

@@ -262,6 +262,25 @@ class Sequences:
                     if asked[j]
                 ]
 
+    def next_door(self, rows: Sequence[Row]) -> int:
+        """The door that is to be opened for those of `rows` that stand there.
+
+        Where no row is alone, a pass takes about as long for few as for many: as long as reading
+        the weights of its layers. So it is the door behind which most tokens a layer are to be had,
+        if all that stand there or deeper go on to the end: neither is the last one waited for that
+        still leaves, nor does anyone go deep while most leave. Of a round of drafts it is the
+        shallowest: who begins together verifies together.
+        """
+        doors = sorted({row.door for row in rows})
+        if any(row.policy.verifies for row in rows):
+            return doors[0]
+
+        def tokens_a_layer(door: int) -> float:
+            layers = self.stops[-1] - (self.stops[door - 1] if door else 0)
+            return sum(row.door >= door for row in rows) / layers
+
+        return max(doors, key=tokens_a_layer)
+
     def samples(self, rows: Iterable[Row]) -> int:
         """What a pass of these does to choose their tokens; see `ee_tuning.passes.draws`."""
         needed = {row.request.chooser.samples for row in rows}
