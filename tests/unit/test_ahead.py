@@ -665,6 +665,16 @@ def test_the_next_tokens_of_several_are_begun_before_these_are_read(monkeypatch)
     assert [*found.values()] == alone
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("number", [1, 3])
+def test_steps_in_and_out_of_inference_mode_take_turns(inside, number):
+    engine, texts = engine_of(early_exit(), [], True, slots=number), []
+    for mode in (inside, not inside, inside):
+        with torch.inference_mode(mode):
+            texts.append(by_text(engine, at_full_depth(number)))
+    assert texts[0] == texts[1] == texts[2]
+
+
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("more", [1, 5])
 @pytest.mark.parametrize("kind", ["full", "leaves", "drafts"])

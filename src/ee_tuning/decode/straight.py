@@ -69,6 +69,7 @@ class Several:
         """Whether the device is at the next tokens of some of `rows`, or has found them."""
         return self._look is not None and not {*rows}.isdisjoint(self._look.rows)
 
+    @torch.inference_mode()
     def go_on(self, rows: Sequence[Row], count: int, behind: bool = False) -> list[Settled]:
         """The next `count` ≤ `TOKENS` tokens, or fewer, of rows that it `serves`, or what is
         `underway`: as of as many rounds without drafts, in one look, with little to do for each.

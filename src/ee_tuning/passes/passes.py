@@ -220,6 +220,7 @@ class Passes:
         rows = [places[window.slot] for window in windows]
         return Predictions.read(found[0], found[1], rows, self._head(i, wanted))
 
+    @torch.inference_mode()
     def straight(
         self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
     ) -> Straight:
