@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ee_tuning.certificate import Certificate
+from ee_tuning.certificate import Certificate, changed
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.exit_config import DRAFTS, ExitConfig, exit_name
 from ee_tuning.files import (
@@ -30,7 +30,7 @@ from ee_tuning.files import (
     write_json,
     write_text,
 )
-from ee_tuning.fingerprint import config_values, exit_hash, is_whole
+from ee_tuning.fingerprint import EXIT, config_values, exit_hash, is_whole
 from ee_tuning.folders import is_edited, signed
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
@@ -364,19 +364,13 @@ def changed_exits(network: Network, found: Certificate) -> list[int]:
     """The layers of those exits, of the ones calibrated, whose weights are others now.
 
     Raises:
-        UserError: several processes share the exits, and those of this one changed since they were
-            read, of which the others do not know.
+        UserError: see `certificate.changed`.
     """
     read, now = network.exits_read, own_hashes(network, found.exits)
+    there = None
     if read is not None:
-        changed = [layer for layer, value in now.items() if value != read.own[layer]]
-        if changed:
-            raise UserError(
-                f"the exit at layer {changed[0]}, which several processes share, was changed after "
-                "it was read: its calibration does not hold any more, give a threshold"
-            )
-        now = read.whole
-    return [layer for layer, then in found.exits.items() if now.get(layer, then) != then]
+        there = read.own, {k: read.whole[k] for k in found.exits if k in read.whole}
+    return changed(EXIT, now, found.exits, there)
 
 
 def own_hashes(network: Network, layers: Iterable[int]) -> dict[int, str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from ee_tuning.errors import UserError
 
 CALIBRATED = "calibrated"  # as a threshold: those of the certificate
 VERSION = 1
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,29 @@ class Certificate:
         for name in ("thresholds", "exits"):
             values[name] = {int(layer): value for layer, value in values[name].items()}
         return cls(**values)
+
+
+def changed(
+    what: str,
+    now: Mapping[Key, str],
+    certified: Mapping[Key, str],
+    read: tuple[Mapping[Key, str], Mapping[Key, str]] | None,
+) -> list[Key]:
+    """The parts of a model whose hash is not the one that is certified.
+
+    what: a part is called in a message. now: of what this process has of each. read: where several
+    processes share the parts, what these hashes were when they were read, and those of the whole.
+
+    Raises:
+        UserError: what this process has of a part changed since, of which the others do not know.
+    """
+    if read is not None:
+        own, whole = read
+        others = [part for part, value in now.items() if value != own[part]]
+        if others:
+            raise UserError(
+                f"the {what.format(others[0])}, which several processes share, was changed after "
+                "it was read: the calibration does not hold any more, give a threshold"
+            )
+        now = whole
+    return [part for part, value in now.items() if value != certified.get(part)]

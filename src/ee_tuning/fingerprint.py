@@ -4,6 +4,7 @@ weights is theirs as long as they do not change."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -126,16 +127,27 @@ def check_same(expected: dict[str, Any], found: dict[str, Any], where: str) -> N
             )
 
 
+# How messages call what is hashed.
+EXIT, PART = "exit at layer {}", "{} of the backbone"
+
 _SEEN: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+
+
+def _unless_seen(module: nn.Module, state: Any, find: Callable[[], Any]) -> Any:
+    """What was found of a module in this state; found now, if it was not."""
+    if module not in _SEEN or _SEEN[module][0] != state:
+        _SEEN[module] = state, find()
+    return _SEEN[module][1]
 
 
 def backbone_hashes(backbone: Backbone) -> dict[str, str]:
     """`tensor_hashes` of the layers in memory as they are now; not made again while no weight
     changed, see `state_of`."""
-    model, state = backbone.model, states_of(backbone.model)
-    if model not in _SEEN or _SEEN[model][0] != state:
-        _SEEN[model] = state, tensor_hashes(backbone, backbone.num_layers)
-    return _SEEN[model][1]
+    model, deepest = backbone.model, backbone.num_layers
+    found: dict[str, str] = _unless_seen(
+        model, states_of(model), lambda: tensor_hashes(backbone, deepest)
+    )
+    return found
 
 
 def is_whole(exit: nn.Module) -> bool:
@@ -151,9 +163,8 @@ def exit_hash(exit: nn.Module) -> str:
     """
     tensors = _tensors(exit)
     state = [state_of(one) for one in tensors.values()]
-    if exit not in _SEEN or _SEEN[exit][0] != state:
-        _SEEN[exit] = state, _hash(tensors)
-    return _SEEN[exit][1]
+    found: str = _unless_seen(exit, state, lambda: _hash(tensors))
+    return found
 
 
 def whole_exit_hash(exit: nn.Module) -> str:

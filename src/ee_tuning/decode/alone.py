@@ -25,6 +25,12 @@ ONE, MORE = 1, 2
 APART = 2
 
 
+def at_once(count: int, behind: bool) -> int:
+    """Tokens of one look where the device may be `count` ahead. behind: at half of them while the
+    host looks at the others."""
+    return max(1, count // 2) if behind else count
+
+
 class Newest:
     """The newest token, as passes of it alone are told of it.
 

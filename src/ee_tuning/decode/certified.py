@@ -6,11 +6,11 @@ import warnings
 from dataclasses import replace
 
 from ee_tuning.adapter import changed_exits
-from ee_tuning.certificate import CALIBRATED, Certificate
+from ee_tuning.certificate import CALIBRATED, Certificate, changed
 from ee_tuning.config import Leaving
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import parse_layers
-from ee_tuning.fingerprint import backbone_hashes
+from ee_tuning.fingerprint import EXIT, PART, backbone_hashes
 from ee_tuning.model import Network
 
 MODES = ("threshold", "speculative")
@@ -105,24 +105,8 @@ def _changed(model: Network, leaving: Leaving, found: Certificate) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != found.dtype:
         return f"it is of {found.dtype}, and the model is in {dtype}"
-    changed = [f"exit at layer {layer}" for layer in changed_exits(model, found)]
-    changed += [f"{part} of the backbone" for part in _changed_parts(model, found)]
-    return f"the {changed[0]} is another one now" if changed else ""
-
-
-def _changed_parts(model: Network, found: Certificate) -> list[str]:
-    """The parts of the backbone that are others now: an adapter was merged into them, say.
-
-    Raises:
-        UserError: several processes share it, and what this one has of it changed since.
-    """
+    others = [EXIT.format(layer) for layer in changed_exits(model, found)]
     read, now = model.exits_read, backbone_hashes(model.backbone)
-    if read is not None:
-        changed = [part for part, value in now.items() if value != read.backbone[part]]
-        if changed:
-            raise UserError(
-                f"the {changed[0]} of the backbone, which several processes share, was changed "
-                "after it was read: the calibration does not hold any more, give a threshold"
-            )
-        now = read.backbone
-    return [part for part, value in now.items() if value != found.backbone.get(part)]
+    there = None if read is None else (read.backbone, read.backbone)
+    others += [PART.format(part) for part in changed(PART, now, found.backbone, there)]
+    return f"the {others[0]} is another one now" if others else ""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ee_tuning.decode.ahead import Ahead
-from ee_tuning.decode.alone import TOKENS
+from ee_tuning.decode.alone import TOKENS, at_once
 from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
 from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
 from ee_tuning.decode.rounds import Round, Rounds
@@ -117,8 +117,7 @@ def _at_full_depth(
     rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
 ) -> Callable[[int], list[Settled]] | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
-    where it is to look at each. behind: the device may be as many ahead: at half of them while the
-    host looks at the others."""
+    where it is to look at each. behind: see `at_once`."""
     if ahead is None:
         return None
     if ahead.serves(rows):
@@ -132,7 +131,7 @@ def _at_full_depth(
 
 def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> list[Settled]:
     """The next tokens of a row that is alone. behind: see `_at_full_depth`."""
-    return [(row, ahead.go_on(row, max(1, count // 2) if behind else count, behind))]
+    return [(row, ahead.go_on(row, at_once(count, behind), behind))]
 
 
 def underway(rows: Sequence[Row], several: Several | None, ahead: Ahead | None) -> bool:

@@ -14,7 +14,7 @@ from ee_tuning.costs import work
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError
-from ee_tuning.fingerprint import backbone_hashes, whole_exit_hash
+from ee_tuning.fingerprint import EXIT, backbone_hashes, whole_exit_hash
 from ee_tuning.loading import Slices, load_tokenizer
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect_hashes
@@ -69,7 +69,7 @@ def exit_hashes(model: Network, layers: Iterable[int], mesh: Mesh) -> dict[int, 
         UserError: two processes have different ones.
     """
     own = {k: whole_exit_hash(model.exit(k)) for k in layers if k in model.exit_layers}
-    return collect_hashes(own, mesh, "exit at layer {}")
+    return collect_hashes(own, mesh, EXIT)
 
 
 def load_for_decoding(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ee_tuning.decode.alone import TOKENS
+from ee_tuning.decode.alone import TOKENS, at_once
 from ee_tuning.decode.rounds import Line
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row, Sequences, Settled
@@ -76,11 +76,11 @@ class Several:
 
         behind: half as many, and as many more are begun before the host looks at these.
         """
-        number = max(1, count // 2) if behind else count
+        number, live = at_once(count, behind), {*rows}
         look = self._look if self._look and self.underway(rows) else self._begin(rows, number)
-        assert {*rows} <= {*look.rows}, "a text has come while the device was at others"
+        assert live <= {*look.rows}, "a text has come while the device was at others"
         self._look = self._follow(look, rows, number) if behind else None
-        found, live = look.read(), {*rows}
+        found = look.read()
         settled: list[Settled] = []
         for place, row in enumerate(look.rows):
             if row not in live:

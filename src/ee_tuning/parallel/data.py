@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ee_tuning.errors import UserError
 from ee_tuning.exits import Exit
+from ee_tuning.fingerprint import PART
 from ee_tuning.losses import IGNORED
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh, reduce_scatter
@@ -51,9 +52,7 @@ def collect_stages(own: Sequence[Any], mesh: Mesh) -> list[Any]:
     return [sums[k % mesh.dp][k // mesh.dp] for k in range(sum(map(len, sums)))]
 
 
-def collect_hashes(
-    own: Mapping[Key, str], mesh: Mesh, what: str = "{} of the backbone"
-) -> dict[Key, str]:
+def collect_hashes(own: Mapping[Key, str], mesh: Mesh, what: str = PART) -> dict[Key, str]:
     """Hashes of the parts of a model of which each process may have some; `own`: of these.
 
     what: a part is called in a message.
