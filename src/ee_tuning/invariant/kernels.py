@@ -3,31 +3,45 @@
 Each gives the numbers of a token by the same operations in the same order, whatever else is in the
 launch: the tiles along what is summed over are of a fixed size and start at fixed places, and what
 lies behind a text's end is never added.
+
+The compiler takes them as they are: what they do to begin early it could not read.
 """
 
 # mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 KEYS = 64  # that one program looks at
 CHUNK = 64  # tokens of a window from which on it is cut in larger tiles
 GROUP = 16  # of programs whose results are added up at a time
+BOTH = 2**15  # bytes of shared memory that a program's keys and values may take side by side
+
+
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """Wait for the kernels before; those behind may come onto the device from now on."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def _product(
     x, w, y, tokens, rows, width, share,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[part, token, row] = the part's sum of x[token] · w[row]."""
+    _begin(EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     part = tl.program_id(2)
@@ -56,15 +70,15 @@ def _attend(
     positions_row, places, window, scale, cap, tokens, chunks,
     HEADS: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     WIDTH: tl.constexpr, OUT: tl.constexpr, WIDTH_2: tl.constexpr, OUT_2: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr, SOON: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What the queries that share a head of K/V find among KEYS positions."""
+    _begin(EARLY)
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     chunk = tl.program_id(1)
-    first = tl.load(positions + row * positions_row)
+    first, slot = tl.load(positions + row * positions_row), tl.load(slots + row * slots_row)
     last = first + tokens - 1
     if (chunk * KEYS <= last) & ((chunk + 1) * KEYS > first - window + 1):
-        slot = tl.load(slots + row * slots_row)
         query = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
         token, shared = query // SHARED, query % SHARED
         at, out = tl.arange(0, WIDTH_2), tl.arange(0, OUT_2)
@@ -79,6 +93,10 @@ def _attend(
             k + slot * k_slot + head * k_head + place[None, :] * k_place + at[:, None],
             mask=(position[None, :] <= last) & (at[:, None] < WIDTH), other=0.0,
         )  # fmt: skip
+        there = v + slot * v_slot + head * v_head + place[:, None] * v_place + out[None, :]
+        known = (position[:, None] <= last) & (out[None, :] < OUT)
+        if SOON:  # where they are needed, one would wait for memory again
+            values = tl.load(there, mask=known, other=0.0)
         scores = tl.dot(asked, keys, input_precision=PRECISION) * scale
         if CAPPED:
             scores = cap * (2 * tl.sigmoid(2 * scores / cap) - 1)
@@ -87,10 +105,8 @@ def _attend(
         scores = tl.where(seen, scores, float("-inf"))
         most = tl.max(scores, 1)
         weights = tl.exp(scores - tl.where(most == float("-inf"), 0.0, most)[:, None])
-        values = tl.load(
-            v + slot * v_slot + head * v_head + place[:, None] * v_place + out[None, :],
-            mask=(position[:, None] <= last) & (out[None, :] < OUT), other=0.0,
-        )  # fmt: skip
+        if not SOON:
+            values = tl.load(there, mask=known, other=0.0)
         mixed = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         cell = ((row * HEADS + head) * chunks + chunk).to(tl.int64) * tokens * SHARED + query
         kept = token < tokens
@@ -106,9 +122,10 @@ def _attend(
 def _gather(
     maxima, sums, found, positions, sinks, y, positions_row, window, tokens, chunks,
     HEADS: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    OUT: tl.constexpr, OUT_2: tl.constexpr, SINKS: tl.constexpr,
+    OUT: tl.constexpr, OUT_2: tl.constexpr, SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What one query found, of all the chunks that it sees."""
+    _begin(EARLY)
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     query = tl.program_id(1)
     token, shared = query // SHARED, query % SHARED
@@ -142,20 +159,25 @@ def _gather(
     tl.store(y + place.to(tl.int64) * OUT + out, mixed / total, mask=out < OUT)
 
 
-def tiles(rows: int, width: int, tokens: int) -> tuple[dict[str, int], int]:
+def tiles(rows: int, width: int, tokens: int, size: int = 2) -> tuple[dict[str, int], int, int]:
     """How a product of M tokens with weights (rows, width) is cut: along `width` always alike.
 
-    Gives the kernel's constants, and in how many parts `width` is added up: enough to keep the
-    multiprocessors busy, found by a search on an H100 over the shapes of 135 M and 7 B parameters.
+    size: bytes of a number. Gives the kernel's constants, in how many parts `width` is added up,
+    enough to keep the multiprocessors busy, and how much of it is a part's; found by a search on
+    an H100, of many tokens an H200, over the shapes of 135 M and 7 B parameters.
     """
     if rows < 2048 or width < 256:
         cut = {"ROWS": 16, "WIDTH": 64 if width <= 1024 else 128, "num_warps": 2, "num_stages": 5}
     else:
         cut = {"ROWS": 64, "WIDTH": 128, "num_warps": 4, "num_stages": 3}
+    cut["TOKENS"] = min(max(16, triton.next_power_of_2(tokens)), 64)
     tiles = triton.cdiv(rows, cut["ROWS"])
     parts = 1 if tiles >= 264 else 2 if tiles >= 132 else 4
-    cut["TOKENS"] = min(max(16, triton.next_power_of_2(tokens)), 64)
-    return cut, parts
+    share = triton.cdiv(triton.cdiv(width, parts), cut["WIDTH"]) * cut["WIDTH"]
+    if tokens > CHUNK and cut["ROWS"] == 64 and size == 2:  # what is read is used more often
+        cut |= {"WIDTH": 64, "TOKENS": 128}
+        cut |= {"ROWS": 128, "num_warps": 8} if tokens > 2 * CHUNK else {}
+    return cut, parts, share
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -163,21 +185,36 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-@triton_op("ee_tuning::product", mutates_args={})
+@cache
+def early(device: torch.device) -> dict[str, Any]:
+    """How kernels are launched on a device: where it can, each comes onto the multiprocessors while
+    the one before it ends (CUDA's programmatic dependent launch)."""
+    able = torch.version.cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not able or not hasattr(tl.extra.cuda, "gdc_wait"):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@custom_op("ee_tuning::product", mutates_args=())
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (M, K) times weight (N, K): (S, M, N) fp32, to be added up over S parts of K."""
     (tokens, width), rows = x.shape, weight.shape[0]
-    cut, parts = tiles(rows, width, tokens)
-    share = triton.cdiv(triton.cdiv(width, parts), cut["WIDTH"]) * cut["WIDTH"]
+    cut, parts, share = tiles(rows, width, tokens, x.element_size())
     y = torch.empty((parts, tokens, rows), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(rows, cut["ROWS"]), triton.cdiv(tokens, cut["TOKENS"]), parts)
-    wrap_triton(_product)[grid](
-        x, weight, y, tokens, rows, width, share, PRECISION=precision(x.dtype), **cut
-    )
+    how: dict[str, Any] = {"PRECISION": precision(x.dtype)} | cut | early(x.device)
+    _product[grid](x, weight, y, tokens, rows, width, share, **how)
     return y
 
 
-@triton_op("ee_tuning::attend", mutates_args={})
+@product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    rows, width = weight.shape
+    parts = tiles(rows, width, 1)[1]
+    return x.new_empty((parts, x.shape[0], rows), dtype=torch.float32)
+
+
+@custom_op("ee_tuning::attend", mutates_args=())
 def attend(
     query: Tensor,
     keys: Tensor,
@@ -205,23 +242,35 @@ def attend(
     sums = torch.empty_like(maxima)
     found = torch.empty((*maxima.shape, out), **like)
     y = torch.empty((number, tokens, heads, out), dtype=query.dtype, device=query.device)
+    width_2, out_2 = (max(16, triton.next_power_of_2(size)) for size in (width, out))
     own: dict[str, Any] = {
-        "HEADS": of_kv, "SHARED": shared, "KEYS": KEYS, "OUT": out,
-        "OUT_2": max(16, triton.next_power_of_2(out)),
+        "HEADS": of_kv, "SHARED": shared, "KEYS": KEYS, "OUT": out, "OUT_2": out_2,
+        **early(query.device),
     }  # fmt: skip
     queries = 16 if tokens < CHUNK else 64
     grid = (number * of_kv, chunks, triton.cdiv(tokens * shared, queries))
-    wrap_triton(_attend)[grid](
+    _attend[grid](
         query, keys, values, slots, positions, maxima, sums, found,
         query.stride(0), query.stride(1), query.stride(2),
         keys.stride(0), keys.stride(1), keys.stride(2),
         values.stride(0), values.stride(1), values.stride(2), slots.stride(0),
         positions.stride(0), places, window, scale, cap, tokens, chunks,
-        QUERIES=queries, WIDTH=width, WIDTH_2=max(16, triton.next_power_of_2(width)),
-        CAPPED=cap > 0, PRECISION=precision(query.dtype), num_warps=4, num_stages=1, **own,
+        QUERIES=queries, WIDTH=width, WIDTH_2=width_2, CAPPED=cap > 0,
+        PRECISION=precision(query.dtype),
+        SOON=KEYS * (width_2 + out_2) * keys.element_size() <= BOTH,
+        num_warps=4, num_stages=1, **own,
     )  # fmt: skip
-    wrap_triton(_gather)[(number * of_kv, tokens * shared)](
+    _gather[(number * of_kv, tokens * shared)](
         maxima, sums, found, positions, y if sinks is None else sinks, y, positions.stride(0),
         window, tokens, chunks, GROUP=GROUP, SINKS=sinks is not None, num_warps=1, **own,
     )  # fmt: skip
     return y
+
+
+@attend.register_fake
+def _(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, reach: int,
+    window: int, scale: float, cap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    number, heads, tokens, _ = query.shape
+    return query.new_empty((number, tokens, heads, values.shape[3]))

@@ -288,9 +288,9 @@ def _compiling(tune: bool, on_gpu: bool) -> Iterator[None]:
     choices: AbstractContextManager[Any] = nullcontext()
     if on_gpu and not tune:
         # It takes a second to import, which decoding on a CPU need not wait for.
-        from ee_tuning.passes.sums import one_order
+        from ee_tuning.passes.sums import compiled_kernels
 
-        choices = one_order()
+        choices = compiled_kernels()
     with (
         torch._dynamo.config.patch(recompile_limit=VERSIONS),
         torch._inductor.config.patch(options),

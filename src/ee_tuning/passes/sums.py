@@ -1,16 +1,24 @@
-"""How the compiler cuts sums on CUDA, where they must have one order for any number of tokens."""
+"""The kernels that the compiler makes on CUDA: how they cut sums, which must have one order for any
+number of tokens, and when they begin."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import torch._inductor.config
 from torch._inductor.choices import InductorChoices
+from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
 # Up to so many numbers a block is given two sums, and one where there is but one token: by that
 # threads share a sum otherwise.
 PAIRED = 2048
+# Of the compiler: a kernel comes onto the multiprocessors while the one before it ends.
+EARLY, ACCESS = "triton.enable_pdl", "_handle_pdl_before_access"
 
 
 class OneOrder(InductorChoices):
@@ -29,6 +37,21 @@ class OneOrder(InductorChoices):
         return usual or (side_by_side and known(features.reduction_numel, PAIRED))
 
 
-def one_order() -> Any:
-    """What is compiled within cuts its sums so."""
-    return V.set_choices_handler(OneOrder())
+def _wait_first(kernel: Any, lines: Any, *names: str, consider_reads: bool = False) -> None:
+    """Let a kernel wait for those before it, ahead of whatever it reads or writes: the compiler
+    would only where that is of the one step before, which need not be a kernel, nor have waited."""
+    if kernel._enable_pdl_codegen():
+        looped = kernel.inside_reduction and kernel.range_trees[-1].is_loop
+        (kernel.body if looped else lines).writeline(kernel.GDC_WAIT)
+
+
+@contextmanager
+def compiled_kernels() -> Iterator[None]:
+    """What is compiled within cuts sums in one order and, where that can be, begins early."""
+    early = EARLY in torch._inductor.config.get_config_copy() and hasattr(TritonKernel, ACCESS)
+    with (
+        V.set_choices_handler(OneOrder()),
+        torch._inductor.config.patch({EARLY: True} if early else {}),
+        patch.object(TritonKernel, ACCESS, _wait_first, create=True),
+    ):
+        yield
