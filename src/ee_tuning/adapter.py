@@ -30,7 +30,7 @@ from ee_tuning.files import (
     write_json,
     write_text,
 )
-from ee_tuning.fingerprint import EXIT, config_values, exit_hash, is_whole
+from ee_tuning.fingerprint import EXIT, config_values, exit_hash, hash_tensors, is_whole
 from ee_tuning.folders import is_edited, signed
 from ee_tuning.hub import check_there
 from ee_tuning.model import Network
@@ -376,3 +376,18 @@ def changed_exits(network: Network, found: Certificate) -> list[int]:
 def own_hashes(network: Network, layers: Iterable[int]) -> dict[int, str]:
     """A hash of what this process has of each exit at `layers`, as it is now."""
     return {k: exit_hash(network.exit(k)) for k in layers if k in network.exit_layers}
+
+
+def stored_hashes(folder: Path, layers: Iterable[int], dtype: torch.dtype) -> dict[int, str]:
+    """`exit_hash` of the exits at `layers` as they are once loaded in `dtype`, of what is stored.
+
+    Not of those with a reduced vocabulary that share the backbone's head: they have rows of it.
+    """
+    saved, tensors = read_exit_config(folder), stored(folder)
+    tokens, found = tensors.pop("vocabulary", None), {}
+    known = {} if tokens is None else {"buffer output.tokens": tokens}
+    heads = dict(zip(saved["layers"], saved["head"], strict=True))
+    for k in (k for k in layers if tokens is None or heads[k] == "own"):
+        own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{k}.")}
+        found[k] = hash_tensors({name: t.to(dtype) for name, t in own.items()} | known)
+    return found

@@ -7,9 +7,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from ee_tuning.errors import UserError
+from ee_tuning.files import check_object
 
 CALIBRATED = "calibrated"  # as a threshold: those of the certificate
 VERSION = 1
+KINDS = {  # of the values in a `calibration.json`
+    "thresholds": dict, "exits": dict, "backbone": dict, "report": dict, "risk": str, "dtype": str,
+    "measure": str, "n": int, "max_pending": int, "max_new_tokens": int, "epsilon": int | float,
+    "delta": int | float,
+}  # fmt: skip
 
 Key = TypeVar("Key")
 
@@ -77,9 +83,12 @@ class Certificate:
         if lacking or saved.get("format_version") != VERSION:
             reason = f"lacks {', '.join(lacking)}" if lacking else "is of another version"
             raise UserError(f"{where} {reason}: delete it, and calibrate again")
+        check_object(saved, where, **KINDS)
         values = {name: saved[name] for name in needed}
-        for name in ("thresholds", "exits"):
-            values[name] = {int(layer): value for layer, value in values[name].items()}
+        for name, kind in (("thresholds", int | float), ("exits", str)):
+            if not all(k.isdecimal() and isinstance(v, kind) for k, v in saved[name].items()):
+                raise UserError(f"{where} is damaged: {name} are by numbers of layers")
+            values[name] = {int(layer): value for layer, value in saved[name].items()}
         return cls(**values)
 
 

@@ -196,6 +196,14 @@ def parse_threshold(threshold: str) -> float | dict[int, float]:
         ) from None
 
 
+def threshold_text(thresholds: Mapping[int, float]) -> str:
+    """``0.873``, or ``8:0.873 16:0.912`` of several exits."""
+    values = {layer: f"{value:.5g}" for layer, value in thresholds.items()}
+    if len(values) == 1:
+        return next(iter(values.values()))
+    return " ".join(f"{layer}:{value}" for layer, value in values.items())
+
+
 def _parse_layer(item: int | str, num_layers: int, what: str) -> list[int]:
     text = str(item).strip()
     try:

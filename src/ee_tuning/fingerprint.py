@@ -163,7 +163,7 @@ def exit_hash(exit: nn.Module) -> str:
     """
     tensors = _tensors(exit)
     state = [state_of(one) for one in tensors.values()]
-    found: str = _unless_seen(exit, state, lambda: _hash(tensors))
+    found: str = _unless_seen(exit, state, lambda: hash_tensors(tensors))
     return found
 
 
@@ -178,7 +178,7 @@ def whole_exit_hash(exit: nn.Module) -> str:
     for name, value in exit.named_buffers():
         if owner := split.get(name.rpartition(".")[0]):  # rows that were picked of a head
             tensors[f"buffer {name}"] = owner.parallel.group.gather(value, 0)
-    return _hash(tensors)
+    return hash_tensors(tensors)
 
 
 def _tensors(exit: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +186,8 @@ def _tensors(exit: nn.Module) -> dict[str, Tensor]:
     return found | {f"buffer {name}": value for name, value in exit.named_buffers()}
 
 
-def _hash(tensors: dict[str, Tensor]) -> str:
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """A hash of all values of tensors, by their names, shapes and dtypes."""
     digest = hashlib.sha256()
     for name, one in sorted(tensors.items()):
         digest.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())

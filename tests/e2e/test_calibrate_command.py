@@ -9,9 +9,11 @@ import torch
 from helpers.commands import fails
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.adapter import stored_hashes
 from ee_tuning.calibrate.risks import Along, full_texts, look
 from ee_tuning.cli import main
 from ee_tuning.errors import Notice
+from ee_tuning.fingerprint import exit_hash
 
 WORDS = ["alpha", "beta", "gamma", "delta", "total", "value", "item", "return", "print", "function"]
 EPSILON = 0.45
@@ -99,6 +101,70 @@ def test_generate_uses_it(saved, folder, capsys):
     assert "layer  4 (100%)" in capsys.readouterr().out
     line = fails(capsys, *command, "--calibrated", "--threshold", "0.5")
     assert "leave one out" in line
+
+
+def test_inspect_says_what_was_proven_and_whether_it_is_of_these_exits(
+    saved, folder, tmp_path, capsys
+):
+    def line(folder=tmp_path / "exits"):
+        capsys.readouterr()
+        main(["inspect", str(folder)])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    two, three = (f"{saved['thresholds'][layer]:.5g}" for layer in "23")
+    proven = (
+        f"calibrated: threshold 2:{two} 3:{three}, in float32; next-token risk at most 0.45 with "
+        "probability 0.9, tested on 24 prompts; "
+    )
+    assert line() == f"{proven}of these exits and the backbone that they are for"
+    changes = {
+        "exits": ({"3": "other"}, "exit at layer 3"),
+        "backbone": ({"layer 1": "other"}, "layer 1 of the backbone"),
+    }
+    for name, (change, what) in changes.items():
+        found = saved | {name: saved[name] | change}
+        (tmp_path / "exits" / "calibration.json").write_text(json.dumps(found))
+        assert line() == f"{proven}void: the {what} is another one now, calibrate again"
+    (tmp_path / "exits" / "calibration.json").unlink()
+    assert line() == "not calibrated"
+    # Other exits over those that were calibrated.
+    shutil.copy(folder / "exits" / "calibration.json", tmp_path / "exits")
+    model = EarlyExitModel.from_base(str(folder / "base"), ExitConfig([2], arch="mlp"))
+    model.save_pretrained(tmp_path / "exits")
+    assert "void: there is no exit at layer 3 any more" in line()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("thresholds", [0.5], "thresholds is [0.5], it must be of type dict"),
+        ("thresholds", {"x": 0.5}, "thresholds are by numbers of layers"),
+        ("exits", {"2": None}, "exits are by numbers of layers"),
+        ("n", "24", "n is '24', it must be of type int"),
+        ("dtype", "nn", "it was calibrated in nn, which is none"),
+    ],
+)
+def test_a_damaged_certificate(saved, folder, tmp_path, capsys, name, value, reason):
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    (tmp_path / "exits" / "calibration.json").write_text(json.dumps(saved | {name: value}))
+    assert reason in fails(capsys, "inspect", tmp_path / "exits")
+
+
+@pytest.mark.parametrize("arch", ["embedding", "norm", "mlp", "layer"])
+@pytest.mark.parametrize("head", ["own", "shared"])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exits_are_hashed_from_files_as_they_are_once_loaded(
+    base, tmp_path, arch, head, reduced, dtype
+):
+    model = EarlyExitModel.from_base(base, ExitConfig([2, 3], arch=arch, head=head))
+    if reduced:
+        model.reduce_vocabulary(torch.arange(0, 200, 3))
+    model.save_pretrained(tmp_path)
+    model = EarlyExitModel.from_pretrained(str(tmp_path), dtype=dtype)
+    told = {} if reduced and head == "shared" else {k: exit_hash(model.exit(k)) for k in (2, 3)}
+    assert stored_hashes(tmp_path, [2, 3], dtype) == told
 
 
 @pytest.mark.parametrize("risk", ["nll", "text"])

@@ -13,6 +13,7 @@ from ee_tuning.calibrate import run
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.walk import Step
 from ee_tuning.certificate import Certificate
+from ee_tuning.exit_config import threshold_text
 from ee_tuning.parallel.mesh import own_rank
 
 SHOWN = 12  # steps of a walk in the table
@@ -72,15 +73,6 @@ def table(steps: list[Step], found: Certificate) -> Table:
             f"{step.beside:.4f}", "passed" if step.p <= found.delta else "failed",
         )  # fmt: skip
     return shown
-
-
-def threshold_text(thresholds: object) -> str:
-    """``0.873``, or ``8:0.873 16:0.912`` of several exits."""
-    assert isinstance(thresholds, dict)
-    values = {layer: f"{value:.5g}" for layer, value in thresholds.items()}
-    if len(values) == 1:
-        return next(iter(values.values()))
-    return " ".join(f"{layer}:{value}" for layer, value in values.items())
 
 
 def summary(found: Certificate) -> list[str]:
