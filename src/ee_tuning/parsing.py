@@ -25,6 +25,8 @@ FOLDERS = {
     "model": "backbone", "exits": "exits", "tokenizer": "tokenizer", "path": "backbone or exits",
 }  # fmt: skip
 
+TEXTS = ("--prompt", "--system")  # of several words, without quotation marks around them
+
 
 def parse(command: str, config_class: type, args: list[str]) -> Any:
     """An instance of `config_class` from `args`, flags as ``--name value`` or ``--name=value``.
@@ -48,7 +50,8 @@ def parse(command: str, config_class: type, args: list[str]) -> Any:
 
 
 def check_folders(config: Any) -> None:
-    """Refuse folders that are not there, before anything is imported to read them.
+    """Refuse folders that are not there, before anything is imported to read them; and exits or a
+    backbone that a list before them took for data.
 
     Raises:
         UserError: names the first one.
@@ -57,6 +60,27 @@ def check_folders(config: Any) -> None:
         path = getattr(config, name, "")
         if path:
             check_folder(path, what)
+    for field in dataclasses.fields(config):
+        values = getattr(config, field.name)
+        for value in values if field.metadata["path"] and isinstance(values, list) else ():
+            meant = _kind(value)
+            if meant in ("exits", "model") and not getattr(config, meant, value):
+                taken = f"{value} is given with --{field.name.replace('_', '-')}"
+                what = "exits" if meant == "exits" else "a backbone"
+                raise UserError(f"{taken}, and is {what}: write --{meant} {shlex.quote(value)}")
+
+
+def _kind(word: str) -> str:
+    """The setting that a word may be of, by what there is of this name."""
+    path = Path(word).expanduser()
+    try:
+        if (path / "exit_config.json").is_file() or (path / "checkpoints").is_dir():
+            return "exits"
+        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+            return "model"
+        return "data" if path.exists() else "prompt"
+    except OSError:  # too long for a name
+        return "prompt"
 
 
 def _parse(command: str, config_class: type, files: list[str], flags: list[str]) -> Any:
@@ -243,6 +267,10 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     wrong = re.match(r"""Parser key "(\w+)".*?: Expected an? (.*)\. Got value: (.*)""", message)
     if wrong:
         name, kind, value = wrong.groups()
+        if hints.get(name) is bool and value in flags:
+            flag = f"--{name.replace('_', '-')}"
+            advice = _advice([value], hints, flags)
+            return f"{flag} takes true, false or nothing, not {value!r}: {advice}"
         kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind)
         choices = re.fullmatch(r"Literal\[(.*)\]", kind)
         wanted = f"one of {choices[1]}" if choices else f"of type {kind}"
@@ -268,12 +296,26 @@ def _left_over(words: str, hints: dict[str, Any], flags: list[str]) -> str:
     """What to say of `words` that belong to no flag: often a flag's second value."""
     place = next((i for i, flag in enumerate(flags) if f"{words} ".startswith(f"{flag} ")), 0)
     start = next((i for i in range(place, -1, -1) if flags[i].startswith("--")), None)
+    stop = next((i for i in range(place, len(flags)) if flags[i].startswith("--")), len(flags))
+    advice = _advice(flags[place:stop], hints, flags)
     if start is None:
-        return f"{words!r} belongs to no setting: give settings as --name value"
+        return f"{flags[place]!r} belongs to no setting: {advice}"
     name, *first = flags[start].split("=", 1)
-    values = first + flags[start + 1 : place + 1]
-    joined = ("," if _takes_commas(hints.get(_key(name))) else " ").join(values)
-    return f"{name} takes one value: write {shlex.quote(joined)}"
+    values = first + flags[start + 1 : stop]
+    commas = _takes_commas(hints.get(_key(name)))
+    if commas or name in TEXTS:
+        return f"{name} takes one value: write {shlex.quote((',' if commas else ' ').join(values))}"
+    return f"{name} takes one value, and {flags[place]!r} is another one: {advice}"
+
+
+def _advice(words: list[str], hints: dict[str, Any], flags: list[str]) -> str:
+    """How to give words that stand by themselves: as what they may be, if that was not given."""
+    if "path" in hints:
+        return "give the path of one backbone or exits first, then settings as --name value"
+    name = _kind(words[0])
+    if name not in hints or any(flag.split("=")[0] == f"--{name}" for flag in flags):
+        return "give settings as --name value"
+    return f"write --{name} {shlex.quote(' '.join(words) if name == 'prompt' else words[0])}"
 
 
 def _key(flag: str) -> str:

@@ -170,6 +170,7 @@ def test_what_was_measured_is_shown_even_if_it_cannot_be_written(exits, data, ca
             ["generate", "--exits", "EXITS", "--prompt", "x", "--stop-strings", ""],
             "stop string is empty",
         ),
+        (["generate", "--exits", "EXITS", "--stop-strings", "a", "b c"], "'b c' is a stop string"),
         (
             ["generate", "--exits", "EXITS", "--prompt", "x", "--max-new-tokens", "9000000000"],
             "GiB free",

@@ -14,7 +14,7 @@ from helpers.commands import PATIENCE
 from ee_tuning.cli import COMMANDS, main
 from ee_tuning.config import TuneConfig
 from ee_tuning.errors import UserError
-from ee_tuning.parsing import parse
+from ee_tuning.parsing import check_folders, parse
 
 
 def read(command, *args):
@@ -140,6 +140,27 @@ def test_paths_with_a_tilde(monkeypatch, yaml_file):
         ("tune", ["--layers=4", "8", "--lr", "1"], "--layers takes one value: write 4,8"),
         ("evaluate", ["--thresholds", "1", "0.5"], "--thresholds takes one value: write 1,0.5"),
         ("generate", ["--prompt", "a", "b c"], "--prompt takes one value: write 'a b c'"),
+        ("generate", ["--prompt", "a", "b", "c", "--seed=3"], "one value: write 'a b c'"),
+        ("generate", ["a b"], "'a b' belongs to no setting: write --prompt 'a b'"),
+        ("generate", ["a", "b"], "'a' belongs to no setting: write --prompt 'a b'"),
+        ("generate", ["a", "--exits", "e"], "'a' belongs to no setting: write --prompt a"),
+        (
+            "generate",
+            ["--exits", "e", "a", "b", "--seed", "3"],
+            "--exits takes one value, and 'a' is another one: write --prompt 'a b'",
+        ),
+        (
+            "generate",
+            ["--prompt", "a", "--exits=e", "b"],
+            "--exits takes one value, and 'b' is another one: give settings as --name value",
+        ),
+        (
+            "generate",
+            ["--calibrated", "a b"],
+            "--calibrated takes true, false or nothing, not 'a b': write --prompt 'a b'",
+        ),
+        ("serve", ["--exits=e", "80"], "and '80' is another one: give settings as --name value"),
+        ("inspect", ["--trust-remote-code", "a"], "not 'a': give the path of one backbone"),
         ("tune", ["exits"], "'exits' belongs to no setting: give settings as --name value"),
         ("inspect", ["a", "b"], "'b' belongs to no setting"),
         ("inspect", [], "no path given"),
@@ -164,6 +185,40 @@ def test_what_is_not_understood(command, args, message):
         read(command, *args)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Exits e, a backbone m and data d, to be named as from here."""
+    for name, files in (("e", ["exit_config.json"]), ("m", ["config.json", "a.safetensors"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    (tmp_path / "d").touch()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "message"),
+    [
+        ("generate", ["e", "--prompt", "x"], "'e' belongs to no setting: write --exits e"),
+        ("suggest", ["m"], "'m' belongs to no setting: write --model m"),
+        ("evaluate", ["--exits", "e", "d"], "'d' is another one: write --data d"),
+        ("evaluate", ["--data", "d", "e"], "e is given with --data, and is exits: write --exits e"),
+        ("calibrate", ["--data=d", "--data", "e"], "and is exits: write --exits e"),
+        ("regenerate", ["--data", "d", "m"], "and is a backbone: write --model m"),
+        ("suggest", ["--data", "m"], "m is given with --data, and is a backbone: write --model m"),
+        ("tune", ["--valid-data", "m"], "m is given with --valid-data, and is a backbone"),
+    ],
+)
+def test_a_folder_in_another_ones_place(folders, command, args, message):
+    with pytest.raises(UserError) as error:
+        check_folders(read(command, *args))
+    assert message in str(error.value)
+
+
+def test_folders_in_their_places(folders):
+    check_folders(read("evaluate", "--data", "d", "hub/id", "--exits", "e", "--model", "m"))
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,10 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
 def _generate(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
     prompt = mesh.on_main(_read_input) if config.prompt == "-" else config.prompt
     if prompt is None and not config.chat:
+        taken = f"; {config.stop_strings[-1]!r} is a stop string" if config.stop_strings else ""
         raise UserError(
             "the prompt is empty: give one with --prompt, or - to read standard input, or --chat "
-            "for a conversation"
+            f"for a conversation{taken}"
         )
     if (config.system or config.chat_template) and not config.chat:
         raise UserError("system and chat_template are for a chat: give --chat, too")
