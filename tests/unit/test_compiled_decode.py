@@ -12,8 +12,10 @@ from helpers.families import tiny
 from helpers.lookups import let_texts_draft
 from helpers.prompts import padded, prompt
 from torch._dynamo.utils import counters
+from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from ee_tuning import EarlyExitModel, ExitConfig
@@ -21,7 +23,7 @@ from ee_tuning.decode import Engine
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.passes.graphs import SAME_SUMS, Graphs, Sizes
-from ee_tuning.passes.sums import one_order
+from ee_tuning.passes.sums import compiled_kernels
 from ee_tuning.passes.warm import to_warm
 
 pytestmark = pytest.mark.slow
@@ -114,9 +116,28 @@ def test_a_block_has_one_sum_of_what_lies_side_by_side(numbers, hint):
             return bool(V.choices.should_use_persistent_reduction(features, False))
 
     usual = whole()
-    with one_order():
+    with compiled_kernels():
         assert whole() == (usual or (hint == ReductionHint.INNER and numbers <= 2048))
     assert whole() == usual == (hint == ReductionHint.INNER and numbers <= 1024)
+
+
+@pytest.mark.parametrize(("inside", "looped"), [(False, False), (True, False), (True, True)])
+def test_a_kernel_of_the_compiler_waits_for_those_before_it_whatever_it_reads(inside, looped):
+    """Ahead of a loop, where there is one. Where it cannot begin early it does not wait either."""
+    for able in (True, False):
+        lines, body = IndentedBuffer(), IndentedBuffer()
+        kernel = SimpleNamespace(
+            _enable_pdl_codegen=lambda: able,  # noqa: B023
+            GDC_WAIT=TritonKernel.GDC_WAIT,
+            inside_reduction=inside,
+            range_trees=[SimpleNamespace(is_loop=looped)],
+            body=body,
+        )
+        with compiled_kernels():
+            TritonKernel._handle_pdl_before_access(kernel, lines, "buf1", consider_reads=True)
+        there, elsewhere = (body, lines) if looped else (lines, body)
+        assert there.getvalue().split() == [TritonKernel.GDC_WAIT] * able
+        assert not elsewhere.getvalue()
 
 
 def test_passes_of_several_rows_are_traced_once(model, monkeypatch):
