@@ -143,8 +143,8 @@ class Ahead:
     """
 
     def __init__(self, passes: Passes, stops: Sequence[int]) -> None:
-        """stops: the layer at which each segment ends. rounds: where it has drafts of a draft exit,
-        or of its own, for rows that `serves` serves."""
+        """stops: the layer at which each segment ends. rounds: of a row that drafts, for those that
+        both this and they serve."""
         self.passes, self._stops, device = passes, stops, passes.device
         # Integers are exact in fp64, as are confidences.
         self._state = torch.zeros(DONE + 2 * len(stops), dtype=torch.float64, device=device)
@@ -153,10 +153,9 @@ class Ahead:
         self._behind: Look | None = None  # that was begun before the one in front of it was over
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._beside = Beside(device)
-        chains = passes.chains
         # With --tp each draft is told by the first process, between passes.
-        drafts = passes.group is None and (chains is not None or passes.texts)
-        self.rounds = Rounds(passes, chains) if drafts else None
+        drafts = passes.group is None and (passes.chains or passes.texts or passes.exits)
+        self.rounds = Rounds(passes) if drafts and passes.most > 1 else None
         self._open = compiled(_open, passes.compile)
         self._ask = compiled(_ask, passes.compile)
         self._decide = compiled(_decide, passes.compile)
@@ -317,16 +316,18 @@ class Ahead:
         self._decide(self._state, found[1][:, 0, 0], step)
 
     def to_warm(
-        self, limit: int, measures: Sequence[str], samples: Sequence[int]
+        self, limit: int, measures: Sequence[str], samples: Sequence[int], drafts: bool
     ) -> list[Callable[[], Any]]:
         """What captures all that texts of mode ``threshold`` with all exits, and of ``full``, ask
-        for; see `ee_tuning.passes.warm`. limit: tokens that may be pending."""
+        for; see `ee_tuning.passes.warm`. limit: tokens that may be pending. drafts: whether texts
+        draft with exits at layers, too."""
         leaves = sorted({False, bool(self.passes.exits)})
         ends = self.passes.sizes.ends(limit + 1)
         every = product(samples, measures, leaves, ends)
         jobs: list[Callable[[], Any]] = [partial(self._warm, limit, *one) for one in every]
         if self.rounds is not None:
-            jobs += self.rounds.to_warm(measures, [(min(kind, ALL), kind) for kind in samples])
+            kinds = [(min(kind, ALL), kind) for kind in samples]
+            jobs += self.rounds.to_warm(measures, kinds, drafts)
         return jobs
 
     def _warm(self, limit: int, samples: int, measure: str, leave: bool, end: int) -> None:

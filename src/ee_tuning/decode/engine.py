@@ -122,16 +122,18 @@ class Engine:
         samples: Sequence[int] = (NOTHING,),
         texts: bool = True,
         told: Callable[[int, int], None] | None = None,
+        drafts: bool = True,
     ) -> None:
         """Compile and capture everything now.
 
         samples: kinds of what texts do to choose their tokens, see `ee_tuning.passes.draws`. texts:
-        whether texts draft, where they may. told: how much of it is done, and of how much.
+        whether texts draft, where they may. told: how much of it is done, and of how much. drafts:
+        whether exits at layers draft.
         """
         assert not self.busy
         jobs = to_warm(self._own, measures, samples, texts)
         if self.ahead is not None:
-            jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples)
+            jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples, drafts)
         for number, job in enumerate(jobs, 1):
             job()
             if told is not None:

@@ -287,7 +287,7 @@ def warm_up(
             max_pending=policy.max_pending, compile=compile, drafts=policy.verifies,
         )  # fmt: skip
         start = time.perf_counter()
-        engine.warm_up([policy.measure], [samples])
+        engine.warm_up([policy.measure], [samples], drafts=policy.verifies)
     return time.perf_counter() - start
 
 

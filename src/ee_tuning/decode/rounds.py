@@ -1,10 +1,12 @@
 """Rounds of drafts of one text, each begun before the host has looked at the one before it.
 
-Where a text is alone, and a draft exit drafts, or the text itself, the device knows what the next
-round begins with: it sees which drafts are those of the end, and what is settled is the next
-chain's window and the text's new end. So it need not wait for the host, which reads a round while
-the next one is *under way*. A chain ends on the device, too: drafts are branches of one graph. What
-the text has goes before what the exit drafts. `drafts.chain_round` and `Lookup` are the twins.
+Where a text is alone, and one exit drafts, or the text itself, the device knows what the next round
+begins with: it sees which drafts are those of the end, and what is settled is the next chain's
+window and the text's new end. So it need not wait for the host, which reads a round while the next
+one is *under way*. Drafts end on the device, too: they are branches of one graph. What the text has
+goes before what the draft exit drafts. `drafts.draft_round`, `drafts.chain_round` and `Lookup` are
+the twins, which serve all else: several exits at layers, or one and the text, choosers and policies
+with rules of their own, processors that passes cannot do, --tp and --pp, graphs without branches.
 """
 
 from __future__ import annotations
@@ -14,37 +16,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ee_tuning.decode.drafters import Drafts, Key, drafters_of
 from ee_tuning.decode.lookup import MATCH, Limits, Looked, look
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Row
+from ee_tuning.decode.settings import Policy
 from ee_tuning.exit_config import DRAFT, LOOKUP
-from ee_tuning.passes.cache import SlotCache
-from ee_tuning.passes.chains import Chains, Found, Step, Tables, first_draft, later_draft, tell
+from ee_tuning.passes.chains import tell
 from ee_tuning.passes.draws import NOTHING
 from ee_tuning.passes.graphs import compiled
 from ee_tuning.passes.passes import Passes
 from ee_tuning.passes.wanted import Prediction, Predictions, Wanted
 
 NO_LOGITS = torch.empty(0)  # those of a round are not kept
-
-
-class Key(NamedTuple):
-    """Rounds that are alike.
-
-    exit: whether the draft exit drafts. sizes: length and reach of the pass to the end, and whether
-    its slots are in order. samples: how drafts, and what the end says, are drawn.
-    """
-
-    name: str
-    exit: bool
-    sizes: tuple[int, int, bool]
-    measure: str
-    samples: tuple[int, int]
 
 
 class Line:
@@ -110,11 +99,10 @@ class Round:
 
 
 class Rounds:
-    """One row of an engine with a draft exit, or for texts that draft, as long as it is the only
-    one."""
+    """One row of an engine with exits, or for texts that draft, as long as it is the only one."""
 
-    def __init__(self, passes: Passes, chains: Chains | None) -> None:
-        self.passes, self.chains = passes, chains
+    def __init__(self, passes: Passes) -> None:
+        self.passes, chains = passes, passes.chains
         most = self.most = passes.most - 1  # drafts of a round
         device, longest = passes.device, passes.sizes.longest
 
@@ -125,9 +113,10 @@ class Rounds:
         table = numbers(1, 4 + longest) if chains is None else chains.table[:1]
         self._table = table[:, : 4 + passes.most]
         self._drafts, self._sures = numbers(1, most), torch.zeros(1, most, device=device)
-        width = 0 if chains is None else chains.exit.first.weight.shape[0]
-        self._hidden = torch.zeros(1, 1, width, dtype=passes.dtype, device=device)
         self._goes_on = torch.zeros(1, dtype=torch.float64, device=device)
+        self._threshold = torch.zeros_like(self._goes_on)
+        drafts = self._drafts, self._sures, self._goes_on, self._threshold
+        self._drafters = drafters_of(passes, Drafts(self._table, *drafts))
         self._looked = Looked(numbers(1), numbers(1), numbers(1, most))
         self._text = numbers(passes.sizes.places if passes.texts else 0)
         self._limits, self._told = numbers(MATCH + 1), Limits()
@@ -138,14 +127,13 @@ class Rounds:
         self._lines = [Line(self._said) for _ in range(2)]
         self._underway: Underway | None = None
         self._look = compiled(look, passes.compile)
-        self._first = compiled(_first, passes.compile)
-        self._later = compiled(_later, passes.compile)
         self._prefer = compiled(_prefer, passes.compile)
         self._settle = compiled(_settle, passes.compile)
 
     def serves(self, rows: Sequence[Row]) -> bool:
         """Whether these rows, of those that `Ahead` serves, draft as this can."""
-        return any(row.policy.bar is not None or not row.policy.thresholds for row in rows)
+        policies = [row.policy for row in rows]
+        return any(one.bar is not None or len(one.thresholds) + one.lookup == 1 for one in policies)
 
     def underway(self, row: Row) -> bool:
         """Whether the device is at the round that follows what is known of a row."""
@@ -160,14 +148,17 @@ class Rounds:
         begins before this one is read; without any there is none. drawn: how an exit's drafts are
         drawn, see `passes.draws`.
         """
-        chain = row.policy.bar is not None
-        samples = drawn if chain else NOTHING, row.request.chooser.samples
+        layer, own = _drafts_at(row.policy), row.request.chooser.samples
+        samples = _samples(layer, drawn, own)
         if not self.underway(row):
             self._underway = self._begin(row, now, samples)
         one = self._underway
         assert one is not None
         # Not beyond the end, whatever is kept of this one.
-        behind = behind.within(row.left - one.limits.most - 2)
+        room = row.left - one.limits.most - 2
+        if layer > DRAFT and behind.most > room:  # all that leave are wanted, as of `Audited`
+            behind = Limits()
+        behind = behind.within(room)
         following = self._behind(one, behind, samples) if behind.most else None
         said, seconds = one.line.read()
         found = self._read(said, one, seconds)
@@ -190,6 +181,8 @@ class Rounds:
         if row.text is not None:
             known = self._known[1] if self._known[0] is row else 0
             self._text[known:length].copy_(torch.tensor(row.ids[known:]), non_blocking=True)
+        for threshold in row.policy.thresholds.values():
+            self._threshold.fill_(threshold)
         self._tell(limits)
         run = self._round(self._key(row, length + limits.most + 1, samples), begin)
         begin()
@@ -224,7 +217,8 @@ class Rounds:
         if one.limits.texts[size]:  # how sure the end is of those that it keeps, it says
             drafts = [Token(int(tokens[j]), LOOKUP, 0.0) for j in range(made)]
         else:
-            drafts = [Token(int(tokens[j]), DRAFT, sures[j]) for j in range(made)]
+            layer = _drafts_at(one.row.policy)
+            drafts = [Token(int(tokens[j]), layer, sures[j]) for j in range(made)]
         answers = Predictions(NO_LOGITS, [ends], [confidences], [0])
         answered = [answers.at(0, place) for place in range(made + 1)]
         return Round(drafts, answered, one.limits, one.known, size, seconds)
@@ -232,8 +226,8 @@ class Rounds:
     def _key(self, row: Row, end: int, samples: tuple[int, int]) -> Key:
         """What a round is of a row's text, which is no longer than `end` behind it. samples: how
         drafts, and what the end says, are drawn."""
-        exit, sizes = row.policy.bar is not None, self._sizes(row.slot, end)
-        return Key("rounds", exit, sizes, row.policy.measure, samples)
+        layer, sizes = _drafts_at(row.policy), self._sizes(row.slot, end)
+        return Key("rounds", layer, sizes, row.policy.measure, samples)
 
     def _sizes(self, slot: int, end: int) -> tuple[int, int, bool]:
         """As of `Key`, of a text in a slot."""
@@ -244,60 +238,53 @@ class Rounds:
 
     def _round(self, key: Key, begin: Callable[[], Any]) -> Callable[[], None]:
         """What runs a round. begin: sets what it begins with, where it is to be captured."""
-        number = self.most if key.exit else 1
+        drafter = self._drafters.get(key.layer)
+        number = 1 if drafter is None else drafter.steps
         steps = [[partial(self._step, one, key)] for one in range(number)]
         verify = partial(self._verify, key)
         return self.passes.graphs.branched(key, steps, self._goes_on, begin, False, verify)
 
     def _step(self, number: int, key: Key) -> None:
         """What the text has, and one more draft after so many of the exit."""
-        _, reach, in_order = key.sizes
-        if self.passes.texts and not number:
+        texts = self._texts(key)
+        if texts and not number:
+            reach = key.sizes[1]
             self._look(self._text[:reach], self._table, self._limits, self._looked)
-        if not key.exit:
-            return
-        chains, tables = self.chains, self._tables
-        assert chains is not None
-        step = Step(reach, in_order, chains.limit, key.measure, key.samples[0])
-        looked = self._looked.number if self.passes.texts else None
-        kept = Kept(self._drafts, self._sures, self._hidden, self._goes_on, looked)
-        if number:
-            self._later(chains.twin, chains.cache, tables, kept, chains.numbers[number], step)
-        else:
-            self._first(chains.twin, chains.cache, tables, kept, step)
+        if (drafter := self._drafters.get(key.layer)) is not None:
+            drafter.step(number, key, self._looked.number if texts else None)
 
     def _verify(self, key: Key) -> None:
         """The drafts' pass to the end."""
         passes, drafts, sures, looked = self.passes, self._drafts, self._sures, self._looked
-        made = size = looked.size
-        if key.exit:
-            assert self.chains is not None
-            made = self.chains.tell(self._tables, passes.control, drafts, sures)
-        if passes.texts:
+        made, size, first, drafter = looked.size, looked.size, 0, self._drafters.get(key.layer)
+        if drafter is not None:
+            made, first = drafter.tell(), drafter.first
+        if self._texts(key):
             drafts, made = self._prefer(
-                looked, self._table, passes.control, drafts, made if key.exit else None
+                looked, self._table, passes.control, drafts, None if drafter is None else made
             )
         last, nothing = len(passes.segments) - 1, Wanted("nothing", False)
         wanted = Wanted("each", True, key.measure, key.samples[1])
-        for i in range(last + 1):
+        for i in range(first, last + 1):
             found = passes.forward(i, 1, *key.sizes, wanted if i == last else nothing)
         self._settle(self._said, self._table, made, size, drafts, sures, found[1])
 
-    @property
-    def _tables(self) -> Tables:
-        assert self.chains is not None
-        return self.chains.tables(1, self.passes.most)
+    def _texts(self, key: Key) -> bool:
+        """Whether texts may draft in such rounds."""
+        return self.passes.texts and key.layer <= DRAFT
 
     def to_warm(
-        self, measures: Sequence[str], samples: Sequence[tuple[int, int]]
+        self, measures: Sequence[str], samples: Sequence[tuple[int, int]], layers: bool
     ) -> list[Callable[[], Any]]:
-        """What captures all that texts ask for; see `Ahead.to_warm`."""
+        """What captures all that texts ask for; see `Ahead.to_warm`. layers: whether exits at
+        layers draft."""
         ends = self.passes.sizes.ends(self.passes.most)
-        exits = [True] * (self.chains is not None) + [False] * self.passes.texts
+        drafters = [layer for layer in self._drafters if layers or layer == DRAFT]
+        exits = [*drafters, *[LOOKUP] * self.passes.texts]
         keys: dict[Key, None] = {}
-        for exit, kinds, measure, end in product(exits, samples, measures, ends):
-            kinds = kinds if exit else (NOTHING, kinds[1])
-            keys[Key("rounds", exit, self._sizes(0, end), measure, kinds)] = None
+        for layer, (drawn, own), measure, end in product(exits, samples, measures, ends):
+            kinds = _samples(layer, drawn, own)
+            keys[Key("rounds", layer, self._sizes(0, end), measure, kinds)] = None
         return [partial(self._warm, key) for key in keys]
 
     def _warm(self, key: Key) -> None:
@@ -306,45 +293,15 @@ class Rounds:
         self._round(key, partial(self._table.copy_, told))
 
 
-class Kept(NamedTuple):
-    """What is kept of a chain from one draft to the next.
-
-    drafts, sures: (1, k). hidden: (1, 1, H), of the last one. goes_on: (1,), whether one follows.
-    looked: (1,), how many the text has, in whose place none are wanted.
-    """
-
-    drafts: Tensor
-    sures: Tensor
-    hidden: Tensor
-    goes_on: Tensor
-    looked: Tensor | None
-
-    def take(self, found: Found, number: Tensor | int, tables: Tables) -> None:
-        """Take in draft `number`, behind which there are none yet."""
-        index = torch.arange(self.drafts.shape[1], device=self.drafts.device)
-        sures = torch.where(index < number, self.sures, 0).where(index != number, found[1])
-        certain = sures.where(index <= number, 1).prod(1)
-        slots, limits = tables.table[:, 0], tables.table[:, 3]
-        goes_on = (certain >= tables.bars[slots]) & (limits > number + 1)
-        self.goes_on.copy_(goes_on if self.looked is None else goes_on & (self.looked == 0))
-        self.drafts.copy_(self.drafts.where(index != number, found[0]))
-        self.sures.copy_(sures)
-        self.hidden.copy_(found[2])
+def _drafts_at(policy: Policy) -> int:
+    """The layer of the exit that drafts; `LOOKUP`, if texts do alone."""
+    return DRAFT if policy.bar is not None else next(iter(policy.thresholds), LOOKUP)
 
 
-def _first(exit: Any, cache: SlotCache, tables: Tables, kept: Kept, step: Step) -> None:
-    """Make the first draft."""
-    found = first_draft(exit, cache, tables, step)
-    assert found is not None
-    kept.take(found, 0, tables)
-
-
-def _later(
-    exit: Any, cache: SlotCache, tables: Tables, kept: Kept, number: Tensor, step: Step
-) -> None:
-    """Make one more draft after so many."""
-    token = kept.drafts.gather(1, (number - 1).expand(1, 1))[:, 0]
-    kept.take(later_draft(exit, cache, tables, (number, token, kept.hidden), step), number, tables)
+def _samples(layer: int, drawn: int, own: int) -> tuple[int, int]:
+    """How drafts of a layer are drawn, and what the end says. drawn: how those of the draft exit
+    are. own: how the text is."""
+    return {DRAFT: drawn, LOOKUP: NOTHING}.get(layer, own), own
 
 
 def _prefer(

@@ -81,10 +81,14 @@ class Stage:
 
     @torch.inference_mode()
     def warm_up(
-        self, measures: Sequence[str] = (Leaving.measure,), samples: Sequence[int] = (NOTHING,)
+        self,
+        measures: Sequence[str] = (Leaving.measure,),
+        samples: Sequence[int] = (NOTHING,),
+        drafts: bool = False,
     ) -> None:
-        """As of an engine."""
+        """As of an engine; there are no drafts."""
         assert not self.busy
+        assert not drafts
         for job in to_warm(self.passes, measures, samples, texts=False):
             job()
 

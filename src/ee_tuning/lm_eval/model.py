@@ -209,9 +209,9 @@ class EarlyExitLM(HFLM):
             with engines.turn:
                 engine = engines.fitting(
                     self.network, exits, slots=self._warm[0], capacity=self._warm[1],
-                    max_pending=pending, compile=self.compile,
+                    max_pending=pending, compile=self.compile, drafts=self.policy.verifies,
                 )  # fmt: skip
-                engine.warm_up([self.policy.measure])
+                engine.warm_up([self.policy.measure], drafts=self.policy.verifies)
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

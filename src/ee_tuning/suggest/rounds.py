@@ -50,7 +50,7 @@ def measure(
     """
     whole, chains = Full(model.backbone.num_layers), layer == DRAFT
     found: dict[tuple[int, bool], float] = {}
-    with _engine(model, [layer], prompt) as engine, _engine(model, [], prompt) as other:
+    with _engine(model, [layer], prompt, drafts) as engine, _engine(model, [], prompt) as other:
 
         def timed(policy: Policy, number: int) -> float:
             with _sequence(engine, policy, number, prompt), _sequence(other, whole, 0, prompt):
@@ -89,7 +89,9 @@ def leaving(model: Network, layer: int, number: int, drafts: bool, asked: bool =
 
 
 @contextmanager
-def _engine(model: Network, layers: list[int], prompt: list[int]) -> Iterator[Engine]:
+def _engine(
+    model: Network, layers: list[int], prompt: list[int], drafts: bool = False
+) -> Iterator[Engine]:
     """An engine for one sequence that goes on for as many rounds as are timed, warm."""
     longest = Leaving.max_pending
     # A look of the host may come some rounds late.
@@ -98,7 +100,7 @@ def _engine(model: Network, layers: list[int], prompt: list[int]) -> Iterator[En
     with engines_of(model).lend(model, layers, **size) as engine:
         assert isinstance(engine, Engine)
         if model.device.type == "cuda":
-            engine.warm_up()
+            engine.warm_up(drafts=drafts)
         yield engine
 
 
