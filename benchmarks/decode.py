@@ -1,7 +1,8 @@
 """Speed of decoding on a model of a named shape with random weights, exit decisions forced.
 
-What leaves where is given by a pattern, so that speed is measured apart from quality. The engine is
-the one that `generate` uses.
+What leaves where is given by a pattern, so that speed is measured apart from quality. Drafts are an
+exit's own, of a model that is made to agree with a share of them. The engine is the one that
+`generate` uses.
 
 python benchmarks/decode.py --shape llama2-7b --out benchmarks/results/decode-7b.json
 python benchmarks/decode.py --shape tiny --device cpu --new-tokens 16
@@ -19,11 +20,21 @@ from statistics import median
 from typing import Any
 
 import torch
+from agree import let_agree, prompt_that_agrees
 from shapes import SHAPES, build
 from tune import timed
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Threshold, Token
+from ee_tuning.decode import (
+    Engine,
+    Fixed,
+    Full,
+    Policy,
+    Request,
+    Speculative,
+    Threshold,
+    Token,
+)
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.evaluate.speed import speed
 from ee_tuning.files import write_json
@@ -31,6 +42,8 @@ from ee_tuning.passes.prompts import read as read_prompts
 from ee_tuning.passes.wanted import Prediction, Wanted, Window
 
 SHARE, ACCEPTANCE = 0.5, 0.8  # of tokens that leave in the pattern; of drafts that are kept
+DRAFTS = 4  # of a round, at most
+TRIED = 10  # rounds at most that capture something, and so do not count
 
 
 def answers(share: float) -> Iterator[bool]:
@@ -52,27 +65,15 @@ class Pattern(Threshold):
         return next(self.answers)
 
 
-class Drafts(Pattern):
-    """Every token leaves that may, as a draft."""
-
-    verifies = True
-
-
-class Accepting(Chooser):
-    """Keeps a `share` of the drafts that it is asked for."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.answers = answers(share)
-
-    def verify(
-        self, ids: Sequence[int], found: Sequence[Prediction], drafts: Sequence[Token]
-    ) -> tuple[int, int]:
-        """Up to the first that it is not to keep, in place of which there is another token."""
-        for kept, draft in enumerate(drafts):
-            if not next(self.answers):
-                return kept, draft.id ^ 1
-        return len(drafts), found[-1].token
+def kept(tokens: Sequence[Token], end: int) -> dict[str, float]:
+    """The share of drafts that the end was asked for and agreed with, and the tokens of a round."""
+    ends = [token for token in tokens if token.exit_layer == end]
+    right = len(tokens) - len(ends)
+    wrong = sum(bool(token.rejected) for token in ends)
+    return {
+        "drafts_kept": round(right / max(1, right + wrong), 3),
+        "tokens_per_round": round(len(tokens) / len(ends), 2),
+    }
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -90,14 +91,15 @@ class Bench:
         self.model, self.args, self.device = model, args, model.backbone.device
         self.depth = model.backbone.num_layers
         self.compile = self.device.type == "cuda" and not args.eager
-        draw = torch.Generator().manual_seed(0)
-        vocabulary = model.backbone.config.vocab_size
-        self.prompt = torch.randint(vocabulary, (args.prompt_length,), generator=draw).tolist()
+        early, size = model.exit_layers[0], (args.prompt_length, args.new_tokens)
+        self.agreed = let_agree(model, early, ACCEPTANCE)
+        self.prompt = prompt_that_agrees(model, early, ACCEPTANCE, *size)
 
-    def run(self, policy: Callable[[], Policy], batch: int, chooser: Any = Chooser) -> dict:
+    def run(self, policy: Callable[[], Policy], batch: int) -> dict:
         """Tokens per second of `batch` equal prompts, from the first new token to the last.
 
-        The time to the first token, prompts read one after another, is told apart.
+        The time to the first token, prompts read one after another, is told apart. Rounds in which
+        something was captured do not count.
         """
         first = policy()
         length = self.args.prompt_length + self.args.new_tokens
@@ -108,25 +110,32 @@ class Bench:
             capacity=length,
             max_pending=first.max_pending,
             compile=self.compile,
+            drafts=first.verifies,
         )
-        waits, seconds, tokens, warm = [], [], [], 0.0
-        begun = time.perf_counter()
-        for _ in range(self.args.rounds + 1):
-            requests = [Request(self.prompt, policy(), length, chooser()) for _ in range(batch)]
-            started = time.perf_counter()
-            times = [time.perf_counter() for _ in engine.stream(requests)]
+        waits, seconds, every = [], [], list[Token]()
+        begun, captured, warm, tried = time.perf_counter(), -1, 0.0, 0
+        while len(seconds) < self.args.rounds:
+            requests = [Request(self.prompt, policy(), length) for _ in range(batch)]
+            started, times, tokens = time.perf_counter(), list[float](), list[Token]()
+            for _, token in engine.stream(requests):
+                times.append(time.perf_counter())
+                tokens.append(token)
+            warm = warm or time.perf_counter() - begun
+            if len(engine.passes.graphs) > captured and tried < TRIED:
+                captured, tried = len(engine.passes.graphs), tried + 1
+                continue
             waits.append(times[batch - 1] - started)
             seconds.append(times[-1] - times[batch - 1])
-            tokens.append(len(times) - batch)
-            if not warm:
-                warm = time.perf_counter() - begun
-        rate = speed(seconds[1:], tokens[0])
+            every += tokens[batch:]
+        rate = speed(seconds, len(times) - batch)
+        drafts = kept(every, first.end) if first.verifies else {}
         return {
             "tokens_per_second": {k: round(v, 1) for k, v in rate.items()},
             "ms_per_step": round(1000 * batch / rate["median"], 3),
-            "first_token_ms": round(1000 * median(waits[1:]), 2),
+            "first_token_ms": round(1000 * median(waits), 2),
             "first_round_seconds": round(warm, 1),
             "graphs": len(engine.passes.graphs),
+            **drafts,
         }
 
     def parts(self, exit_layers: list[int], lengths: list[int]) -> dict[str, float]:
@@ -217,9 +226,8 @@ def measure(bench: Bench, result: dict[str, Any], write: Callable[[], None]) -> 
         f"every token leaves at {early}": (lambda: Fixed(early), 1),
         f"{SHARE:.0%} leave at {early}": (lambda: Pattern(depth, leaving), 1),
         f"speculative, drafts at {early}, {ACCEPTANCE:.0%} kept": (
-            lambda: Drafts(depth, leaving, max_pending=4, share=1.0),
+            lambda: Speculative(depth, leaving, max_pending=DRAFTS),
             1,
-            lambda: Accepting(ACCEPTANCE),
         ),
         **{f"full depth, batch {n}": (lambda: Full(depth), n) for n in bench.args.batches},
         **{
@@ -230,12 +238,13 @@ def measure(bench: Bench, result: dict[str, Any], write: Callable[[], None]) -> 
     bandwidth = copy_bandwidth(bench.device)
     found: dict[str, Any] = {}
     result |= {"copy_gb_per_second": round(bandwidth), "decoding": found}
+    result["end_agrees_on_random_text"] = round(bench.agreed, 3)
     for name, way in ways.items():
         if bench.args.only and not any(part in name for part in bench.args.only):
             continue
         found[name] = bench.run(*way)
         policy = way[0]()
-        if way[1] == 1 and not isinstance(policy, Pattern):
+        if way[1] == 1 and not policy.thresholds:
             read = weight_bytes(bench.model, policy.end, None if policy.final else policy.end)
             rate = read * found[name]["tokens_per_second"]["median"] / 1e9
             found[name] |= {"gb_per_second": round(rate), "of_copy": round(rate / bandwidth, 3)}

@@ -61,6 +61,9 @@ def test_decoding_in_every_way(tmp_path, monkeypatch):
     found = run(decode, monkeypatch, out, f"{flags} --rounds 1 --batches 2")
     assert len(found["decoding"]) == 7
     assert all(way["tokens_per_second"]["median"] > 0 for way in found["decoding"].values())
+    assert found["end_agrees_on_random_text"] == pytest.approx(0.8, abs=0.01)
+    (drafts,) = (way for name, way in found["decoding"].items() if "speculative" in name)
+    assert 0 <= drafts["drafts_kept"] <= 1 <= drafts["tokens_per_round"]
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     assert table.decoding().count("| tiny |") == 9  # transformers' two ways, too
 
@@ -142,8 +145,17 @@ def test_the_costs_of_leaving_are_those_that_were_measured():
     assert costs == pytest.approx((rest / unit, leave / unit, ask), abs=0.25)
 
 
+def test_what_became_of_drafts_is_counted():
+    """Of those that the end was asked for: up to the first that it does not keep."""
+    token = decode.Token
+    tokens = [token(1, 2, 0.5), token(1, 2, 0.5), token(1, 4, 0.5), token(1, 2, 0.5)]
+    tokens += [token(1, 4, 0.5, rejected=[3, 4]), token(1, 4, 0.5, rejected=[5])]
+    found = decode.kept(tokens, 4)
+    assert found == {"drafts_kept": 0.6, "tokens_per_round": 2.0}
+
+
 def test_patterns_hold_their_shares():
-    """80% of the drafts kept, half of the tokens leaving: of every ten, exactly."""
+    """Of every ten, exactly."""
     for share in (0.5, 0.8):
         drawn = decode.answers(share)
         tens = [[next(drawn) for _ in range(10)] for _ in range(20)]
