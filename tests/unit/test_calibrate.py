@@ -239,6 +239,61 @@ def test_a_backbone_into_which_something_was_merged_voids_it(calibrated, layer, 
         assert min(generated(calibrated)[1][0]) < DEPTH
 
 
+def test_prompts_that_come_together_are_of_one_look_at_the_weights(calibrated, monkeypatch):
+    looks = []
+
+    def look(backbone):
+        looks.append(backbone)
+        return backbone_hashes(backbone)
+
+    monkeypatch.setattr("ee_tuning.decode.certified.backbone_hashes", look)
+    calibrated.generate(torch.tensor([PROMPTS[0]] * 5), threshold="calibrated", max_new_tokens=NEW)
+    assert len(looks) == 1
+    size = {"max_new_tokens": NEW, "capacity": 64, "slots": 5}
+    looks.clear()
+    list(calibrated.generate_batch([PROMPTS[0]] * 5, threshold="calibrated", **size))
+    assert len(looks) == 2  # one for the engine
+    looks.clear()
+    bound = {"input_ids": PROMPTS[0], "max_pending": 5}
+    own = [bound | {"threshold": one} for one in ("calibrated", 0.5, 0.6)]
+    found = dict(calibrated.generate_batch(own, threshold="calibrated", **size))
+    assert len(looks) == 2
+    for number, one in enumerate(own):
+        alone = generated(calibrated, threshold=one["threshold"], max_pending=5)
+        assert found[number].exit_layers.tolist() == alone[1]
+
+
+@pytest.mark.parametrize("by", ["caller", "prompts"])
+def test_weights_that_change_between_texts_void_it_for_those_that_follow(calibrated, by):
+    weight = calibrated.exit(3).norm.weight.data
+
+    def prompts():
+        for number in range(4):
+            if by == "prompts" and number == 1:
+                weight.add_(1e-3)
+            yield PROMPTS[0]
+
+    given = [PROMPTS[0]] * 4 if by == "caller" else prompts()
+    depths, size = {}, {"max_new_tokens": NEW, "capacity": 64, "slots": 2}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for number, out in calibrated.generate_batch(given, threshold="calibrated", **size):
+            depths[number] = min(out.exit_layers[0].tolist())
+            if by == "caller" and len(depths) == 1:
+                weight.add_(1e-3)
+    assert all("exit at layer 3 is another one" in str(one.message) for one in said)
+    assert [depths[number] < DEPTH for number in range(4)] == [True, by == "caller", False, False]
+
+
+def test_a_sampled_prompt_of_a_batch_goes_to_full_depth(calibrated):
+    with pytest.warns(Notice, match="greedy texts"):
+        (found,) = calibrated.generate_batch(
+            [{"input_ids": PROMPTS[0], "do_sample": True}],
+            threshold="calibrated", max_new_tokens=NEW, capacity=64,
+        )  # fmt: skip
+    assert {*found[1].exit_layers[0].tolist()} == {DEPTH}
+
+
 def test_longer_texts_are_told_of(calibrated):
     with pytest.warns(Notice, match="up to 16 new tokens"):
         assert min(generated(calibrated, max_new_tokens=NEW + 1)[1][0]) < DEPTH

@@ -24,7 +24,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.decode.certified import holds_for
 from ee_tuning.decode.sampling import Chooser
 from ee_tuning.decode.sequences import Request
-from ee_tuning.decode.settings import Full, make_policy
+from ee_tuning.decode.settings import Full, Policy, make_policy
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.model import Network
 from ee_tuning.settings import check_finite
@@ -141,9 +141,12 @@ def to_requests(
     ids: list[int],
     leaving: Leaving | None = None,
     padded: int = 0,
+    policies: dict[str, Policy] | None = None,
     **kwargs: Any,
 ) -> tuple[list[Request], int]:
     """What transformers makes of `kwargs` for a prompt that was padded by so many tokens.
+
+    policies: see `_policy`.
 
     Requests, ``num_return_sequences`` of them, and the token behind a text that ended.
 
@@ -151,7 +154,7 @@ def to_requests(
         UserError: what transformers says against them, or an argument that cannot be had here.
     """
     leaving = read_leaving(leaving, kwargs)
-    policy, calibrated = make_policy(model, leaving), leaving.threshold == CALIBRATED
+    policy, calibrated = _policy(model, leaving, policies), leaving.threshold == CALIBRATED
     for name in ("max_length", "min_length") if padded else ():  # they count padding
         value = _holds(model, kwargs, name)
         if value:
@@ -178,7 +181,7 @@ def to_requests(
         for row in input_ids.tolist():
             chooser = Chooser(prepared["logits_processor"], config.do_sample)
             if calibrated and not holds_for(model, chooser.scores, length - len(row)):
-                own = Full(model.backbone.num_layers)
+                own = Full(model.backbone.num_layers, max_pending=policy.max_pending)
             requests.append(Request(row, own, length, chooser, stops))
         padding = _padding(config)
         return input_ids
@@ -192,6 +195,15 @@ def to_requests(
     except ValueError as error:
         raise UserError(first_line(error)) from error
     return requests, padding
+
+
+def _policy(model: Network, leaving: Leaving, made: dict[str, Policy] | None) -> Policy:
+    """That of one prompt. Making one asks whether a certificate holds, and so for the state of all
+    weights. made: those of prompts before it, by settings; this one's is added."""
+    made, settings = {} if made is None else made, repr(leaving)
+    if settings not in made:
+        made[settings] = make_policy(model, leaving)
+    return made[settings]
 
 
 def check_probabilities(top_p: float | None, min_p: float | None) -> None:

@@ -39,7 +39,11 @@ def with_certified(model: Network, leaving: Leaving) -> Leaving:
     reason = _changed(model, leaving, found)
     if reason:
         warn_void(reason)
-        return replace(leaving, mode="full", threshold=1.0, exit_layers="", min_depth=0)
+        # Other prompts of a batch may have begun before, with an engine for `max_pending` tokens.
+        bound = found.max_pending
+        return replace(
+            leaving, mode="full", threshold=1.0, exit_layers="", min_depth=0, max_pending=bound
+        )
     return replace(
         leaving,
         threshold=dict(found.thresholds),

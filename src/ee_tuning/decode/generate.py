@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -103,9 +104,10 @@ def generate(
     """
     warn_ignored(kwargs)
     prompts = read_prompts(model, input_ids, attention_mask, kwargs)
-    width = input_ids.shape[1]
+    made: dict[str, Policy] = {}
+    ask = partial(to_requests, model, leaving=leaving, policies=made, **kwargs)
     with engines_of(model).turn:
-        read = [to_requests(model, ids, leaving, width - len(ids), **kwargs) for ids in prompts]
+        read = [ask(ids=ids, padded=input_ids.shape[1] - len(ids)) for ids in prompts]
         requests = [request for own, _ in read for request in own]
         if streamer is not None and len(requests) > 1:
             raise UserError("a streamer takes one text: leave it out, or use on_token for a batch")
@@ -215,12 +217,13 @@ def generate_batch(
     size: dict[str, Any] = {"slots": slots, "capacity": capacity, "max_pending": bound}
     size |= {"drafts": POLICIES[common.mode].verifies}
     numbers: dict[Request, tuple[int, list[Token]]] = {}
+    policies: dict[str, Policy] = {}  # of prompts between which no code of the caller's ran
+    kwargs["policies"] = policies if isinstance(prompts, Sequence) else None
 
     def requests() -> Iterator[Request]:
         for number, prompt in enumerate(prompts):
-            own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
             try:
-                found = _prompt_requests(model, own, common, kwargs)
+                found = _prompt_requests(model, prompt, common, kwargs)
                 for request in _audited(found, audit):
                     engine.check(request, capacity)
             except UserError as error:
@@ -231,10 +234,10 @@ def generate_batch(
 
     with engines_of(model).lend(model, exits, **size, compile=compile) as engine:
         for request, token in _watched(engine.stream(requests()), audit):
-            number, tokens = numbers[request]
-            tokens.append(token)
+            numbers[request][1].append(token)
             if token.ends:
-                del numbers[request]
+                number, tokens = numbers.pop(request)
+                policies.clear()
                 prompt = torch.tensor([request.ids])
                 yield number, _output(prompt, [tokens], 0, model.backbone.device)
 
@@ -249,9 +252,10 @@ def widest(model: Network, leaving: Leaving) -> tuple[list[int], int]:
 
 
 def _prompt_requests(
-    model: Network, own: dict[str, Any], leaving: Leaving, kwargs: Mapping[str, Any]
+    model: Network, prompt: Any, leaving: Leaving, kwargs: Mapping[str, Any]
 ) -> list[Request]:
     """The requests of one prompt of a batch, with what it says for itself."""
+    own = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
     row, mask = as_row(own.pop("input_ids", None)), own.pop("attention_mask", None)
     given = {"leaving": leaving, **kwargs, **own}
     mask = torch.ones_like(row) if mask is None else as_row(mask)
