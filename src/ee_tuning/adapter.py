@@ -351,7 +351,10 @@ def read_calibration(folder: Path) -> Certificate | None:
         UserError: the file is damaged.
     """
     path = folder / CALIBRATION_NAME
-    return Certificate.from_json(read_json(path), str(path)) if path.exists() else None
+    try:
+        return Certificate.from_json(read_json(path), str(path)) if path.exists() else None
+    except UserError as error:
+        raise UserError(f"{error}: delete it, and calibrate again") from None
 
 
 def save_calibration(network: Network, folder: Path, found: Certificate) -> None:

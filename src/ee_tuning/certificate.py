@@ -82,7 +82,7 @@ class Certificate:
         lacking = sorted(needed - saved.keys()) if isinstance(saved, dict) else ["everything"]
         if lacking or saved.get("format_version") != VERSION:
             reason = f"lacks {', '.join(lacking)}" if lacking else "is of another version"
-            raise UserError(f"{where} {reason}: delete it, and calibrate again")
+            raise UserError(f"{where} {reason}")
         check_object(saved, where, **KINDS)
         values = {name: saved[name] for name in needed}
         for name, kind in (("thresholds", int | float), ("exits", str)):

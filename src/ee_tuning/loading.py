@@ -121,7 +121,11 @@ def _check_alone(path: str) -> None:
 def _not_a_checkpoint(folder: Path) -> str:
     """What a folder without a config.json is instead, and what to do."""
     if (folder / "exit_config.json").is_file():
-        return f"{folder} holds exits, no backbone: name it with --exits"
+        base = read_object(folder / "exit_config.json").get("base_model")
+        return (
+            f"{folder} holds exits, no backbone: name theirs, {base}, with --model, or these with "
+            "--exits where a command takes them"
+        )
     if (folder / "adapter_config.json").is_file():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
         return (

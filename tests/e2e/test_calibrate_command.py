@@ -142,13 +142,23 @@ def test_inspect_says_what_was_proven_and_whether_it_is_of_these_exits(
         ("thresholds", {"x": 0.5}, "thresholds are by numbers of layers"),
         ("exits", {"2": None}, "exits are by numbers of layers"),
         ("n", "24", "n is '24', it must be of type int"),
-        ("dtype", "nn", "it was calibrated in nn, which is none"),
+        ("dtype", "nn", "is of nn, which is no dtype"),
     ],
 )
 def test_a_damaged_certificate(saved, folder, tmp_path, capsys, name, value, reason):
     shutil.copytree(folder / "exits", tmp_path / "exits")
     (tmp_path / "exits" / "calibration.json").write_text(json.dumps(saved | {name: value}))
-    assert reason in fails(capsys, "inspect", tmp_path / "exits")
+    assert reason in (line := fails(capsys, "inspect", tmp_path / "exits"))
+    assert line.endswith(": delete it, and calibrate again")
+
+
+def test_a_certificate_that_is_no_json(folder, tmp_path, capsys):
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    (tmp_path / "exits" / "calibration.json").write_text("{")
+    for command in (["inspect", tmp_path / "exits"], arguments(folder, exits=tmp_path / "exits")):
+        line = fails(capsys, *command)
+        assert "is not valid JSON" in line
+        assert line.endswith(": delete it, and calibrate again")
 
 
 @pytest.mark.parametrize("arch", ["embedding", "norm", "mlp", "layer"])

@@ -48,7 +48,7 @@ def saved_exits(folder):
         (pickled, r"weights in pytorch_model.bin, but only .*from_pretrained\('.*'\).save_pret"),
         (without_weights, "it has no weights, no model.safetensors"),
         (adapter_of_peft, "an adapter of PEFT for some/base: name that with --model, or .*merge"),
-        (saved_exits, "holds exits, no backbone: name it with --exits"),
+        (saved_exits, "holds exits, no backbone: name theirs, .*, with --model, or these"),
     ],
 )
 def test_what_is_no_backbone(folder, spoil, message, whole):

@@ -94,7 +94,10 @@ def _holds(folder: Path, saved: dict[str, Any], found: Certificate) -> str:
     far as files beside them tell."""
     dtype, parts = getattr(torch, found.dtype, None), saved["backbone"]["tensors"]
     if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{folder} is damaged: it was calibrated in {found.dtype}, which is none")
+        raise UserError(
+            f"the certificate in {folder} is of {found.dtype}, which is no dtype: delete it, and "
+            "calibrate again"
+        )
     if gone := {*found.exits} - {*saved["layers"]}:
         return f"void: there is no exit at layer {min(gone)} any more, calibrate again"
     hashes = stored_hashes(folder, found.exits, dtype)
