@@ -22,6 +22,7 @@ from torch.library import custom_op
 
 KEYS = 64  # that one program looks at
 CHUNK = 64  # tokens of a window from which on it is cut in larger tiles
+WHOLE = tl.constexpr(2.0**40)  # times which weights, up to 1, are added up as whole numbers
 GROUP = 16  # of programs whose results are added up at a time
 BOTH = 2**15  # bytes of shared memory that a program's keys and values may take side by side
 
@@ -111,7 +112,9 @@ def _attend(
         cell = ((row * HEADS + head) * chunks + chunk).to(tl.int64) * tokens * SHARED + query
         kept = token < tokens
         tl.store(maxima + cell, most, mask=kept)
-        tl.store(sums + cell, tl.sum(weights, 1), mask=kept)
+        # As whole numbers, exactly: few queries are laid out otherwise than many, and so are sums.
+        whole = tl.sum((weights * WHOLE).to(tl.int64), 1)
+        tl.store(sums + cell, whole.to(tl.float32) * (1 / WHOLE), mask=kept)
         tl.store(
             found + cell[:, None] * OUT + out[None, :], mixed,
             mask=kept[:, None] & (out[None, :] < OUT),
