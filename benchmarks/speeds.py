@@ -40,6 +40,7 @@ DRAFT = "draft exit, bar 0.1, up to 6"
 LINES = [
     Line("draft exit and `--lookup`", "real-h200", "lookup, bar 0.1, up to 6"),
     Line("draft exit", "real-h200", DRAFT),
+    Line("draft exit, kernels begin early", "real-h200-drafts", DRAFT, drawn=False),
     Line("draft exit", "real-h100", DRAFT, drawn=False),
     Line("`--lookup` alone", "real-h200", "lookup, up to 6"),
     Line("draft exit, temperature 0.8", "real-sampled-h100", DRAFT, "full depth's of a seed"),
@@ -48,6 +49,7 @@ LINES = [
     Line("draft exit, eight texts at once", "real-batch8-h200", DRAFT, drawn=False),
     Line("transformers, compiled", "real-h200", "static cache, compiled", "–"),
     Line("transformers' prompt lookup", "real-h200", "transformers, prompt lookup", "–"),
+    Line("transformers' early exit", "real-assistant-h200", "exit 10", "–", drawn=False),
     Line("economize, no drafts", "real-h200", "economize, plain", "–"),
     Line("economize's `jump`, up to 3 drafts", "real-h200", "jump, up to 3", "–"),
     Line("economize's `eagle3`, up to 5", "real-h200", "eagle3, up to 5, above 0.5", "–"),
