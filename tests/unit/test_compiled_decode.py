@@ -21,9 +21,9 @@ from torch._inductor.virtualized import V
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Engine
 from ee_tuning.exit_config import LOOKUP
+from ee_tuning.passes.compiler import compiled_kernels
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.passes.graphs import SAME_SUMS, Graphs, Sizes
-from ee_tuning.passes.sums import compiled_kernels
 from ee_tuning.passes.warm import to_warm
 
 pytestmark = pytest.mark.slow

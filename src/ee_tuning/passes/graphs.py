@@ -288,7 +288,7 @@ def _compiling(tune: bool, on_gpu: bool) -> Iterator[None]:
     choices: AbstractContextManager[Any] = nullcontext()
     if on_gpu and not tune:
         # It takes a second to import, which decoding on a CPU need not wait for.
-        from ee_tuning.passes.sums import compiled_kernels
+        from ee_tuning.passes.compiler import compiled_kernels
 
         choices = compiled_kernels()
     with (

@@ -1,5 +1,5 @@
-"""The kernels that the compiler makes on CUDA: how they cut sums, which must have one order for any
-number of tokens, and when they begin."""
+"""What is asked of the compiler on CUDA: sums of one order for any number of tokens, and kernels
+that begin while those before them end."""
 
 from __future__ import annotations
 
