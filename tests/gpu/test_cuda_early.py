@@ -4,15 +4,20 @@ import re
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers.families import tiny
 from helpers.models import drafting
 from helpers.prompts import prompt
 from torch._inductor.graph import GraphLowering
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.passes.compiler import EARLY
 
 ABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-pytestmark = pytest.mark.skipif(not ABLE, reason="needs a GPU of compute capability 9")
+KNOWN = EARLY in torch._inductor.config.get_config_copy()
+pytestmark = pytest.mark.skipif(
+    not (ABLE and KNOWN), reason="needs a GPU of compute capability 9 and a compiler that knows it"
+)
 
 
 @pytest.fixture
