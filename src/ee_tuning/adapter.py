@@ -363,8 +363,8 @@ def save_calibration(network: Network, folder: Path, found: Certificate) -> None
     network.calibration = found
 
 
-def changed_exits(network: Network, found: Certificate) -> list[int]:
-    """The layers of those exits, of the ones calibrated, whose weights are others now.
+def changed_exits(network: Network, found: Certificate) -> list[str]:
+    """Those exits, of the ones calibrated, whose weights are others now, as messages call them.
 
     Raises:
         UserError: see `certificate.changed`.

@@ -97,10 +97,10 @@ def changed(
     now: Mapping[Key, str],
     certified: Mapping[Key, str],
     read: tuple[Mapping[Key, str], Mapping[Key, str]] | None,
-) -> list[Key]:
-    """The parts of a model whose hash is not the one that is certified.
+) -> list[str]:
+    """The parts of a model whose hash is not the one that is certified, as messages call them.
 
-    what: a part is called in a message. now: of what this process has of each. read: where several
+    what: a part is called so. now: of what this process has of each. read: where several
     processes share the parts, what these hashes were when they were read, and those of the whole.
 
     Raises:
@@ -115,4 +115,4 @@ def changed(
                 "it was read: the calibration does not hold any more, give a threshold"
             )
         now = whole
-    return [part for part, value in now.items() if value != certified.get(part)]
+    return [what.format(part) for part, value in now.items() if value != certified.get(part)]

@@ -101,8 +101,7 @@ def _holds(folder: Path, saved: dict[str, Any], found: Certificate) -> str:
     if gone := {*found.exits} - {*saved["layers"]}:
         return f"void: there is no exit at layer {min(gone)} any more, calibrate again"
     hashes = stored_hashes(folder, found.exits, dtype)
-    others = [EXIT.format(layer) for layer in changed(EXIT, hashes, found.exits, None)]
-    others += [PART.format(part) for part in changed(PART, parts, found.backbone, None)]
+    others = changed(EXIT, hashes, found.exits, None) + changed(PART, parts, found.backbone, None)
     if others:
         return f"void: the {others[0]} is another one now, calibrate again"
     if {*found.exits} - {*hashes}:

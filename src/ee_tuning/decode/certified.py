@@ -10,7 +10,7 @@ from ee_tuning.certificate import CALIBRATED, Certificate, changed
 from ee_tuning.config import Leaving
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import parse_layers
-from ee_tuning.fingerprint import EXIT, PART, backbone_hashes
+from ee_tuning.fingerprint import PART, backbone_hashes
 from ee_tuning.model import Network
 
 MODES = ("threshold", "speculative")
@@ -109,8 +109,8 @@ def _changed(model: Network, leaving: Leaving, found: Certificate) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != found.dtype:
         return f"it is of {found.dtype}, and the model is in {dtype}"
-    others = [EXIT.format(layer) for layer in changed_exits(model, found)]
+    others = changed_exits(model, found)
     read, now = model.exits_read, backbone_hashes(model.backbone)
     there = None if read is None else (read.backbone, read.backbone)
-    others += [PART.format(part) for part in changed(PART, now, found.backbone, there)]
+    others += changed(PART, now, found.backbone, there)
     return f"the {others[0]} is another one now" if others else ""
