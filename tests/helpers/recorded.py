@@ -68,9 +68,13 @@ class Acted:
     """In place of `Branches`, of recorded pieces."""
 
     def __init__(
-        self, steps: Sequence[Sequence[Recorded]], goes_on: Tensor, last: Recorded | None = None
+        self,
+        steps: Sequence[Sequence[Recorded]],
+        goes_on: Tensor,
+        last: Recorded | None = None,
+        ends: int = 0,
     ) -> None:
-        self._steps, self._goes_on, self._last = steps, goes_on, last
+        self._steps, self._goes_on, self._last, self._ends = steps, goes_on, last, ends
 
     def __call__(self) -> None:
         self._steps[0][0].replay()
@@ -81,6 +85,8 @@ class Acted:
                 break
             least = int(variant)
             step[least - 1].replay()
+            if least == self._ends:
+                break
         if self._last is not None:
             self._last.replay()
 

@@ -173,9 +173,12 @@ def test_audited_texts_have_all_drafts_to_their_end(threshold, number):
 
 @pytest.mark.parametrize("arch", ["norm", "mlp", "layer"])
 @pytest.mark.parametrize("threshold", [0.0, None], ids=["all", "some"])
-def test_captured_rounds_read_what_is_there_when_they_run(arch, threshold, monkeypatch):
+@pytest.mark.parametrize("number", range(1, MOST + 1))
+def test_captured_rounds_read_what_is_there_when_they_run(arch, threshold, number, monkeypatch):
+    """Of fewer drafts than there may be, too: the step that computes the last one is another."""
     model = half_right(arch)
     policy = policy_of(middle(model, 2) if threshold is None else threshold)
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: number)
     expected = written(engine_of(model, [2], False), policy, number=24)
     engine = engine_of(model, [2], True)
     act_out(engine.passes.graphs, monkeypatch)
@@ -207,13 +210,16 @@ def test_a_round_begins_before_the_one_before_it_was_read():
     assert all(underway[2:-3])
 
 
-def test_a_round_computes_each_layer_once():
+@pytest.mark.parametrize("number", range(1, MOST + 1))
+def test_a_round_computes_each_layer_once(number, monkeypatch):
     """Of each draft those up to the exit, then of all those behind it; no other exit is asked, nor
     this one behind the last draft."""
+    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: number)
     engine, seen = engine_of(half_right(), [2, 3], True), []
     engine.submit(Request(prompt(7), policy_of(0.0, layer=3), 90))
     for _ in range(4):
-        engine.step()
+        made = engine.step()
+    assert sum(len(token.rejected) + (token.exit_layer == 3) for _, token in made) == number
     forward = engine.passes.forward
 
     def counted(i, rows, length, reach, in_order, wanted):
@@ -223,7 +229,7 @@ def test_a_round_computes_each_layer_once():
     engine.passes.forward = counted
     engine.step()
     first = (0, 1, "nothing")
-    assert seen[:-1] == [first, (1, 1, "last")] * MOST + [first, (1, 1, "nothing")]
+    assert seen[:-1] == [first, (1, 1, "last")] * number + [first, (1, 1, "nothing")]
     assert seen[-1] == (2, MOST + 1, "each")
 
 

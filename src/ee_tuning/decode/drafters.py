@@ -19,6 +19,8 @@ from ee_tuning.passes.graphs import compiled
 from ee_tuning.passes.passes import Passes
 from ee_tuning.passes.wanted import Wanted
 
+ENDS = 2  # the variant of a step behind which there are no more
+
 
 class Key(NamedTuple):
     """Rounds that are alike.
@@ -40,8 +42,8 @@ class Drafts(NamedTuple):
 
     table: (1, 4 + T) int64, as of `Chains`: the row's slot, the first position of the tokens that
     were settled last, their number, drafts at most, and these tokens. tokens, sures: (1, k).
-    goes_on: (1,) fp64, whether another one follows. threshold: (1,) fp64, how sure an exit at a
-    layer must be.
+    goes_on: (1,) fp64, the variant of the step that follows, or none. threshold: (1,) fp64, how
+    sure an exit at a layer must be.
     """
 
     table: Tensor
@@ -52,14 +54,15 @@ class Drafts(NamedTuple):
 
 
 class Drafter(Protocol):
-    """steps: of a round at most. first: of the segments that the pass to the end goes through."""
+    """variants: of each step of a round, how many there are. first: of the segments that the pass
+    to the end goes through."""
 
-    steps: int
+    variants: list[int]
     first: int
 
-    def step(self, number: int, key: Key, looked: Tensor | None) -> None:
-        """The next draft behind so many. looked: (1,), how many the text has, in whose place none
-        are wanted."""
+    def step(self, number: int, variant: int, key: Key, looked: Tensor | None) -> None:
+        """The next draft behind so many; variant `ENDS` ends them. looked: (1,), how many the text
+        has, in whose place none are wanted."""
 
     def tell(self) -> Tensor:
         """Tell the pass to the end; gives how many drafts there are, (1,)."""
@@ -72,14 +75,14 @@ class ChainDrafter:
 
     def __init__(self, passes: Passes, chains: Chains, drafts: Drafts) -> None:
         self.chains, self._drafts, self._control = chains, drafts, passes.control
-        self.steps = drafts.tokens.shape[1]
+        self.variants = [1] * drafts.tokens.shape[1]
         self._tables = chains.tables(1, passes.most)
         width, like = chains.exit.first.weight.shape[0], drafts.sures
         self._hidden = torch.zeros(1, 1, width, dtype=passes.dtype, device=like.device)
         self._first = compiled(_first, passes.compile)
         self._later = compiled(_later, passes.compile)
 
-    def step(self, number: int, key: Key, looked: Tensor | None) -> None:
+    def step(self, number: int, variant: int, key: Key, looked: Tensor | None) -> None:
         """As of any."""
         chains, tables, (_, reach, in_order) = self.chains, self._tables, key.sizes
         step = Step(reach, in_order, chains.limit, key.measure, key.samples[0])
@@ -141,25 +144,27 @@ def _later(
 class LayerDrafter:
     """The exit at a layer: a step computes the newest token, or the last draft, up to there.
 
-    The pass to the end goes on from what these gave.
+    The pass to the end goes on from what these gave. The last draft is computed, too, but the exit
+    is not asked behind it.
     """
 
     def __init__(self, passes: Passes, door: int, drafts: Drafts) -> None:
         """door: the segment behind which the exit is."""
         self.passes, self.first, self._drafts = passes, door + 1, drafts
         most, device = drafts.tokens.shape[1], drafts.tokens.device
-        self.steps = most + 1  # the last draft is computed, too
+        self.variants = [1, *[2] * (most - 1), 1]
         self._made = torch.zeros(1, dtype=torch.int64, device=device)
         self._numbers = torch.arange(most, device=device)[:, None].repeat(1, APART)
         self._tell = compiled(tell, passes.compile)
         self._take = compiled(_take, passes.compile)
 
-    def step(self, number: int, key: Key, looked: Tensor | None) -> None:
+    def step(self, number: int, variant: int, key: Key, looked: Tensor | None) -> None:
         """As of any."""
         passes, control, (_, reach, in_order) = self.passes, self.passes.control, key.sizes
         if not number:
             self.tell()
-        asks, nothing = number < self.steps - 1, Wanted("nothing", False)
+        asks = variant != ENDS and number < len(self.variants) - 1
+        nothing = Wanted("nothing", False)
         wanted = Wanted("last", False, key.measure, key.samples[0]) if asks else nothing
         for i in range(self.first):
             last = i == self.first - 1
@@ -187,7 +192,9 @@ def _take(drafts: Drafts, made: Tensor, control: Tensor, answers: Tensor, number
     tokens.copy_(tokens.where(index != number, token))
     sures.copy_(sures.where(index != number, sure))
     made.copy_(number + leaves)
-    goes_on.copy_(leaves)
+    # The step behind as many as there can be is that which ends in any case.
+    ends = (table[:, 3] <= number + 1) & (number + 1 < tokens.shape[1])
+    goes_on.copy_(torch.where(leaves, torch.where(ends, ENDS, 1), 0))
     slot, first, count, _ = table[:, :4].unbind(1)
     told = torch.stack([slot, first + count + number, torch.ones_like(slot), token], 1)
     control[:1, :4] = told

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.drafters import Drafts, Key, drafters_of
+from ee_tuning.decode.drafters import ENDS, Drafts, Key, drafters_of
 from ee_tuning.decode.lookup import MATCH, Limits, Looked, look
 from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Row
@@ -239,19 +239,22 @@ class Rounds:
     def _round(self, key: Key, begin: Callable[[], Any]) -> Callable[[], None]:
         """What runs a round. begin: sets what it begins with, where it is to be captured."""
         drafter = self._drafters.get(key.layer)
-        number = 1 if drafter is None else drafter.steps
-        steps = [[partial(self._step, one, key)] for one in range(number)]
+        counts = [1] if drafter is None else drafter.variants
+        steps = [
+            [partial(self._step, number, variant, key) for variant in range(1, count + 1)]
+            for number, count in enumerate(counts)
+        ]
         verify = partial(self._verify, key)
-        return self.passes.graphs.branched(key, steps, self._goes_on, begin, False, verify)
+        return self.passes.graphs.branched(key, steps, self._goes_on, begin, False, verify, ENDS)
 
-    def _step(self, number: int, key: Key) -> None:
+    def _step(self, number: int, variant: int, key: Key) -> None:
         """What the text has, and one more draft after so many of the exit."""
         texts = self._texts(key)
         if texts and not number:
             reach = key.sizes[1]
             self._look(self._text[:reach], self._table, self._limits, self._looked)
         if (drafter := self._drafters.get(key.layer)) is not None:
-            drafter.step(number, key, self._looked.number if texts else None)
+            drafter.step(number, variant, key, self._looked.number if texts else None)
 
     def _verify(self, key: Key) -> None:
         """The drafts' pass to the end."""

@@ -70,10 +70,11 @@ class Branches:
         steps: Sequence[Sequence[torch.cuda.CUDAGraph]],
         goes_on: Tensor,
         last: torch.cuda.CUDAGraph | None = None,
+        ends: int = 0,
     ) -> None:
-        """steps: of each one variant or two; see `Graphs.branched`. steps, last: captured, with
+        """As of `Graphs.branched`; steps, of one variant or two each, and `last` are captured, with
         their graphs kept. They keep the memory they work in."""
-        self._steps, self._last, self._goes_on = steps, last, goes_on
+        self._steps, self._last, self._goes_on, self._ends = steps, last, goes_on, ends
         self._module = _checked(driver.cuModuleLoadData(SET_CONDITION))
         graph = self._graph = _checked(driver.cuGraphCreate(0))
         top = self._add(graph, _child(graph, None, steps[0][0]), 1, 0)
@@ -93,7 +94,9 @@ class Branches:
         node = self._tell(inner, node, handle, least + 1)
         node, bodies = self._branch(inner, node, handle, len(pieces))
         for variant, (body, piece) in enumerate(zip(bodies, pieces, strict=True), least):
-            self._add(body, _child(body, None, piece), number + 1, variant)
+            inside = _child(body, None, piece)
+            if variant + 1 != self._ends:
+                self._add(body, inside, number + 1, variant)
         return node
 
     def _tell(self, inner: Any, node: Any, handle: Any, least: int) -> Any:

@@ -178,34 +178,34 @@ class Graphs:
 
     def branched(
         self, key: Hashable, steps: Sequence[Steps], goes_on: Tensor, begin: Callable[[], Any],
-        tune: bool, last: Callable[[], None] | None = None,
+        tune: bool, last: Callable[[], None] | None = None, ends: int = 0,
     ) -> Callable[[], None]:  # fmt: skip
         """What runs one of the variants of each of `steps`, and `last` behind them in any case.
 
         goes_on: (1,) fp64, what the step before has left there: the number of a variant, from 1;
         else no further step runs. On CUDA the host is not asked. Of the first step the first
         variant runs; behind a variant none of a smaller number. begin: takes back what steps have
-        done. tune: as for `run`.
+        done. tune: as for `run`. ends: the variant behind which no further step runs.
         """
         if key not in self._kept:
             with _compiling(tune, self._on_gpu):
-                self._kept[key] = self._branches(steps, goes_on, begin, last)
+                self._kept[key] = self._branches(steps, goes_on, begin, last, ends)
         return self._kept[key]
 
     def _branches(
         self, steps: Sequence[Steps], goes_on: Tensor, begin: Callable[[], Any],
-        last: Callable[[], None] | None,
+        last: Callable[[], None] | None, ends: int,
     ) -> Callable[[], None]:  # fmt: skip
         if self._on_gpu:
             pieces = [[self._graph(one, begin, keep=True)[0] for one in step] for step in steps]
             end = None if last is None else self._graph(last, begin, keep=True)[0]
-            return Branches(pieces, goes_on, end)
+            return Branches(pieces, goes_on, end, ends)
 
         def run() -> None:
             variant = 1
             for step in steps:
                 step[variant - 1]()
-                variant = int(goes_on.item())
+                variant = 0 if variant == ends else int(goes_on.item())
                 if not variant:
                     break
             if last is not None:
