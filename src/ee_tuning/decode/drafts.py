@@ -117,9 +117,11 @@ def _at_full_depth(
     rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
 ) -> Callable[[int], list[Settled]] | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
-    where it is to look at each. behind: see `at_once`."""
+    to look at each. behind: see `at_once`."""
     if ahead is None:
         return None
+    if several is not None and several.underway(rows):
+        return partial(several.go_on, rows, behind=behind)
     if ahead.serves(rows):
         return partial(_ahead, ahead, rows[0], behind=behind)
     # What a text has for a token is not known before the one before it.
@@ -162,8 +164,6 @@ def next_round(
     is none, the host looks at each token of several, too. behind: whether something may be
     `underway` when this is over.
     """
-    if several is not None and several.underway(rows):
-        return several.go_on(rows, TOKENS, behind)
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
         if (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
@@ -172,7 +172,8 @@ def next_round(
             return several.go_on(rows, 1)
         return draft_round(sequences, rows)
     timed = sequences.stopwatch()  # what the host decides is part of a round
-    rounds = ahead.rounds if ahead is not None and ahead.serves(rows) else None
+    beside = several is not None and several.underway(rows)
+    rounds = ahead.rounds if ahead is not None and ahead.serves(rows) and not beside else None
     if ahead is not None and rounds is not None and rounds.serves(beginning):
         return _alone(sequences, rows[0], ahead, rounds, timed, behind)
     chained = [row for row in beginning if row.policy.bar is not None]
@@ -182,9 +183,11 @@ def next_round(
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
-    if rests and (go_on := _at_full_depth(rows, several, ahead, behind=False)) is not None:
+    go_on = _at_full_depth(rows, several, ahead, behind=rests and behind)
+    # What the device is at comes before what pays behind it.
+    if go_on is not None and (rests or underway(rows, several, ahead)):
         # Not what others are part of.
-        told = (*clocks, *texts) if len(beginning) == len(rows) else ()
+        told = (*clocks, *texts) if rests and len(beginning) == len(rows) else ()
         return _rest(sequences, rows, [one for one in told if one is not None], go_on, timed)
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
