@@ -84,8 +84,9 @@ def state_of(weight: Tensor, every_value: bool = False) -> tuple[Any, ...]:
     have to be waited for, and has no copies of matrices; nor has anything of quantised weights,
     which are tensors of another kind.
     """
-    values, seen = weight.detach(), cast(Any, None)
-    if values.device.type == "cpu" and _is_plain(values):
+    seen = cast(Any, None)
+    if weight.device.type == "cpu" and _is_plain(weight):
+        values = weight.detach()
         seen = _sum(values) if every_value else sample(values).view(torch.uint8).numpy().tobytes()
     version = 0 if weight.is_inference() else weight._version
     return weight.data_ptr(), weight.dtype, version, seen

@@ -6,13 +6,15 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
+    LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -41,6 +43,7 @@ REFUSED = {
     "streamer": "generate_batch gives whole texts; generate has one",
 }
 GIVE = ": give a tokenizer's, as in generate(**tokenizer(texts, return_tensors='pt', padding=True))"
+USUAL = EosTokenCriteria, MaxLengthCriteria  # a request has its length itself
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of token ids
 
 
@@ -103,6 +106,7 @@ def read_prompts(
             f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts have "
             f"{tuple(input_ids.shape)}"
         )
+    input_ids, attention_mask = input_ids.cpu(), attention_mask.cpu()  # else each look is a wait
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
         raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
@@ -155,6 +159,70 @@ def to_requests(
     """
     leaving = read_leaving(leaving, kwargs)
     policy, calibrated = _policy(model, leaving, policies), leaving.threshold == CALIBRATED
+    known, key = _known(model), _key(kwargs)
+    if key in known:
+        terms = known[key]
+        rows, length = [ids] * terms.number, len(ids) + kwargs["max_new_tokens"]
+    else:
+        terms, rows, length = _ask_transformers(model, ids, padded, kwargs)
+        if key is not None and terms.alike:
+            if len(known) >= MOST:
+                known.clear()
+            known[key] = terms
+    requests = []
+    for row in rows:
+        chooser, own = Chooser(terms.processors, terms.sample), policy
+        if calibrated and not holds_for(model, chooser.scores, length - len(row)):
+            own = Full(model.backbone.num_layers, max_pending=policy.max_pending)
+        requests.append(Request([*row], own, length, chooser, terms.stops))
+    return requests, terms.padding
+
+
+class Terms(NamedTuple):
+    """What transformers makes of arguments, but for the length of a text.
+
+    number: of texts of a prompt. padding: the token behind a text that ended. alike: they are the
+    same for each prompt, at any time.
+    """
+
+    processors: LogitsProcessorList
+    sample: bool
+    stops: Callable[[Sequence[int]], bool]
+    number: int
+    padding: int
+    alike: bool
+
+
+# Asking transformers takes as long as some tokens of a small model do. By model: its generation
+# config, and what came of arguments while it was so.
+_KNOWN: WeakKeyDictionary[Network, tuple[dict[str, Any], dict[str | None, Terms]]]
+_KNOWN = WeakKeyDictionary()
+MOST = 64  # of a model
+
+
+def _known(model: Network) -> dict[str | None, Terms]:
+    """What came of arguments before, by `_key`."""
+    own = vars(model.backbone.model.generation_config)
+    config, known = _KNOWN.get(model, ({}, {}))
+    if config != own:
+        known = {}
+        _KNOWN[model] = copy.deepcopy(own), known
+    return known
+
+
+def _key(kwargs: Mapping[str, Any]) -> str | None:
+    """Of arguments, but for how many new tokens they want; None, where that is not said by itself,
+    or where some are objects, which may change."""
+    number = kwargs.get("max_new_tokens")
+    rest = sorted((name, value) for name, value in kwargs.items() if name != "max_new_tokens")
+    plain = all(isinstance(value, int | float | str | None) for _, value in rest)
+    return repr(rest) if plain and type(number) is int and number > 0 else None
+
+
+def _ask_transformers(
+    model: Network, ids: list[int], padded: int, kwargs: dict[str, Any]
+) -> tuple[Terms, list[list[int]], int]:
+    """As `to_requests`: terms, the ids with which each text begins, and its tokens at most."""
     for name in ("max_length", "min_length") if padded else ():  # they count padding
         value = _holds(model, kwargs, name)
         if value:
@@ -168,22 +236,17 @@ def to_requests(
     kwargs = _for_transformers(kwargs)
     criteria = kwargs["stopping_criteria"]  # the caller's, which take the place of transformers'
     lengths = [c.max_length - padded for c in criteria if isinstance(c, MaxLengthCriteria)]
-    requests: list[Request] = []
-    padding = 0
+    found: list[tuple[Terms, list[list[int]], int]] = []
 
     def loop(_: Any, input_ids: Tensor, **prepared: Any) -> Tensor:
-        nonlocal padding
-        config = prepared["generation_config"]
+        config, processors = prepared["generation_config"], prepared["logits_processor"]
         _check_mode(config)
-        stops = _stops(prepared["stopping_criteria"], input_ids.device)
-        length = min(lengths, default=config.max_length)
-        own = policy
-        for row in input_ids.tolist():
-            chooser = Chooser(prepared["logits_processor"], config.do_sample)
-            if calibrated and not holds_for(model, chooser.scores, length - len(row)):
-                own = Full(model.backbone.num_layers, max_pending=policy.max_pending)
-            requests.append(Request(row, own, length, chooser, stops))
-        padding = _padding(config)
+        criteria, rows = prepared["stopping_criteria"], input_ids.tolist()
+        usual = all(isinstance(one, USUAL) for one in criteria)
+        alike = usual and Chooser(processors).in_passes
+        stops, padding = _stops(criteria, input_ids.device), _padding(config)
+        terms = Terms(processors, config.do_sample, stops, len(rows), padding, alike)
+        found.append((terms, rows, min(lengths, default=config.max_length)))
         return input_ids
 
     prompt = torch.tensor([ids], device=model.backbone.device)
@@ -194,7 +257,7 @@ def to_requests(
         raise
     except ValueError as error:
         raise UserError(first_line(error)) from error
-    return requests, padding
+    return found[0]
 
 
 def _policy(model: Network, leaving: Leaving, made: dict[str, Policy] | None) -> Policy:
@@ -284,8 +347,7 @@ def warn_ignored(kwargs: Mapping[str, Any]) -> None:
 def _stops(criteria: StoppingCriteriaList, device: torch.device) -> Callable[[Sequence[int]], bool]:
     """Whether ids end by `criteria`; of the usual ones the device is not asked."""
     ends = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
-    usual = (EosTokenCriteria, MaxLengthCriteria)  # a request has its length itself
-    others = StoppingCriteriaList(c for c in criteria if not isinstance(c, usual))
+    others = StoppingCriteriaList(c for c in criteria if not isinstance(c, USUAL))
 
     def stops(ids: Sequence[int]) -> bool:
         if any(ids[-1] in tokens for tokens in ends):
