@@ -710,7 +710,10 @@ def test_prompts_are_not_written_over_what_the_device_is_at(kind, more, number, 
             came += 2
         for request, token in engine.step():
             found.setdefault(request, []).append((token.id, token.exit_layer))
-    assert [found[request] for request in new] == alone
+    texts = [found[request] for request in new]
+    if kind == "rests":  # plans come at other times
+        texts, alone = ([[token for token, _ in text] for text in some] for some in (texts, alone))
+    assert texts == alone
     # Of several that do not go straight to the end the host looks at each token.
     assert any(seen) or (number > 1 and kind not in ("full", "rests"))
 
@@ -723,9 +726,9 @@ def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
     events, read = engine.step(), straight.Look.read
 
     def broken(look):
-        found = read(look)
+        found, seconds = read(look)
         found[1][1][0] = float("nan")  # the second token of the first text
-        return found
+        return found, seconds
 
     monkeypatch.setattr(straight.Look, "read", broken)
     events += engine.step()
@@ -733,7 +736,7 @@ def test_a_text_without_a_number_fails_alone_at_full_depth(monkeypatch):
     good = [token for request, token in events if request is requests[0]]
     assert len(good) == 2
     assert None not in good
-    monkeypatch.setattr(straight.Look, "read", lambda _: [[[5, 5], [float("nan"), 1.0]]])
+    monkeypatch.setattr(straight.Look, "read", lambda _: ([[[5, 5], [float("nan"), 1.0]]], 0.0))
     assert (requests[0], None) in engine.step()
     assert "not finite" in str(requests[0].error)
     assert not requests[1].finished

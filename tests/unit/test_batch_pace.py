@@ -11,6 +11,7 @@ from ee_tuning.decode import Engine, Request, Speculative, drafts
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.pace import Clock, Pace, plan
+from ee_tuning.decode.rounds import Line
 from ee_tuning.exit_config import DRAFT
 
 ROWS, LONGEST, NEW, COST = 8, 6, 128, 0.06
@@ -148,3 +149,20 @@ def test_a_clock_is_told_what_all_of_a_round_takes(monkeypatch):
         engine.step()
     half = TOKENS // 2
     assert told == [*[(0, (0.75 + TOKENS) / half, half)] * 3, *[(most, 2.75)] * 2]
+
+
+def test_a_rest_takes_no_less_than_it_took_the_device(monkeypatch):
+    """Which may have been at it before the host came to look."""
+    told, read = [], Line.read
+    monkeypatch.setattr(Line, "read", lambda line: (read(line)[0], 8.0))
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Clock)  # not the one of tests
+    monkeypatch.setattr(Clock, "learn", lambda clock, *given: told.append(given))
+    monkeypatch.setattr(drafts, "plan", lambda *_: 0)
+    engine = engine_of(3, 3)
+    for seed in range(3):
+        policy = Speculative(4, {}, max_pending=3, bar=0.0)
+        engine.submit(Request(prompt(7, seed), policy, 7 + 30))
+    for _ in range(4):
+        engine.step()
+    half = TOKENS // 2
+    assert told == [(0, 8.0 / half, half)] * 3

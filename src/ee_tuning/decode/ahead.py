@@ -130,10 +130,10 @@ class Look(NamedTuple):
         self.line.follow(find)
         return self
 
-    def read(self) -> list[list[float]]:
-        """Of each token it, the segment behind which it left, and confidence."""
-        said, _ = self.line.read()
-        return said[self.at : self.at + self.number]
+    def read(self) -> tuple[list[list[float]], float]:
+        """Of each token it, the segment behind which it left, and confidence; and all seconds."""
+        said, seconds = self.line.read()
+        return said[self.at : self.at + self.number], seconds
 
 
 class Ahead:
@@ -169,20 +169,21 @@ class Ahead:
         return not (own or rows[0].door or not chooser.in_passes)
 
     @torch.inference_mode()
-    def go_on(self, row: Row, count: int, behind: bool = False) -> list[Token]:
-        """The next tokens of a row, up to `count` ≤ `TOKENS`, or what is `underway`; none, if there
-        is no first one, but the error of its request. None leaves early if none may be pending.
-        behind: as many more, up to half of `TOKENS`, are begun before the host looks at these.
+    def go_on(self, row: Row, count: int, behind: bool = False) -> tuple[list[Token], float]:
+        """The next tokens of a row, up to `count` ≤ `TOKENS`, or what is `underway`, and seconds
+        that they took; none, if there is no first one, but the error of its request. None leaves
+        early if none may be pending. behind: as many more are begun before the host looks at these.
         """
         look = self.underway(row) or self._begin(row, min(count, row.left))
         self._behind = None
         if behind and row.left > look.number:
             self._behind = self._follow(look, min(count, row.left - look.number))
+        found, seconds = look.read()
         tokens: list[Token] = []
-        for number, i, confidence in row.evident(look.read()):
+        for number, i, confidence in row.evident(found):
             computed = int(i) + 1 + look.asking.beside[int(i)]
             tokens.append(_take(row, int(number), self._stops[int(i)], computed, confidence))
-        return tokens
+        return tokens, seconds
 
     def underway(self, row: Row) -> Look | None:
         """What the device is at for a row, or has found, if the row has gone no other way since."""

@@ -21,6 +21,9 @@ from ee_tuning.decode.straight import Several
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes.wanted import Prediction
 
+# What lets rows go on by so many tokens; gives them, and the seconds that they took the device.
+GoOn = Callable[[int], tuple[list[Settled], float]]
+
 
 def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     """Let `rows` go down until some of them have tokens that are settled; these, by row.
@@ -115,7 +118,7 @@ def _verified_chains(
 
 def _at_full_depth(
     rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
-) -> Callable[[int], list[Settled]] | None:
+) -> GoOn | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
     to look at each. behind: see `at_once`."""
     if ahead is None:
@@ -131,9 +134,10 @@ def _at_full_depth(
     return partial(several.go_on, rows, behind=behind)
 
 
-def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> list[Settled]:
+def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> tuple[list[Settled], float]:
     """The next tokens of a row that is alone. behind: see `_at_full_depth`."""
-    return [(row, ahead.go_on(row, at_once(count, behind), behind))]
+    tokens, seconds = ahead.go_on(row, at_once(count, behind), behind)
+    return [(row, tokens)], seconds
 
 
 def underway(rows: Sequence[Row], several: Several | None, ahead: Ahead | None) -> bool:
@@ -167,9 +171,9 @@ def next_round(
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
         if (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
-            return go_on(TOKENS)
+            return go_on(TOKENS)[0]
         if several is not None and several.serves(rows):
-            return several.go_on(rows, 1)
+            return several.go_on(rows, 1)[0]
         return draft_round(sequences, rows)
     timed = sequences.stopwatch()  # what the host decides is part of a round
     beside = several is not None and several.underway(rows)
@@ -259,17 +263,18 @@ def _rest(
     sequences: Sequences,
     rows: Sequence[Row],
     clocks: Iterable[Clock],
-    go_on: Callable[[int], list[Settled]],
+    go_on: GoOn,
     timed: Stopwatch,
 ) -> list[Settled]:
     """Some tokens at full depth, of rows of which drafts do not pay: always as many, since what
-    they take is what rounds with drafts are held against.
+    they take is what rounds with drafts are held against. As there, no less than it took the
+    device, which may have been at them before this began.
 
     clocks: of rounds that have none now. go_on: see `_at_full_depth`. timed: of this round.
     """
     chained = any(row.policy.bar is not None for row in rows)
     # As many as `catch_up` lets the draft exit compute.
-    settled = go_on(min(TOKENS, sequences.passes.most) if chained else TOKENS)
+    settled, least = go_on(min(TOKENS, sequences.passes.most) if chained else TOKENS)
     for row, tokens in settled:
         for pace in (row.pace, row.text):
             if pace is not None:
@@ -277,7 +282,7 @@ def _rest(
     seconds, number = timed(), max(1, *(len(tokens) for _, tokens in settled))
     if seconds is not None:
         for clock in clocks:
-            clock.learn(0, seconds / number, number)
+            clock.learn(0, max(seconds, least) / number, number)
     return settled
 
 

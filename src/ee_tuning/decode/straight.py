@@ -41,10 +41,12 @@ class Look(NamedTuple):
         self.lines[0].follow(find)
         return self
 
-    def read(self) -> list[list[list[float]]]:
-        """Of each token in turn, it and how sure it is, by row."""
-        said, _ = self.lines[0].read()
-        return [[[of[i] for i in self.straight.rows] for of in one] for one in said[: self.number]]
+    def read(self) -> tuple[list[list[list[float]]], float]:
+        """Of each token in turn, it and how sure it is, by row; and the seconds that all took the
+        device."""
+        said, seconds = self.lines[0].read()
+        rows = self.straight.rows
+        return [[[of[i] for i in rows] for of in one] for one in said[: self.number]], seconds
 
 
 class Several:
@@ -70,9 +72,12 @@ class Several:
         return self._look is not None and not {*rows}.isdisjoint(self._look.rows)
 
     @torch.inference_mode()
-    def go_on(self, rows: Sequence[Row], count: int, behind: bool = False) -> list[Settled]:
+    def go_on(
+        self, rows: Sequence[Row], count: int, behind: bool = False
+    ) -> tuple[list[Settled], float]:
         """The next `count` ≤ `TOKENS` tokens, or fewer, of rows that it `serves`, or what is
         `underway`: as of as many rounds without drafts, in one look, with little to do for each.
+        Also gives the seconds that they took the device.
 
         behind: half as many, and as many more are begun before the host looks at these.
         """
@@ -80,7 +85,7 @@ class Several:
         look = self._look if self._look and self.underway(rows) else self._begin(rows, number)
         assert live <= {*look.rows}, "a text has come while the device was at others"
         self._look = self._follow(look, rows, number) if behind else None
-        found = look.read()
+        found, seconds = look.read()
         settled: list[Settled] = []
         for place, row in enumerate(look.rows):
             if row not in live:
@@ -90,7 +95,7 @@ class Several:
             row.ids += [token.id for token in tokens]
             row.done = [len(row.ids) - 1]
             settled.append((row, tokens))
-        return settled
+        return settled, seconds
 
     @cached_property
     def _lines(self) -> tuple[Line, Line]:
