@@ -120,7 +120,7 @@ def _at_full_depth(
     rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
 ) -> GoOn | None:
     """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
-    to look at each. behind: see `at_once`."""
+    where it is to look at each. behind: see `at_once`."""
     if ahead is None:
         return None
     if several is not None and several.underway(rows):
@@ -187,7 +187,8 @@ def next_round(
     texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
-    go_on = _at_full_depth(rows, several, ahead, behind=rests and behind)
+    behind = behind and rests and all(row.text is None for row in rows)  # it may have drafts next
+    go_on = _at_full_depth(rows, several, ahead, behind)
     # What the device is at comes before what pays behind it.
     if go_on is not None and (rests or underway(rows, several, ahead)):
         # Not what others are part of.
@@ -267,8 +268,7 @@ def _rest(
     timed: Stopwatch,
 ) -> list[Settled]:
     """Some tokens at full depth, of rows of which drafts do not pay: always as many, since what
-    they take is what rounds with drafts are held against. As there, no less than it took the
-    device, which may have been at them before this began.
+    they take, at least on the device, is what rounds with drafts are held against.
 
     clocks: of rounds that have none now. go_on: see `_at_full_depth`. timed: of this round.
     """
