@@ -94,6 +94,7 @@ def read_prompts(
     if input_ids.ndim != 2 or not len(input_ids) or input_ids.dtype not in IDS:
         found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
         raise UserError(f"generate takes token ids, prompts of shape (B, P), not {found}{GIVE}")
+    input_ids = input_ids.cpu()  # each look at what a GPU has is a wait
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
         padding = _tokens(_holds(model, kwargs, "pad_token_id"))
@@ -106,7 +107,7 @@ def read_prompts(
             f"attention_mask has shape {tuple(attention_mask.shape)}, the prompts have "
             f"{tuple(input_ids.shape)}"
         )
-    input_ids, attention_mask = input_ids.cpu(), attention_mask.cpu()  # else each look is a wait
+    attention_mask = attention_mask.cpu()
     if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
         raise UserError("a prompt is padded on its right: set the tokenizer's padding_side to left")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
