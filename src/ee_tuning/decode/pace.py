@@ -212,22 +212,30 @@ def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
             pace.rests -= 1
         return 0
     alone = len(paces) == 1
-    part, most = 1.0 if alone else BOUNDED, 1.0
+    part = 1.0 if alone else BOUNDED
     margins = [pace.margin(room, clock, part) for pace, room in zip(paces, rooms, strict=True)]
     if clock.looks():
         return 0
     outlooks = [pace.outlook(room) for pace, room in zip(paces, rooms, strict=True)]
-    longest, found = max(map(len, outlooks)), 0
-    padded = [one + one[-1:] * (longest - len(one)) for one in outlooks]
-    for number, given in enumerate(zip(*padded, strict=True)):
-        tokens, asked = zip(*given, strict=True)
-        rate, lost = _harmonic_mean(tokens) / clock.rounds(max(asked)), clock.rounds(number) - 1
-        left = sum(min(margin, SHARED * lost) for margin in margins)
-        if rate > most and len(paces) * lost <= left:
-            found, most = number, rate
+    found, most = 0, 1.0
+    for number, (tokens, asked) in enumerate(outlooks[0] if alone else _together(outlooks)):
+        if (rate := tokens / clock.rounds(asked)) > most:
+            lost = clock.rounds(number) - 1
+            if len(paces) * lost <= sum([min(margin, SHARED * lost) for margin in margins]):
+                found, most = number, rate
     clock.promise(most)
     for pace in paces if not (found or alone) else ():
         pace.rests = pace.RESTS
+    return found
+
+
+def _together(outlooks: Sequence[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """As one of them, of a round of all."""
+    longest, found = max(map(len, outlooks)), []
+    padded = [one + one[-1:] * (longest - len(one)) for one in outlooks]
+    for given in zip(*padded, strict=True):
+        tokens, asked = zip(*given, strict=True)
+        found.append((_harmonic_mean(tokens), max(asked)))
     return found
 
 
