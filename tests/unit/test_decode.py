@@ -44,7 +44,7 @@ class Told(Chooser):
         super().__init__()
         self.tokens, self.seen = list(tokens), []
 
-    def choose(self, ids, found):
+    def choose(self, found):
         self.seen.append(found.logits.clone())
         return self.tokens[len(self.seen) - 1]
 

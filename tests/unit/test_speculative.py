@@ -138,7 +138,7 @@ class Rejecting(Chooser):
         super().__init__()
         self.tokens, self.seen = tokens, []
 
-    def choose(self, ids, found):
+    def follow(self, ids, found):
         self.seen.append((list(ids), found.logits.clone()))
         return self.tokens[len(ids) % len(self.tokens)]
 
@@ -148,7 +148,7 @@ class Rejecting(Chooser):
             self.seen.append((ids[: first + kept], found[kept].logits.clone()))
             if (first + kept) % 3 == 0:
                 return kept, (draft.id + 1) % 96
-        return len(drafts), self.choose(ids, found[-1])
+        return len(drafts), self.follow(ids, found[-1])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])

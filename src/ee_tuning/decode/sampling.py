@@ -63,8 +63,8 @@ class Chooser:
         """What a pass does to choose a token: see `passes.draws`."""
         return self.warp.samples if self.sample and self.in_passes else NOTHING
 
-    def choose(self, ids: Sequence[int], found: Prediction) -> int:
-        """What follows `ids`, where a pass has found that."""
+    def choose(self, found: Prediction) -> int:
+        """What follows, where a pass has found that."""
         check_evidence(found.confidence)
         return found.token
 
@@ -75,12 +75,11 @@ class Chooser:
 
         said: the final exit's prediction of each draft, and of what follows the last one.
         """
-        first = len(ids) - len(drafts)
         for kept, draft in enumerate(drafts):
-            token = self.choose(ids[: first + kept], said[kept])
+            token = self.choose(said[kept])
             if token != draft.id:
                 return kept, token
-        return len(drafts), self.choose(ids, said[-1])
+        return len(drafts), self.choose(said[-1])
 
 
 @dataclass
