@@ -308,7 +308,7 @@ def test_a_text_that_becomes_the_only_one_goes_on_as_it_was():
 def looks_behind(monkeypatch):
     """Looks that ask for the same, as compiled ones mostly do; what was begun, as (first, number of
     tokens, whether it is behind another)."""
-    seen, asking, begin, follow = [], Ahead._asking, Ahead._begin, Ahead._follow
+    seen, begin, follow = [], Ahead._begin, Ahead._follow
 
     def begun(function, behind):
         def called(self, *args):
@@ -320,8 +320,7 @@ def looks_behind(monkeypatch):
         return called
 
     with monkeypatch.context() as patch:
-        wide = {"reach": CAPACITY}
-        patch.setattr(Ahead, "_asking", lambda *args: asking(*args)._replace(**wide))
+        patch.setattr(Ahead, "_reach", lambda *_: CAPACITY)
         patch.setattr(Ahead, "_begin", begun(begin, False))
         patch.setattr(Ahead, "_follow", begun(follow, True))
         yield seen

@@ -354,7 +354,7 @@ def test_several_exits_and_texts_beside_one_are_left_to_the_host():
     ):
         engine.submit(Request(prompt(7), policy, 20))
         engine.step()
-        assert engine.ahead.rounds.serves(engine.sequences.live) == served
+        assert engine.ahead.rounds.serves(policy) == served
         engine.clear()
 
 

@@ -201,23 +201,23 @@ class Ahead:
         def begin() -> None:
             self._state.copy_(told, non_blocking=True)
 
-        asking = self._asking_of(row, len(row.ids) + count)
+        size = row.through, row.limit, len(row.ids) + count, self.passes.in_order([row.slot])
+        asking = self._asking(row.policy, size, row.request.chooser.samples)
         run = self._tokens(asking, begin)
         begin()
         return Look(row, len(row.ids), count, 0, asking, run, self._lines[0]).begun()
 
     def _follow(self, look: Look, count: int) -> Look | None:
-        """A look behind another, if it asks for the same."""
+        """A look behind another, if it asks for the same: what else a row asks for stays."""
         length, at = look.length + look.number, (look.at + look.number) % TOKENS
-        if self._asking_of(look.row, length + count) != look.asking:
+        if self._reach(length + count, look.asking.length) != look.asking.reach:
             return None
         line = self._lines[look.line is self._lines[0]]
         return look._replace(length=length, number=count, at=at, line=line).begun()
 
-    def _asking_of(self, row: Row, end: int) -> Asking:
-        """What a row asks for till its text is so long."""
-        size = row.through, row.limit, end, self.passes.in_order([row.slot])
-        return self._asking(row.policy, size, row.request.chooser.samples)
+    def _reach(self, end: int, length: int) -> int:
+        """Up to where a window of so many tokens looks back, in a text up to `end`."""
+        return self.passes.sizes.reach(end + length) if self.passes.compile else end + length
 
     def _asking(self, policy: Policy, size: tuple[int, int, int, bool], samples: int) -> Asking:
         """What a text of a policy asks for.
@@ -239,7 +239,7 @@ class Ahead:
         length = limit + 1 if any(asks) else 1
         if passes.compile:
             length = passes.sizes.length(length)
-        reach = passes.sizes.reach(end + length) if passes.compile else end + length
+        reach = self._reach(end, length)
         in_order = in_order and passes.compile  # else its first position is looked at on the host
         how = policy.measure, policy.final, samples
         each = tuple(asks), tuple(beside), tuple(keeps)
@@ -249,7 +249,7 @@ class Ahead:
         """What lets the device go on by one token. begin: sets the state."""
         graphs, tune = self.passes.graphs, self.passes.invariant.missing is not None
         goes_on = self._state[GOES_ON : GOES_ON + 1]
-        steps = self._steps(asking)
+        steps = partial(self._steps, asking)
         return graphs.branched(("ahead", asking), steps, goes_on, begin, tune)
 
     def _steps(self, asking: Asking) -> list[list[Callable[[], None]]]:

@@ -178,7 +178,7 @@ def next_round(
     timed = sequences.stopwatch()  # what the host decides is part of a round
     beside = several is not None and several.underway(rows)
     rounds = ahead.rounds if ahead is not None and ahead.serves(rows) and not beside else None
-    if ahead is not None and rounds is not None and rounds.serves(beginning):
+    if ahead is not None and rounds is not None and rounds.serves(rows[0].policy):
         return _alone(sequences, rows[0], ahead, rounds, timed, behind)
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]

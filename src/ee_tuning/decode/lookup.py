@@ -61,6 +61,8 @@ class Limits(NamedTuple):
 
     def within(self, room: int) -> Limits:
         """These, where there is room for so many."""
+        if room >= self.most:
+            return self
         room = max(0, room)
         return Limits(min(self.exit, room), tuple(min(one, room) for one in self.texts))
 

@@ -130,10 +130,9 @@ class Rounds:
         self._prefer = compiled(_prefer, passes.compile)
         self._settle = compiled(_settle, passes.compile)
 
-    def serves(self, rows: Sequence[Row]) -> bool:
-        """Whether these rows, of those that `Ahead` serves, draft as this can."""
-        policies = [row.policy for row in rows]
-        return any(one.bar is not None or len(one.thresholds) + one.lookup == 1 for one in policies)
+    def serves(self, policy: Policy) -> bool:
+        """Whether a row that `Ahead` serves, of a policy with drafts, drafts as this can."""
+        return policy.bar is not None or len(policy.thresholds) + policy.lookup == 1
 
     def underway(self, row: Row) -> bool:
         """Whether the device is at the round that follows what is known of a row."""
@@ -196,12 +195,14 @@ class Rounds:
         if key not in self.passes.graphs:
             return None
         self._tell(limits)
-        (line,) = (line for line in self._lines if line is not one.line)
+        line = self._lines[one.line is self._lines[0]]
         run = self._round(key, lambda: None)
         return Underway(row, length, limits, False, line.follow(run))
 
     def _tell(self, limits: Limits) -> None:
         """Let rounds from the next one on have so many drafts."""
+        if limits == self._told:
+            return
         if limits.exit != self._told.exit:
             self._table[:, 3].fill_(limits.exit)
         for size, (limit, told) in enumerate(zip(limits.texts, self._told.texts, strict=True)):
@@ -238,14 +239,17 @@ class Rounds:
 
     def _round(self, key: Key, begin: Callable[[], Any]) -> Callable[[], None]:
         """What runs a round. begin: sets what it begins with, where it is to be captured."""
+        steps, verify = partial(self._steps, key), partial(self._verify, key)
+        return self.passes.graphs.branched(key, steps, self._goes_on, begin, False, verify, ENDS)
+
+    def _steps(self, key: Key) -> list[list[Callable[[], None]]]:
+        """The drafts of a round."""
         drafter = self._drafters.get(key.layer)
         counts = [1] if drafter is None else drafter.variants
-        steps = [
+        return [
             [partial(self._step, number, variant, key) for variant in range(1, count + 1)]
             for number, count in enumerate(counts)
         ]
-        verify = partial(self._verify, key)
-        return self.passes.graphs.branched(key, steps, self._goes_on, begin, False, verify, ENDS)
 
     def _step(self, number: int, variant: int, key: Key) -> None:
         """What the text has, and one more draft after so many of the exit."""

@@ -69,7 +69,7 @@ class Several:
 
     def underway(self, rows: Sequence[Row]) -> bool:
         """Whether the device is at the next tokens of some of `rows`, or has found them."""
-        return self._look is not None and not {*rows}.isdisjoint(self._look.rows)
+        return self._look is not None and any(row in self._look.rows for row in rows)
 
     @torch.inference_mode()
     def go_on(

@@ -177,19 +177,20 @@ class Graphs:
         return self._kept[key]()
 
     def branched(
-        self, key: Hashable, steps: Sequence[Steps], goes_on: Tensor, begin: Callable[[], Any],
-        tune: bool, last: Callable[[], None] | None = None, ends: int = 0,
+        self, key: Hashable, steps: Callable[[], Sequence[Steps]], goes_on: Tensor,
+        begin: Callable[[], Any], tune: bool, last: Callable[[], None] | None = None, ends: int = 0,
     ) -> Callable[[], None]:  # fmt: skip
-        """What runs one of the variants of each of `steps`, and `last` behind them in any case.
+        """What runs one of the variants of each of some steps, and `last` behind them in any case.
 
-        goes_on: (1,) fp64, what the step before has left there: the number of a variant, from 1;
-        else no further step runs. On CUDA the host is not asked. Of the first step the first
-        variant runs; behind a variant none of a smaller number. begin: takes back what steps have
-        done. tune: as for `run`. ends: the variant behind which no further step runs.
+        steps: gives them, where they are not captured yet. goes_on: (1,) fp64, what the step before
+        has left there: the number of a variant, from 1; else no further step runs. On CUDA the host
+        is not asked. Of the first step the first variant runs; behind a variant none of a smaller
+        number. begin: takes back what steps have done. tune: as for `run`. ends: the variant behind
+        which no further step runs.
         """
         if key not in self._kept:
             with _compiling(tune, self._on_gpu):
-                self._kept[key] = self._branches(steps, goes_on, begin, last, ends)
+                self._kept[key] = self._branches(steps(), goes_on, begin, last, ends)
         return self._kept[key]
 
     def _branches(
