@@ -381,12 +381,15 @@ def own_hashes(network: Network, layers: Iterable[int]) -> dict[int, str]:
     return {k: exit_hash(network.exit(k)) for k in layers if k in network.exit_layers}
 
 
-def stored_hashes(folder: Path, layers: Iterable[int], dtype: torch.dtype) -> dict[int, str]:
+def stored_hashes(
+    folder: Path, saved: dict[str, Any], layers: Iterable[int], dtype: torch.dtype
+) -> dict[int, str]:
     """`exit_hash` of the exits at `layers` as they are once loaded in `dtype`, of what is stored.
 
-    Not of those with a reduced vocabulary that share the backbone's head: they have rows of it.
+    saved: the folder's ``exit_config.json``. Exits with a reduced vocabulary that share the
+    backbone's head have none: they have rows of it.
     """
-    saved, tensors = read_exit_config(folder), stored(folder)
+    tensors = stored(folder)
     tokens, found = tensors.pop("vocabulary", None), {}
     known = {} if tokens is None else {"buffer output.tokens": tokens}
     heads = dict(zip(saved["layers"], saved["head"], strict=True))

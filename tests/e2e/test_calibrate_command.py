@@ -9,7 +9,7 @@ import torch
 from helpers.commands import fails
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.adapter import stored_hashes
+from ee_tuning.adapter import read_exit_config, stored_hashes
 from ee_tuning.calibrate.risks import Along, full_texts, look
 from ee_tuning.cli import main
 from ee_tuning.errors import Notice
@@ -174,7 +174,7 @@ def test_exits_are_hashed_from_files_as_they_are_once_loaded(
     model.save_pretrained(tmp_path)
     model = EarlyExitModel.from_pretrained(str(tmp_path), dtype=dtype)
     told = {} if reduced and head == "shared" else {k: exit_hash(model.exit(k)) for k in (2, 3)}
-    assert stored_hashes(tmp_path, [2, 3], dtype) == told
+    assert stored_hashes(tmp_path, read_exit_config(tmp_path), [2, 3], dtype) == told
 
 
 @pytest.mark.parametrize("risk", ["nll", "text"])

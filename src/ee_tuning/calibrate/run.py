@@ -42,7 +42,7 @@ from ee_tuning.data.chats import with_template
 from ee_tuning.decode.load import exit_hashes, load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.devices import hardware, pick_device, versions
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, mistakes_first
 from ee_tuning.fingerprint import backbone_hashes
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect_hashes
@@ -81,27 +81,38 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     with mesh.connected(device, config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         shown = display if display is not None and mesh.is_main else Display()
-        return _calibrate(config, folder, mesh, shown)
+        with mistakes_first() as begin:
+            return _calibrate(config, folder, mesh, shown, begin)
 
 
-def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Display) -> Certificate:
-    """On every process of a connected `mesh`, with the same result."""
+def _calibrate(
+    config: CalibrateConfig,
+    folder: Path,
+    mesh: Mesh,
+    display: Display,
+    begin: Callable[[], None],
+) -> Certificate:
+    """On every process of a connected `mesh`, with the same result. begin: called once settings,
+    model and prompts are known to do."""
     model, tokenizer = load_for_decoding(config, mesh)
     layers = list(make_policy(model, config.leaving(mode="threshold", threshold=0.0)).thresholds)
     if not layers:
         raise UserError("no exit before the last layer is active: see exit_layers and min_depth")
     if config.risk == "task":
-        found = _of_task(config, layers, display)
+        found = _of_task(config, layers, display, begin)
     else:
         tokenizer = with_template(tokenizer, config.chat_template)
         longest = (model.backbone.longest_text or 2**30) - config.max_new_tokens
         most = min(longest, config.max_prompt_tokens)
         prompts = mesh.on_all(lambda: read_prompts(config, tokenizer, most))
         mesh.check_same("prompts", prompts.hash())
+        needed = _check_enough(len(prompts.ids), config, "betting")
+        unknown = check_not_tuned_on(prompts, folder, config)
+        begin()
         for reason, number in prompts.left_out.items():
             display.say(f"{number:,} records are left out: {reason}")
-        _check_enough(len(prompts.ids), config, "betting", display)
-        display.say(check_not_tuned_on(prompts, folder, config))
+        display.say(needed)
+        display.say(unknown)
         found = _of_prompts(config, model, layers, prompts, mesh, display)
     found = replace(
         found,
@@ -158,10 +169,8 @@ def _own_folder(config: CalibrateConfig) -> Path:
     return folder
 
 
-def _check_enough(
-    prompts: int, config: CalibrateConfig, test: str, display: Display, ordered: bool = False
-) -> None:
-    """Say how many prompts it takes at least, and refuse fewer.
+def _check_enough(prompts: int, config: CalibrateConfig, test: str, ordered: bool = False) -> str:
+    """How many prompts it takes at least, in words; fewer are refused.
 
     Raises:
         UserError: so few could prove nothing, whatever they showed.
@@ -179,7 +188,7 @@ def _check_enough(
             f"{needed}, {whole:,} in all, and there are {prompts:,}: give more with --data and "
             "--prompts, or a larger --epsilon or --delta"
         )
-    display.say(f"{needed}; there are {own:,} of {prompts:,}")
+    return f"{needed}; there are {own:,} of {prompts:,}"
 
 
 def _of_prompts(
@@ -214,14 +223,18 @@ def _of_prompts(
     return _walk(config, candidates, risk, parts, "betting", prompts.hash(), layers, display)
 
 
-def _of_task(config: CalibrateConfig, layers: list[int], display: Display) -> Certificate:
+def _of_task(
+    config: CalibrateConfig, layers: list[int], display: Display, begin: Callable[[], None]
+) -> Certificate:
     task, candidates, names = read_task(config.samples, config.metric, layers)
     parts = split(len(names), config.seed, ordered=True)
     every = np.concatenate([parts.test, parts.report])
     # Whether a metric is right or wrong, or a share, is not a matter of chance.
     binary = all(is_binary(task.measure(one, every).losses) for one in candidates)
     test = "binomial" if binary else "betting"
-    _check_enough(len(names), config, test, display, ordered=True)
+    needed = _check_enough(len(names), config, test, ordered=True)
+    begin()
+    display.say(needed)
     data = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]
     return _walk(config, candidates, task, parts, test, data, layers, display)
 

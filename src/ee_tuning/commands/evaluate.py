@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.adapter import find_exits
 from ee_tuning.config import EvaluateConfig
-from ee_tuning.data import describe, load_packed
+from ee_tuning.data import Rows, describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import hardware, pick_device, versions
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, mistakes_first
 from ee_tuning.evaluate.exits import Track, measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
@@ -50,24 +50,25 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     find_exits(config.exits)
     mesh, device = Mesh(dp=config.dp, tp=config.tp), pick_device(config.device)
     with mesh.connected(device, config.timeout, advice="Start it again"):
-        mesh.check_same("settings", repr(config))
-        folder = mesh.on_main(lambda: results_folder(config))
-        model, tokenizer = load_for_decoding(config, mesh)
-        result = _measure(config, model, tokenizer, thresholds, mesh)
+        with mistakes_first():
+            mesh.check_same("settings", repr(config))
+            folder = mesh.on_main(lambda: results_folder(config))
+            model, tokenizer = load_for_decoding(config, mesh)
+            packed, prompts = _read(config, model, tokenizer, mesh)
+        result = _measure(config, model, packed, prompts, thresholds, mesh)
     if mesh.is_main:
         _show(result, console or Console(), folder, tokenizer)
     return result
 
 
-def _measure(
-    config: EvaluateConfig,
-    model: Network,
-    tokenizer: PreTrainedTokenizerBase,
-    thresholds: list[float],
-    mesh: Mesh,
-) -> dict[str, Any]:
-    """What ``evaluation.json`` holds, on every process of a connected `mesh`."""
-    progress = Console(stderr=True, quiet=not mesh.is_main)
+def _read(
+    config: EvaluateConfig, model: Network, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
+) -> tuple[Rows, list[list[int]]]:
+    """The data and the prompts of it.
+
+    Raises:
+        UserError: exits or data that cannot be measured.
+    """
     if model.exit_layers == [DRAFT]:
         raise UserError(
             "evaluate measures exits at which tokens leave, and there is a draft exit alone: how "
@@ -77,11 +78,24 @@ def _measure(
     packed = mesh.on_all(
         lambda: load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
     )
-    progress.print(describe(packed), highlight=False, soft_wrap=True)
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
     mesh.check_same("data", repr(prompts))
     if len(prompts) < mesh.dp:
         raise UserError(f"dp is {mesh.dp}, and there are {len(prompts)} prompts: give each one")
+    return packed, prompts
+
+
+def _measure(
+    config: EvaluateConfig,
+    model: Network,
+    packed: Rows,
+    prompts: list[list[int]],
+    thresholds: list[float],
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """What ``evaluation.json`` holds, on every process of a connected `mesh`."""
+    progress = Console(stderr=True, quiet=not mesh.is_main)
+    progress.print(describe(packed), highlight=False, soft_wrap=True)
     with _tracked(progress, "losses and agreement on the data") as track:
         measured = measure_exits(model, packed, config, thresholds, mesh, track)
     with _tracked(progress, "speed and agreement of generated text") as track:

@@ -20,13 +20,14 @@ from ee_tuning.adapter import (
 )
 from ee_tuning.certificate import Certificate, changed
 from ee_tuning.config import InspectConfig
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, mistakes_first
 from ee_tuning.exit_config import exit_name, threshold_text
 from ee_tuning.fingerprint import EXIT, PART, config_values
 from ee_tuning.hub import check_there, find_file
 from ee_tuning.loading import load_config
 
 
+@mistakes_first()
 def inspect(config: InspectConfig) -> None:
     """Print what is at ``config.path``, a folder or a hub id of a backbone or of exits.
 
@@ -100,7 +101,7 @@ def _holds(folder: Path, saved: dict[str, Any], found: Certificate) -> str:
         )
     if gone := {*found.exits} - {*saved["layers"]}:
         return f"void: there is no exit at layer {min(gone)} any more, calibrate again"
-    hashes = stored_hashes(folder, found.exits, dtype)
+    hashes = stored_hashes(folder, saved, found.exits, dtype)
     others = changed(EXIT, hashes, found.exits, None) + changed(PART, parts, found.backbone, None)
     if others:
         return f"void: the {others[0]} is another one now, calibrate again"

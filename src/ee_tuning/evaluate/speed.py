@@ -25,11 +25,16 @@ from ee_tuning.parallel.mesh import ALONE, Mesh
 Method = Callable[[Tensor], Any]
 
 
-def take_prompts(packed: Iterable[dict[str, Tensor]], number: int, length: int) -> list[list[int]]:
+def take_prompts(
+    packed: Iterable[dict[str, Tensor]],
+    number: int,
+    length: int,
+    advice: str = "lower --prompt-length",
+) -> list[list[int]]:
     """The first `length` tokens of up to `number` pieces of text, one per packed row.
 
     Raises:
-        UserError: no piece is that long.
+        UserError: no piece is that long; with the `advice`.
     """
     prompts: list[list[int]] = []
     for row in packed:
@@ -39,7 +44,7 @@ def take_prompts(packed: Iterable[dict[str, Tensor]], number: int, length: int) 
         if len(prompts) == number:
             break
     if not prompts:
-        raise UserError(f"no document of the data has {length} tokens: lower --prompt-length")
+        raise UserError(f"no document of the data has {length} tokens: {advice}")
     return prompts
 
 

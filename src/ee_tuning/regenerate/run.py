@@ -7,9 +7,9 @@ import json
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_part
 from ee_tuning.devices import free_memory, pick_device, pick_dtype
-from ee_tuning.errors import Interrupted, UserError
+from ee_tuning.errors import Interrupted, UserError, mistakes_first
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.grouped import use_grouped
 from ee_tuning.loading import load_tokenizer
@@ -80,7 +80,8 @@ def regenerate(config: RegenerateConfig, display: Display | None = None) -> Tota
         state = mesh.on_main(lambda: out.claim(config.resume, config.overwrite))
         shown = display if display is not None and mesh.is_main else Display()
         try:
-            return _Run(config, mesh, device, out, state, shown).go()
+            with mistakes_first() as begin:
+                return _Run(config, mesh, device, out, state, shown).go(begin)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped: whole waves are in {out.path}, go on with --resume"
@@ -138,26 +139,27 @@ class _Run:
         self.state = state or State(settings, slots)
         self.totals = self.state.copied()
         self.seen = set(mesh.on_main(lambda: out.keys(self.state)))
-        self.prompts = prompts(config, self.sources, self.chats)
+        given = prompts(config, self.sources, self.chats)
+        first = mesh.on_all(lambda: list(islice(given, 1)))  # read, or refused, before a word
+        self.prompts = chain(first, given)
         self.given = 0  # prompts that were taken
 
-    def go(self) -> Totals:
-        """Write until there are enough tokens."""
+    def go(self, begin: Callable[[], None]) -> Totals:
+        """Write until there are enough tokens. begin: called when nothing can be refused before."""
         config, state = self.config, self.state
         if state.end is not None and state.end["tokens"] >= config.tokens:
             self.display.say("there are as many tokens already: nothing was written")
             return Totals(**state.end["totals"])
-        self._say_what()
         engines, compile = engines_of(self.model), config.compiled()
         size: dict[str, Any] = {"slots": state.slots, "capacity": self.capacity, "max_pending": 8}
-        with (
-            engines.lend(
-                self.model, [], **size, compile=compile, drafts=self.mesh.pp > 1
-            ) as engine,
-            self.display.running(self.totals.tokens, int(config.tokens)),
-        ):
+        with ExitStack() as held:
+            lent = engines.lend(self.model, [], **size, compile=compile, drafts=self.mesh.pp > 1)
+            engine = held.enter_context(lent)
             assert isinstance(engine, Engine)
             writer = self.mesh.on_all(lambda: self._writer(engine))
+            begin()
+            self._say_what()
+            held.enter_context(self.display.running(self.totals.tokens, int(config.tokens)))
             waves, left_out = 0, Counter(self.totals.left_out)
             while state.end is None or state.end["tokens"] < config.tokens:
                 before = self.totals.texts

@@ -12,7 +12,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.data import load_packed
 from ee_tuning.devices import pick_device, pick_dtype
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, mistakes_first
 from ee_tuning.evaluate.speed import take_prompts
 from ee_tuning.exit_config import DRAFT, ExitConfig
 from ee_tuning.loading import load_config, load_tokenizer
@@ -109,16 +109,9 @@ def suggest(config: SuggestConfig, say: Callable[[str], None] = lambda text: Non
     """
     begun = time.perf_counter()
     _check(config)
-    device = pick_device(config.device)
-    share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
-    depth = load_config(config.model, config.trust_remote_code).num_hidden_layers
-    if depth < 2:
-        raise UserError("the backbone has one layer alone: there is no place for an exit")
-    exits = ExitConfig([*range(1, depth)], arch="norm", head="shared")
-    model = load(New(config.model, exits, config.trust_remote_code), share, Network)
-    size = model.backbone.config.vocab_size
-    tokenizer = load_tokenizer(config.model, size, config.trust_remote_code)
-    search = _begin(config, model, tokenizer, say)
+    with mistakes_first() as begin:
+        model, tokenizer = _loaded(config)
+        search = _begin(config, model, tokenizer, say, begin)
     third = max(1.0, (config.minutes * 60 - (time.perf_counter() - begun)) / 3)
     search.timing = third / 3 / (2 * SHORTLIST)  # what tuning leaves, of two modes of each
     steps: dict[str, int] = {}
@@ -145,6 +138,22 @@ def _check(config: SuggestConfig) -> None:
             raise UserError(f"{name} {getattr(config, name)} is too small: give at least {least}")
 
 
+def _loaded(config: SuggestConfig) -> tuple[Network, PreTrainedTokenizerBase]:
+    """The backbone with a ``norm`` exit after every layer but the last, and its tokenizer.
+
+    Raises:
+        UserError: it has no place for an exit, or cannot be had.
+    """
+    device, trust = pick_device(config.device), config.trust_remote_code
+    share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
+    depth = load_config(config.model, trust).num_hidden_layers
+    if depth < 2:
+        raise UserError("the backbone has one layer alone: there is no place for an exit")
+    exits = ExitConfig([*range(1, depth)], arch="norm", head="shared")
+    model = load(New(config.model, exits, trust), share, Network)
+    return model, load_tokenizer(config.model, model.backbone.config.vocab_size, trust)
+
+
 def _probes(backbone: PreTrainedModel, layers: list[int], arch: str) -> Network:
     """The same backbone with new exits."""
     exits = ExitConfig([*layers], arch=arch, head="shared")
@@ -156,8 +165,11 @@ def _begin(
     model: Network,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
+    begin: Callable[[], None],
 ) -> _Search:
-    """The texts that all probes are tuned on and asked about, and what full depth costs."""
+    """The texts that all probes are tuned on and asked about, and what full depth costs.
+
+    begin: called once nothing is left that could be a mistake."""
     context = model.backbone.context or LENGTH
     length = min(LENGTH, context)
     if config.prompt_length + config.max_new_tokens > context:
@@ -166,19 +178,21 @@ def _begin(
             f"fit into the context of {context}: lower --prompt-length or --max-new-tokens"
         )
     if config.data:
-        say("reading texts")
         rows = load_packed(config.data, tokenizer, length, config.seed)
-        texts = take_prompts(rows, TUNED + ASKED, length)
+        texts = take_prompts(rows, TUNED + ASKED, length, "give longer ones")
+        if len(texts) < 2:
+            raise UserError("there is one text alone: give more with --data")
+        begin()
+        say(f"{len(texts)} texts were read")
     else:
-        say("letting the backbone write texts")
         start = tokenizer.bos_token_id
         start = tokenizer.eos_token_id if start is None else start
         if start is None:
             raise UserError("the tokenizer has no token that a text begins with: give --data")
+        begin()
+        say("letting the backbone write texts")
         first = [[start]] * (TUNED + ASKED)
         texts = written(model, first, length - 1, config.seed, config.minutes * 60 / 5)
-    if len(texts) < 2:
-        raise UserError("there is one text alone: give more with --data")
     asked = min(ASKED, len(texts) // 2)
     prompts = [ids[: config.prompt_length] for ids in texts[:asked]]
     spoken = written(model, prompts, config.max_new_tokens)

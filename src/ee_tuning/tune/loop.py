@@ -22,7 +22,7 @@ from ee_tuning.adapter import checkpoints, save, stored
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
-from ee_tuning.errors import Interrupted, UserError
+from ee_tuning.errors import Interrupted, UserError, mistakes_first
 from ee_tuning.exit_config import DRAFT, exit_name
 from ee_tuning.files import write_text
 from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim, sole_writer
@@ -68,11 +68,12 @@ def tune(
 
     Restarted by torchrun, a run goes on from its last checkpoint.
     """
-    check(config)
-    config = _going_on(config)
-    mesh = Mesh(config.dp, config.tp, config.pp)
-    device = pick_device(config.device)
-    with mesh.connected(device, config.timeout), ExitStack() as held:
+    with mistakes_first() as begin, ExitStack() as held:
+        check(config)
+        config = _going_on(config)
+        mesh = Mesh(config.dp, config.tp, config.pp)
+        device = pick_device(config.device)
+        held.enter_context(mesh.connected(device, config.timeout))
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
         reads = config.exits, config.model
         out = mesh.on_main(lambda: claim(config.out, config.overwrite, config.resume, reads))
@@ -82,11 +83,16 @@ def tune(
         with _largest_parts_named(shapes, config, mesh, out):
             dtype = pick_dtype(config.precision, device)
             _check_all(shapes, config, mesh, device, dtype)
-            stage = own_stage(shapes, config, mesh, device, dtype, shown.say)
-            made = set_up(config, mesh, device, dtype, stage, shown.say)
+            said = list[str]()  # told when nothing is left that could be a mistake
+            stage = own_stage(shapes, config, mesh, device, dtype, said.append)
+            made = set_up(config, mesh, device, dtype, stage, said.append)
             run = Run(config, out, mesh, made, shown, on_step, on_checkpoint)
             with out.left_alone_by_failure(keep=mesh.size > 1):  # torchrun may start it again
-                run.go()
+                first = run.resumed() if config.resume else 0
+                begin()
+                for text in said:
+                    shown.say(text)
+                run.go(first)
     return made.tuner.model
 
 
@@ -163,10 +169,9 @@ class Run:
         """Where this run's are."""
         return self.out.path / "checkpoints"
 
-    def go(self) -> None:
-        """Every step from the first, or the last checkpoint's, to the end."""
+    def go(self, first: int) -> None:
+        """Every step from `first`, counted from 0, to the end."""
         config = self.config
-        first = self._resume() if config.resume else 0
         if not first:
             self._fit()
         self.mesh.on_main(lambda: self._begin(first))
@@ -209,8 +214,8 @@ class Run:
         log.close()
         self.display.result(before, after)
 
-    def _resume(self) -> int:
-        """Put the last checkpoint into place, if there is one; gives the steps that are done."""
+    def resumed(self) -> int:
+        """The steps that are done: those of the last checkpoint, which is put into place."""
         saved = self.mesh.on_main(lambda: checkpoints(self.checkpoints))
         if not saved:
             self.display.say(
