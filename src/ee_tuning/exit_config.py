@@ -163,6 +163,7 @@ def parse_layers(
         UserError: one is not understood, does not exist or is given twice; or there are none.
     """
     given = layers.split(",") if isinstance(layers, str) else layers
+    given = [] if given == [""] else given
     items = list(given) if isinstance(given, (list, tuple)) else [given]
     found = [layer for item in items for layer in _parse_layer(item, num_layers, what)]
     if not found:

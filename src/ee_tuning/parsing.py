@@ -324,5 +324,6 @@ def _key(flag: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean …?`` of the known name nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    bare = {one.lstrip("-"): one for one in known}  # dashes are alike in all
+    near = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1)
+    return f"; did you mean {bare[near[0]]}?" if near else ""

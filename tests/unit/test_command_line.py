@@ -165,6 +165,7 @@ def test_paths_with_a_tilde(monkeypatch, yaml_file):
         ("inspect", ["a", "b"], "'b' belongs to no setting"),
         ("inspect", [], "no path given"),
         ("tune", ["--step", "3"], "unknown setting '--step'; did you mean --steps?"),
+        ("tune", ["--foo", "3"], "unknown setting '--foo'; --help lists those that there are"),
         ("tune", ["--weight_decay", "0"], "'--weight_decay'; did you mean --weight-decay?"),
         (
             "inspect",
