@@ -188,9 +188,9 @@ def next_round(
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
     behind = behind and rests and all(row.text is None for row in rows)  # it may have drafts next
-    go_on = _at_full_depth(rows, several, ahead, behind)
     # What the device is at comes before what pays behind it.
-    if go_on is not None and (rests or underway(rows, several, ahead)):
+    full = rests or underway(rows, several, ahead)
+    if full and (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
         # Not what others are part of.
         told = (*clocks, *texts) if rests and len(beginning) == len(rows) else ()
         return _rest(sequences, rows, [one for one in told if one is not None], go_on, timed)
