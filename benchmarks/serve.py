@@ -235,7 +235,7 @@ def show(result: dict[str, Any]) -> None:
 def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(DEMO))
+    parser.add_argument("--model", default="demo/model")
     parser.add_argument("--shape", choices=SHAPES, default="")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--engine", type=int, nargs="*", help="default: the same numbers")
