@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from ee_tuning import config as settings
 from ee_tuning.calibrate.config import CalibrateConfig
-from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError
+from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError, mistakes_first
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.serve.config import ServeConfig
 from ee_tuning.suggest.config import SuggestConfig
@@ -131,7 +131,9 @@ def _run(args: list[str]) -> None:
     check_folders(config)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not hasattr(config, "tp"):
         raise UserError(f"{name} runs in one process: start it without torchrun")
-    getattr(_module(f"ee_tuning.commands.{name}"), name)(config)
+    command = getattr(_module(f"ee_tuning.commands.{name}"), name)
+    with mistakes_first():
+        command(config)
 
 
 def _module(name: str) -> types.ModuleType:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 
 class UserError(ValueError):
@@ -21,6 +23,10 @@ class Notice(UserWarning):
     """
 
 
+class SecurityNotice(Notice):
+    """One of what cannot be undone, as code that is run: it never waits, see `mistakes_first`."""
+
+
 class Interrupted(Exception):
     """A run was asked to stop and has saved its state. Exit status 130."""
 
@@ -29,22 +35,39 @@ class ProcessFailed(Exception):
     """One of a run's processes had to stop, perhaps because of another one. Exit status 1."""
 
 
-@contextmanager
-def mistakes_first() -> Iterator[Callable[[], None]]:
-    """Inside, warnings wait until what is given is called, else for the end: a mistake that is
-    found before has its line alone."""
-    with ExitStack() as waiting:
-        waiting.enter_context(_held_back())
-        yield waiting.close
+_waiting: list[Callable[[], None]] | None = None  # each shows a notice; None: none has to wait
 
 
 @contextmanager
-def _held_back() -> Iterator[None]:
-    """Inside, warnings wait for the end; they are dropped where something goes wrong."""
-    with warnings.catch_warnings(record=True) as held:
+def mistakes_first() -> Iterator[None]:
+    """Inside, notices wait for `all_checked`, else for the end: a mistake that is found before has
+    its line alone."""
+    global _waiting
+    show, _waiting = warnings.showwarning, []
+
+    def show_later(
+        message: Warning | str, category: type[Warning], *where: Any, **named: Any
+    ) -> None:
+        one = partial(show, message, category, *where, **named)
+        if _waiting is not None and category is Notice:
+            _waiting.append(one)
+        else:
+            one()
+
+    warnings.showwarning = show_later
+    try:
         yield
-    for one in held:
-        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        all_checked()
+    finally:
+        warnings.showwarning, _waiting = show, None
+
+
+def all_checked() -> None:
+    """Nothing is left that could be refused: show the notices that wait, and later ones at once."""
+    global _waiting
+    waiting, _waiting = _waiting or [], None
+    for one in waiting:
+        one()
 
 
 def first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ee_tuning.errors import Notice, UserError
+from ee_tuning.errors import SecurityNotice, UserError
 from ee_tuning.files import read_json
 from ee_tuning.hub import find_file
 
@@ -27,7 +27,7 @@ def own_code(path: str, file: str, trust: bool) -> Iterator[None]:
     found = _referred_to(path, file)
     if found and trust:
         text = f"code that comes with {path} is run, as --trust-remote-code says: {found}"
-        warnings.warn(text, Notice, stacklevel=3)
+        warnings.warn(text, SecurityNotice, stacklevel=3)
     try:
         yield
     except ValueError as error:

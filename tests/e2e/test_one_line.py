@@ -1,12 +1,15 @@
-"""A mistake is one line on stderr, and nothing beside it: no progress, no warning."""
+"""A mistake is one line on stderr, and nothing beside it: no progress, no warning but of code that
+was run."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 from helpers.commands import arguments
 
 from ee_tuning.cli import main
-from ee_tuning.errors import Notice
+from ee_tuning.commands import plan
+from ee_tuning.errors import Notice, SecurityNotice, UserError, all_checked
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +84,44 @@ def test_a_mistake_has_its_line_alone(line, places, capfd):
     assert len(said.err.splitlines()) == 1
     assert said.err.startswith("ee-tuning: ")
     assert not [str(one.message) for one in told if issubclass(one.category, Notice)]
+
+
+def told_of(monkeypatch, *steps):
+    """The warnings that are shown where a command warns of an ignored setting and does `steps`."""
+
+    def command(config):
+        warnings.warn("ignored", Notice, stacklevel=1)
+        for step in steps:
+            step()
+
+    monkeypatch.setattr(plan, "plan", command)
+    with (
+        warnings.catch_warnings(record=True) as told,
+        pytest.raises(SystemExit) if refuse in steps else nullcontext(),
+    ):
+        main(["plan"])
+    return [str(one.message) for one in told]
+
+
+def run_code():
+    warnings.warn("code is run", SecurityNotice, stacklevel=1)
+
+
+def refuse():
+    raise UserError("a mistake")
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ([refuse], []),
+        ([run_code, refuse], ["code is run"]),
+        ([all_checked, refuse], ["ignored"]),
+        ([run_code, all_checked], ["code is run", "ignored"]),
+        ([all_checked, run_code], ["ignored", "code is run"]),
+        ([run_code], ["code is run", "ignored"]),
+    ],
+)
+def test_notices_wait_until_nothing_is_left_to_refuse(steps, said, monkeypatch):
+    """In every command. What cannot be undone is told at once."""
+    assert told_of(monkeypatch, *steps) == said

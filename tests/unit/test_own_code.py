@@ -108,8 +108,9 @@ def test_allowed_code_runs_and_is_said_and_kept(model, data, base, tmp_path, ran
         main(["generate", *exits, "--prompt", "x", "--max-new-tokens", "2", allowed])
     with pytest.warns(UserWarning, match=said):
         main(["inspect", model, allowed])
-    for what in (["--layer", "1"], ["--merge"]):  # refused: its line stands alone
-        line = fails(capsys, "export", *exits, *what, "--out", tmp_path / "new", allowed)
+    for what in (["--layer", "1"], ["--merge"]):
+        with pytest.warns(UserWarning, match=said):  # refused, and told what was run all the same
+            line = fails(capsys, "export", *exits, *what, "--out", tmp_path / "new", allowed)
         assert f"OwnForCausalLM is code that came with {model}" in line
     with pytest.warns(UserWarning, match=said):
         loaded = EarlyExitModel.from_pretrained(exits[1], trust_remote_code=True, whole=False)

@@ -42,7 +42,7 @@ from ee_tuning.data.chats import with_template
 from ee_tuning.decode.load import exit_hashes, load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.devices import hardware, pick_device, versions
-from ee_tuning.errors import UserError, mistakes_first
+from ee_tuning.errors import UserError, all_checked
 from ee_tuning.fingerprint import backbone_hashes
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect_hashes
@@ -81,25 +81,17 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     with mesh.connected(device, config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         shown = display if display is not None and mesh.is_main else Display()
-        with mistakes_first() as begin:
-            return _calibrate(config, folder, mesh, shown, begin)
+        return _calibrate(config, folder, mesh, shown)
 
 
-def _calibrate(
-    config: CalibrateConfig,
-    folder: Path,
-    mesh: Mesh,
-    display: Display,
-    begin: Callable[[], None],
-) -> Certificate:
-    """On every process of a connected `mesh`, with the same result. begin: called once settings,
-    model and prompts are known to do."""
+def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Display) -> Certificate:
+    """On every process of a connected `mesh`, with the same result."""
     model, tokenizer = load_for_decoding(config, mesh)
     layers = list(make_policy(model, config.leaving(mode="threshold", threshold=0.0)).thresholds)
     if not layers:
         raise UserError("no exit before the last layer is active: see exit_layers and min_depth")
     if config.risk == "task":
-        found = _of_task(config, layers, display, begin)
+        found = _of_task(config, layers, display)
     else:
         tokenizer = with_template(tokenizer, config.chat_template)
         longest = (model.backbone.longest_text or 2**30) - config.max_new_tokens
@@ -108,7 +100,7 @@ def _calibrate(
         mesh.check_same("prompts", prompts.hash())
         needed = _check_enough(len(prompts.ids), config, "betting")
         unknown = check_not_tuned_on(prompts, folder, config)
-        begin()
+        all_checked()
         for reason, number in prompts.left_out.items():
             display.say(f"{number:,} records are left out: {reason}")
         display.say(needed)
@@ -223,9 +215,7 @@ def _of_prompts(
     return _walk(config, candidates, risk, parts, "betting", prompts.hash(), layers, display)
 
 
-def _of_task(
-    config: CalibrateConfig, layers: list[int], display: Display, begin: Callable[[], None]
-) -> Certificate:
+def _of_task(config: CalibrateConfig, layers: list[int], display: Display) -> Certificate:
     task, candidates, names = read_task(config.samples, config.metric, layers)
     parts = split(len(names), config.seed, ordered=True)
     every = np.concatenate([parts.test, parts.report])
@@ -233,7 +223,7 @@ def _of_task(
     binary = all(is_binary(task.measure(one, every).losses) for one in candidates)
     test = "binomial" if binary else "betting"
     needed = _check_enough(len(names), config, test, ordered=True)
-    begin()
+    all_checked()
     display.say(needed)
     data = hashlib.sha256(" ".join(names).encode()).hexdigest()[:32]
     return _walk(config, candidates, task, parts, test, data, layers, display)

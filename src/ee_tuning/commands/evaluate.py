@@ -19,7 +19,7 @@ from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import Rows, describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import hardware, pick_device, versions
-from ee_tuning.errors import UserError, mistakes_first
+from ee_tuning.errors import UserError, all_checked
 from ee_tuning.evaluate.exits import Track, measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
@@ -50,11 +50,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     find_exits(config.exits)
     mesh, device = Mesh(dp=config.dp, tp=config.tp), pick_device(config.device)
     with mesh.connected(device, config.timeout, advice="Start it again"):
-        with mistakes_first():
-            mesh.check_same("settings", repr(config))
-            folder = mesh.on_main(lambda: results_folder(config))
-            model, tokenizer = load_for_decoding(config, mesh)
-            packed, prompts = _read(config, model, tokenizer, mesh)
+        mesh.check_same("settings", repr(config))
+        folder = mesh.on_main(lambda: results_folder(config))
+        model, tokenizer = load_for_decoding(config, mesh)
+        packed, prompts = _read(config, model, tokenizer, mesh)
+        all_checked()
         result = _measure(config, model, packed, prompts, thresholds, mesh)
     if mesh.is_main:
         _show(result, console or Console(), folder, tokenizer)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ee_tuning.adapter import base_of, find_exits, read_exit_config, stored
 from ee_tuning.config import ExportConfig
-from ee_tuning.errors import UserError, mistakes_first
+from ee_tuning.errors import UserError
 from ee_tuning.export import exit_checkpoint, save_eagle3, save_exit, save_merged
 from ee_tuning.folders import claim
 from ee_tuning.loading import load_tokenizer
@@ -15,7 +15,6 @@ from ee_tuning.own_code import is_own_code
 from ee_tuning.share import Saved, Share, load
 
 
-@mistakes_first()
 def export(config: ExportConfig) -> None:
     """Write what `config` asks for to ``config.out``.
 

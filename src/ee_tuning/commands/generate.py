@@ -6,7 +6,6 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,7 +27,7 @@ from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.settings import POLICIES, ignored
 from ee_tuning.decode.text import TextStream, depth_colour, encode_chat, encode_prompt
 from ee_tuning.devices import pick_device
-from ee_tuning.errors import Notice, UserError, mistakes_first
+from ee_tuning.errors import Notice, UserError, all_checked
 from ee_tuning.exit_config import exit_name, mean_depth
 from ee_tuning.invariant import Invariant
 from ee_tuning.model import Network
@@ -48,15 +47,13 @@ class DepthStreamer:
         console: Console,
         depth: int,
         shows_prompt: bool = True,
-        begin: Callable[[], None] = lambda: None,
     ) -> None:
-        """begin: called when the prompt comes, behind all that could be refused."""
         self.console, self.depth, self.shows_prompt = console, depth, shows_prompt
         self.text = TextStream(tokenizer, skip_special_tokens=True)
         self.layer = depth
         self.layers: list[int] = []
         self.ids: list[int] = []
-        self.prompt_seen, self.begin = False, begin
+        self.prompt_seen = False
 
     def on_token(self, row: int, token: Token) -> None:
         """The next token left at ``token.exit_layer``."""
@@ -67,7 +64,7 @@ class DepthStreamer:
     def put(self, ids: torch.Tensor) -> None:
         """Print what `ids` add to the text; the first call brings the prompt."""
         if not self.prompt_seen:
-            self.begin()
+            all_checked()  # the prompt comes behind all that could be refused
         new = self.text.put(ids.flatten().tolist())
         if self.prompt_seen or self.shows_prompt:
             self._print(new)
@@ -103,20 +100,15 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
         if config.threshold != GenerateConfig.threshold:
             raise UserError("threshold and calibrated are both given: leave one out")
         config = replace(config, threshold=CALIBRATED)
-    with (
-        mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"),
-        mistakes_first() as begin,
-    ):
+    with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
         if mesh.is_main and unused:
             warnings.warn(unused, Notice, stacklevel=1)
-        _generate(config, mesh, console or Console(quiet=not mesh.is_main), begin)
+        _generate(config, mesh, console or Console(quiet=not mesh.is_main))
 
 
-def _generate(
-    config: GenerateConfig, mesh: Mesh, console: Console, begin: Callable[[], None]
-) -> None:
-    """See `generate`. begin: called when the first text begins."""
+def _generate(config: GenerateConfig, mesh: Mesh, console: Console) -> None:
+    """See `generate`."""
     prompt = mesh.on_main(_read_input) if config.prompt == "-" else config.prompt
     if prompt is None and not config.chat:
         taken = f"; {config.stop_strings[-1]!r} is a stop string" if config.stop_strings else ""
@@ -128,7 +120,7 @@ def _generate(
         raise UserError("system and chat_template are for a chat: give --chat, too")
     model, tokenizer = load_for_decoding(config, mesh, config.stage_layers)
     tokenizer = with_template(tokenizer, config.chat_template)
-    speaker = Speaker(config, mesh, console, model, tokenizer, begin)
+    speaker = Speaker(config, mesh, console, model, tokenizer)
     messages = [{"role": "system", "content": config.system}] if config.system else []
     if prompt is not None:
         asked = [*messages, {"role": "user", "content": prompt}]
@@ -152,11 +144,9 @@ class Speaker:
         console: Console,
         model: Network,
         tokenizer: PreTrainedTokenizerBase,
-        begin: Callable[[], None],
     ) -> None:
         self.config, self.console, self.model = config, console, model
         self.tokenizer, self.arguments = tokenizer, _arguments(config, mesh)
-        self.begin = begin
         self.arguments["tokenizer"] = tokenizer
         mesh.doing = "decoding"
         torch.manual_seed(config.seed)
@@ -170,7 +160,7 @@ class Speaker:
         config, model, depth = self.config, self.model, self.model.backbone.num_layers
         if engines_of(model).will_compile(model, config.compiled()):
             _compile_ahead(model, input_ids, config, self.arguments, self.console)
-        streamer = DepthStreamer(self.tokenizer, self.console, depth, shows_prompt, self.begin)
+        streamer = DepthStreamer(self.tokenizer, self.console, depth, shows_prompt)
         start = time.perf_counter()
         decode.generate(
             model,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from ee_tuning.api import EarlyExitModel
 from ee_tuning.config import InitConfig
-from ee_tuning.errors import UserError, mistakes_first
+from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.folders import claim
 
 
-@mistakes_first()
 def init(config: InitConfig) -> None:
     """Save untuned exits to ``config.out``.
 

@@ -20,14 +20,13 @@ from ee_tuning.adapter import (
 )
 from ee_tuning.certificate import Certificate, changed
 from ee_tuning.config import InspectConfig
-from ee_tuning.errors import UserError, mistakes_first
+from ee_tuning.errors import UserError
 from ee_tuning.exit_config import exit_name, threshold_text
 from ee_tuning.fingerprint import EXIT, PART, config_values
 from ee_tuning.hub import check_there, find_file
 from ee_tuning.loading import load_config
 
 
-@mistakes_first()
 def inspect(config: InspectConfig) -> None:
     """Print what is at ``config.path``, a folder or a hub id of a backbone or of exits.
 

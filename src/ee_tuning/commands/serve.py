@@ -13,7 +13,7 @@ import time
 import warnings
 from typing import Any
 
-from ee_tuning.errors import Notice, UserError, mistakes_first
+from ee_tuning.errors import Notice, UserError, all_checked
 from ee_tuning.serve.config import ServeConfig
 
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
@@ -40,18 +40,14 @@ def serve(config: ServeConfig) -> None:
         ) from error
     check_settings(config)
     sys.setswitchinterval(SWITCH)
-    with (
-        mistakes_first() as begin,
-        _listening(config) as listener,
-        served(config, _log, _keep) as found,
-    ):
+    with _listening(config) as listener, served(config, _log, _keep) as found:
         if not config.api_key and not _is_loopback(config.host):
             warnings.warn(
                 f"anyone who reaches {config.host} can use this server: give --api-key",
                 Notice,
                 stacklevel=1,
             )
-        begin()
+        all_checked()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"{found.name}: http://{shown}:{port}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, islice
 from typing import Any
@@ -23,7 +23,7 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_part
 from ee_tuning.devices import free_memory, pick_device, pick_dtype
-from ee_tuning.errors import Interrupted, UserError, mistakes_first
+from ee_tuning.errors import Interrupted, UserError, all_checked
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.grouped import use_grouped
 from ee_tuning.loading import load_tokenizer
@@ -80,8 +80,7 @@ def regenerate(config: RegenerateConfig, display: Display | None = None) -> Tota
         state = mesh.on_main(lambda: out.claim(config.resume, config.overwrite))
         shown = display if display is not None and mesh.is_main else Display()
         try:
-            with mistakes_first() as begin:
-                return _Run(config, mesh, device, out, state, shown).go(begin)
+            return _Run(config, mesh, device, out, state, shown).go()
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped: whole waves are in {out.path}, go on with --resume"
@@ -144,8 +143,8 @@ class _Run:
         self.prompts = chain(first, given)
         self.given = 0  # prompts that were taken
 
-    def go(self, begin: Callable[[], None]) -> Totals:
-        """Write until there are enough tokens. begin: called when nothing can be refused before."""
+    def go(self) -> Totals:
+        """Write until there are enough tokens."""
         config, state = self.config, self.state
         if state.end is not None and state.end["tokens"] >= config.tokens:
             self.display.say("there are as many tokens already: nothing was written")
@@ -157,7 +156,7 @@ class _Run:
             engine = held.enter_context(lent)
             assert isinstance(engine, Engine)
             writer = self.mesh.on_all(lambda: self._writer(engine))
-            begin()
+            all_checked()
             self._say_what()
             held.enter_context(self.display.running(self.totals.tokens, int(config.tokens)))
             waves, left_out = 0, Counter(self.totals.left_out)

@@ -12,7 +12,7 @@ from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.data import load_packed
 from ee_tuning.devices import pick_device, pick_dtype
-from ee_tuning.errors import UserError, mistakes_first
+from ee_tuning.errors import UserError, all_checked
 from ee_tuning.evaluate.speed import take_prompts
 from ee_tuning.exit_config import DRAFT, ExitConfig
 from ee_tuning.loading import load_config, load_tokenizer
@@ -109,9 +109,8 @@ def suggest(config: SuggestConfig, say: Callable[[str], None] = lambda text: Non
     """
     begun = time.perf_counter()
     _check(config)
-    with mistakes_first() as begin:
-        model, tokenizer = _loaded(config)
-        search = _begin(config, model, tokenizer, say, begin)
+    model, tokenizer = _loaded(config)
+    search = _begin(config, model, tokenizer, say)
     third = max(1.0, (config.minutes * 60 - (time.perf_counter() - begun)) / 3)
     search.timing = third / 3 / (2 * SHORTLIST)  # what tuning leaves, of two modes of each
     steps: dict[str, int] = {}
@@ -165,11 +164,8 @@ def _begin(
     model: Network,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
-    begin: Callable[[], None],
 ) -> _Search:
-    """The texts that all probes are tuned on and asked about, and what full depth costs.
-
-    begin: called once nothing is left that could be a mistake."""
+    """The texts that all probes are tuned on and asked about, and what full depth costs."""
     context = model.backbone.context or LENGTH
     length = min(LENGTH, context)
     if config.prompt_length + config.max_new_tokens > context:
@@ -182,14 +178,14 @@ def _begin(
         texts = take_prompts(rows, TUNED + ASKED, length, "give longer ones")
         if len(texts) < 2:
             raise UserError("there is one text alone: give more with --data")
-        begin()
+        all_checked()
         say(f"{len(texts)} texts were read")
     else:
         start = tokenizer.bos_token_id
         start = tokenizer.eos_token_id if start is None else start
         if start is None:
             raise UserError("the tokenizer has no token that a text begins with: give --data")
-        begin()
+        all_checked()
         say("letting the backbone write texts")
         first = [[start]] * (TUNED + ASKED)
         texts = written(model, first, length - 1, config.seed, config.minutes * 60 / 5)

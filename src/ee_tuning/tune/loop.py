@@ -22,7 +22,7 @@ from ee_tuning.adapter import checkpoints, save, stored
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import GIB, check_precisions, pick_device, pick_dtype, versions
-from ee_tuning.errors import Interrupted, UserError, mistakes_first
+from ee_tuning.errors import Interrupted, UserError, all_checked
 from ee_tuning.exit_config import DRAFT, exit_name
 from ee_tuning.files import write_text
 from ee_tuning.folders import REPLACED, UNFINISHED, Output, claim, sole_writer
@@ -68,7 +68,7 @@ def tune(
 
     Restarted by torchrun, a run goes on from its last checkpoint.
     """
-    with mistakes_first() as begin, ExitStack() as held:
+    with ExitStack() as held:
         check(config)
         config = _going_on(config)
         mesh = Mesh(config.dp, config.tp, config.pp)
@@ -89,7 +89,7 @@ def tune(
             run = Run(config, out, mesh, made, shown, on_step, on_checkpoint)
             with out.left_alone_by_failure(keep=mesh.size > 1):  # torchrun may start it again
                 first = run.resumed() if config.resume else 0
-                begin()
+                all_checked()
                 for text in said:
                     shown.say(text)
                 run.go(first)
