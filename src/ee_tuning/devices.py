@@ -33,14 +33,26 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is a GPU if there is one.
 
     Raises:
-        UserError: the device asked for is not there.
+        UserError: the device asked for is none, or not there.
     """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if there else "cpu"
     try:
         device = torch.device(name)
-        rank = os.environ.get("LOCAL_RANK")  # torchrun: one GPU per process
-        if device.type == "cuda" and rank and torch.cuda.is_available():
+    except RuntimeError as error:
+        raise UserError(
+            f"device {name!r} is unknown: give cpu, cuda, cuda:1 for the second GPU, or auto"
+        ) from error
+    rank = os.environ.get("LOCAL_RANK")  # torchrun: one GPU per process
+    number = int(name.partition(":")[2] or rank or 0)  # torch's own index of 300 is 44
+    if device.type == "cuda" and 0 < there <= number:
+        raise UserError(
+            f"device {name!r} cannot be used: there is no cuda:{number}, the last GPU here is "
+            f"cuda:{there - 1}"
+        )
+    try:
+        if device.type == "cuda" and rank and there:
             torch.cuda.set_device(int(rank))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
