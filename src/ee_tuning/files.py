@@ -70,6 +70,20 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_writable(folder: Path, advice: str = "choose another --out") -> None:
+    """Refuse a folder that cannot be written to before long work would be in vain; it is made if
+    need be.
+
+    Raises:
+        UserError: says why; with the `advice`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; {advice}") from error
+
+
 def put_at(temporary: Path, path: Path) -> None:
     """Rename `temporary` to `path`. A folder in the way steps aside: rename needs it gone.
 

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ee_tuning.errors import UserError
-from ee_tuning.files import read_json, write_json, writing
+from ee_tuning.files import check_writable, read_json, write_json, writing
 
 UNFINISHED, REPLACED, MANIFEST = ".unfinished", ".replaced", ".ee-tuning.json"
 KEPT = "wandb"  # the log of a run may be known elsewhere, too: it stays where it is
@@ -127,18 +126,13 @@ def claim(
     if not out:
         raise UserError("no output folder given: name one with --out")
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (overwrite or resume):
-            go_on = "" if resume is None else "go on with --resume, "
-            raise UserError(
-                f"the folder {out} is not empty: {go_on}replace it with --overwrite or choose "
-                "another --out"
-            )
-        tempfile.TemporaryFile(dir=folder).close()  # what fails now would fail after long work
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {out}: {reason}; choose another --out") from error
+    check_writable(folder)
+    if any(folder.iterdir()) and not (overwrite or resume):
+        go_on = "" if resume is None else "go on with --resume, "
+        raise UserError(
+            f"the folder {out} is not empty: {go_on}replace it with --overwrite or choose "
+            "another --out"
+        )
     overwrites = overwrite and not resume
     if overwrites:
         if folder.resolve() in {Path(path).resolve() for path in reads if path}:

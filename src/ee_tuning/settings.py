@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from os.path import expanduser
 from typing import Any
 
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 
 
 def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> Any:
@@ -26,6 +27,13 @@ def option(default: Any, help: str, path: bool = False, fixed: bool = False) -> 
 def changed(settings: Any, names: Iterable[str]) -> list[str]:
     """Those of `names` that are not as by default."""
     return [name for name in names if getattr(settings, name) != getattr(type(settings), name)]
+
+
+def warn_of_fewer(name: str, asked: int, found: int) -> None:
+    """Say that the data has less than the setting `name` asks for, where it has."""
+    if found < asked:
+        text = f"{name} is {asked:,}, and the data has {found:,}: these are taken"
+        warnings.warn(text, Notice, stacklevel=2)
 
 
 def check_finite(name: str, value: Any) -> None:

@@ -72,6 +72,28 @@ def test_what_is_saved(saved, folder):
     assert (saved["dtype"], saved["measure"], saved["max_pending"]) == ("float32", "probability", 8)
 
 
+@pytest.mark.parametrize(("asked", "said"), [(70, True), (60, False), (1000, False)])
+def test_fewer_prompts_than_asked_for_are_said(folder, tmp_path, recwarn, asked, said):
+    """Without a number, which is 1,000, there are as many as there are."""
+    shutil.copytree(folder / "exits", tmp_path / "exits")
+    main(arguments(folder, exits=tmp_path / "exits", prompts=asked))
+    told = [str(one.message) for one in recwarn if one.category is Notice]
+    assert told == ["prompts is 70, and the data has 60: these are taken"] * said
+
+
+def test_exits_that_cannot_be_written_to_are_refused_before_all_else(folder, capsys, monkeypatch):
+    def no_place(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ee_tuning.files.tempfile.TemporaryFile", no_place)
+    monkeypatch.setattr("ee_tuning.calibrate.run.load_for_decoding", None)
+    line = fails(capsys, *arguments(folder))
+    assert line == (
+        f"ee-tuning: cannot write to {folder / 'exits'}: Permission denied; copy the exits to "
+        "where that is possible"
+    )
+
+
 def test_the_certified_threshold_holds_on_fresh_prompts(saved, folder, tokenizer):
     model = EarlyExitModel.from_pretrained(str(folder / "exits"))
     write_prompts(folder / "fresh.jsonl", 60, 1)

@@ -14,7 +14,7 @@ from ee_tuning import EarlyExitModel
 from ee_tuning.commands.evaluate import evaluate, parse_thresholds, results_folder
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import load_packed
-from ee_tuning.errors import UserError
+from ee_tuning.errors import Notice, UserError
 from ee_tuning.evaluate.exits import measure_exits
 from ee_tuning.evaluate.intervals import bootstrap
 from ee_tuning.evaluate.report import _pieces as text_pieces
@@ -254,6 +254,19 @@ def test_prompts_are_text_and_one_per_row():
     assert take_prompts(rows, 9, 16) == [list(range(1, 17))] * 2
     with pytest.raises(UserError, match="lower --prompt-length"):
         take_prompts(rows[:2], 2, 9)
+
+
+@pytest.mark.parametrize("more", [0, 5])
+def test_fewer_prompts_than_asked_for_are_said(exits, tokenizer, tmp_path, recwarn, more):
+    data = tmp_path / "text.jsonl"
+    data.write_text(json.dumps({"text": "total = value\n" * 40}) + "\n")
+    number = len(take_prompts(load_packed([str(data)], tokenizer, LENGTH, 0), 1000, 8))
+    changes = {"prompts": number + more, "thresholds": "1", "rounds": 1, "out": str(tmp_path / "o")}
+    result = evaluate(settings(exits, str(data), **changes), Console(quiet=True))
+    assert result["prompts"] == number > 1
+    told = [str(one.message) for one in recwarn if one.category is Notice]
+    said = f"prompts is {number + more}, and the data has {number}: these are taken"
+    assert told == [said] * (more > 0)
 
 
 @pytest.mark.parametrize(

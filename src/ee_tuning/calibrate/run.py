@@ -43,11 +43,13 @@ from ee_tuning.decode.load import exit_hashes, load_for_decoding
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError, all_checked
+from ee_tuning.files import check_writable
 from ee_tuning.fingerprint import backbone_hashes
 from ee_tuning.model import Network
 from ee_tuning.parallel.data import collect_hashes
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.regenerate.run import slots_for
+from ee_tuning.settings import changed, warn_of_fewer
 
 COUNTS = ("prompts", "prompt_tokens", "max_prompt_tokens", "max_new_tokens")
 
@@ -80,6 +82,7 @@ def calibrate(config: CalibrateConfig, display: Display | None = None) -> Certif
     mesh, device = Mesh(config.dp, config.tp, config.pp), pick_device(config.device)
     with mesh.connected(device, config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
+        mesh.on_main(lambda: check_writable(folder, "copy the exits to where that is possible"))
         shown = display if display is not None and mesh.is_main else Display()
         return _calibrate(config, folder, mesh, shown)
 
@@ -100,6 +103,8 @@ def _calibrate(config: CalibrateConfig, folder: Path, mesh: Mesh, display: Displ
         mesh.check_same("prompts", prompts.hash())
         needed = _check_enough(len(prompts.ids), config, "betting")
         unknown = check_not_tuned_on(prompts, folder, config)
+        if mesh.is_main and changed(config, ["prompts"]):  # else it is as many as there are
+            warn_of_fewer("prompts", config.prompts, len(prompts.ids))
         all_checked()
         for reason, number in prompts.left_out.items():
             display.say(f"{number:,} records are left out: {reason}")

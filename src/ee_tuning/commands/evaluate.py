@@ -20,7 +20,7 @@ from ee_tuning.data import Rows, describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError, all_checked
-from ee_tuning.evaluate.exits import Track, measure_exits, unknown_text
+from ee_tuning.evaluate.exits import Track, active_exits, measure_exits, unknown_text
 from ee_tuning.evaluate.report import write_report
 from ee_tuning.evaluate.speed import measure_thresholds, take_prompts
 from ee_tuning.exit_config import DRAFT, exit_name
@@ -29,6 +29,7 @@ from ee_tuning.folders import claim, refuse_foreign
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.plan.check import check_length
+from ee_tuning.settings import warn_of_fewer
 
 RESULTS = "evaluation.json", "report.html"
 COUNTS = (
@@ -74,12 +75,15 @@ def _read(
             "evaluate measures exits at which tokens leave, and there is a draft exit alone: how "
             "its drafts agree with the final exit is in the run's metrics.jsonl, draft_agreement"
         )
+    active_exits(model, config)  # refuses others
     check_length(config.seq_length, model.backbone.context)
     packed = mesh.on_all(
         lambda: load_packed(config.data, tokenizer, config.seq_length, config.seed, config)
     )
     prompts = take_prompts(packed, config.prompts, config.prompt_length)
     mesh.check_same("data", repr(prompts))
+    if mesh.is_main:
+        warn_of_fewer("prompts", config.prompts, len(prompts))
     if len(prompts) < mesh.dp:
         raise UserError(f"dp is {mesh.dp}, and there are {len(prompts)} prompts: give each one")
     return packed, prompts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.table import Table
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
-from ee_tuning.files import write_json, writing
+from ee_tuning.files import check_writable, write_json
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.run import PAYS, Suggestion
 from ee_tuning.suggest.run import suggest as search
@@ -25,7 +24,9 @@ def suggest(config: SuggestConfig) -> None:
         UserError: a file that cannot be written, or see `ee_tuning.suggest.suggest`.
     """
     if config.out:
-        _check_file(Path(config.out))
+        if Path(config.out).is_dir():
+            raise UserError(f"{config.out} is a folder: name the file to write with --out")
+        check_writable(Path(config.out).parent)
     console, progress = Console(), Console(stderr=True)
     found = search(config, lambda text: progress.print(text, highlight=False))
     console.print(table(found))
@@ -36,19 +37,6 @@ def suggest(config: SuggestConfig) -> None:
         settings = dataclasses.asdict(config)
         result = {"machine": machine, "settings": settings, **dataclasses.asdict(found)}
         write_json(Path(config.out), result)
-
-
-def _check_file(path: Path) -> None:
-    """Refuse, before minutes of work, a file that cannot be written.
-
-    Raises:
-        UserError: says why.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name the file to write with --out")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def table(found: Suggestion) -> Table:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ee_tuning.errors import UserError
-from ee_tuning.files import check_object, read_object, replacing, write_json, writing
+from ee_tuning.files import (
+    check_object,
+    check_writable,
+    read_object,
+    replacing,
+    write_json,
+    writing,
+)
 from ee_tuning.regenerate.writer import Written, key_of
 
 FORMAT = 1
@@ -77,8 +84,7 @@ class OutFile:
         """
         if resume and overwrite:
             raise UserError("resume and overwrite exclude each other: leave one out")
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(self.path.parent)
         if not self.path.exists():
             return None
         if not self.state_path.exists():
