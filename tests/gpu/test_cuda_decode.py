@@ -112,7 +112,7 @@ def test_texts_that_come_and_go_are_those_that_they_are_alone():
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rounds_of_drafts_go_through_branches_of_one_graph(sampled, monkeypatch):
     """The text is that of full depth, and of the twin, whose host looks at each round."""
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, rooms, clock: 3)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, rooms, clock: 3)
     model = drafting().cuda()
     texts = []
     for layers, rounds, policy in (
@@ -137,7 +137,7 @@ def test_drafts_of_a_text_are_found_by_the_device(exit, sampled, monkeypatch):
     """And go to the end as those that the host finds; the text is that of full depth."""
     let_texts_draft(monkeypatch, most=3)
     each = Limits(3, (0, *[3] * MATCH))
-    for plan in ("_by_text", "_beside_text"):
+    for plan in ("by_text", "beside_text"):
         monkeypatch.setattr(f"ee_tuning.decode.drafts.{plan}", lambda *_: (each, each))
     model, own = drafting().cuda(), [DRAFT] if exit else []
     bar, texts = 0.001 if exit else None, []

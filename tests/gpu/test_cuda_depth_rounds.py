@@ -16,7 +16,7 @@ MOST = 3
 
 @pytest.fixture(autouse=True)
 def _as_many_as_may_be(monkeypatch):
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, rooms, clock: MOST)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, rooms, clock: MOST)
 
 
 def half_right(arch):

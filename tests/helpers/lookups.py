@@ -30,5 +30,5 @@ def let_texts_draft(monkeypatch: pytest.MonkeyPatch, most: int = 0, share: float
         return 99.0 if texts and draw.random() < share else 0.0
 
     monkeypatch.setattr(Clock, "looks", lambda clock: False)
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, *_: most or paces[0].longest)
-    monkeypatch.setattr("ee_tuning.decode.drafts.promised", promised)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, *_: most or paces[0].longest)
+    monkeypatch.setattr("ee_tuning.decode.limits.promised", promised)

@@ -33,7 +33,7 @@ def of(found, name, **labels):
 @pytest.fixture
 def drafting(monkeypatch):
     """Every round has drafts, whether that pays or not."""
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda *_: 3)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: 3)
 
 
 def test_metrics_count_what_was_said(tiny_server, drafting):

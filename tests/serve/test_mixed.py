@@ -105,7 +105,7 @@ def drafting(base, tmp_path_factory):
 def test_a_draft_exit_serves_beside_the_others(drafting, monkeypatch):
     """Speculative requests draft with it unless they name other exits."""
     # Whether that pays or not.
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda *_: 2)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: 2)
     ways = [{"mode": "speculative", "threshold": 0.0}, {"mode": "full"},
             {"mode": "speculative", "threshold": 0.0, "exit_layers": [1]},
             {"mode": "threshold", "threshold": 0.02}, {}]  # fmt: skip

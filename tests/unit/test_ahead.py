@@ -24,6 +24,7 @@ from ee_tuning.decode import (
     Speculative,
     Threshold,
     drafts,
+    limits,
     straight,
 )
 from ee_tuning.decode.ahead import Ahead, _decide, cuts_beside
@@ -185,7 +186,7 @@ def kept_of_a_layer_exit(policy, ahead):
 
 def test_a_layer_exit_has_the_kv_of_tokens_that_do_not_ask_it(monkeypatch):
     """Where they may later; else there is no need."""
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 0)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 0)
     policy = Speculative(4, SOME, max_pending=3)
     found, expected = (kept_of_a_layer_exit(policy, ahead) for ahead in (True, False))
     assert torch.equal(found, expected)
@@ -250,7 +251,7 @@ def test_an_asked_exit_takes_few_operations(monkeypatch):
 
 
 def test_captured_rounds_read_what_is_there_when_they_run(monkeypatch):
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 3)
     policy, texts = Speculative(4, {}, max_pending=3, bar=0.001), []
     for ahead in (True, False):
         engine = engine_of(drafting(), [DRAFT], ahead)
@@ -455,7 +456,7 @@ def test_a_text_rests_ahead_where_drafts_do_not_pay(exit, monkeypatch):
         model, layers = early_exit(), [LOOKUP, 1, 2, 3] if lookup else [1, 2, 3]
         policy = Speculative(4, SOME, max_pending=3, lookup=lookup)
     plans, counts = itertools.cycle([0, 2, 0, 0, 0, 3]), []
-    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    monkeypatch.setattr(limits, "plan", lambda *_: next(plans))
     engine = engine_of(model, layers, ahead=True)
     go_on = engine.ahead.go_on
 
@@ -497,7 +498,7 @@ def drafted(model, bar, ahead, number=40, sampled=False, stops=None):
 def test_rounds_have_the_drafts_of_the_twin(bar, sampled, limit, monkeypatch):
     """And keep the same. Near a text's end there are fewer: a round that begins before it is known
     how much is left goes no further than there is room in any case."""
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: limit)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: limit)
     found, expected = (
         drafted(drafting(), bar, ahead, 48, sampled=sampled) for ahead in (True, False)
     )
@@ -510,7 +511,7 @@ def test_rounds_have_the_drafts_of_the_twin(bar, sampled, limit, monkeypatch):
 
 @pytest.mark.parametrize("family", ["mistral", "eagle3"])
 def test_rounds_of_other_families_and_architectures(family, monkeypatch):
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 3)
     model = drafting(family)
     found, expected = (drafted(model, 0.0, ahead, 48) for ahead in (True, False))
     assert found[:40] == expected[:40]
@@ -520,14 +521,14 @@ def test_rounds_of_other_families_and_architectures(family, monkeypatch):
 @pytest.mark.parametrize("end", [1, 2, 5, 9])
 def test_a_text_ends_within_rounds(end, monkeypatch):
     """What the device has written behind the end is not the text's."""
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 3)
     whole = drafted(drafting(), 0.0, ahead=True)
     found = drafted(drafting(), 0.0, ahead=True, stops=lambda ids: len(ids) == 7 + end)
     assert [token for token, *_ in found] == [token for token, *_ in whole[:end]]
 
 
 def test_a_text_with_drafts_that_becomes_the_only_one_goes_on_as_it_was(monkeypatch):
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 3)
     texts = []
     for ahead in (True, False):
         engine = engine_of(drafting(), [DRAFT], ahead, slots=3)
@@ -542,7 +543,7 @@ def test_a_text_with_drafts_that_becomes_the_only_one_goes_on_as_it_was(monkeypa
 def test_another_text_comes_while_a_round_is_under_way(monkeypatch):
     """What the device has begun is read first, and the texts are those that they are alone."""
     plans = itertools.cycle([3, 2, 1, 3, 3])
-    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    monkeypatch.setattr(limits, "plan", lambda *_: next(plans))
     policy, model = Speculative(4, {}, max_pending=3, bar=0.0), drafting()
     alone = [written(engine_of(model, [DRAFT], False), policy, 40, length=one) for one in (7, 9)]
     engine = engine_of(model, [DRAFT], ahead=True, slots=2)
@@ -565,7 +566,7 @@ def test_another_text_comes_while_a_round_is_under_way(monkeypatch):
 
 @pytest.mark.parametrize("which", [range(6, 99), [6]], ids=["all", "one"])
 def test_no_numbers_within_rounds_fail_a_text_behind_what_was_right(which, monkeypatch):
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: 3)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 3)
     engine = engine_of(drafting(), [DRAFT], ahead=True)
     settle, seen = engine.ahead.rounds._settle, []
 
@@ -685,7 +686,7 @@ def test_prompts_are_not_written_over_what_the_device_is_at(kind, more, number, 
     have so many tokens more, with those of the texts there are."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     plans = itertools.cycle([0, 0, 0, 2, 2] if kind == "rests" else [2])
-    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    monkeypatch.setattr(limits, "plan", lambda *_: next(plans))
     drafts_itself = kind in ("drafts", "rests")
     model, layers = (drafting(), [DRAFT]) if drafts_itself else (early_exit(), [])
     layers = [1, 2, 3] if kind == "leaves" else layers
@@ -758,7 +759,7 @@ def test_texts_rest_by_several_tokens_and_draft_later(number, most, sampled, mon
         seen.append((list(row.ids), [one.id for one in found]))
         draft(row, found)
 
-    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    monkeypatch.setattr(limits, "plan", lambda *_: next(plans))
     monkeypatch.setattr(Row, "draft", drafted)
     monkeypatch.setattr(Pace, "rest", lambda pace, one: looks.append(one) or rest(pace, one))
     warp = [TemperatureLogitsWarper(0.7)] if sampled else []
@@ -792,7 +793,7 @@ def test_texts_rest_beside_those_at_full_depth(monkeypatch):
     alone = written(engine_of(model, [], ahead=False), ways[0], 30)
     for most, lookup, expected in ((0, False, {(2, TOKENS)}), (3, False, set()), (0, True, set())):
         counts.clear()
-        monkeypatch.setattr(drafts, "plan", lambda *_, most=most: most)
+        monkeypatch.setattr(limits, "plan", lambda *_, most=most: most)
         ways[1].lookup = lookup
         engine = engine_of(model, [LOOKUP, DRAFT], ahead=True, slots=2)
         texts = by_text(engine, [Request(prompt(7), way, 37) for way in ways])

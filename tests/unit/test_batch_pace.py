@@ -7,7 +7,7 @@ import pytest
 from helpers.models import drafting
 from helpers.prompts import prompt
 
-from ee_tuning.decode import Engine, Request, Speculative, drafts
+from ee_tuning.decode import Engine, Request, Speculative, drafts, limits
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.pace import Clock, Pace, plan
@@ -136,9 +136,9 @@ def test_a_clock_is_told_what_all_of_a_round_takes(monkeypatch):
     monkeypatch.setattr("ee_tuning.decode.sequences.time", watch)
     monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Clock)  # not the one of tests
     monkeypatch.setattr(Clock, "learn", lambda clock, *given: told.append(given))
-    monkeypatch.setattr(drafts, "plan", lambda *_: next(plans))
+    monkeypatch.setattr(limits, "plan", lambda *_: next(plans))
     engine = engine_of(3, most)
-    takes(drafts, "plan", lambda *_: 0.5)
+    takes(limits, "plan", lambda *_: 0.5)
     takes(engine.sequences, "catch_up", lambda *_: 0.25)
     takes(engine.several, "go_on", lambda _, count: count)
     takes(drafts, "chain_round", lambda *_: 2.0)
@@ -157,7 +157,7 @@ def test_a_rest_takes_no_less_than_it_took_the_device(monkeypatch):
     monkeypatch.setattr(Line, "read", lambda line: (read(line)[0], 8.0))
     monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Clock)  # not the one of tests
     monkeypatch.setattr(Clock, "learn", lambda clock, *given: told.append(given))
-    monkeypatch.setattr(drafts, "plan", lambda *_: 0)
+    monkeypatch.setattr(limits, "plan", lambda *_: 0)
     engine = engine_of(3, 3)
     for seed in range(3):
         policy = Speculative(4, {}, max_pending=3, bar=0.0)

@@ -36,7 +36,7 @@ def rounds(monkeypatch):
 
     monkeypatch.setattr(Row, "draft", drafted)
     monkeypatch.setattr(Row, "keep", kept)
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, *_: paces[0].longest)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, *_: paces[0].longest)
     return seen
 
 
@@ -146,7 +146,7 @@ def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
         draft(row, drafts)
 
     draft = Row.draft
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", plan)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", plan)
     monkeypatch.setattr(Row, "draft", drafted)
     policy = Speculative(DEPTH, max_pending=3, bar=0.0)
     engine = Engine(model, [DRAFT], capacity=64, max_pending=3)

@@ -12,7 +12,7 @@ from helpers.recorded import act_out
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, drafts
+from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, limits
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.settings import Audited
 from ee_tuning.exit_config import LOOKUP
@@ -34,7 +34,7 @@ def half_right(arch="norm", family="qwen3"):
 
 @pytest.fixture(autouse=True)
 def _as_many_as_may_be(monkeypatch):
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: paces[0].longest)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: paces[0].longest)
 
 
 def engine_of(model, layers, device, most=MOST, slots=1, **settings):
@@ -178,7 +178,7 @@ def test_captured_rounds_read_what_is_there_when_they_run(arch, threshold, numbe
     """Of fewer drafts than there may be, too: the step that computes the last one is another."""
     model = half_right(arch)
     policy = policy_of(middle(model, 2) if threshold is None else threshold)
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: number)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: number)
     expected = written(engine_of(model, [2], False), policy, number=24)
     engine = engine_of(model, [2], True)
     act_out(engine.passes.graphs, monkeypatch)
@@ -214,7 +214,7 @@ def test_a_round_begins_before_the_one_before_it_was_read():
 def test_a_round_computes_each_layer_once(number, monkeypatch):
     """Of each draft those up to the exit, then of all those behind it; no other exit is asked, nor
     this one behind the last draft."""
-    monkeypatch.setattr(drafts, "plan", lambda paces, rooms, clock: number)
+    monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: number)
     engine, seen = engine_of(half_right(), [2, 3], True), []
     engine.submit(Request(prompt(7), policy_of(0.0, layer=3), 90))
     for _ in range(4):
@@ -292,7 +292,7 @@ def test_a_text_rests_where_drafts_do_not_pay(monkeypatch):
     model, texts = half_right("layer"), []
     for device in (True, False):
         plans = itertools.cycle([3, 3, 2, 0, 0, 1])
-        monkeypatch.setattr(drafts, "plan", lambda *_, plans=plans: next(plans))
+        monkeypatch.setattr(limits, "plan", lambda *_, plans=plans: next(plans))
         engine = engine_of(model, [2], device)
         texts.append([token for token, *_ in written(engine, policy_of(0.0), number=60)])
     assert texts[0] == texts[1] == at_full_depth(model, number=60)

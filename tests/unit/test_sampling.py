@@ -111,7 +111,7 @@ SAMPLING = [
 @pytest.mark.parametrize("exits", ["0", "2", "2,3"])
 def test_sampled_texts_are_those_of_full_depth_whatever_drafts(exits, sampling, monkeypatch):
     """Token by token, for 24 seeds; drafts are kept and rejected, whether or not they pay."""
-    monkeypatch.setattr("ee_tuning.decode.drafts.plan", lambda paces, *_: paces[0].longest)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, *_: paces[0].longest)
     model = drafting() if exits == "0" else good_exit("llama")
     ids = torch.tensor([prompt(6)]).expand(24, -1)
     common = {"do_sample": True, "max_new_tokens": 16, "eos_token_id": None, **sampling}

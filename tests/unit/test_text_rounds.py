@@ -75,7 +75,7 @@ def always(monkeypatch):
     """All drafts of a text are taken, by the device and by the host, and else those of an exit."""
     let_texts_draft(monkeypatch, most=MOST)
     each = Limits(MOST, ALWAYS)
-    for plan in ("_by_text", "_beside_text"):
+    for plan in ("by_text", "beside_text"):
         monkeypatch.setattr(drafts, plan, lambda *_: (each, each))
 
 
@@ -221,7 +221,7 @@ def test_a_text_rests_where_drafts_do_not_pay(exit, monkeypatch):
     """And goes on by rounds later, with what it has grown by."""
     let_texts_draft(monkeypatch, most=MOST)
     plans = itertools.cycle([*[Limits(MOST * exit, ALWAYS)] * 6, *[Limits()] * 6])
-    for plan in ("_by_text", "_beside_text"):
+    for plan in ("by_text", "beside_text"):
         monkeypatch.setattr(drafts, plan, lambda *_: (next(plans), next(plans)))
     model = drafting() if exit else good_exit("llama")
     found = written(engine_of(model, True, exit), policy_of(exit), number=80)

@@ -12,9 +12,10 @@ from functools import partial
 
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.alone import TOKENS, at_once
-from ee_tuning.decode.lookup import COST, COST_BEHIND, MATCH, Limits, TextDrafts
-from ee_tuning.decode.pace import Clock, Pace, count, plan, promised
-from ee_tuning.decode.rounds import Round, Rounds
+from ee_tuning.decode.limits import beside_text, by_text, learn, limit, look_up
+from ee_tuning.decode.lookup import COST, COST_BEHIND, Limits
+from ee_tuning.decode.pace import Clock, count
+from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences, Settled, Stopwatch
 from ee_tuning.decode.straight import Several
@@ -75,11 +76,16 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     return settled
 
 
-def _learned(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
-    """As `_kept`; the row takes in how many drafts that are."""
-    drafts = row.drafts
-    settled = _kept(row, said, choice)
-    row.learn(drafts, choice.kept)
+def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
+    """The tokens that follow the prompts of new rows, which go to the end; as `draft_round`."""
+    settled: list[Settled] = []
+    for reads in sequences.read(rows):
+        found = [(row, read.found) for row, read in reads if read.found is not None]
+        asked = [Asked(row.request.chooser, row.ids, [said]) for row, said in found]
+        for (row, said), choice in zip(found, choose(asked), strict=True):
+            row.keep(0, choice.token)
+            token = Token(choice.token, row.policy.end, said.confidence)
+            settled.append(_settled(row, choice, [token]))
     return settled
 
 
@@ -93,6 +99,14 @@ def _kept(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
     own = Token(choice.token, row.policy.end, said[kept].confidence)
     own.rejected = [draft.id for draft in drafts[kept:]]
     return _settled(row, choice, [*drafts[:kept], own])
+
+
+def _learned(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
+    """As `_kept`; the row takes in how many drafts that are."""
+    drafts = row.drafts
+    settled = _kept(row, said, choice)
+    row.learn(drafts, choice.kept)
+    return settled
 
 
 def _verified_chains(
@@ -116,43 +130,9 @@ def _verified_chains(
     return verified
 
 
-def _at_full_depth(
-    rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
-) -> GoOn | None:
-    """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
-    where it is to look at each. behind: see `at_once`."""
-    if ahead is None:
-        return None
-    if several is not None and several.underway(rows):
-        return partial(several.go_on, rows, behind=behind)
-    if ahead.serves(rows):
-        return partial(_ahead, ahead, rows[0], behind=behind)
-    # What a text has for a token is not known before the one before it.
-    texts = any(row.text is not None for row in rows)
-    if texts or several is None or not several.serves(rows):
-        return None
-    return partial(several.go_on, rows, behind=behind)
-
-
-def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> tuple[list[Settled], float]:
-    """The next tokens of a row that is alone. behind: see `_at_full_depth`."""
-    tokens, seconds = ahead.go_on(row, at_once(count, behind), behind)
-    return [(row, tokens)], seconds
-
-
-def underway(rows: Sequence[Row], several: Several | None, ahead: Ahead | None) -> bool:
-    """Whether the device is at tokens of some of `rows`, or has found them, of which the host does
-    not know yet.
-
-    No prompt may be read then: what passes write for slots that are idle lies behind what the host
-    knows of these.
-    """
-    if several is not None and several.underway(rows):
-        return True
-    if ahead is None or len(rows) != 1:
-        return False
-    rounds = ahead.rounds
-    return ahead.underway(rows[0]) is not None or (rounds is not None and rounds.underway(rows[0]))
+def _settled(row: Row, choice: Choice, tokens: list[Token]) -> Settled:
+    row.request.error = choice.error
+    return row, tokens if choice.error is None else []
 
 
 def next_round(
@@ -182,9 +162,9 @@ def next_round(
         return _alone(sequences, rows[0], ahead, rounds, timed, behind)
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
-    clocks = [_limit(sequences, alike) for alike in (chained, layered)]
+    clocks = [limit(sequences, alike) for alike in (chained, layered)]
     sequences.catch_up(chained)
-    texts = [_look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
+    texts = [look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
     behind = behind and rests and all(row.text is None for row in rows)  # it may have drafts next
@@ -201,63 +181,63 @@ def next_round(
     seconds = timed()
     for alike, clock, text in zip((chained, layered), clocks, texts, strict=True):
         # Not what others are part of.
-        if seconds is None or len(alike) < len(rows):
-            continue
-        paces = [row.pace for row in alike if row.pace is not None]
-        own = [row.text for row in alike if row.text is not None]
-        asked, looked = (max((one.asked for one in some), default=0) for some in (paces, own))
-        if clock is not None and not looked:
-            count(clock, paces if len(rows) == 1 else [], asked, seconds)
-        if text is not None and not asked:
-            count(text, own if len(rows) == 1 else [], looked, seconds)
+        if seconds is not None and len(alike) == len(rows):
+            _count(alike, clock, text, seconds)
     return settled
 
 
-def _limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
-    """Say how many drafts the next round of `rows` may have; gives the clock of such rounds."""
-    for row in rows:
-        if row.policy.steady:
-            row.limit = max(0, min(row.policy.max_pending, row.left - 1))
-    free = [(row, row.pace) for row in rows if row.pace is not None]
-    if not free:
-        return None
-    paces, rooms = [pace for _, pace in free], [row.left for row, _ in free]
-    clock = sequences.clock(len(rows), max(pace.cost for pace in paces))
-    number = plan(paces, rooms, clock)
-    for row, _ in free:
-        row.limit = max(0, min(number, row.left - 1))
-    return clock
+def _count(rows: Sequence[Row], exits: Clock | None, text: Clock | None, seconds: float) -> None:
+    """Take in what a round of `rows` took.
 
-
-def _look_up(sequences: Sequences, rows: Sequence[Row], exits: Clock | None) -> Clock | None:
-    """Let `rows` go on with the drafts that their texts have, if these promise more tokens a second
-    than the exits' drafts; gives the clock of such rounds. None do beside rows that always draft.
-
-    exits: the clock of rounds in which these draft.
+    exits, text: the clocks of rounds in which these draft; not of those in which both did.
     """
-    texts = [(row, row.text) for row in rows if row.text is not None]
-    if not texts or any(row.policy.steady for row in rows):
+    paces = [row.pace for row in rows if row.pace is not None]
+    texts = [row.text for row in rows if row.text is not None]
+    asked, looked = (max((one.asked for one in some), default=0) for some in (paces, texts))
+    alone = len(rows) == 1
+    if exits is not None and not looked:
+        count(exits, paces if alone else [], asked, seconds)
+    if text is not None and not asked:
+        count(text, texts if alone else [], looked, seconds)
+
+
+def underway(rows: Sequence[Row], several: Several | None, ahead: Ahead | None) -> bool:
+    """Whether the device is at tokens of some of `rows`, or has found them, of which the host does
+    not know yet.
+
+    No prompt may be read then: what passes write for slots that are idle lies behind what the host
+    knows of these.
+    """
+    if several is not None and several.underway(rows):
+        return True
+    if ahead is None or len(rows) != 1:
+        return False
+    rounds = ahead.rounds
+    return ahead.underway(rows[0]) is not None or (rounds is not None and rounds.underway(rows[0]))
+
+
+def _at_full_depth(
+    rows: Sequence[Row], several: Several | None, ahead: Ahead | None, behind: bool
+) -> GoOn | None:
+    """What lets rows that have no drafts now go on by so many tokens in one look of the host; None,
+    where it is to look at each. behind: see `at_once`."""
+    if ahead is None:
         return None
-    clock, paces = sequences.clock(len(rows), COST), [text for _, text in texts]
-    found = [text.drafts(row.ids, row.left - 1) for row, text in texts]
-    if not any(found):
-        return clock
-    rooms = [row.left if drafts else 1 for (row, _), drafts in zip(texts, found, strict=True)]
-    looks = clock.looks()
-    most = 0 if looks else plan(paces, rooms, clock)
-    found = [drafts[:most] for drafts in found]
-    own = promised(paces, [len(drafts) for drafts in found], clock, len(rows) - len(texts))
-    asked = [(row, row.pace) for row in rows if row.pace is not None]
-    theirs = float(len(rows))
-    if exits is not None:
-        limits = [row.limit for row, _ in asked]
-        theirs = promised([pace for _, pace in asked], limits, exits, len(rows) - len(asked))
-    if looks or (any(found) and own > theirs):
-        for row, _ in asked:
-            row.limit = 0
-        for (row, _), drafts in zip(texts, found, strict=True):
-            row.look_up(drafts)
-    return clock
+    if several is not None and several.underway(rows):
+        return partial(several.go_on, rows, behind=behind)
+    if ahead.serves(rows):
+        return partial(_ahead, ahead, rows[0], behind=behind)
+    # What a text has for a token is not known before the one before it.
+    texts = any(row.text is not None for row in rows)
+    if texts or several is None or not several.serves(rows):
+        return None
+    return partial(several.go_on, rows, behind=behind)
+
+
+def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> tuple[list[Settled], float]:
+    """The next tokens of a row that is alone. behind: see `_at_full_depth`."""
+    tokens, seconds = ahead.go_on(row, at_once(count, behind), behind)
+    return [(row, tokens)], seconds
 
 
 def _rest(
@@ -295,17 +275,17 @@ def _alone(
     timed: of this round. behind: see `next_round`.
     """
     text = None if row.policy.steady else row.text
-    exits = _limit(sequences, [row])
+    exits = limit(sequences, [row])
     if row.policy.bar is not None:
         sequences.catch_up([row])
     now = then = Limits(row.limit)
     # Of rounds that are begun when the one before them was read, and of those begun behind it.
     clocks = [] if exits is None else [exits, exits]
     if text is not None and exits is not None:
-        now, then = _beside_text(row, text, rounds.underway(row), exits)
+        now, then = beside_text(row, text, rounds.underway(row), exits)
     elif text is not None:
         clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
-        now, then = _by_text(row, text, rounds.underway(row), clocks)
+        now, then = by_text(row, text, rounds.underway(row), clocks)
     rests = not now.most and not rounds.underway(row)
     if rests or ahead.underway(row):  # what the device is at comes before what pays behind it
         go_on = partial(_ahead, ahead, row, behind=rests and behind)
@@ -318,83 +298,7 @@ def _alone(
     row.draft(one.drafts)
     (choice,) = choose([Asked(row.request.chooser, row.ids, one.said, row.drafts)])
     settled = _kept(row, one.said, choice)
-    pace = _learn(row, one, choice.kept)
+    pace = learn(row, one, choice.kept)
     if clocks and pace is not None and took is not None:
         count(clocks[not one.known], [pace], max(pace.asked, 1), max(took, one.seconds))
     return [settled]
-
-
-def _by_text(
-    row: Row, text: TextDrafts, underway: bool, clocks: Sequence[Clock]
-) -> tuple[Limits, Limits]:
-    """How many drafts the next round of a row may have that its text alone drafts for, and the one
-    behind it. Of the next one it is known what the text has for it.
-
-    clocks: of the rounds begun so, and of those begun behind another.
-    """
-    now = behind = 0
-    # Where nothing promises, as little as may be: the device waits.
-    if not underway and text.drafts(row.ids, row.left - 1) and not clocks[1].looks():
-        now = plan([text], [row.left], clocks[0])
-    if now or underway:
-        text.regard(0)
-        behind = plan([text], [row.left], clocks[1])
-    return Limits(0, (0, *[now] * MATCH)), Limits(0, (0, *[behind] * MATCH))
-
-
-def _beside_text(row: Row, text: TextDrafts, underway: bool, clock: Clock) -> tuple[Limits, Limits]:
-    """The same of a row for which a draft exit drafts, too, up to `row.limit`."""
-    pace, limits = row.pace, Limits(row.limit)
-    # Where the text has drafts, the exit has made one for nothing.
-    cost = clock.rounds(1)
-    if pace is not None and not clock.looks() and pace.margin(row.left, clock) >= cost - 1:
-        theirs = promised([pace], [row.limit], clock) * cost
-        pays = [text.outlook_behind(size, row.left) > theirs for size in range(1, MATCH + 1)]
-        limits = Limits(row.limit, (0, *(text.longest * one for one in pays)))
-    limits = limits.within(row.left - 1)
-    if row.limit:
-        return limits, limits
-    found = [] if underway else text.drafts(row.ids, row.left - 1)
-    return limits if found and limits.texts[text.size] else Limits(), Limits()
-
-
-def _learn(row: Row, one: Round, kept: int) -> Pace | None:
-    """Take in what a round of a row that is alone has brought; gives the pace that it is about."""
-    text, pace, made = row.text, row.pace, len(one.drafts)
-    looked = one.limits.texts[one.size] > 0
-    if pace is None:
-        if text is not None and one.known:
-            text.regard(one.size)
-            text.learn(made, made, kept)
-        elif text is not None:
-            if looked:
-                text.regard(one.size)
-                text.see(made, made, kept)
-            text.regard(0)
-            text.learn(one.limits.most, made, kept)
-        return text
-    if text is not None and looked:  # the exit's first draft was for nothing
-        text.regard(one.size)
-        text.learn(made, made, kept)
-        pace.spend(kept + 1, 1)
-    else:
-        pace.learn(one.limits.exit, made, kept)
-    return pace
-
-
-def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
-    """The tokens that follow the prompts of new rows, which go to the end; as `draft_round`."""
-    settled: list[Settled] = []
-    for reads in sequences.read(rows):
-        found = [(row, read.found) for row, read in reads if read.found is not None]
-        asked = [Asked(row.request.chooser, row.ids, [said]) for row, said in found]
-        for (row, said), choice in zip(found, choose(asked), strict=True):
-            row.keep(0, choice.token)
-            token = Token(choice.token, row.policy.end, said.confidence)
-            settled.append(_settled(row, choice, [token]))
-    return settled
-
-
-def _settled(row: Row, choice: Choice, tokens: list[Token]) -> Settled:
-    row.request.error = choice.error
-    return row, tokens if choice.error is None else []
