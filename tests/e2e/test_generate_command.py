@@ -134,7 +134,7 @@ def test_what_makes_no_sense_is_refused(exits, args, message, capsys):
         ([], ""),
         (["--threshold", "0.5"], "threshold"),
         (["--exit-layers", "2", "--min-depth", "1"], "exit_layers and min_depth"),
-        (["--max-pending", "0", "--measure", "margin"], "max_pending and measure"),
+        (["--max-pending", "3", "--measure", "margin"], "max_pending and measure"),
     ],
 )
 def test_settings_that_the_mode_ignores_are_named(exits, flags, named, capsys):

@@ -118,7 +118,7 @@ def test_greedy_tokens_are_those_of_full_depth(family):
 @given(
     family=st.sampled_from(["llama", "mistral", "gemma3", "opt", "gpt2", "qwen2"]),
     bar=st.floats(0, 0.2),
-    max_pending=st.integers(0, 9),
+    max_pending=st.integers(1, 9),
     new=st.integers(1, 30),
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
 )

@@ -296,7 +296,7 @@ def test_bad_thresholds(given):
         ({"prompt_length": LENGTH + 8}, "more than seq_length"),
         ({"seq_length": 4096}, "seq_length 4096 is beyond the backbone's context of 128"),
         ({"exit_layers": "3"}, "no exit at layer 3"),
-        ({"max_pending": -1}, "whole number from 0"),
+        ({"max_pending": 0}, "whole number from 1"),
     ],
 )
 def test_refusals_are_one_line(exits, data, tmp_path, changes, message):

@@ -281,14 +281,6 @@ def test_prompts_of_a_batch_look_up_each_for_itself(always):
     assert not (out[1].exit_layers == LOOKUP).any()
 
 
-def test_without_drafts_it_is_full_depth():
-    model = good_exit("llama")
-    out = model.generate(
-        torch.tensor([repeating(30)]), mode="speculative", lookup=True, max_pending=0, **NEW
-    )
-    assert {*out.exit_layers[0].tolist()} == {DEPTH}
-
-
 def test_an_exit_at_the_last_layer_is_no_hindrance():
     """It could not draft; the text can."""
     model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("1/1", arch="norm")).eval()

@@ -52,7 +52,7 @@ def test_drafts_are_kept_and_rejected_in_these_tests():
 @given(
     family=st.sampled_from(["llama", "mistral", "gemma3", "opt", "gpt2", "qwen2"]),
     threshold=st.floats(0, 0.1),
-    max_pending=st.integers(0, 9),
+    max_pending=st.integers(1, 9),
     new=st.integers(1, 30),
     exits=st.sampled_from([[2], [3], [2, 3]]),
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),

@@ -123,8 +123,7 @@ class Speculative(Policy):
         if thresholds.get(DRAFT, 1) < 1:
             policy.bar = thresholds[DRAFT]
         policy.lookup = leaving.lookup
-        drafts = policy.exit_layers and leaving.max_pending
-        return policy if drafts else Full.read(leaving, {}, depth)
+        return policy if policy.exit_layers else Full.read(leaving, {}, depth)
 
 
 class Audited(Speculative):
@@ -195,10 +194,13 @@ def check_pending(max_pending: int) -> None:
     """Refuse a bound that is none.
 
     Raises:
-        UserError: it is no whole number, or negative.
+        UserError: it is no whole number, or lets no token leave.
     """
-    if not isinstance(max_pending, int) or max_pending < 0:
-        raise UserError(f"max_pending {max_pending!r} is not possible: give a whole number from 0")
+    if not isinstance(max_pending, int) or max_pending < 1:
+        raise UserError(
+            f"max_pending {max_pending!r} is not possible: give a whole number from 1, or use mode "
+            "full, in which no token leaves"
+        )
 
 
 def active_layers(model: Network, exit_layers: Layers | None, drafts: bool = False) -> list[int]:

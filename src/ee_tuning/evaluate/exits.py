@@ -99,7 +99,7 @@ def active_exits(model: Network, config: EvaluateConfig) -> list[int]:
     """The layers at which a token may leave before full depth, as the decoder reads the settings.
 
     Raises:
-        UserError: `exit_layers` names a layer without an exit, or `max_pending` is negative.
+        UserError: `exit_layers` names a layer without an exit, or `max_pending` lets none leave.
     """
     leaving = config.leaving(mode="threshold", threshold=0.0)
     return list(make_policy(model, leaving).thresholds)
