@@ -175,7 +175,7 @@ def test_a_template_says_how_a_turn_begins_and_ends():
     assert (found.mark, marked.decode(found.before)) == ("[/I]", "[I] ")
     ids = marked("[I] The fox? [/I]").input_ids
     stops = ends_by_mark(marked, found, 3)
-    assert [stops(ids[:length]) for length in range(4, len(ids) + 1)][-2:] == [False, True]
+    assert [stops(ids, length) for length in range(4, len(ids) + 1)][-2:] == [False, True]
 
 
 @pytest.mark.parametrize(

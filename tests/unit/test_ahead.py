@@ -372,7 +372,7 @@ def test_the_next_text_in_a_slot_has_nothing_of_what_was_begun_for_the_last(ends
     policy = POLICIES["some leave"]()
     expected = written(engine_of(early_exit(), [1, 2, 3], False), policy, length=5)
     engine = engine_of(early_exit(), [1, 2, 3], True)
-    stops = {"stops": lambda ids: len(ids) == 10} if ends == "stops" else {}
+    stops = {"stops": lambda _, length: length == 10} if ends == "stops" else {}
     first, found = Request(prompt(7), policy, 60, **stops), []
     with looks_behind(monkeypatch) as seen:
         engine.submit(first)
@@ -392,7 +392,7 @@ def test_a_text_ends_where_its_stop_is(end):
     engine = engine_of(early_exit(), [1, 2, 3], ahead=True)
     policy = POLICIES["some leave"]()
     expected = [token for token, *_ in written(engine, policy)][:end]
-    request = Request(prompt(7), policy, 60, stops=lambda found: len(found) == 7 + end)
+    request = Request(prompt(7), policy, 60, stops=lambda _, length: length == 7 + end)
     events = list(engine.stream([request]))
     assert [token.id for _, token in events] == expected
     assert [token.ends for _, token in events] == [False] * (end - 1) + [True]
@@ -523,7 +523,7 @@ def test_a_text_ends_within_rounds(end, monkeypatch):
     """What the device has written behind the end is not the text's."""
     monkeypatch.setattr(limits, "plan", lambda paces, rooms, clock: 3)
     whole = drafted(drafting(), 0.0, ahead=True)
-    found = drafted(drafting(), 0.0, ahead=True, stops=lambda ids: len(ids) == 7 + end)
+    found = drafted(drafting(), 0.0, ahead=True, stops=lambda _, length: length == 7 + end)
     assert [token for token, *_ in found] == [token for token, *_ in whole[:end]]
 
 
@@ -599,7 +599,7 @@ def several(ahead, sampled, alone=False):
             Full(4, max_pending=3),
             12 + 7 * i,
             Chooser(warp, sample=sampled and i != 1, seed=i if sampled and i != 1 else None),
-            stops=lambda ids: len(ids) == 20,
+            stops=lambda _, length: length == 20,
         )
         for i in range(5)
     ]

@@ -36,7 +36,7 @@ def requests(model, number=9, length=7, **kwargs):
     return padding, [
         (
             one.ids, one.max_length, one.chooser.sample, one.chooser.warp,
-            [token for token in range(96) if one.stops([*IDS, token])],
+            [token for token in range(96) if one.stops([*IDS, token], len(IDS) + 1)],
         )
         for one in found
     ]  # fmt: skip

@@ -239,7 +239,7 @@ def test_a_text_ends_within_rounds(end):
     model = half_right("layer")
     engine = engine_of(model, [2], True)
     whole = written(engine_of(model, [2], False), policy_of(0.0))
-    found = written(engine, policy_of(0.0), stops=lambda ids: len(ids) == 7 + end)
+    found = written(engine, policy_of(0.0), stops=lambda _, length: length == 7 + end)
     assert [one[:2] for one in found] == [one[:2] for one in whole[:end]]
     assert [one[3] for one in found] == [False] * (end - 1) + [True]
     again = written(engine, policy_of(0.0), length=5)

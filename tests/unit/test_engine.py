@@ -138,7 +138,7 @@ def test_a_request_that_fails_ends_alone(at, policy):
 
 
 def test_what_ends_a_text_may_fail_too():
-    def stops(ids):
+    def stops(ids, length):
         raise KeyError("no such stop")
 
     engine = Engine(early_exit(), [1], slots=2, capacity=64)
@@ -336,8 +336,8 @@ def test_a_slot_of_a_text_that_failed_is_as_good_as_new(kind):
     policy = Speculative(4, max_pending=3, **leaving)
     engine, fresh = (Engine(model, layers, capacity=64, max_pending=3) for _ in range(2))
 
-    def fails(ids):
-        if len(ids) == 12:
+    def fails(ids, length):
+        if length == 12:
             passes = engine.passes
             caches = [*passes.caches, *passes.exit_caches.values()]
             caches += [passes.chains.cache] if passes.chains else []

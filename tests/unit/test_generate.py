@@ -27,6 +27,7 @@ from transformers.utils import logging
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.commands.generate import DepthStreamer
 from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.sequences import Sequences
 from ee_tuning.decode.text import TextStream
 from ee_tuning.errors import Notice
 from ee_tuning.loading import load_tokenizer
@@ -66,6 +67,46 @@ def test_a_streamer_is_read_while_a_thread_generates(base, tokenizer):
     text = "".join(streamer)
     thread.join()
     assert text == tokenizer.decode(model.generate(**inputs, **settings).sequences[0])
+
+
+class Counted(list):
+    """Counts the items of it that are copied."""
+
+    copied = 0
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        self.copied += len(found) if isinstance(key, slice) else 0
+        return found
+
+    def __iter__(self):
+        self.copied += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("mode", ["full", "threshold", "speculative"])
+@pytest.mark.parametrize("stop", [None, "no such words"])
+def test_a_long_text_is_not_copied_for_each_of_its_tokens(tokenizer, monkeypatch, mode, stop):
+    """To look whether it ends there: the second half of a text has as many copied as the first."""
+    base = tiny("llama", vocab_size=300, max_position_embeddings=256)
+    model = EarlyExitModel.from_base(base, ExitConfig("2,3", arch="norm")).eval()
+    rows, enter = [], Sequences.enter
+
+    def counted(self, *args):
+        row = enter(self, *args)
+        row.ids = Counted(row.ids)
+        rows.append(row)
+        return row
+
+    monkeypatch.setattr(Sequences, "enter", counted)
+    stops = {"stop_strings": [stop], "tokenizer": tokenizer} if stop else {}
+    for number in (100, 200):
+        model.generate(
+            torch.tensor([prompt(5)]), mode=mode, threshold=0.0, max_pending=3,
+            max_new_tokens=number, eos_token_id=None, **stops,
+        )  # fmt: skip
+    short, long = (row.ids.copied for row in rows)
+    assert long < 2.2 * short
 
 
 def test_end_token_and_stop_strings_end_generation(base, tokenizer):

@@ -186,7 +186,7 @@ def test_a_round_begins_before_the_one_before_it_was_read(always):
 def test_a_text_ends_within_rounds(always, end):
     """What the device has written behind the end is not the text's."""
     model = good_exit("llama")
-    found = written(engine_of(model, True), policy_of(), stops=lambda ids: len(ids) == 30 + end)
+    found = written(engine_of(model, True), policy_of(), stops=lambda _, length: length == 30 + end)
     assert [token for token, *_ in found] == at_full_depth(model)[:end]
 
 

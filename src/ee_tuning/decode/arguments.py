@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -188,7 +189,7 @@ class Terms(NamedTuple):
 
     processors: LogitsProcessorList
     sample: bool
-    stops: Callable[[Sequence[int]], bool]
+    stops: Callable[[Sequence[int], int], bool]
     number: int
     padding: int
     alike: bool
@@ -345,14 +346,23 @@ def warn_ignored(kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def _stops(criteria: StoppingCriteriaList, device: torch.device) -> Callable[[Sequence[int]], bool]:
-    """Whether ids end by `criteria`; of the usual ones the device is not asked."""
+def _stops(
+    criteria: StoppingCriteriaList, device: torch.device
+) -> Callable[[Sequence[int], int], bool]:
+    """Whether the first so many ids of a text end it by `criteria`; of the usual ones the device is
+    not asked, and stop strings are shown as many ids as they look at."""
     ends = [c.eos_token_id.tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
     others = StoppingCriteriaList(c for c in criteria if not isinstance(c, USUAL))
+    looked_at = sys.maxsize  # a criterion of the caller's may look at all of them
+    if all(isinstance(c, StopStringCriteria) for c in others):
+        looked_at = max((c.maximum_token_len for c in others), default=0)
 
-    def stops(ids: Sequence[int]) -> bool:
-        if any(ids[-1] in tokens for tokens in ends):
+    def stops(ids: Sequence[int], length: int) -> bool:
+        if any(ids[length - 1] in tokens for tokens in ends):
             return True
-        return bool(others) and bool(others(torch.tensor([ids], device=device), None).all())
+        if not others:
+            return False
+        last = torch.tensor([ids[max(0, length - looked_at) : length]], device=device)
+        return bool(others(last, None).all())
 
     return stops

@@ -40,7 +40,7 @@ from ee_tuning.decode.drafts import first_tokens, next_round, underway
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
-from ee_tuning.decode.sequences import Request, Row, Sequences, never
+from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.straight import Several
 from ee_tuning.devices import wait_for
@@ -263,7 +263,7 @@ class Engine:
             for length, token in enumerate(tokens, start=len(row.ids) - len(tokens) + 1):
                 if request.cancelled:
                     return
-                stops = request.stops is not never and request.stops(row.ids[:length])
+                stops = request.stops(row.ids, length)
                 token.ends = stops or length >= request.max_length
                 if token.ends:
                     self.sequences.free(row)

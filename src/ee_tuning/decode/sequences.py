@@ -26,7 +26,7 @@ Stopwatch = Callable[[], float | None]  # see `Sequences.stopwatch`
 Settled = tuple["Row", list[Token]]
 
 
-def never(ids: Sequence[int]) -> bool:
+def never(ids: Sequence[int], length: int) -> bool:
     """No text ends."""
     return False
 
@@ -35,16 +35,16 @@ def never(ids: Sequence[int]) -> bool:
 class Request:
     """A prompt and how to go on from it.
 
-    max_length: tokens with the prompt's, at most. stops: whether what is written ends the text.
-    cancelled: it is given up. finished: its last token has come, or it failed, for the reason
-    `error`.
+    max_length: tokens with the prompt's, at most. stops: whether a text ends with the first so many
+    of its ids. cancelled: it is given up. finished: its last token has come, or it failed, for the
+    reason `error`.
     """
 
     ids: list[int]
     policy: Policy
     max_length: int
     chooser: Chooser = field(default_factory=Chooser)
-    stops: Callable[[Sequence[int]], bool] = never
+    stops: Callable[[Sequence[int], int], bool] = never
     cancelled: bool = False
     finished: bool = False
     error: Exception | None = None

@@ -206,10 +206,12 @@ class Stage:
         """What becomes of a row with its next token, on the first stage."""
         row = self.sequences.rows[item.slot]
         assert row is not None
-        request, ids = row.request, [*row.ids, item.id]
+        request, length = row.request, len(row.ids) + 1
         if request.cancelled or self._given_up:
             return Fate.GIVEN_UP
-        ends = len(ids) >= request.max_length or request.stops(ids)
+        row.ids.append(item.id)  # for a look: a copy of the text for every token would be long
+        ends = length >= request.max_length or request.stops(row.ids, length)
+        row.ids.pop()
         return Fate.ENDS if ends else Fate.GOES_ON
 
     def compute(self, news: list[News]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.sampling import check_evidence
-from ee_tuning.decode.sequences import Request, Row, never
+from ee_tuning.decode.sequences import Request, Row
 from ee_tuning.passes.draws import NOTHING, Warp, samples_of
 from ee_tuning.passes.prompts import read
 from ee_tuning.passes.wanted import Wanted, Window
@@ -38,9 +38,8 @@ class Text(Request):
     def end(self, ids: Sequence[int], first: int) -> int:
         """The length at which the text ends, if not before `first` tokens; 0 if it goes on."""
         for length in range(first, len(ids) + 1):
-            if length >= self.max_length or ids[length - 1] in self.ends:
-                return length
-            if self.stops is not never and self.stops(ids[:length]):
+            over = length >= self.max_length or ids[length - 1] in self.ends
+            if over or self.stops(ids, length):
                 return length
         return 0
 

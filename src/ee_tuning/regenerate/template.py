@@ -58,14 +58,16 @@ def read_template(tokenizer: PreTrainedTokenizerBase, system: str, ends: set[int
 
 def ends_by_mark(
     tokenizer: PreTrainedTokenizerBase, template: Template, start: int
-) -> Callable[[Sequence[int]], bool]:
-    """Whether ids end a question by the template's mark; start: where the question begins."""
+) -> Callable[[Sequence[int], int], bool]:
+    """Whether the first so many ids end a question by the template's mark; start: where the
+    question begins."""
     if not template.mark:
         return never
-    length = len(_ids(tokenizer, template.mark)) + TAIL
+    most = len(_ids(tokenizer, template.mark)) + TAIL
 
-    def stops(ids: Sequence[int]) -> bool:
-        return template.mark in str(tokenizer.decode(list(ids[max(start, len(ids) - length) :])))
+    def stops(ids: Sequence[int], length: int) -> bool:
+        last = ids[max(start, length - most) : length]
+        return template.mark in str(tokenizer.decode(list(last)))
 
     return stops
 
