@@ -169,7 +169,7 @@ class PlanConfig(TuneConfig):
     gpu: str = option("h200", "b200, h200, h100, a100-80, a100-40, l40s, 5090, 4090 or 3090")
     gpus: int = option(1, "how many of them")
     dp: int = option(0, "data-parallel ranks; 0: as many as --gpus, --tp and --pp make")
-    tokens: float = option(1.3e9, "tokens to tune on")
+    tokens: float = option(0, "tokens to tune on; 0: as many as --steps read")
 
 
 @dataclass

@@ -121,6 +121,12 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
     assert "--backbone-precision torchao-int8" in out.split("it would with ")[1]
     main([*common, "--gpu", "4090", "--backbone-precision", "bnb-4bit", "--head", "shared"])
     assert "fit" in capsys.readouterr().out
+    for asked, said in (
+        ("--steps 10 --seq-length 64", r"1.02e\+04 tokens take \d\.\d minutes"),
+        ("--steps 10 --tokens 3e12", r"3e\+12 tokens take \d+\.\d hours"),
+    ):
+        main([*common, *asked.split()])
+        assert re.search(said, " ".join(capsys.readouterr().out.split()))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ("--gpus 0", "gpus is 0: it must be at least 1"),
         ("--tp 0", "tp is 0: it must be at least 1"),
         ("--gpus 2 --dp 4", "dp 4 × tp 1 × pp 1 is 4, not gpus, 2: leave --dp out, or"),
-        ("--tokens -5", "tokens is -5.0: it must be above 0"),
+        ("--tokens -5", "tokens is -5.0: it must be at least 0"),
         ("--global-batch-size 0", "global_batch_size is 0: it must be at least 1"),
         ("--seq-length 0", "seq_length is 0: it must be at least 1"),
         ("--micro-batch-size 0", "micro_batch_size is 0: it must be at least 1"),

@@ -70,12 +70,18 @@ def _show_missing_units(config: PlanConfig, console: Console) -> None:
 
 def _show_time(account: Account, config: PlanConfig, console: Console) -> None:
     seconds = sum(step_seconds(account, config, GPUS[config.gpu]).values()) / config.gpus
-    rate = config.global_batch_size * config.seq_length / seconds
+    step = config.global_batch_size * config.seq_length
+    rate, tokens = step / seconds, config.tokens or config.steps * step
     console.print(
         f"about {rate:,.0f} tokens/s on {config.gpus} GPU(s), communication and idle time left "
-        f"out: {config.tokens:.3g} tokens take {config.tokens / rate / 3600:.1f} hours",
+        f"out: {tokens:.3g} tokens take {_lasting(tokens / rate)}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _lasting(seconds: float) -> str:
+    """Seconds as one says them: in hours, less than one in minutes."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _show_layouts(model: Network, account: Account, config: PlanConfig, console: Console) -> None:

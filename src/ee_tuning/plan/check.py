@@ -76,8 +76,8 @@ def check_plan(config: PlanConfig) -> PlanConfig:
     if config.shard or config.shard_backbone:
         raise UserError("plan knows neither --shard nor --shard-backbone: leave them out")
     check_counts(config, "gpus", "tp", "pp")
-    if config.tokens <= 0:
-        raise UserError(f"tokens is {config.tokens}: it must be above 0")
+    if config.tokens < 0:
+        raise UserError(f"tokens is {config.tokens}: it must be at least 0")
     config = dataclasses.replace(config, dp=_data_parallel(config))
     check_settings(config)
     return config
