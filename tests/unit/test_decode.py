@@ -16,6 +16,7 @@ from transformers import BatchEncoding
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Speculative, Threshold
+from ee_tuning.decode.engines import engines_of
 from ee_tuning.losses import confidence
 from ee_tuning.passes.cache import SlotLayer, check_room
 from ee_tuning.passes.passes import Passes
@@ -192,6 +193,7 @@ def test_every_request_of_a_batch_may_decode_in_its_own_way():
 def test_a_text_that_ends_frees_its_slot_for_the_next_prompt():
     """Prompts are asked for one by one; outputs come as texts end, and equal single ones."""
     model = early_exit()
+    engines_of(model).kept.clear()  # one with more slots, of another test, would be taken
     asked, ended = [], []
 
     def prompts():
