@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from ee_tuning import config as settings
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.errors import Interrupted, Notice, ProcessFailed, UserError, mistakes_first
+from ee_tuning.files import empty_folders_go
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.serve.config import ServeConfig
 from ee_tuning.suggest.config import SuggestConfig
@@ -132,7 +133,7 @@ def _run(args: list[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not hasattr(config, "tp"):
         raise UserError(f"{name} runs in one process: start it without torchrun")
     command = getattr(_module(f"ee_tuning.commands.{name}"), name)
-    with mistakes_first():
+    with mistakes_first(), empty_folders_go():
         command(config)
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -70,6 +70,22 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+_made: list[Path] = []  # folders that were made before anything is in them, see `empty_folders_go`
+
+
+@contextmanager
+def empty_folders_go() -> Iterator[None]:
+    """Inside, what fails leaves no empty folder behind that `check_writable` made for it."""
+    _made.clear()
+    try:
+        yield
+    except BaseException:
+        for folder in _made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
+
+
 def check_writable(folder: Path, advice: str = "choose another --out") -> None:
     """Refuse a folder that cannot be written to before long work would be in vain; it is made if
     need be.
@@ -78,6 +94,7 @@ def check_writable(folder: Path, advice: str = "choose another --out") -> None:
         UserError: says why; with the `advice`.
     """
     try:
+        _made.extend(path for path in (folder, *folder.parents) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

@@ -51,6 +51,27 @@ def old(exits, tmp_path):
     return tmp_path / "old"
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "init --model BASE --layers 99 --out NEW",
+        "tune --model BASE --layers 1 --arch norm --data typo.jsonl --out NEW",
+        "export --exits EXITS --layer 4 --out NEW",
+        "evaluate --exits EXITS --data typo.jsonl --out NEW",
+        "regenerate --model BASE --data typo.jsonl --tokens 9 --out NEW/own.jsonl",
+        "suggest --model /nowhere --out NEW/found.json",
+    ],
+)
+def test_a_mistake_leaves_no_folder_behind(mistake, exits, base, tmp_path, capsys):
+    there = tmp_path / "there"
+    there.mkdir()
+    places = {"BASE": base, "EXITS": exits}
+    for new in ("new", "there", "there/deep/er"):
+        words = mistake.replace("NEW", str(tmp_path / new)).split()
+        fails(capsys, *(places.get(word, word) for word in words))
+        assert [*tmp_path.rglob("*")] == [there]
+
+
 MISTAKES = [
     {"data": "typo.jsonl"},
     {"valid_data": "typo.jsonl"},
