@@ -43,9 +43,9 @@ def check_there(path: str, what: str, file: str, kind: str = "model") -> None:
         UserError: says which of the two it is not, and why.
     """
     if Path(path).is_file() and not path.endswith(".gguf"):
-        raise UserError(
-            f"cannot read the {what} {path}: it is a file, give its folder, {Path(path).parent}"
-        )
+        folder = Path(path).parent
+        whose = f"its folder, {folder}" if (folder / file).exists() else f"a folder with a {file}"
+        raise UserError(f"cannot read the {what} {path}: it is a file, give {whose}")
     if Path(path).exists():
         return
     check_folder(path, what)

@@ -73,6 +73,12 @@ def test_a_file_is_not_its_folder(folder, what):
         ask()
 
 
+def test_a_file_of_no_checkpoint_has_no_folder_to_give(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"it is a file, give a folder with a config\.json"):
+        inspect(InspectConfig(path=str(tmp_path / "chats.jsonl")))
+
+
 def test_pickled_weights_written_once_more_as_the_line_says(folder, tmp_path):
     pickled(folder)
     with pytest.raises(UserError) as refusal:
