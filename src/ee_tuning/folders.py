@@ -265,6 +265,11 @@ def _begins(*marks: str) -> Callable[[Path], bool]:
     return says
 
 
+def is_json_with(path: Path, *keys: str) -> bool:
+    """Whether a file is a JSON object that has all of `keys`."""
+    return _says(_holds(*keys), path)
+
+
 def _holds(*keys: str) -> Callable[[Path], bool]:
     """Whether a JSON object has all of `keys`."""
     return lambda path: _read(path).keys() >= {*keys}

@@ -59,6 +59,7 @@ MISTAKES = [
     "suggest --model BASE --data BAD",
     "suggest --model BASE --minutes 0.01 --out FULL",
     "suggest --model BASE --minutes 0.01 --out BELOW",
+    "suggest --model BASE --minutes 0.01 --out BAD",
     "suggest --model BASE --minutes 0.01 --out /proc/self/found.json",
     "evaluate --exits EXITS --data DATA --seq-length 64 --exit-layers 2 --out OUT",
     "generate --exits EXITS --prompt a --max-pending 0",

@@ -15,10 +15,12 @@ from helpers.prompts import prompt
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.cli import main
 from ee_tuning.commands.suggest import advice
+from ee_tuning.commands.suggest import suggest as command
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Engine, Request, engines_of
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.pace import Clock
+from ee_tuning.errors import UserError
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.predict import Costs, Heard, drafted, left
 from ee_tuning.suggest.probes import heard, tuned, written
@@ -267,3 +269,16 @@ def test_mistakes(base, tmp_path, capsys):
         (["--model", base, "--max-new-tokens", "120"], "do not fit into the context of 128"),
     ):
         assert words in fails(capsys, "suggest", *flags)
+
+
+def test_only_what_was_suggested_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "ee_tuning.commands.suggest.search", lambda *_: Suggestion([], 1.0, {}, 0.0)
+    )
+    config = SuggestConfig(model="base", out=str(tmp_path / "found.json"), device="cpu")
+    for _ in range(2):
+        command(config)
+    (tmp_path / "found.json").write_text('{"text": "mine"}')
+    with pytest.raises(UserError, match="suggest did not write it: choose another --out"):
+        command(config)
+    assert (tmp_path / "found.json").read_text() == '{"text": "mine"}'

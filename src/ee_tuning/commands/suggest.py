@@ -12,6 +12,7 @@ from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.files import check_writable, write_json
+from ee_tuning.folders import is_json_with
 from ee_tuning.suggest.config import SuggestConfig
 from ee_tuning.suggest.run import PAYS, Suggestion
 from ee_tuning.suggest.run import suggest as search
@@ -24,9 +25,12 @@ def suggest(config: SuggestConfig) -> None:
         UserError: a file that cannot be written, or see `ee_tuning.suggest.suggest`.
     """
     if config.out:
-        if Path(config.out).is_dir():
-            raise UserError(f"{config.out} is a folder: name the file to write with --out")
-        check_writable(Path(config.out).parent)
+        path = Path(config.out)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name the file to write with --out")
+        if path.exists() and not is_json_with(path, "machine", "settings", "candidates"):
+            raise UserError(f"{path} exists, and suggest did not write it: choose another --out")
+        check_writable(path.parent)
     console, progress = Console(), Console(stderr=True)
     found = search(config, lambda text: progress.print(text, highlight=False))
     console.print(table(found))
