@@ -161,14 +161,20 @@ class OnTheWay:
 
 
 class Speed:
-    """Tokens per second since a run, or its continuation, began."""
+    """Tokens per second since a run, or its continuation, began: without its first step, which
+    compiles, once there are others."""
 
     def __init__(self) -> None:
-        self.started, self.tokens = time.perf_counter(), 0
+        self.started = self.compiled = time.perf_counter()
+        self.tokens = self.steps = 0
 
     def add(self, tokens: int) -> None:
-        """So many more have been seen."""
-        self.tokens += tokens
+        """A step has seen so many more."""
+        if self.steps == 1:
+            self.started, self.tokens = self.compiled, 0
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        if self.steps == 1:
+            self.compiled = time.perf_counter()
 
     def __call__(self) -> float:
         """The mean up to now."""
