@@ -54,7 +54,7 @@ def pick_device(name: str) -> torch.device:
     try:
         if device.type == "cuda" and rank and there:
             torch.cuda.set_device(int(rank))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         why, *_ = first_line(error).split(". ")  # a list of all that torch knows may follow
         raise UserError(f"device {name!r} cannot be used: {why}; use --device cpu") from error

@@ -92,3 +92,8 @@ def test_without_a_gpu(name):
     assert said.endswith("; use --device cpu")
     assert len(said) < 120
     assert pick_device("auto") == torch.device("cpu")
+
+
+def test_a_device_that_holds_no_numbers():
+    with pytest.raises(UserError, match=r"device 'meta' cannot be used: .*; use --device cpu"):
+        pick_device("meta")
