@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(saved, capsys, monkeyp
     assert stop.value.code == 2
     assert "No space left" in error
     assert "\n" not in error
-    assert not list((saved / "out").iterdir())
+    assert not (saved / "out").exists()
 
 
 def test_overwriting_leaves_nothing_of_an_earlier_export(saved):
@@ -250,7 +250,7 @@ def test_what_cannot_be_read_back_is_not_exported(saved, capsys, monkeypatch, wh
         captured = capsys.readouterr()
         assert message in captured.err
         assert "saved in" not in captured.out
-        assert not list((saved / "out").iterdir())
+        assert not (saved / "out").exists()
 
 
 def test_a_backbone_beside_an_adapter_of_peft_is_refused(saved, capsys):
