@@ -127,7 +127,12 @@ def claim(
         raise UserError("no output folder given: name one with --out")
     folder = Path(out)
     check_writable(folder)
-    if any(folder.iterdir()) and not (overwrite or resume):
+    try:
+        full = any(folder.iterdir())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read {folder}: {reason}; choose another --out") from error
+    if full and not (overwrite or resume):
         go_on = "" if resume is None else "go on with --resume, "
         raise UserError(
             f"the folder {out} is not empty: {go_on}replace it with --overwrite or choose "

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -318,3 +319,12 @@ def test_a_model_card_that_was_edited_is_not_overwritten(base, data, old, capsys
     line = fails(capsys, "tune", *arguments(base, data, old, overwrite=True))
     assert "or what was changed since: README.md;" in line
     assert read_all(old) == before
+
+
+def test_a_folder_that_cannot_be_read_is_refused_in_a_line(tmp_path, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", unreadable)
+    with pytest.raises(UserError, match=r"cannot read .*: Permission denied; choose another --out"):
+        claim(str(tmp_path / "out"), overwrite=True)
