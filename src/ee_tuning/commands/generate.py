@@ -95,15 +95,15 @@ def generate(config: GenerateConfig, console: Console | None = None) -> None:
     """
     if config.stage_layers and config.pp == 1:
         raise UserError("stage_layers needs --pp: a single stage has all layers")
-    mesh, unused = Mesh(tp=config.tp, pp=config.pp), ignored(config)
+    mesh = Mesh(tp=config.tp, pp=config.pp)
+    if mesh.is_main and (unused := ignored(config)):
+        warnings.warn(unused, Notice, stacklevel=1)
     if config.calibrated:
         if config.threshold != GenerateConfig.threshold:
             raise UserError("threshold and calibrated are both given: leave one out")
         config = replace(config, threshold=CALIBRATED)
     with mesh.connected(pick_device(config.device), config.timeout, advice="Start it again"):
         mesh.check_same("settings", repr(config))
-        if mesh.is_main and unused:
-            warnings.warn(unused, Notice, stacklevel=1)
         _generate(config, mesh, console or Console(quiet=not mesh.is_main))
 
 

@@ -40,13 +40,13 @@ def serve(config: ServeConfig) -> None:
         ) from error
     check_settings(config)
     sys.setswitchinterval(SWITCH)
+    if not config.api_key and not _is_loopback(config.host):
+        warnings.warn(
+            f"anyone who reaches {config.host} can use this server: give --api-key",
+            Notice,
+            stacklevel=1,
+        )
     with _listening(config) as listener, served(config, _log, _keep) as found:
-        if not config.api_key and not _is_loopback(config.host):
-            warnings.warn(
-                f"anyone who reaches {config.host} can use this server: give --api-key",
-                Notice,
-                stacklevel=1,
-            )
         all_checked()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -68,12 +68,11 @@ def tune(
 
     Restarted by torchrun, a run goes on from its last checkpoint.
     """
-    with ExitStack() as held:
-        check(config)
-        config = _going_on(config)
-        mesh = Mesh(config.dp, config.tp, config.pp)
-        device = pick_device(config.device)
-        held.enter_context(mesh.connected(device, config.timeout))
+    check(config)
+    config = _going_on(config)
+    mesh = Mesh(config.dp, config.tp, config.pp)
+    device = pick_device(config.device)
+    with mesh.connected(device, config.timeout), ExitStack() as held:
         mesh.check_same("settings", digest(dataclasses.asdict(config)))
         reads = config.exits, config.model
         out = mesh.on_main(lambda: claim(config.out, config.overwrite, config.resume, reads))
