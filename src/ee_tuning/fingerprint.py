@@ -85,7 +85,7 @@ def state_of(weight: Tensor, every_value: bool = False) -> tuple[Any, ...]:
     which are tensors of another kind.
     """
     seen = cast(Any, None)
-    if weight.device.type == "cpu" and _is_plain(weight):
+    if weight.is_cpu and _is_plain(weight):
         values = weight.detach()
         seen = _sum(values) if every_value else sample(values).view(torch.uint8).numpy().tobytes()
     version = 0 if weight.is_inference() else weight._version
@@ -100,11 +100,13 @@ def _is_plain(weight: Tensor) -> bool:
 def states_of(module: nn.Module) -> tuple[Any, ...]:
     """`state_of` each parameter; torch's own walk names them all, which takes a call longer than a
     token."""
-    modules, found = [module], []
+    modules, weights = [module], list[Tensor]()
     for one in modules:
-        found += [state_of(p) for p in one._parameters.values() if p is not None]
-        modules += [child for child in one._modules.values() if child is not None]
-    return tuple(found)
+        if own := one._parameters:
+            weights += [p for p in own.values() if p is not None]
+        if children := one._modules:
+            modules += [child for child in children.values() if child is not None]
+    return tuple(map(state_of, weights))
 
 
 def _sum(values: Tensor) -> int:

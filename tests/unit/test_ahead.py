@@ -172,6 +172,9 @@ def test_exits_are_asked_beside_layers_of_few_bytes(monkeypatch):
     assert cuts_beside(model, [1, 3, DRAFT]) == []
     assert cuts_beside(model, [1]) == [3]
     assert cuts_beside(model, [1, 2]) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("ee_tuning.decode.ahead.group_of", lambda layer: "a group")
+        assert cuts_beside(model, [1]) == []
     monkeypatch.setattr("ee_tuning.decode.ahead.FEW", 0)
     assert cuts_beside(model, [1]) == []
 

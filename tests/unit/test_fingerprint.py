@@ -6,7 +6,14 @@ from helpers.families import tiny
 from torch import nn
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.fingerprint import SAMPLES_PER_TENSOR, exit_hash, sample, sample_places, state_of
+from ee_tuning.fingerprint import (
+    SAMPLES_PER_TENSOR,
+    exit_hash,
+    sample,
+    sample_places,
+    state_of,
+    states_of,
+)
 
 FEW = torch.tensor([1.0, 2.0, 3.0])
 WEIGHTS = {
@@ -78,6 +85,16 @@ def test_what_was_made_in_inference_mode_has_no_version():
         before = state_of(weight)
         weight.mul_(2)
         assert state_of(weight) != before
+
+
+def test_the_states_of_a_model_are_those_of_its_parameters():
+    """Also where a part is none, or has none."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2,3", arch="mlp", head="shared"))
+    model.model.model.layers[0].extra = None
+    model.model.model.layers[0].register_module("nothing", None)
+    model.model.model.layers[0].register_parameter("bias", None)
+    weights = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    assert sorted(states_of(model), key=str) == sorted(map(state_of, weights), key=str)
 
 
 @pytest.mark.parametrize("way", [change, change_data])

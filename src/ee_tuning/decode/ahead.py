@@ -57,12 +57,13 @@ BESIDE, FEW = 2, 32 << 20
 def cuts_beside(model: Network, exit_layers: Sequence[int]) -> list[int]:
     """The layers behind which it is looked at what an exit before has said meanwhile: none, where
     layers take as long as their weights do, or where there are no branches of graphs."""
-    backbone = model.backbone
-    size = sum(p.numel() * p.element_size() for p in backbone.layers[-1].parameters())
-    branches = backbone.device.type == "cuda" and can_branch() and group_of(model) is None
-    if size > FEW or not branches:
+    backbone, layers = model.backbone, [k for k in exit_layers if k > 0]
+    if not layers or backbone.device.type != "cuda" or not can_branch():
         return []
-    last, layers = backbone.num_layers, [k for k in exit_layers if k > 0]
+    layer, last = backbone.layers[-1], backbone.num_layers
+    size = sum(p.numel() * p.element_size() for p in layer.parameters())
+    if size > FEW or group_of(layer) is not None:
+        return []
     cuts = [(k + BESIDE, min((one for one in layers if one > k), default=last)) for k in layers]
     return [cut for cut, following in cuts if cut < following]
 

@@ -120,7 +120,7 @@ def generate(
                 streamer.put(input_ids.cpu())
             tokens = _texts(engine, requests, audit, on_token, streamer)
     _check_context(model, requests, tokens)
-    given = input_ids.repeat_interleave(len(requests) // len(prompts), 0)
+    given = input_ids[:, None].expand(-1, len(requests) // len(prompts), -1).flatten(0, 1)
     output = _output(given, tokens, read[0][1], model.backbone.device)
     if return_dict_in_generate is None:
         return_dict_in_generate = said(kwargs, "return_dict_in_generate")
@@ -300,14 +300,19 @@ def _output(
 ) -> GenerateOutput:
     """prompts: (B, P); tokens: those of each row."""
 
-    def table(values: list[list[Any]], fill: Any) -> Tensor:
-        rows = [[*row, *[fill] * (longest - len(row))] for row in values]
-        return torch.tensor(rows, device=device)
-
     longest = max(len(row) for row in tokens)
-    new = table([[token.id for token in row] for row in tokens], padding)
+
+    def table(name: str, fill: float) -> list[list[Any]]:
+        return [
+            [*(getattr(token, name) for token in row), *[fill] * (longest - len(row))]
+            for row in tokens
+        ]
+
+    # Each copy to a GPU is a wait.
+    numbers = [table("id", padding), table("exit_layer", 0)]
+    new, exit_layers = torch.tensor(numbers, device=device)
     return GenerateOutput(
         sequences=torch.cat([prompts.to(device), new], dim=1),
-        exit_layers=table([[token.exit_layer for token in row] for row in tokens], 0),
-        confidences=table([[token.confidence for token in row] for row in tokens], 0.0),
+        exit_layers=exit_layers,
+        confidences=torch.tensor(table("confidence", 0.0), device=device),
     )
