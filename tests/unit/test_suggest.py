@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from ee_tuning.commands.suggest import suggest as command
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode import Engine, Request, engines_of
 from ee_tuning.decode.ahead import Ahead
+from ee_tuning.decode.arguments import read_prompts
 from ee_tuning.decode.pace import Clock
 from ee_tuning.errors import UserError
 from ee_tuning.suggest.config import SuggestConfig
@@ -158,8 +161,7 @@ def test_rounds_that_the_device_goes_ahead_with_are_timed(number, chains):
     engine = Engine(model, [layer], capacity=96, max_pending=8)
     engine.ahead = Ahead(engine.passes, engine.sequences.stops)
     assert not chains or engine.ahead.rounds
-    with _sequence(engine, policy, number, prompt(5)) as read:
-        assert read > 0
+    with _sequence(engine, policy, number, prompt(5)):
         tokens = [token for _ in range(24) for _, token in engine.step()]
     drafts, left = [], 0
     for token in tokens:
@@ -194,6 +196,21 @@ def test_costs_are_measured():
     assert found.prompt == full.prompt > 0
     assert len(found.rounds) == 7
     assert all(seconds > 0 for seconds in found.rounds.values())
+
+
+def test_a_call_is_timed_with_all_that_is_outside_of_rounds(monkeypatch):
+    """In the same engine as rounds; what comes before a prompt is read counts, too."""
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2", arch="norm"))
+
+    def slowly(*given):
+        time.sleep(0.2)
+        return read_prompts(*given)
+
+    generate = import_module("ee_tuning.decode.generate")
+    monkeypatch.setattr(generate, "read_prompts", slowly)
+    full = measure_full(model, prompt(5))
+    assert len(engines_of(model).kept) == 1
+    assert full.prompt > 0.2 > full.round(0, asked=False)
 
 
 def test_rounds_are_timed_once_at_least_and_less_often_in_less_time(monkeypatch):

@@ -51,9 +51,9 @@ class Costs:
     """Seconds of decoding with an exit.
 
     rounds: by the number of tokens that leave in one and whether the exit was asked once more, in
-    vain, before one goes to the end. prompt: of reading the prompt. stops: a round whose drafts end
-    early takes no longer than one that may have no more. paced: the `Pace` knows. asks: a draft
-    that is none is asked for, too.
+    vain, before one goes to the end. prompt: of a call for the first token alone. stops: a round
+    whose drafts end early takes no longer than one that may have no more. paced: the `Pace` knows.
+    asks: a draft that is none is asked for, too.
     """
 
     rounds: Mapping[tuple[int, bool], float]
