@@ -39,16 +39,12 @@ class Line:
 DRAFT = "draft exit, bar 0.1, up to 6"
 ALONE, BOTH = "lookup, up to 6", "lookup, bar 0.1, up to 6"
 LINES = [
-    Line("draft exit and `--lookup`", "real-h200-drafts", BOTH, drawn=False),
-    Line("draft exit", "real-h200-drafts", f"exits: {DRAFT}", drawn=False),
-    Line("`--lookup` alone", "real-h200-drafts", ALONE, drawn=False),
+    Line("draft exit and `--lookup`", "real-h200-drafts", BOTH),
+    Line("draft exit", "real-h200-drafts", f"exits: {DRAFT}"),
+    Line("`--lookup` alone", "real-h200-drafts", ALONE),
     Line("draft exit and `--lookup`, a busy host", "real-h200-busy", BOTH, drawn=False),
     Line("draft exit, a busy host", "real-h200-busy", f"exits: {DRAFT}", drawn=False),
     Line("`--lookup` alone, a busy host", "real-h200-busy", ALONE, drawn=False),
-    Line("draft exit and `--lookup`", "real-h200", BOTH),
-    Line("draft exit", "real-h200", DRAFT),
-    Line("draft exit", "real-h100", DRAFT, drawn=False),
-    Line("`--lookup` alone", "real-h200", ALONE),
     Line("draft exit, temperature 0.8", "real-sampled-h100", DRAFT, "full depth's of a seed"),
     Line("`threshold`, exits after layers 10 and 20", "real-layers-h100", "20:0.8122"),
     Line("draft exit, eight texts at once", "real-batch8-h200", DRAFT, drawn=False),
