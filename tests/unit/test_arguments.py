@@ -1,5 +1,6 @@
 """What transformers makes of arguments is kept while nothing that it follows from has changed."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.families import tiny
@@ -113,6 +114,24 @@ def test_a_mistake_is_one_each_time(model, asked):
     requests(model)
     with pytest.raises(UserError, match="max_new_tokens"):
         to_requests(model, IDS, max_new_tokens=-1)
+
+
+@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3)])
+def test_a_length_may_be_any_whole_number(model, number):
+    """As with transformers; a request's is one of Python's, which engines ask for."""
+    for kwargs in (
+        {"max_new_tokens": number},
+        {"generation_config": GenerationConfig(max_new_tokens=number)},
+    ):
+        (request,), _ = to_requests(model, IDS, **kwargs)
+        assert (request.max_length, type(request.max_length)) == (len(IDS) + 3, int)
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_new_tokens", "min_length", "min_new_tokens"])
+@pytest.mark.parametrize("number", [2.5, "4", torch.tensor(2.5)])
+def test_a_length_that_is_no_whole_number_is_refused_by_its_name(model, name, number):
+    with pytest.raises(UserError, match=f"{name} is .*: give a whole number"):
+        to_requests(model, IDS, padded=1, **{name: number})
 
 
 def test_no_more_than_so_many_are_kept(model, asked):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ REFUSED = {
 }
 GIVE = ": give a tokenizer's, as in generate(**tokenizer(texts, return_tensors='pt', padding=True))"
 USUAL = EosTokenCriteria, MaxLengthCriteria  # a request has its length itself
+LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 IDS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of token ids
 
 
@@ -225,14 +227,16 @@ def _ask_transformers(
     model: Network, ids: list[int], padded: int, kwargs: dict[str, Any]
 ) -> tuple[Terms, list[list[int]], int]:
     """As `to_requests`: terms, the ids with which each text begins, and its tokens at most."""
-    for name in ("max_length", "min_length") if padded else ():  # they count padding
-        value = _holds(model, kwargs, name)
-        if value:
-            kwargs[name] = max(value - padded, 1)
     config = kwargs.get("generation_config")
     for name, value in {**(vars(config) if config else {}), **kwargs}.items():
         if isinstance(value, float):  # a bias, which is in a list or mapping, may be infinite
             check_finite(name, value)
+        if name in LENGTHS and value is not None:
+            _whole(name, value)
+    for name in ("max_length", "min_length") if padded else ():  # they count padding
+        value = _holds(model, kwargs, name)
+        if value:
+            kwargs[name] = max(value - padded, 1)
     if _holds(model, kwargs, "do_sample"):
         check_probabilities(*(_holds(model, kwargs, name) for name in ("top_p", "min_p")))
     kwargs = _for_transformers(kwargs)
@@ -248,7 +252,8 @@ def _ask_transformers(
         alike = usual and Chooser(processors).in_passes
         stops, padding = _stops(criteria, input_ids.device), _padding(config)
         terms = Terms(processors, config.do_sample, stops, len(rows), padding, alike)
-        found.append((terms, rows, min(lengths, default=config.max_length)))
+        length = _whole("max_length", min(lengths, default=config.max_length))
+        found.append((terms, rows, length))
         return input_ids
 
     prompt = torch.tensor([ids], device=model.backbone.device)
@@ -260,6 +265,18 @@ def _ask_transformers(
     except ValueError as error:
         raise UserError(first_line(error)) from error
     return found[0]
+
+
+def _whole(name: str, value: Any) -> int:
+    """A number of tokens, which may be numpy's or a tensor's, as one of Python's.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise UserError(f"{name} is {value!r}: give a whole number") from error
 
 
 def _policy(model: Network, leaving: Leaving, made: dict[str, Policy] | None) -> Policy:
