@@ -59,11 +59,14 @@ def whole(base, data, tmp_path_factory):
 
 
 def test_resume_starts_where_there_is_nothing_yet(base, data, tmp_path, whole):
-    """As a job queue asks for: the same command starts a run and goes on with it."""
+    """As a job queue asks for: the same command starts a run and goes on with it; one that is
+    finished records nothing twice."""
     tune(base, data, tmp_path / "exits", save_every=4, resume=True)
     assert_same_weights(tmp_path / "exits", whole)
+    before = records(tmp_path / "exits")
     tune(base, data, tmp_path / "exits", save_every=4, resume=True)
     assert_same_weights(tmp_path / "exits", whole)
+    assert records(tmp_path / "exits") == before
 
 
 def test_a_run_killed_before_its_first_checkpoint_goes_on(base, data, tmp_path, whole):

@@ -258,8 +258,9 @@ def test_a_question_comes_once(chatty, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stop", [{"parts": 5}, {"parts": 30}, {"waves": 1}, {"waves": 3}])
 def test_a_run_that_was_interrupted_leaves_the_same_file(chatty, own, tmp_path, stop):
     out = tmp_path / "own.jsonl"
-    with pytest.raises(Interrupted, match="go on with --resume"):
+    with pytest.raises(Interrupted) as stopped:
         write(chatty, out, Stops(**stop))
+    assert ("go on with --resume" in str(stopped.value)) == out.exists()
     write(chatty, out, resume=True)
     assert out.read_bytes() == own[0].read_bytes()
     before = out.read_bytes()
@@ -287,7 +288,7 @@ def test_what_is_replaced_stays_until_there_is_something_new(chatty, tmp_path):
     out = tmp_path / "own.jsonl"
     write(chatty, out)
     before = out.read_bytes()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match=f"before a wave was whole: {out} is as it was"):
         write(chatty, out, Stops(parts=2), overwrite=True, seed=1)
     assert out.read_bytes() == before
     write(chatty, out, overwrite=True, seed=1)

@@ -80,11 +80,15 @@ def regenerate(config: RegenerateConfig, display: Display | None = None) -> Tota
         state = mesh.on_main(lambda: out.claim(config.resume, config.overwrite))
         shown = display if display is not None and mesh.is_main else Display()
         try:
-            return _Run(config, mesh, device, out, state, shown).go()
+            run = _Run(config, mesh, device, out, state, shown)
+            state = run.state
+            return run.go()
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped: whole waves are in {out.path}, go on with --resume"
-            ) from None
+            if state is None or not state.waves:
+                found = f" before a wave was whole: {out.path} is as it was, begin again"
+            else:
+                found = f": whole waves are in {out.path}, go on with --resume"
+            raise Interrupted(f"stopped{found}") from None
 
 
 def check(config: RegenerateConfig) -> None:

@@ -175,7 +175,8 @@ class Run:
             self._fit()
         self.mesh.on_main(lambda: self._begin(first))
         log = self.log
-        before = self.mesh.on_main(lambda: log.first_validation) or self.validate(log, 0)
+        validated = self.mesh.on_main(lambda: log.validations)
+        before = validated.get(0) or self.validate(log, 0)
         self._check_before(before)
         timeline, self.speed = self.made.pipeline.timeline, Speed()
         with self.display.running(first, config.steps), stop_requests(self.mesh.size) as stopped:
@@ -200,7 +201,7 @@ class Run:
                     self._save(done, log)
                 if self.stopping and not last:
                     raise Interrupted(f"stopped after step {done}; go on with --resume")
-        after = self.validate(log, config.steps)
+        after = validated.get(config.steps) or self.validate(log, config.steps)
         if config.trace and config.steps > first + 1:
             idle = save_timeline(timeline, self.mesh, self.out.path)
             self.display.say(

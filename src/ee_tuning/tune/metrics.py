@@ -7,7 +7,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from ee_tuning.folders import Output
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard or W&B."""
+    """Appends records to ``metrics.jsonl`` and, if asked, to TensorBoard or W&B.
+
+    validations: by step, what an earlier run has recorded of each exit's held-out loss.
+    """
 
     def __init__(self, out: Output, log_to: str, first_step: int = 0) -> None:
         """Records after `first_step`, left by a run that was cut off, are dropped."""
@@ -27,8 +30,11 @@ class MetricsLog:
         records = [record for record in kept if record["step"] <= first_step]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         self.file = self.path.open("a", encoding="utf-8")
-        losses = [record["valid_loss"] for record in records if "valid_loss" in record]
-        self.first_validation = {int(k): v for k, v in losses[0].items()} if losses else None
+        self.validations = {
+            record["step"]: {int(layer): loss for layer, loss in record["valid_loss"].items()}
+            for record in records
+            if "valid_loss" in record
+        }
         self.sink = _SINKS[log_to](out)
 
     def write(self, step: int, **values: Any) -> None:
@@ -69,7 +75,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 class NoLog:
     """A `MetricsLog` of a process that does not record what belongs to the whole run."""
 
-    first_validation = None
+    validations: ClassVar[dict[int, dict[int, float]]] = {}
 
     def write(self, step: int, **values: Any) -> None:
         """Nothing."""
