@@ -239,7 +239,8 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [
-        ([5, 9], {"slots": 0}, "slots is 0: give 1 or more"),
+        ([5, 9], {"slots": 0}, "slots is 0: give a whole number from 1"),
+        ([5, 9], {"slots": 2.5}, "slots is 2.5: give a whole number from 1"),
         ({"threshold": 0.5}, {}, "token ids, as input_ids or alone, not nothing"),
         ("def f", {}, "token ids, as input_ids or alone, not str"),
         ([5.0, 9.0], {}, "generate takes token ids"),
@@ -252,7 +253,7 @@ def test_a_batch_of_what_a_tokenizer_gives(base, tokenizer):
         ([5, 9], {"min_depth": -1}, "min_depth -1 is not possible"),
         ([5, 9], {"threshold": "8:x"}, "threshold '8:x' is not understood"),
         ([5, 9], {"compile": "off"}, "compile is True, False or None, not 'off'"),
-        ([5, 9], {"capacity": -1}, "capacity is -1: give 1 or more"),
+        ([5, 9], {"capacity": -1}, "capacity is -1: give a whole number from 1"),
         ([], {}, "the prompt is empty"),
         ([5, 9], {"capacity": 8, "max_new_tokens": 63}, "there is room for 8: .*capacity"),
         ([[5, 6], [7, 8]], {}, r"not of shape \(2, 2\): give several prompts one by one"),

@@ -62,10 +62,9 @@ def cuts_beside(model: Network, exit_layers: Sequence[int]) -> list[int]:
         return []
     layer, last = backbone.layers[-1], backbone.num_layers
     size = sum(p.numel() * p.element_size() for p in layer.parameters())
-    if size > FEW or group_of(layer) is not None:
-        return []
+    few = size <= FEW and group_of(layer) is None
     cuts = [(k + BESIDE, min((one for one in layers if one > k), default=last)) for k in layers]
-    return [cut for cut, following in cuts if cut < following]
+    return [cut for cut, following in cuts if few and cut < following]
 
 
 class Asking(NamedTuple):

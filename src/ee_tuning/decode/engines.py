@@ -84,7 +84,7 @@ class Engines:
         """
         for name, number in (("slots", slots), ("capacity", capacity)):
             if not isinstance(number, int) or number < 1:
-                raise UserError(f"{name} is {number!r}: give 1 or more")
+                raise UserError(f"{name} is {number!r}: give a whole number from 1")
         backbone, compile = model.backbone, self.will_compile(model, compile)
         if backbone.end and capacity > backbone.end:
             raise UserError(
