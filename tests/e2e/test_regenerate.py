@@ -268,6 +268,13 @@ def test_a_run_that_was_interrupted_leaves_the_same_file(chatty, own, tmp_path, 
     assert out.read_bytes() == before
 
 
+def test_a_run_that_was_interrupted_behind_its_only_wave_says_that_it_is_there(chatty, tmp_path):
+    out = tmp_path / "own.jsonl"
+    with pytest.raises(Interrupted, match=f"whole waves are in {out}, go on with --resume"):
+        write(chatty, out, Stops(waves=1), tokens=20)
+    assert out.read_bytes()
+
+
 def test_more_tokens_later_are_those_of_one_run(chatty, tmp_path):
     out, data = tmp_path / "own.jsonl", jsonl(tmp_path / "d.jsonl", {"prompt": "A fox?"})
     more = {"data": [data], "from_nothing": 0.5}

@@ -84,11 +84,13 @@ def regenerate(config: RegenerateConfig, display: Display | None = None) -> Tota
             state = run.state
             return run.go()
         except KeyboardInterrupt:
-            if state is None or not state.waves:
-                found = f" before a wave was whole: {out.path} is as it was, begin again"
-            else:
-                found = f": whole waves are in {out.path}, go on with --resume"
-            raise Interrupted(f"stopped{found}") from None
+            if state is None or not (state.waves or state.end):
+                raise Interrupted(
+                    f"stopped before a wave was whole: {out.path} is as it was, begin again"
+                ) from None
+            raise Interrupted(
+                f"stopped: whole waves are in {out.path}, go on with --resume"
+            ) from None
 
 
 def check(config: RegenerateConfig) -> None:
