@@ -26,8 +26,8 @@ from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
 
 # Layers' worth of the head and the host, of leaving, and of asking an exit: what rounds.py measured
-# of `layer` exits on an H100, results/rounds-smollm2.json, fitted by least squares.
-REST, LEAVE, ASK = 3.0, 2.5, 0.5
+# of `layer` exits on an H200, results/rounds-smollm2.json, fitted by least squares.
+REST, LEAVE, ASK = 2.5, 0.5, 1.0
 TRIED = {1: 400, 2: 40, 3: 14}  # thresholds of each exit, by how many exits there are
 
 
