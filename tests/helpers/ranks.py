@@ -13,19 +13,26 @@ import shutil
 import socket
 import warnings
 
+from ee_tuning.parallel.mesh import Mesh
 from helpers.forks import fork
 
-CRASHED = 86  # the status of a launcher of which a signal ended a rank
+# The status of a rank that could not join the others, and of a launch to be done once more.
+AGAIN = 86
 # Seconds that all cases may take on a busy machine. A rank that hangs is found out sooner: the
 # others wait for it no longer than their own time-out.
 LONGEST = 900
 
 
 def free_ports(number):
-    """Ports that nothing listens on, below those the system hands out to connections."""
+    """Ports that nothing listens on, below those the system hands out to connections.
+
+    Nothing holds them until a rank does: each of pytest's workers draws from others.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     found = set()
     while len(found) < number:
-        port = random.SystemRandom().randrange(2000, 10000)
+        port = random.SystemRandom().randrange(2000 + worker, 32000, workers)
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             found.add(port)
@@ -35,21 +42,21 @@ def free_ports(number):
 def launch(module, cases, folder, *more, seconds=LONGEST):
     """Run a module's `main` on the cases, each with a port of its own; gives what it prints.
 
-    It is given the cases' file and `more`. Where a signal ended a rank, as gloo's own thread
-    does now and then, all of it is done once more, from the folder as it was, with a warning that
-    says so.
+    It is given the cases' file and `more`. Where a rank could not join the others, or a signal
+    ended one, as gloo's own thread does now and then, all of it is done once more, from the folder
+    as it was, with a warning that says so. What else ends a rank is a failure of the test.
     """
     before = folder.parent / f"{folder.name}.before"
     shutil.rmtree(before, ignore_errors=True)
     shutil.copytree(folder, before)
     status, said = _launch(module, cases, folder, more, seconds)
-    if status == CRASHED:
-        warnings.warn(f"done once more, a rank crashed: {said[-2000:]}", stacklevel=2)
+    if status == AGAIN:
+        warnings.warn(f"done once more, as a rank was lost: {said[-2000:]}", stacklevel=2)
         shutil.rmtree(folder)
         before.rename(folder)
         status, said = _launch(module, cases, folder, more, seconds)
     shutil.rmtree(before, ignore_errors=True)
-    assert status != CRASHED, said
+    assert status == 0, said
     return said
 
 
@@ -68,26 +75,51 @@ def _launch(module, cases, folder, more, seconds):
 def run_ranks(number, run, *given, fresh=False):
     """`run(rank, *given)` as each of so many ranks, in a process of its own; waits for all.
 
-    Once a signal ends one, the others, which would wait for it, are ended, and this process ends
-    with status `CRASHED`.
+    Once one ends with another status than 0, the others, which would wait for it, are ended, and
+    this process ends: with status `AGAIN` if a signal ended it or it could not join them, else 1.
 
     fresh: processes that start anew, as a GPU wants it; forked ones need not import all again.
     """
     context = multiprocessing.get_context("spawn" if fresh else "fork")
-    ranks = [context.Process(target=run, args=(rank, *given)) for rank in range(number)]
+    ranks = [context.Process(target=_run, args=(rank, run, given)) for rank in range(number)]
     for rank in ranks:
         rank.start()
     running = {rank.sentinel: (i, rank) for i, rank in enumerate(ranks)}
     while running:
+        failed = []
         for sentinel in multiprocessing.connection.wait(list(running)):
             i, rank = running.pop(sentinel)
             rank.join()
             if rank.exitcode:
                 print(f"rank {i} ended with status {rank.exitcode}", flush=True)
-            if rank.exitcode < 0:
-                for _, other in running.values():
-                    other.kill()
-                raise SystemExit(CRASHED)
+                failed.append(rank.exitcode)
+        if failed:
+            for _, other in running.values():
+                other.kill()
+            # Of those that ended together, one that could not join may have missed one that failed.
+            raise SystemExit(AGAIN if min(failed) < 0 or set(failed) == {AGAIN} else 1)
+
+
+def _run(rank, run, given):
+    """`run`, but that this process ends at once where a case's ranks do not come together.
+
+    Were it to go on to its next case, the others would wait for it in this one, and all be out of
+    step from there on.
+    """
+    for name in ("connect", "of_one_model"):
+        setattr(Mesh, name, _joined(getattr(Mesh, name)))
+    run(rank, *given)
+
+
+def _joined(join):
+    def or_end(*args):
+        try:
+            return join(*args)
+        except RuntimeError as error:  # as torch says it
+            print(f"it could not join the others: {error}", flush=True)
+            os._exit(AGAIN)
+
+    return or_end
 
 
 def become(rank, size, port):
