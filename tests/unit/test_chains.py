@@ -17,6 +17,7 @@ from ee_tuning.backbone.positions import RotaryTable
 from ee_tuning.decode import Engine, Full, Request, Speculative
 from ee_tuning.decode.sequences import Row
 from ee_tuning.exit_config import DRAFT
+from ee_tuning.passes.chains import Chains
 
 
 @pytest.fixture
@@ -155,6 +156,46 @@ def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
     for text, own in seen:
         _, (first, *_) = draft_loop(model, text[:-1], len(own) + 2, len(own), 0.0, "probability")
         assert own == first.drafts
+
+
+@pytest.mark.parametrize("pause", [5, 17, 30])
+def test_texts_that_rest_beside_prompts_leave_nothing_out(pause, monkeypatch):
+    """In the sizes of compiled passes, not compiled: what the exit has not computed waits for one
+    long window, though prompts are read beside it, as long as what it reads is kept."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for name in ("graphs", "passes", "prompts"):
+        monkeypatch.setattr(f"ee_tuning.passes.{name}.CHUNK", 16)
+    model, turns, seen, filled = drafting("llama"), [], [], []
+
+    def plan(paces, rooms, clock):
+        turns.append(rooms)
+        return 3 if len(turns) % (pause + 1) == 0 else 0
+
+    def drafted(row, drafts):
+        seen.append((list(row.ids), [draft.id for draft in drafts]))
+        draft(row, drafts)
+
+    def fill(chains, links, starts):
+        filled.append([len(link.ids) for link in links])
+        fill_in(chains, links, starts)
+
+    draft, fill_in = Row.draft, Chains.fill
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", plan)
+    monkeypatch.setattr(Row, "draft", drafted)
+    monkeypatch.setattr(Chains, "fill", fill)
+    policy = Speculative(DEPTH, max_pending=3, bar=0.0)
+    engine = Engine(model, [DRAFT], slots=4, capacity=96, max_pending=3, compile=True)
+    lengths = [(9, 90), (5, 88), (7, 20), (3, 16), (30, 90), (17, 70)]
+    requests = [Request(prompt(n, n), policy, most) for n, most in lengths]
+    assert len(list(engine.stream(requests))) == sum(most - n for n, most in lengths)
+    assert len([own for _, own in seen if own]) > 4
+    for text, own in seen:
+        if own:
+            expected = draft_loop(model, text[:-1], len(own) + 2, len(own), 0.0, "probability")
+            assert own == expected[1][0].drafts
+    # What rests long is computed in few windows, each longer than those of drafts.
+    assert max(map(max, filled)) == (8 if pause == 5 else 12)
+    assert len(filled) < len(turns) / 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -163,7 +163,7 @@ def next_round(
     chained = [row for row in beginning if row.policy.bar is not None]
     layered = [row for row in beginning if row.policy.bar is None]
     clocks = [limit(sequences, alike) for alike in (chained, layered)]
-    sequences.catch_up(chained)
+    sequences.catch_up(chained, any(row.limit for row in chained))
     texts = [look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
@@ -276,8 +276,6 @@ def _alone(
     """
     text = None if row.policy.steady else row.text
     exits = limit(sequences, [row])
-    if row.policy.bar is not None:
-        sequences.catch_up([row])
     now = then = Limits(row.limit)
     # Of rounds that are begun when the one before them was read, and of those begun behind it.
     clocks = [] if exits is None else [exits, exits]
@@ -287,7 +285,10 @@ def _alone(
         clocks = [sequences.clock(1, COST), sequences.clock(1, COST_BEHIND)]
         now, then = by_text(row, text, rounds.underway(row), clocks)
     rests = not now.most and not rounds.underway(row)
-    if rests or ahead.underway(row):  # what the device is at comes before what pays behind it
+    full = rests or ahead.underway(row) is not None
+    if row.policy.bar is not None:
+        sequences.catch_up([row], not full)
+    if full:  # what the device is at comes before what pays behind it
         go_on = partial(_ahead, ahead, row, behind=rests and behind)
         return _rest(sequences, [row], dict.fromkeys(clocks if rests else ()), go_on, timed)
     # A text's first round is looked at before there is another: many are of a few tokens.

@@ -310,17 +310,23 @@ class Sequences:
 
         return seconds
 
-    def catch_up(self, rows: Sequence[Row]) -> None:
-        """Let the draft exit compute what it has not, where it is more than a window."""
-        most = self.passes.most
+    def catch_up(self, rows: Sequence[Row], drafts: bool) -> None:
+        """Let the draft exit compute what it has not, where that is more than its next window has.
+
+        drafts: that is now. Else it waits as long as what the exit reads is kept, since a long
+        window takes about as long as a short one.
+        """
+        # What is kept is that of the longest window; a round may add as many as `most`.
+        most, longest = self.passes.most, self.passes.longest
         late = [row for row in rows if len(row.ids) - row.linked > most]
-        if not late:
+        bound = most if drafts else max(most, longest - most)
+        if not any(len(row.ids) - row.linked > bound for row in late):
             return
         assert self.passes.chains is not None
-        links = [Link(row.slot, row.linked, row.ids[row.linked :][:most]) for row in late]
+        links = [Link(row.slot, row.linked, row.ids[row.linked : -1][:longest]) for row in late]
         self.passes.chains.fill(links, self.starts(0))
-        for row in late:
-            row.linked += most
+        for row, link in zip(late, links, strict=True):
+            row.linked += len(link.ids)
 
     def starts(self, i: int) -> list[int]:
         """For every slot, how many tokens segment `i` has computed."""

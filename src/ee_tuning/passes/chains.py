@@ -44,13 +44,15 @@ class Link:
     limit: int = 0
 
 
-def filled(links: Sequence[Link], starts: Sequence[int], sizes: Sizes | None) -> list[Link]:
+def filled(
+    links: Sequence[Link], starts: Sequence[int], sizes: Sizes | None, length: int = 1
+) -> list[Link]:
     """`links` by slot, and those of idle slots that make them as many as passes are compiled for.
 
-    starts: as of `Chains.draft`. sizes: None, where nothing is compiled.
+    starts: as of `Chains.draft`. sizes: None, where nothing is compiled. length: of the windows.
     """
     given = {link.slot: link for link in links}
-    slots = sorted(given) if sizes is None else sizes.filled(sorted(given))
+    slots = sorted(given) if sizes is None else sizes.filled(sorted(given), length)
     return [given.get(slot) or Link(slot, starts[slot], (0,)) for slot in slots]
 
 
@@ -147,8 +149,10 @@ class Chains:
         self._read(self.twin, self.cache, control, self.states, step)
 
     def fill(self, links: Sequence[Link], starts: Sequence[int]) -> None:
-        """K/V of settled tokens alone."""
-        self._advance(links, starts, 0, "", NOTHING)
+        """K/V of settled tokens alone, of windows that may be as long as those of prompts."""
+        most = len(links) if self.graphs is None else self.sizes.together
+        for first in range(0, len(links), most):
+            self._advance(links[first : first + most], starts, 0, "", NOTHING)
 
     def draft(
         self, links: Sequence[Link], starts: Sequence[int], count: int, measure: str, samples: int
@@ -170,8 +174,8 @@ class Chains:
     ) -> tuple[list[int], Tensor | None]:
         sizes, length = None, max(len(link.ids) for link in links)
         if self.graphs is not None:
-            sizes, length = self.sizes, self.sizes.windows[-1]
-        every = filled(links, starts, sizes)
+            sizes, length = self.sizes, self._length(count)
+        every = filled(links, starts, sizes, length)
         slots, table, end = [link.slot for link in every], [], 0
         for link in every:
             number = len(link.ids)
@@ -200,14 +204,21 @@ class Chains:
         self.table.zero_()
         self.table[:, 0] = torch.arange(len(self.table), device=self.table.device)
         self.table[:, 2] = 1
-        length = self.sizes.windows[-1]
         keys: dict[tuple[Any, ...], None] = {}
-        for (rows, reach), measure in product(self.sizes.chains(), measures):
+        length = self._length(most)
+        for (rows, reach), measure in product(self.sizes.chains(length), measures):
             in_order, alike = self._in_order(list(range(rows))), alone or rows > 1
             for kind, count in product(samples, sorted({1, min(2, most), most})) if alike else ():
                 keys[rows, length, count, reach, in_order, measure, min(kind, ALL)] = None
+        length = self._length(0)
+        for rows, reach in self.sizes.chains(length):
+            in_order = self._in_order(list(range(rows)))
             keys[rows, length, 0, reach, in_order, "", NOTHING] = None
         return [partial(self._run, key) for key in keys]
+
+    def _length(self, count: int) -> int:
+        """Tokens of the windows of compiled chains of so many drafts."""
+        return self.sizes.windows[-1] if count else self.sizes.longest
 
     def _run(self, key: tuple[Any, ...]) -> Any:
         assert self.graphs is not None

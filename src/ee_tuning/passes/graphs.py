@@ -79,7 +79,7 @@ class Sizes:
 
     @property
     def together(self) -> int:
-        """Prompts that are read in one pass at most."""
+        """Rows of one pass at most whose windows are as long as those of prompts."""
         return self._readers[-1]
 
     def _of(self, length: int) -> list[int]:
@@ -98,9 +98,9 @@ class Sizes:
         """Of texts that windows of so many tokens may follow, the longest of each reach."""
         return [reach - self.length(length) for reach in self._reaches]
 
-    def chains(self) -> Iterator[tuple[int, int]]:
-        """Every window of a draft exit, all of which are of as many tokens: rows, reach."""
-        yield from product(self._rows, self._reaches)
+    def chains(self, length: int) -> Iterator[tuple[int, int]]:
+        """Every window of a draft exit of so many tokens: rows, reach."""
+        yield from product(self._of(length), self._reaches)
 
     def every(
         self,
