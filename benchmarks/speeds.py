@@ -45,7 +45,7 @@ LINES = [
     Line("draft exit and `--lookup`, a busy host", "real-h200-busy", BOTH, drawn=False),
     Line("draft exit, a busy host", "real-h200-busy", f"exits: {DRAFT}", drawn=False),
     Line("`--lookup` alone, a busy host", "real-h200-busy", ALONE, drawn=False),
-    Line("draft exit, temperature 0.8", "real-sampled-h100", DRAFT, "full depth's of a seed"),
+    Line("draft exit, temperature 0.8", "real-sampled-h200", DRAFT, "full depth's of a seed"),
     Line("`threshold`, exits after layers 10 and 20", "real-layers-h200", "20:0.8335"),
     Line("draft exit, eight texts at once", "real-batch8-h200", DRAFT, drawn=False),
     Line("transformers, compiled", "real-h200", "static cache, compiled", "–"),
