@@ -17,13 +17,20 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, get_loader
 
 from ee_tuning.config import InspectConfig
-from ee_tuning.errors import UserError
+from ee_tuning.errors import UserError, first_line
 from ee_tuning.files import check_folder
 from ee_tuning.folders import UNFINISHED
 
 FOLDERS = {
     "model": "backbone", "exits": "exits", "tokenizer": "tokenizer", "path": "backbone or exits",
 }  # fmt: skip
+
+WRONG = (  # jsonargparse's words for a value of the wrong type: the setting, then the value
+    r"""Parser key "(\w+)".*Given value:(.*)""",
+    r"""Parser key "(\w+)".*Got value:(.*)""",
+    r"""Parser key "(\w+)": (?:invalid literal|could not convert) .*?: (.*)""",
+    r"""argument --([\w-]+): invalid \w+ value: (.*)""",
+)
 
 TEXTS = ("--prompt", "--system")  # of several words, without quotation marks around them
 
@@ -210,7 +217,7 @@ def _read(file: str, parser: ArgumentParser, config_class: type, before: Namespa
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not in UTF-8: convert it") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} is not valid YAML: {_where(error)}") from error
     if not isinstance(found, dict | None):
         raise UserError(f"{file} holds no settings: write them as lines of `name: value`")
     hints = typing.get_type_hints(config_class)
@@ -226,6 +233,15 @@ def _read(file: str, parser: ArgumentParser, config_class: type, before: Namespa
         return parser.parse_object(values, before)
     except ArgumentError as error:
         raise UserError(f"{file}: {_explain(str(error), hints, [])}") from error
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """What a YAML file has wrong, in which line, and what began in which line before it."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return first_line(error)
+    places = (error.problem, error.problem_mark), (error.context, error.context_mark)
+    found = [f"{what} in line {mark.line + 1}" for what, mark in places if what and mark]
+    return ", ".join(found)
 
 
 def _refuse_twice(file: str, root: yaml.Node | None) -> None:
@@ -259,30 +275,55 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     if mark:
         unknown = rest.split()[0].strip("'\"").split("=")[0]
         return _unknown(unknown, hints) if unknown[:1] == "-" else _left_over(rest, hints, flags)
-    missing = re.match(r"argument (--[\w-]+)\S*: expected (?:one|at least one) argument", message)
+    missing = re.match(r"argument --([\w-]+)\S*: expected (?:one|at least one) argument", message)
     if missing:
-        return f"{missing[1]} needs a value; one that begins with - is written {missing[1]}=VALUE"
-    if message.startswith("the following arguments are required: "):
-        return f"no {message.split(': ')[1]} given"
-    wrong = re.match(r"""Parser key "(\w+)".*?: Expected an? (.*)\. Got value: (.*)""", message)
-    if wrong:
-        name, kind, value = wrong.groups()
-        if hints.get(name) is bool and value in flags:
-            flag = f"--{name.replace('_', '-')}"
-            advice = _advice([value], hints, flags)
-            return f"{flag} takes true, false or nothing, not {value!r}: {advice}"
-        kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", kind)
-        choices = re.fullmatch(r"Literal\[(.*)\]", kind)
-        wanted = f"one of {choices[1]}" if choices else f"of type {kind}"
-        return f"{name} is {value!r}: it must be {wanted}"
-    wrong = re.match(
-        r"""Parser key "(\w+)".*?Subtypes: \[(.*?)\] Errors.*Given value: (.*)""", message
-    )
-    if wrong:
-        name, kinds, value = wrong.groups()
-        kinds = re.sub(r"<class '(\w+)'>|(?:typing\.)?Literal\[(.*?)\]", r"\1\2", kinds)
-        return f"{name} is {value}: it must be one of {kinds}"
-    return message
+        kind = hints.get(_key(missing[1]))
+        which = f", {wanted(kind)}" if _choices(kind) else ""
+        return (
+            f"--{missing[1]} needs a value{which}; one that begins with - is written "
+            f"--{missing[1]}=VALUE"
+        )
+    if message.startswith("the following arguments are required: "):  # of inspect, its path
+        return "no path given: name the folder or hub id of one backbone or exits"
+    wrong = next(filter(None, (re.match(form, message) for form in WRONG)), None)
+    if not wrong or _key(wrong[1]) not in hints:
+        return message
+    name, value = _key(wrong[1]), wrong[2].strip().strip("'")
+    kind = hints[name]
+    if kind is bool and value and value in flags:
+        flag, advice = f"--{name.replace('_', '-')}", _advice([value], hints, flags)
+        return f"{flag} takes true, false or nothing, not {value!r}: {advice}"
+    kinds = {kind, *typing.get_args(kind)}
+    shown = value if str in kinds or value[:1] in ("[", "{") else repr(value)
+    if _is_list(kind) and flags:
+        (item,) = typing.get_args(kind)
+        return f"{name}: {shown} must be {wanted(item)}; several stand with spaces between them"
+    quotes = " in quotation marks" if kinds <= {kind, str, type(None)} and str in kinds else ""
+    return f"{name} is {shown}: it must be {wanted(kind)}{quotes}"
+
+
+def wanted(kind: Any, many: bool = False) -> str:
+    """A type as people call it: ``a whole number or 'auto'``; many: ``whole numbers``."""
+    parts = typing.get_args(kind)
+    if kind is bool:
+        return "true or false"
+    if kind in (int, float, str):
+        word = {int: "whole number", float: "number", str: "text"}[kind]
+        return f"{word}s" if many else f"a {word}"
+    if choices := _choices(kind):
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if typing.get_origin(kind) is dict:
+        return f"a mapping of {wanted(parts[0], many=True)} to {wanted(parts[1], many=True)}"
+    if _is_list(kind):
+        return f"a list of {wanted(parts[0], many=True)}"
+    *others, last = [wanted(part, many) for part in parts if part is not type(None)]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _choices(kind: Any) -> list[str]:
+    """The values, as they are written, of a type of which there are only some; else none."""
+    literal = typing.get_origin(kind) is typing.Literal
+    return [repr(value) for value in typing.get_args(kind) if value] if literal else []
 
 
 def _unknown(name: str, hints: dict[str, Any]) -> str:

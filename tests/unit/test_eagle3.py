@@ -271,3 +271,13 @@ def test_what_the_layout_cannot_say_is_one_line(saved, capsys, settings, message
     assert stop.value.code == 2
     assert message in error
     assert "\n" not in error
+
+
+def test_a_draft_exit_is_exported_with_eagle3(saved, capsys):
+    with pytest.raises(SystemExit) as stop:
+        export(saved(), "--layer", "2")
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert "there is no exit at layer 2: a draft exit sits at no layer; one of arch eagle3" in error
+    assert "is saved with --eagle3 speculators or --eagle3 sglang" in error
+    assert "\n" not in error

@@ -129,6 +129,11 @@ def test_a_merged_folder_needs_nothing_else(saved, capsys):
         (["--layer", "2", "--merge"], "give one of --layer"),
         (["--eagle3", "sglang", "--merge"], "give one of --layer"),
         (["--layer", "3"], "there is no exit at layer 3"),
+        (["--layer", "1/2"], "layer is '1/2': give the number of one exit's layer"),
+        (
+            ["--layer", "draft"],
+            "layer is 'draft': a draft exit sits at no layer; one of arch eagle3",
+        ),
         (["--layer", "1"], "embedding exit"),
         (["--layer", "2", "--out", "BASE"], "is what is being exported"),
     ],

@@ -18,6 +18,7 @@ from ee_tuning.adapter import find_exits
 from ee_tuning.config import EvaluateConfig
 from ee_tuning.data import Rows, describe, load_packed
 from ee_tuning.decode.load import load_for_decoding
+from ee_tuning.decode.settings import check_threshold
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.errors import UserError, all_checked
 from ee_tuning.evaluate.exits import Track, active_exits, measure_exits, unknown_text
@@ -186,8 +187,7 @@ def parse_thresholds(given: str | float | list[float]) -> list[float]:
     except ValueError:
         raise UserError(f"thresholds {given!r} are not numbers with commas between them") from None
     for value in values:
-        if not 0 <= value <= 1:
-            raise UserError(f"threshold {value} is outside [0, 1]")
+        check_threshold(value)
     return values
 
 

@@ -231,13 +231,28 @@ def active_layers(model: Network, exit_layers: Layers | None, drafts: bool = Fal
     return layers
 
 
+def check_threshold(value: Any) -> None:
+    """Refuse what no confidence can be held against.
+
+    Raises:
+        UserError: it is no number, or one outside [0, 1].
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(
+            f"threshold {value!r} is no number: give one from 0 to 1, or one per exit layer, as "
+            "{8: 0.9, 16: 0.7}"
+        )
+    if not 0 <= float(value) <= 1:
+        raise UserError(f"threshold {value} is outside [0, 1]: give a number from 0 to 1")
+
+
 def _thresholds(
     threshold: str | float | Mapping[int, float], active: list[int]
 ) -> dict[int, float]:
     """The threshold of every active exit.
 
     Raises:
-        UserError: one is outside [0, 1], is for no active exit, or an exit has none.
+        UserError: one is no number within [0, 1], is for no active exit, or an exit has none.
     """
     if isinstance(threshold, str):
         threshold = parse_threshold(threshold)
@@ -249,8 +264,7 @@ def _thresholds(
     except (TypeError, ValueError) as error:
         raise UserError(f"the thresholds' layers must be numbers, not {[*given]}") from error
     for value in given.values() if active or isinstance(threshold, Mapping) else [threshold]:
-        if not (isinstance(value, Real) and 0 <= float(value) <= 1):
-            raise UserError(f"threshold {value!r} is outside [0, 1]")
+        check_threshold(value)
     unknown, missing = sorted(given.keys() - set(active)), sorted(set(active) - given.keys())
     if unknown:
         raise UserError(

@@ -1,6 +1,13 @@
 """Exits in the forms that engines which know nothing of exits read."""
 
-from ee_tuning.export.checkpoint import exit_checkpoint, save_exit, save_merged
+from ee_tuning.export.checkpoint import DRAFT_EXIT, exit_checkpoint, save_exit, save_merged
 from ee_tuning.export.eagle3 import eagle3_tensors, save_eagle3
 
-__all__ = ["eagle3_tensors", "exit_checkpoint", "save_eagle3", "save_exit", "save_merged"]
+__all__ = [
+    "DRAFT_EXIT",
+    "eagle3_tensors",
+    "exit_checkpoint",
+    "save_eagle3",
+    "save_exit",
+    "save_merged",
+]

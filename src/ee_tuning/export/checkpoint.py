@@ -18,11 +18,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTraine
 from ee_tuning.adapter import CONFIG_NAME, HERE, model_card, save
 from ee_tuning.backbone import slice_config
 from ee_tuning.errors import UserError
+from ee_tuning.exit_config import DRAFT
 from ee_tuning.files import filling, read_json, write_json, write_text
 from ee_tuning.folders import write_manifest
 from ee_tuning.loading import Parts, load_backbone, without_bars
 from ee_tuning.model import Network
 from ee_tuning.twin import twin
+
+DRAFT_EXIT = (
+    "a draft exit sits at no layer; one of arch eagle3 is saved with --eagle3 speculators or "
+    "--eagle3 sglang, one of arch draft has no form but ours"
+)
 
 
 def exit_checkpoint(model: Network, layer: int) -> PreTrainedModel:
@@ -31,14 +37,17 @@ def exit_checkpoint(model: Network, layer: int) -> PreTrainedModel:
     It has `layer` layers, or one more for a `layer` exit, and shares all tensors with `model`.
 
     Raises:
-        UserError: there is no such exit, it has no final norm (`embedding`), or the backbone's
-            family computes layers differently by their number.
+        UserError: there is no such exit, or only a draft exit; it has no final norm (`embedding`)
+            or does not know all tokens; or the backbone's family computes layers differently by
+            their number.
     """
+    if model.all_exit_layers == [DRAFT]:
+        raise UserError(f"there is no exit at layer {layer}: {DRAFT_EXIT}")
     exit, backbone = model.exit(layer), model.backbone
     if model.vocabulary:
         raise UserError(
             f"exit {layer} knows {len(model.vocabulary.tokens)} tokens of the vocabulary only, "
-            "which an ordinary checkpoint cannot say; tune without --exit-vocab to export"
+            "which an ordinary checkpoint cannot say; tune with --exit-vocab 0 to export"
         )
     layers, kept = exit.as_layers(backbone.layers[:layer]), list(range(layer))
     # What stands behind them stands where the last layer stood.
