@@ -165,7 +165,7 @@ def parse_layers(
     given = layers.split(",") if isinstance(layers, str) else layers
     given = [] if given == [""] else given
     items = list(given) if isinstance(given, (list, tuple)) else [given]
-    found = [layer for item in items for layer in _parse_layer(item, num_layers, what)]
+    found = [layer for item in items for layer in _parse_layer(item, num_layers, what, least)]
     if not found:
         raise UserError(
             "no exit layers given: name some with --layers, for example 8,16 or every:4"
@@ -193,7 +193,7 @@ def parse_threshold(threshold: str) -> float | dict[int, float]:
     except ValueError:
         raise UserError(
             f"threshold {threshold!r} is not understood: give a number, or one per exit layer, "
-            "each once (8:0.9,16:0.7)"
+            "each once (8:0.9,16:0.7; a draft exit's is 0)"
         ) from None
 
 
@@ -205,19 +205,22 @@ def threshold_text(thresholds: Mapping[int, float]) -> str:
     return " ".join(f"{layer}:{value}" for layer, value in values.items())
 
 
-def _parse_layer(item: int | str, num_layers: int, what: str) -> list[int]:
+def _parse_layer(item: int | str, num_layers: int, what: str, least: int) -> list[int]:
     text = str(item).strip()
     try:
         if text.startswith("every:"):
             step = int(text.removeprefix("every:"))
-            return list(range(step, num_layers + 1, step)) if step > 0 else [step]
+            if not 0 < step <= num_layers:
+                raise ValueError("it names no layer")
+            return list(range(step, num_layers + 1, step))
         if "/" in text:
             return [round(Fraction(text) * num_layers)]
         return [int(text)]
     except (ValueError, ZeroDivisionError):
+        draft = "; a draft exit's is 0" if least == DRAFT else ""
         raise UserError(
-            f"{what} {text!r} is not understood: give numbers (8,16), fractions of the "
-            "depth (1/4,1/2) or every:N"
+            f"{what} {text!r} is not understood: give numbers (8,16{draft}), fractions of the "
+            f"depth (1/4,1/2) or every:N with an N from 1 to {num_layers}"
         ) from None
 
 

@@ -369,9 +369,10 @@ def load_tokenizer(
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # or no JSON object
-        raise UserError(
-            f"no tokenizer in {path}: {first_line(error)}; save the model's own there"
-        ) from error
+        why = first_line(error)
+        if why.rstrip().endswith("from one of:"):  # in lines of their own: what makes one
+            why = "it has no tokenizer.json that can be read"
+        raise UserError(f"no tokenizer in {path}: {why}; save the model's own there") from error
     if vocab_size is not None:
         token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if number >= vocab_size:

@@ -345,7 +345,8 @@ def _left_over(words: str, hints: dict[str, Any], flags: list[str]) -> str:
     values = first + flags[start + 1 : stop]
     commas = _takes_commas(hints.get(_key(name)))
     if commas or name in TEXTS:
-        return f"{name} takes one value: write {shlex.quote((',' if commas else ' ').join(values))}"
+        value = ",".join(one.strip(",") for one in values) if commas else " ".join(values)
+        return f"{name} takes one value: write {shlex.quote(value)}"
     return f"{name} takes one value, and {flags[place]!r} is another one: {advice}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,6 +141,7 @@ def shapes(source: New | Saved) -> Network:
         folder = find_exits(source.exits)
         saved = read_exit_config(folder)
         path, config = base_of(folder, saved, source.model), saved_exits(saved)
+        _check_config(source, saved, path)
         known = saved.get("vocab_size")
     network = Network(empty_backbone(path, source.trust), replace(config, init="copy"))
     if known:
@@ -220,8 +223,27 @@ def _look_up(
         raise UserError(f"{source.exits} does not name its backbone: give it with --model")
     if share.slices and saved.get("vocab_size"):
         share = replace(share, slices=replace(share.slices, head=False))  # its rows are picked
-    try:
+    _check_config(source, saved, path)
+    with _named_by(source):
         return _read_backbone(path, config, share, source.trust)
+
+
+def _check_config(source: Saved, saved: dict[str, Any], path: str) -> None:
+    """Refuse a backbone that exits were not made for, before layers are looked for that it lacks.
+
+    Raises:
+        UserError: names the first value of its config that differs; or it cannot be read.
+    """
+    with _named_by(source):
+        found = config_values(load_config(path, source.trust))
+    check_same(saved["backbone"]["config"], found, source.exits)
+
+
+@contextmanager
+def _named_by(source: Saved) -> Iterator[None]:
+    """Inside, what is wrong with a backbone says that the exits named it, if they did."""
+    try:
+        yield
     except UserError as error:
         if source.model is not None:
             raise

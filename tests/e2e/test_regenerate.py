@@ -343,8 +343,11 @@ def test_mistakes_are_one_line(chatty, tmp_path, capsys, monkeypatch, changes, m
     assert not list(tmp_path.iterdir())
 
 
+STOPPED = r"^of the last 64 texts none was kept: unfinished .*; raise --max-new-tokens, or leave"
+
+
 def test_a_run_that_keeps_nothing_stops_but_not_after_a_few_texts(plain, tmp_path):
-    with pytest.raises(UserError, match=r"^of the last 64 texts none was kept: unfinished"):
+    with pytest.raises(UserError, match=STOPPED):
         write(plain, tmp_path / "own.jsonl", slots=2, max_new_tokens=1, drop_unfinished=True)
 
 

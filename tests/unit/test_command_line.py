@@ -137,6 +137,7 @@ def test_paths_with_a_tilde(monkeypatch, yaml_file):
     ("command", "args", "message"),
     [
         ("tune", ["--layers", "4", "8"], "--layers takes one value: write 4,8"),
+        ("tune", ["--layers", "4,", "8"], "--layers takes one value: write 4,8"),
         ("tune", ["--layers=4", "8", "--lr", "1"], "--layers takes one value: write 4,8"),
         ("evaluate", ["--thresholds", "1", "0.5"], "--thresholds takes one value: write 1,0.5"),
         ("generate", ["--prompt", "a", "b c"], "--prompt takes one value: write 'a b c'"),

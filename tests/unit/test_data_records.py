@@ -148,7 +148,10 @@ def test_sharegpt(tmp_path):
     assert "<|tool|>It ran." in text
     assert learned(record, CHATTY, tmp_path) == "A fox.<eos>It did.<eos>"
     record["conversations"][0]["from"] = 3
-    fails(jsonl(tmp_path / "a.jsonl", record), "conversations must be a list of {role, content}")
+    fails(
+        jsonl(tmp_path / "a.jsonl", record),
+        "conversations must be a list of {from, value} with texts in them, and the 1. is {'from",
+    )
 
 
 def test_alpaca(tmp_path):
@@ -263,7 +266,10 @@ def test_another_chat_template(tmp_path):
     found = learned({"messages": CHAT}, tokenizer, tmp_path, chat_template=str(file))
     assert found == "A brown fox, naïve 🦊.<eos>The dog.<eos>"
     assert tokenizer.chat_template == FORGETFUL_TEMPLATE
-    fails(tmp_path / "one.jsonl", "no.jinja cannot be read", chat_template="no.jinja")
+    missing = "no.jinja cannot be read: No such file or directory; check the path"
+    fails(tmp_path / "one.jsonl", missing, chat_template="no.jinja")
+    file.write_bytes(b"\xff")
+    fails(tmp_path / "one.jsonl", "it is not in UTF-8", chat_template=str(file))
 
 
 # Control tokens

@@ -206,6 +206,8 @@ def test_patterns(tmp_path):
     assert texts(tmp_path / "*.jsonl") == ["a.jsonl"]
     assert texts(tmp_path / "**" / "*.jsonl") == ["a.jsonl", "sub/c.jsonl"]
     fails(tmp_path / "*.csv", "*.csv: no file matches")
+    fails(tmp_path / "a.jsonl[5:10]", "check the pattern, and write a limit as [:100]")
+    fails("a.jsonl,b.jsonl", "check the path, and write several with spaces between them")
     (tmp_path / "[a].txt").write_text("a b")
     assert texts(tmp_path / "[a].txt") == ["a b"]
 

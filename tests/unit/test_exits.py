@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.exit_config import parse_layers
+from ee_tuning.exit_config import parse_layers, parse_threshold
 from ee_tuning.loading import load_backbone
+from ee_tuning.model import Network
+from ee_tuning.share import Saved, Share, load, shapes
 
 
 @pytest.mark.parametrize(
@@ -41,12 +43,21 @@ def test_layers_can_be_given_in_many_ways(given, expected):
         (",", "not understood"),
         ("", "no exit layers"),
         ([], "no exit layers"),
-        ("every:0", "does not exist"),
+        ("every:0", "'every:0' is not understood.* every:N with an N from 1 to 32$"),
+        ("every:33", "'every:33' is not understood"),
+        ("draft", r"'draft' is not understood: give numbers \(8,16\), fractions"),
     ],
 )
 def test_bad_layers(given, message):
     with pytest.raises(UserError, match=message):
         parse_layers(given, 32)
+
+
+def test_where_a_draft_exit_may_be_its_number_is_told():
+    with pytest.raises(UserError, match=r"give numbers \(8,16; a draft exit's is 0\)"):
+        ExitConfig("draft", "draft").specs(32)
+    with pytest.raises(UserError, match=r"8:0\.9,16:0\.7; a draft exit's is 0"):
+        parse_threshold("draft:0.5")
 
 
 @pytest.mark.parametrize(
@@ -186,6 +197,15 @@ def test_another_backbone_is_refused(saved):
     changed.model.layers[1].mlp.up_proj.weight.data *= 1.5
     with pytest.raises(UserError, match="made for another backbone: layer 2"):
         EarlyExitModel.from_pretrained(exits, model=changed)
+
+
+def test_a_backbone_with_too_few_layers_is_another_one(saved):
+    """Told before the exits' layers are looked for in it, as tune and export do at first."""
+    tiny("llama", num_hidden_layers=1).save_pretrained(saved / "shallow")
+    source = Saved(str(saved / "exits"), str(saved / "shallow"))
+    for look in (shapes, lambda source: load(source, Share(whole=False), Network)):
+        with pytest.raises(UserError, match="made for another backbone: num_hidden_layers is 1"):
+            look(source)
 
 
 def test_hub_round_trip_against_a_local_folder(saved, monkeypatch):

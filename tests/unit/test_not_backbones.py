@@ -89,6 +89,12 @@ def test_pickled_weights_written_once_more_as_the_line_says(folder, tmp_path):
     assert new.backbone.num_layers == 4
 
 
+def test_a_folder_without_a_tokenizer(tmp_path):
+    why = "it has no tokenizer.json that can be read; save the model's own there"
+    with pytest.raises(UserError, match=f"^no tokenizer in {tmp_path}: {why}$"):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
 @pytest.mark.parametrize("text", ["null", "[]", "{"])
 def test_a_damaged_tokenizer(tmp_path, name, text):

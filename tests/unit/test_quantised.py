@@ -99,6 +99,8 @@ def test_a_missing_package_is_named_before_anything_is_read(
     config = TuneConfig(data=["a.jsonl"], layers="4", backbone_precision=precision)
     with pytest.raises(UserError, match=f"{precision} needs: pip install {PACKAGES[precision]}"):
         check(config)
+    with pytest.raises(UserError, match="--log-to wandb needs: pip install wandb"):
+        check(TuneConfig(data=["d"], layers="2", log_to="wandb"))
     with pytest.raises(UserError, match="--optimizer adamw-8bit needs: pip install torchao"):
         check(TuneConfig(data=["a.jsonl"], layers="4", optimizer="adamw-8bit"))
     flags = f"--model no/where --layers 1 --data nowhere.jsonl --out {tmp_path}/x"

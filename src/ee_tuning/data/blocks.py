@@ -238,7 +238,7 @@ def opened(path: Path, row: np.dtype, rows: int) -> np.ndarray:
 
 def _nothing_to_learn(name: str, total: Tally) -> UserError:
     if not total.records:
-        return UserError(f"data {name} has no records or readable text in it")
+        return UserError(f"data {name} has no records or readable text in it: name one that has")
     if total.bad == total.records:
         return UserError(f"every record in {name} is bad, the first: {total.problem}")
     if total.longest < 2:

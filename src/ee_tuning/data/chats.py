@@ -31,7 +31,8 @@ def with_template(tokenizer: PreTrainedTokenizerBase, file: str) -> PreTrainedTo
     try:
         template = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat template {file} cannot be read ({error})") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not in UTF-8"
+        raise UserError(f"chat template {file} cannot be read: {why}; check the path") from None
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     try:

@@ -135,11 +135,21 @@ def _messages(value: Any, name: str, role: str = "") -> list[dict[str, Any]]:
     """The turns of a chat; `role` is whose a plain text is, if that may be one."""
     if role and isinstance(value, str):
         return [{"role": role, "content": _valid(value, name)}]
-    value = _parsed(value)
-    turns = [_turn(turn) for turn in value] if isinstance(value, list) and value else [None]
-    if None in turns:
-        raise BadRecord(f"{name} must be a list of {{role, content}}")
-    return [turn for turn in turns if turn is not None]
+    value, found = _parsed(value), list[dict[str, Any]]()
+    keys = "{from, value}" if name == "conversations" else "{role, content}"
+    if not isinstance(value, list) or not value:
+        raise BadRecord(
+            f"{name} must be a list of {keys} with texts in them, not {reprlib.repr(value)}"
+        )
+    for number, one in enumerate(value, start=1):
+        turn = _turn(one)
+        if turn is None:
+            raise BadRecord(
+                f"{name} must be a list of {keys} with texts in them, and the {number}. is "
+                f"{reprlib.repr(one)}"
+            )
+        found.append(turn)
+    return found
 
 
 def messages_of(question: str) -> list[dict[str, Any]]:

@@ -282,7 +282,10 @@ def _matches(pattern: str) -> Iterator[tuple[Path, Reader]]:
     found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
     paths = [path for path in map(Path, found) if path.is_file() and path.stat().st_size]
     if not paths:
-        raise UserError(f"data {pattern}: no file matches, or only empty ones: check the pattern")
+        limit = ", and write a limit as [:100]" if pattern.endswith("]") else ""
+        raise UserError(
+            f"data {pattern}: no file matches, or only empty ones: check the pattern{limit}"
+        )
     for path in paths:
         yield path, _reader(str(path), path)
 
@@ -299,7 +302,8 @@ def _reader(name: str, path: Path) -> Reader:
 
 def _check_file(name: str, path: Path) -> None:
     if not path.exists():
-        raise UserError(f"data file {name} does not exist: check the path")
+        several = ", and write several with spaces between them" if "," in name else ""
+        raise UserError(f"data file {name} does not exist: check the path{several}")
     if path.stat().st_size == 0:
         raise UserError(f"data file {name} is empty: name one with text in it")
 

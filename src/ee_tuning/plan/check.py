@@ -47,6 +47,8 @@ def check(config: TuneConfig) -> None:
     check_installed(config.backbone_precision)
     if config.optimizer == "adamw-8bit":
         check_package("torchao", "--optimizer adamw-8bit")
+    if config.log_to != "none":
+        check_package(config.log_to, f"--log-to {config.log_to}")
     if own_rank() == 0:
         others = [key for key, losses in OF_LOSSES.items() if config.loss not in losses]
         _warn_ignored(config, f"loss {config.loss}", others)

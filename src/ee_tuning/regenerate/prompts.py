@@ -148,7 +148,10 @@ def prompt_of(number: int, source: str, record: Record, config: Reading, chats: 
         return Prompt(number, source, text=form.prompt, whole=True)
     if isinstance(form, Chat):
         if not chats:
-            raise BadRecord("a chat, and texts are asked for or there is no chat template")
+            raise BadRecord(
+                "a chat, which takes a chat template: give one with --chat-template, and no --form "
+                "text"
+            )
         return Prompt(number, source, _asked(form, config.system))
     return Prompt(number, source, text=form.text[: CHARACTERS * config.prompt_tokens])
 

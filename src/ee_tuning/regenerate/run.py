@@ -37,6 +37,15 @@ from ee_tuning.regenerate.template import read_template
 from ee_tuning.regenerate.writer import Writer, Written, ends_of, key_of
 from ee_tuning.share import New, Share
 
+ADVICE = {  # by what texts are left out for
+    "too long": "raise --max-prompt-tokens, or give shorter prompts",
+    "no end of the question": "raise --max-question-tokens",
+    "no question": "raise --temperature, or give prompts with --data",
+    "duplicate": "raise --temperature, or use --dedup false",
+    "unfinished": "raise --max-new-tokens, or leave --drop-unfinished out",
+    "malformed": "correct the data",
+    "empty": "give other prompts",
+}
 PATIENCE = 3, 64  # waves, and texts, of which none was kept: that is taken for a mistake
 MOST_SLOTS, CPU_SLOTS = 1024, 32
 OF_FREE_MEMORY = 0.6
@@ -178,7 +187,8 @@ class _Run:
                 if waves >= PATIENCE[0] and fruitless.total() >= PATIENCE[1]:
                     reasons = ", ".join(f"{k} ({v:,})" for k, v in fruitless.items())
                     texts = f"{fruitless.total():,} texts"
-                    raise UserError(f"of the last {texts} none was kept: {reasons}")
+                    advice = "; ".join(ADVICE[k] for k in fruitless)
+                    raise UserError(f"of the last {texts} none was kept: {reasons}; {advice}")
         return self.totals
 
     def _round(self, writer: Writer) -> bool:

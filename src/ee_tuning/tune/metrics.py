@@ -111,10 +111,8 @@ class _NoSink:
 
 class _TensorBoard(_NoSink):
     def __init__(self, out: Output) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--log-to tensorboard needs: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.open = lambda: SummaryWriter(str(out.path / "tensorboard"))
         self.writer: SummaryWriter | None = None
 
@@ -133,10 +131,8 @@ class _TensorBoard(_NoSink):
 
 class _WandB(_NoSink):
     def __init__(self, out: Output) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--log-to wandb needs: pip install wandb") from error
+        import wandb
+
         folder = out.folder
         self.run = wandb.init(
             project="ee-tuning", dir=str(folder), name=folder.name, resume="allow"
