@@ -119,7 +119,7 @@ BAD = [
     ({"loss_weights": [1, 2, 3]}, "3 loss_weights for 2 exits"),
     ({"device": "cuda:7"}, "cannot be used"),
     ({"device": "mps"}, "from the 'MPS' backend; use --device cpu"),
-    ({"lr": "fast"}, "lr is 'fast': it must be of type float"),
+    ({"lr": "fast"}, "lr is 'fast': it must be a number"),
     ({"seq_lenght": 3}, "did you mean --seq-length?"),
     ({"arch": "embedding", "head": "shared"}, "nothing to tune"),
 ]
