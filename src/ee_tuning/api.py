@@ -22,6 +22,7 @@ from ee_tuning.backbone.positions import padded_positions
 from ee_tuning.decode import generate, generate_batch, load_part, warm_up
 from ee_tuning.decode.arguments import read_leaving
 from ee_tuning.decode.settings import POLICIES, ignored
+from ee_tuning.devices import pick_device
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.files import read_json, write_json
@@ -50,7 +51,7 @@ class EarlyExitModel(Network):
         *,
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         backbone_precision: FrozenPrecision = "same",
         trust_remote_code: bool = False,
     ) -> EarlyExitModel:
@@ -62,7 +63,13 @@ class EarlyExitModel(Network):
         Raises:
             UserError: the backbone or the exits are not what this method can work with.
         """
-        share = Share(whole=whole, dtype=dtype, device=device, precision=backbone_precision)
+        if not isinstance(config, ExitConfig):
+            raise UserError(
+                f"new exits are told by an ExitConfig, not by a {type(config).__name__}: give "
+                "ExitConfig(layers=[8, 16], arch='mlp')"
+            )
+        place = _place(device)
+        share = Share(whole=whole, dtype=dtype, device=place, precision=backbone_precision)
         return load(New(_named(model), config, trust_remote_code), share, cls)
 
     @classmethod
@@ -74,7 +81,7 @@ class EarlyExitModel(Network):
         whole: bool = True,
         dtype: torch.dtype | str = "auto",
         exit_dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         backbone_precision: FrozenPrecision = "same",
         mesh: Mesh | None = None,
         stage_layers: Sequence[int] = (),
@@ -93,7 +100,7 @@ class EarlyExitModel(Network):
             whole=whole,
             dtype=dtype,
             exit_dtype=exit_dtype,
-            device=device,
+            device=_place(device),
             precision=backbone_precision,
         )
         source = Saved(_named(exits), _named(model), trust_remote_code)
@@ -115,10 +122,15 @@ class EarlyExitModel(Network):
         shorter texts are padded, on either side: there is no loss of what stands there.
 
         Raises:
-            UserError: a mask that is of something else, or beside position_ids; or an adapter of
-                PEFT was put into the backbone.
+            UserError: a mask or labels that are of something else, or a mask beside position_ids;
+                or an adapter of PEFT was put into the backbone.
         """
         check_merged(self.model)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} are not of input_ids of shape "
+                f"{tuple(input_ids.shape)}: give one for each token, as a copy of input_ids is"
+            )
         if attention_mask is not None:
             if position_ids is not None:
                 raise UserError("both attention_mask and position_ids are given: leave one out")
@@ -195,3 +207,14 @@ class EarlyExitModel(Network):
 def _named(given: Any) -> Any:
     """A path as its name; a hub id or a model as it is."""
     return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
+def _place(device: str | int | torch.device | None) -> torch.device | None:
+    """A device as torch has it.
+
+    Raises:
+        UserError: it is none, or not there.
+    """
+    if device is None:
+        return None
+    return pick_device(f"cuda:{device}" if isinstance(device, int) else str(device))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Literal, get_args
 
 from ee_tuning.errors import UserError
@@ -83,6 +84,8 @@ class ExitConfig:
         given = _one_per_exit("head", self.head, HEADS, len(layers))
         default = ["shared" if layer == DRAFT else "own" for layer in layers]
         heads = [a if a != "auto" else b for a, b in zip(given, default, strict=True)]
+        if not isinstance(self.seed, Integral):
+            raise UserError(f"seed {self.seed!r} is not possible: give a whole number")
         if self.init not in get_args(Init):
             raise UserError(f"init {self.init!r} is unknown: use copy or random, or fitted")
         if self.init == "fitted" and "eagle3" in archs:
@@ -225,7 +228,8 @@ def _parse_layer(item: int | str, num_layers: int, what: str, least: int) -> lis
 
 
 def _one_per_exit(name: str, value: str | list[str], known: tuple[str, ...], n: int) -> list[str]:
-    values = value.split(",") if isinstance(value, str) else list(value)
+    values = value.split(",") if isinstance(value, str) else value
+    values = [*values] if isinstance(values, list | tuple) else [values]
     for v in values:
         if v not in known:
             raise UserError(f"{name} {v!r} is unknown: use one of {', '.join(known)}")

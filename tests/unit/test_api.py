@@ -201,3 +201,25 @@ def test_what_is_no_dtype_of_models_is_refused(tmp_path, dtype):
     exits().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"^dtype {dtype} is none for a model: use auto"):
         EarlyExitModel.from_pretrained(tmp_path, "nowhere", dtype=dtype)
+
+
+@pytest.mark.parametrize("config", [{"layers": [1]}, [1], None])
+def test_new_exits_are_told_by_a_config(config):
+    with pytest.raises(UserError, match=r"told by an ExitConfig, not .*: give ExitConfig\(layers="):
+        EarlyExitModel.from_base(tiny("llama"), config)
+
+
+def test_a_device_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="device 'gpu' is unknown: give cpu, cuda"):
+        EarlyExitModel.from_base(tiny("llama"), ExitConfig([1]), device="gpu")
+    model = exits()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="device 'gpu' is unknown: give cpu, cuda"):
+        EarlyExitModel.from_pretrained(tmp_path, model=model.model, device="gpu")
+    cpu = EarlyExitModel.from_pretrained(tmp_path, model=model.model, device=torch.device("cpu"))
+    assert cpu.device.type == "cpu"
+
+
+def test_labels_of_something_else_are_refused():
+    with pytest.raises(UserError, match=r"shape \(1, 3\) are not of input_ids of shape \(1, 4\)"):
+        exits()(torch.ones(1, 4, dtype=torch.int64), labels=torch.ones(1, 3, dtype=torch.int64))

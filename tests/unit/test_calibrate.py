@@ -194,7 +194,11 @@ def test_calibrated_is_the_certificates_thresholds_and_settings(calibrated, thre
 @pytest.mark.parametrize(
     ("change", "asked", "reason"),
     [
-        ({"dtype": "bfloat16"}, {}, "is of bfloat16, and the model is in float32"),
+        (
+            {"dtype": "bfloat16"},
+            {},
+            "is of bfloat16, and the model is in float32: load it in bfloat16",
+        ),
         ({"exits": {2: "other", 3: "other"}}, {}, "exit at layer 2 is another one"),
         ({"backbone": {"head": "other"}}, {}, "the embedding of the backbone is another one"),
         ({}, {"measure": "margin"}, "is of measure probability, now margin"),
@@ -395,8 +399,9 @@ def test_an_audit_needs_a_calibration_for_next_tokens(calibrated, model):
     calibrated.calibration = replace(calibrated.calibration, risk="nll")
     with pytest.raises(UserError, match="calibrated for nll"):
         Audit(calibrated, every=1)
-    with pytest.raises(UserError, match="one text in 0"):
-        Audit(calibrated, every=0)
+    for every in (0, "a", 2.5, None):
+        with pytest.raises(UserError, match=f"one text in {every!r} is not .* number from 1$"):
+            Audit(calibrated, every=every)
 
 
 # -- tasks ---------------------------------------------------------------------------------------

@@ -66,6 +66,10 @@ def test_where_a_draft_exit_may_be_its_number_is_told():
         ({"arch": "mpl"}, "use one of embedding, norm, mlp, layer"),
         ({"arch": ["mlp", "norm", "mlp"]}, "3 values of arch for 2 exits"),
         ({"head": "tied"}, "use one of own, shared"),
+        ({"arch": None}, "arch None is unknown: use one of embedding"),
+        ({"head": 3}, "head 3 is unknown: use one of own, shared"),
+        ({"arch": [["mlp"]]}, r"arch \['mlp'\] is unknown"),
+        ({"seed": "a"}, "seed 'a' is not possible: give a whole number"),
         ({"init": "zero"}, "copy or random"),
     ],
 )

@@ -48,8 +48,10 @@ class Audit:
         Raises:
             UserError: the model was not calibrated, or for another risk.
         """
-        if every < 1:
-            raise UserError(f"an audit of one text in {every} is not possible: give 1 or more")
+        if not isinstance(every, int) or every < 1:
+            raise UserError(
+                f"an audit of one text in {every!r} is not possible: give a whole number from 1"
+            )
         found = model.calibration
         if found is None or found.risk != "next-token":
             what = "were not calibrated" if found is None else f"were calibrated for {found.risk}"

@@ -108,7 +108,7 @@ def _changed(model: Network, leaving: Leaving, found: Certificate) -> str:
             return f"it is of {name} {then}, now {given}"
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != found.dtype:
-        return f"it is of {found.dtype}, and the model is in {dtype}"
+        return f"it is of {found.dtype}, and the model is in {dtype}: load it in {found.dtype}"
     others = changed_exits(model, found)
     read, now = model.exits_read, backbone_hashes(model.backbone)
     there = None if read is None else (read.backbone, read.backbone)
