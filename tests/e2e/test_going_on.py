@@ -254,7 +254,7 @@ def test_a_damaged_state(runs, tmp_path, capsys, text, message):
     state = out / "checkpoints/step-000004/state.json"
     state.write_text(text)
     line = fails(capsys, "tune", "--out", out, "--resume")
-    assert f"{state} is damaged: {message}" in line
+    assert f"{state} is damaged: {message}; remove {state.parent} and resume from the one" in line
 
 
 # -- the same names, other contents ----------------------------------------------------------------

@@ -400,7 +400,7 @@ def test_a_damaged_state_is_a_line(chatty, own, tmp_path, damage, message):
     shutil.copy(own[0], out)
     before = json.loads(own[0].with_name(state.name).read_text())
     state.write_text(json.dumps(damage(before)))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{message}: begin again with --overwrite$"):
         write(chatty, out, resume=True)
 
 

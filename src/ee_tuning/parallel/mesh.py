@@ -24,6 +24,7 @@ Value = TypeVar("Value")
 AXES = ("pp", "dp", "tp")  # from the outermost: neighbours in rank share a tensor-parallel group
 # A device's collectives may wait longer than the host's, whose time-out has the better message.
 GRACE = timedelta(minutes=1)
+LONGEST = 1e9  # seconds, which torch can still count
 # torch 2.13 has new names for these and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -91,8 +92,13 @@ class Mesh:
         timeout: seconds after which a process that waits in vain for another one gives up.
 
         Raises:
-            UserError: the axes' sizes do not multiply to the number of processes.
+            UserError: the axes' sizes do not multiply to the number of processes, or nothing can be
+                waited for so long.
         """
+        if not 0 < timeout <= LONGEST:
+            raise UserError(
+                f"timeout is {timeout:g}: give seconds, above 0 and at most {LONGEST:g}"
+            )
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if processes != self.size:
             raise UserError(

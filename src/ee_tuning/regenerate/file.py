@@ -97,18 +97,26 @@ class OutFile:
             raise UserError(
                 f"{self.path} exists: go on with --resume, or replace it with --overwrite"
             )
+        try:
+            return self._read_state()
+        except UserError as error:
+            raise UserError(f"{error}: begin again with --overwrite") from None
+
+    def _read_state(self) -> State:
+        """How far the run came that wrote the file.
+
+        Raises:
+            UserError: it does not say so, or no longer.
+        """
         saved = read_object(self.state_path)
         if saved.pop("format_version", None) != FORMAT:
-            raise UserError(f"{self.state_path} is of another version: use --overwrite")
+            raise UserError(f"{self.state_path} is of another version")
         kinds = {"settings": dict, "slots": int, "waves": int, "size": int, "totals": dict}
         check_object(saved, str(self.state_path), **kinds)
         state = State(**saved | {"totals": Totals(**saved["totals"])})
         if self.path.stat().st_size < state.size:
-            raise self._changed()
+            raise UserError(f"{self.path} was changed since")
         return state
-
-    def _changed(self) -> UserError:
-        return UserError(f"{self.path} was changed since: begin again with --overwrite")
 
     def keys(self, state: State) -> list[str]:
         """Of the records in the whole waves, what later ones must not have again."""
@@ -118,7 +126,9 @@ class OutFile:
             with self.path.open("rb") as file:
                 return [key_of(json.loads(line)) for line in file.read(state.size).splitlines()]
         except (ValueError, LookupError, TypeError) as error:  # no records any more
-            raise self._changed() from error
+            raise UserError(
+                f"{self.path} was changed since: begin again with --overwrite"
+            ) from error
 
     def append(self, state: State, lines: bytes, start: int) -> None:
         """Write `lines` from byte `start` on, and then how far the file is."""

@@ -86,7 +86,10 @@ def load_checkpoint(
         UserError: it is damaged, a setting or what the run works on differs that may not, or it has
             more steps than asked.
     """
-    state = read_object(path / "state.json", step=int, settings=dict)
+    try:
+        state = read_object(path / "state.json", step=int, settings=dict)
+    except UserError as error:
+        raise UserError(f"{error}; remove {path} and resume from the one before") from None
     before = state["settings"]
     steps = state.get("steps") or before["steps"]  # which stood there in earlier versions
     for key, value in config.fixed().items():
