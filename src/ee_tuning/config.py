@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFTS, ExitConfig, Init, Layers
 from ee_tuning.settings import Settings, option
 from ee_tuning.tune_config import Layout, ObjectiveConfig, Precision, RecordConfig, Schedule
@@ -235,8 +236,15 @@ class Compiles:
     compile: Literal["auto", "on", "off"]
 
     def compiled(self) -> bool | None:
-        """`compile` as `ee_tuning.decode.generate` takes it."""
-        return {"auto": None, "on": True, "off": False}[self.compile]
+        """`compile` as `ee_tuning.decode.generate` takes it.
+
+        Raises:
+            UserError: it is another word.
+        """
+        known = {"auto": None, "on": True, "off": False}
+        if self.compile not in known:
+            raise UserError(f"compile {self.compile!r} is unknown: use one of {', '.join(known)}")
+        return known[self.compile]
 
 
 @dataclass

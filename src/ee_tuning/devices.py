@@ -62,10 +62,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The backbone's dtype: ``auto`` is bf16 on a GPU and fp32 on CPU."""
+    """The backbone's dtype: ``auto`` is bf16 on a GPU and fp32 on CPU.
+
+    Raises:
+        UserError: no such precision.
+    """
     if precision == "auto":
         precision = "fp32" if device.type == "cpu" else "bf16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in known:
+        raise UserError(f"precision {precision!r} is unknown: use one of auto, {', '.join(known)}")
+    return known[precision]
 
 
 def check_precisions(config: Precision, device: torch.device) -> None:

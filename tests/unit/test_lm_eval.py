@@ -342,11 +342,23 @@ def test_texts_are_whole(tmp_path, monkeypatch):
         ({"scoring": "best"}, "scoring 'best' is unknown: use one of forward, decode"),
         ({"mode": "slow"}, "mode 'slow' is unknown"),
         ({"exit_layers": "7"}, "layer 7"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown: use one of auto, fp32, bf16"),
+        ({"compile": "maybe"}, "compile 'maybe' is unknown: use one of auto, on, off"),
+        ({"device": 0.5}, "device '0.5' is unknown"),
     ],
 )
 def test_mistakes_in_the_models_arguments(exits, settings, words):
     with pytest.raises(UserError, match=re.escape(words)):
         EarlyExitLM(**{"exits": exits} | settings)
+
+
+def test_a_device_among_the_models_arguments_comes_before_lm_evals_own(exits):
+    ours = EarlyExitLM.create_from_arg_obj(
+        {"exits": exits, "device": "cpu", "batch_size": 3}, {"device": "gpu", "batch_size": 1}
+    )
+    assert (ours.network.device.type, ours.batch_size) == ("cpu", 3)
+    with pytest.raises(UserError, match="device 'gpu' is unknown"):
+        EarlyExitLM.create_from_arg_obj({"exits": exits}, {"device": "gpu", "batch_size": None})
 
 
 def test_settings_that_the_mode_ignores_are_named(exits, caplog):

@@ -108,6 +108,16 @@ class EarlyExitLM(HFLM):
                 **theirs,
             )
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> EarlyExitLM:
+        """As lm-eval's own, which has a device whether or not one was asked for: what
+        ``--model_args`` says comes before that."""
+        others = {k: v for k, v in (additional_config or {}).items() if k not in arg_dict}
+        made: EarlyExitLM = super().create_from_arg_obj(arg_dict, others)
+        return made
+
     # -- what lm-eval asks ------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -288,6 +298,7 @@ def _read(
     if unknown:
         known = ", ".join(sorted({*own, *leaving, *THEIRS, "scoring"}))
         raise UserError(f"the model ee-tuning has no argument {unknown[0]!r}: it has {known}")
+    device = device if device is None else str(device)
     if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
         device = "auto"  # lm-eval's own default is a GPU's name, whether or not there is one
     config = SamplingConfig(
