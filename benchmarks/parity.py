@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.commands.evaluate import evaluate
 from ee_tuning.commands.export import export
 from ee_tuning.config import EvaluateConfig, ExportConfig, TuneConfig
@@ -381,4 +382,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():  # status 1 says that two ways differ, a mistake has another one
+        main()

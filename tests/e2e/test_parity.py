@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 
 import parity
@@ -63,3 +64,12 @@ def test_a_way_that_says_something_else_is_told():
     ):
         [problem] = differences(ways(**other))
         assert problem.startswith("server, exit 2: ")
+
+
+def test_a_mistake_is_no_difference(monkeypatch, capsys):
+    flags = ["parity.py", "--exits", "nowhere", "--data", "nowhere.jsonl"]
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(parity.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("ee-tuning: cannot read the exits nowhere: ")
