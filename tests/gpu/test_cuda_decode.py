@@ -10,6 +10,7 @@ from helpers.prompts import prompt
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Request, Speculative, Threshold
 from ee_tuning.decode.lookup import MATCH, Limits
+from ee_tuning.decode.together import Together
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -129,6 +130,37 @@ def test_rounds_of_drafts_go_through_branches_of_one_graph(sampled, monkeypatch)
         texts.append([token.id for _, token in engine.stream([request])])
     assert len(texts[0]) == 283
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rounds_of_several_texts_do_not_wait_for_the_host(sampled, monkeypatch):
+    """Prompts come while others draft; texts are those of full depth, and of the twin."""
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, rooms, clock: 3)
+    model, found, begun, behind = drafting().cuda(), [], [], Together._behind
+    monkeypatch.setattr(Together, "_behind", lambda *given: begun.append(1) or behind(*given))
+    for layers, together, policy in (
+        ([DRAFT], True, Speculative(4, {}, max_pending=3, bar=0.001)),
+        ([DRAFT], False, Speculative(4, {}, max_pending=3, bar=0.001)),
+        ([], False, Full(4, max_pending=3)),
+    ):
+        engine = Engine(model, layers, slots=4, capacity=96, max_pending=3, compile=True)
+        assert engine.together is not None or not layers
+        engine.together = engine.together if together else None
+        requests = [
+            Request(
+                prompt(n, n),
+                policy,
+                40 + 7 * n,
+                Chooser(sample=sampled, seed=n if sampled else None),
+            )
+            for n in range(3, 9)
+        ]
+        texts = {request: list(request.ids) for request in requests}
+        for request, token in engine.stream(requests):
+            texts[request].append(token.id)
+        found.append([*texts.values()])
+    assert found[0] == found[1] == found[2]
+    assert len(begun) > 10
 
 
 @pytest.mark.parametrize("exit", [False, True])

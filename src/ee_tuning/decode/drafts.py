@@ -19,6 +19,7 @@ from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences, Settled, Stopwatch
 from ee_tuning.decode.straight import Several
+from ee_tuning.decode.together import Together, Verified
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes.wanted import Prediction
 
@@ -69,10 +70,7 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     settled: list[Settled] = []
     for measure in {row.policy.measure for row in rows}:
         alike = [row for row in rows if row.policy.measure == measure]
-        found = _verified_chains(sequences, alike, measure)
-        asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
-        for (row, said), choice in zip(found, choose(asked), strict=True):
-            settled.append(_learned(row, said, choice))
+        settled += _all_learned(_verified_chains(sequences, alike, measure))
     return settled
 
 
@@ -109,9 +107,14 @@ def _learned(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
     return settled
 
 
-def _verified_chains(
-    sequences: Sequences, rows: Sequence[Row], measure: str
-) -> list[tuple[Row, list[Prediction]]]:
+def _all_learned(found: Sequence[Verified]) -> list[Settled]:
+    """As `_learned`, of what was found for each row."""
+    asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
+    pairs = zip(found, choose(asked), strict=True)
+    return [_learned(row, said, choice) for (row, said), choice in pairs]
+
+
+def _verified_chains(sequences: Sequences, rows: Sequence[Row], measure: str) -> list[Verified]:
     """Rows, with their drafts, and what the end says to each of these and to what follows them."""
     passes, starts = sequences.passes, sequences.starts(0)
     chains, count = passes.chains, max(1, *(row.limit for row in rows))
@@ -140,13 +143,14 @@ def next_round(
     rows: Sequence[Row],
     several: Several | None = None,
     ahead: Ahead | None = None,
+    together: Together | None = None,
     behind: bool = True,
 ) -> list[Settled]:
     """`draft_round` and `chain_round` of the rows that are for each.
 
     several: where rows that draft nothing go on. ahead: where one that is alone does; where there
-    is none, the host looks at each token of several, too. behind: whether something may be
-    `underway` when this is over.
+    is none, the host looks at each token of several, too. together: where several draft, if they
+    need not wait for the host. behind: whether something may be `underway` when this is over.
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
@@ -156,7 +160,7 @@ def next_round(
             return several.go_on(rows, 1)[0]
         return draft_round(sequences, rows)
     timed = sequences.stopwatch()  # what the host decides is part of a round
-    beside = several is not None and several.underway(rows)
+    beside = any(one is not None and one.underway(rows) for one in (several, together))
     rounds = ahead.rounds if ahead is not None and ahead.serves(rows) and not beside else None
     if ahead is not None and rounds is not None and rounds.serves(rows[0].policy):
         return _alone(sequences, rows[0], ahead, rounds, timed, behind)
@@ -167,9 +171,16 @@ def next_round(
     texts = [look_up(sequences, *one) for one in zip((chained, layered), clocks, strict=True)]
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
-    behind = behind and rests and all(row.text is None for row in rows)  # it may have drafts next
     # What the device is at comes before what pays behind it.
     full = rests or underway(rows, several, ahead)
+    drafts = together is not None and not full and together.serves(rows)
+    if together is not None and (drafts or together.underway(rows)):
+        found, least = together.go_on(rows, behind and chains)
+        settled = _all_learned(found)
+        if clocks[0] is not None and (seconds := timed()) is not None:
+            _count(rows, clocks[0], None, max(seconds, least))
+        return settled
+    behind = behind and rests and all(row.text is None for row in rows)  # it may have drafts next
     if full and (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
         # Not what others are part of.
         told = (*clocks, *texts) if rests and len(beginning) == len(rows) else ()
@@ -201,14 +212,19 @@ def _count(rows: Sequence[Row], exits: Clock | None, text: Clock | None, seconds
         count(text, texts if alone else [], looked, seconds)
 
 
-def underway(rows: Sequence[Row], several: Several | None, ahead: Ahead | None) -> bool:
+def underway(
+    rows: Sequence[Row],
+    several: Several | None,
+    ahead: Ahead | None,
+    together: Together | None = None,
+) -> bool:
     """Whether the device is at tokens of some of `rows`, or has found them, of which the host does
     not know yet.
 
     No prompt may be read then: what passes write for slots that are idle lies behind what the host
     knows of these.
     """
-    if several is not None and several.underway(rows):
+    if any(one is not None and one.underway(rows) for one in (several, together)):
         return True
     if ahead is None or len(rows) != 1:
         return False

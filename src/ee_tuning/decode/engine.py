@@ -43,6 +43,7 @@ from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request, Row, Sequences
 from ee_tuning.decode.settings import Policy
 from ee_tuning.decode.straight import Several
+from ee_tuning.decode.together import Together
 from ee_tuning.devices import wait_for
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import LOOKUP
@@ -100,8 +101,13 @@ class Engine:
         one = len(self.sequences.stops) == 1
         self.several = Several(self.sequences) if one else None
         self.ahead: Ahead | None = None
+        self.together: Together | None = None
         if self.passes.branch:
             self.ahead = Ahead(self.passes, self.sequences.stops)
+            # With --tp each draft is told by the first process, between passes.
+            drafts = self._own.chains is not None and self._own.group is None
+            if drafts and slots > 1 and self._own.most > 1:
+                self.together = Together(self.sequences)
         self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress
         exits = [layer for layer in exit_layers if layer != LOOKUP]
@@ -134,6 +140,8 @@ class Engine:
         jobs = to_warm(self._own, measures, samples, texts)
         if self.ahead is not None:
             jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples, drafts)
+        if self.together is not None:
+            jobs += self.together.to_warm()
         for number, job in enumerate(jobs, 1):
             job()
             if told is not None:
@@ -175,7 +183,7 @@ class Engine:
         for row in self.sequences.live:
             if row.request.cancelled:
                 self.sequences.free(row)
-        live, ways = self.sequences.live, (self.several, self.ahead)
+        live, ways = self.sequences.live, (self.several, self.ahead, self.together)
         waits = bool(self._waiting and self.sequences.free_slots)
         if not underway(live, *ways) and (new := self._admit()):
             settled = first_tokens(self.sequences, new)

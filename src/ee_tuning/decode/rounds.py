@@ -341,11 +341,20 @@ def _settle(
     tokens, sure = answers[0, :, : most + 1], answers[1, :, : most + 1]
     numbers = torch.stack([made, size], 1).float()
     said.copy_(torch.cat([numbers, drafts.float(), sures, tokens, sure], 1)[0])
-    index = torch.arange(most, device=said.device)
-    same = (tokens[:, :most].long() == drafts) & (index < made)
-    kept = same.long().cumprod(1).sum(1)
-    own = tokens.long().gather(1, kept[:, None])
-    spread = torch.nn.functional.pad(drafts, (0, table.shape[1] - 4 - most))
-    settled = torch.where(torch.arange(spread.shape[1], device=said.device) < kept, spread, own)
+    table.copy_(settled(table, made, drafts, tokens.long()))
+
+
+def settled(table: Tensor, made: Tensor, drafts: Tensor, ends: Tensor) -> Tensor:
+    """A table (n, 4 + T), of `Chains`, for the next round: windows of the drafts that the end
+    agrees with, and its own token.
+
+    made: (n,), how many of drafts (n, k), k ≤ T, there are. ends: (n, k + 1), what the end says.
+    """
+    index = torch.arange(drafts.shape[1], device=table.device)
+    same = (ends[:, :-1] == drafts) & (index < made[:, None])
+    kept = same.long().cumprod(1).sum(1, keepdim=True)
+    own = ends.gather(1, kept)
+    spread = torch.nn.functional.pad(drafts, (0, table.shape[1] - 4 - drafts.shape[1]))
+    window = torch.where(torch.arange(spread.shape[1], device=table.device) < kept, spread, own)
     first = table[:, 1:2] + table[:, 2:3]
-    table.copy_(torch.cat([table[:, :1], first, kept[:, None] + 1, table[:, 3:4], settled], 1))
+    return torch.cat([table[:, :1], first, kept + 1, table[:, 3:4], window], 1)

@@ -189,8 +189,24 @@ class Chains:
             size = len(slots), length, count, reach
             return slots, self._forward(*size, in_order, measure, samples)
         size = len(slots), length, count, self.sizes.reach(end)
-        key = (*size, in_order, measure, samples)
-        return slots, self._run(key)
+        return slots, self._run((*size, in_order, measure, samples))
+
+    @torch.inference_mode()
+    def again(self, slots: list[int], longest: int, count: int, measure: str, samples: int) -> Any:
+        """`draft` for the windows of `next_table`, in texts of up to `longest` tokens.
+
+        Gives what the device says.
+        """
+        length, in_order = self._length(count), self._in_order(slots)
+        reach = longest + max(length, count)
+        if self.graphs is None:
+            return self._forward(len(slots), length, count, reach, in_order, measure, samples)
+        size = len(slots), length, count, self.sizes.reach(reach)
+        return self._run((*size, in_order, measure, samples))
+
+    def next_table(self, rows: int) -> Tensor:
+        """Where the windows of the next chains of so many rows may be told, as in `Tables`."""
+        return self.tables(rows, self._length(1)).table
 
     def to_warm(
         self, most: int, measures: Sequence[str], samples: Sequence[int], alone: bool

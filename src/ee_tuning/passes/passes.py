@@ -252,22 +252,25 @@ class Passes:
     def verify(
         self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int
     ) -> Any:
-        """Run all segments on what a chain left: a token and drafts in each of `slots`.
+        """`to_end` of what a chain left and says, (n, 1 + 2k); gives what `verified` does."""
+        said = said.clone()  # a captured pass may write over it
+        found = self.to_end(slots, said.shape[1] // 2, starts, measure, samples)
+        return verified(said, *found) if self.is_last else None
 
-        said: what the chain says, (n, 1 + 2k). starts: as for `window`. Gives what `verified` does;
-        None, where a stage follows.
-        """
-        length, said = 1 + said.shape[1] // 2, said.clone()  # a captured pass may write over it
-        reach = max(starts[slot] for slot in slots)
-        if self.compile:
-            length = self.sizes.length(length)
-        reach = self.sizes.reach(reach + length) if self.compile else reach + length
+    @torch.inference_mode()
+    def to_end(
+        self, slots: list[int], count: int, starts: Sequence[int], measure: str, samples: int
+    ) -> Any:
+        """Run all segments on a token and drafts of each slot. starts: as for `window`."""
+        length = self.sizes.length(1 + count) if self.compile else 1 + count
+        reach = max(starts[slot] for slot in slots) + length
+        reach = self.sizes.reach(reach) if self.compile else reach
         in_order, last = self.in_order(slots), len(self.segments) - 1
         for i in range(last + 1):
             ends = i == last and self.is_last
             wanted = Wanted("each", True, measure, samples) if ends else Wanted("nothing", False)
             found = self.run((i, len(slots), length, reach, in_order, wanted))
-        return verified(said, *found) if self.is_last else None
+        return found
 
     def run(self, key: tuple[Any, ...]) -> Any:
         """`forward` of these arguments, as a graph where there are graphs."""

@@ -1,0 +1,180 @@
+"""Rounds of drafts of several texts, each begun before the host has looked at the one before it.
+
+What `drafts.chain_round`, the twin, asks the host for between two rounds, the device finds itself:
+which drafts are those of the end, and so which windows the next chains have. So the host hands
+tokens out, and plans, while the device is at the next round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_tuning.decode.rounds import NO_LOGITS, Line, settled
+from ee_tuning.decode.sampling import Chooser, Token
+from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.exit_config import DRAFT
+from ee_tuning.passes.graphs import compiled
+from ee_tuning.passes.wanted import Prediction, Predictions
+
+
+class Underway(NamedTuple):
+    """A round that the device is at.
+
+    rows: whose it is. slots: of its passes. number: drafts of a text at most. ends: by slot, how
+    long its text is at most when the round begins. line: where it is read.
+    """
+
+    rows: list[Row]
+    slots: list[int]
+    number: int
+    ends: dict[int, int]
+    line: Line
+
+
+# A row, its drafts, and what the end says to each and to what follows the last one.
+Verified = tuple[Row, list[Prediction]]
+
+
+class Together:
+    """Rows of an engine that draft by its draft exit."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences, passes = sequences, sequences.passes
+        assert passes.chains is not None
+        self._chains = passes.chains
+        self._most = passes.most - 1  # drafts of a round
+        slots, device = passes.slots, passes.device
+        # By slot, how long its text may become; 0 of idle ones.
+        self._longest = torch.zeros(slots, dtype=torch.int64, device=device)
+        # How many drafts, tokens of drafts, confidences; tokens and confidences of the end.
+        self._said = torch.zeros(slots, 3 + 4 * self._most, device=device)
+        self._chained = torch.zeros(slots, 1 + 2 * self._most, device=device)
+        self._lines = [Line(self._said) for _ in range(2)]
+        self._underway: Underway | None = None
+        self._follow = compiled(_follow, passes.compile)
+
+    def serves(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows draft by the draft exit alone, and passes choose."""
+        if len(rows) < 2 or len({row.policy.measure for row in rows}) > 1:
+            return False
+        drafting = all(row.policy.bar is not None and row.text is None for row in rows)
+        choosers = [row.request.chooser for row in rows]
+        chosen = all(type(one) is Chooser and one.in_passes for one in choosers)
+        return drafting and chosen and all(row.begins and row.ends for row in rows)
+
+    def underway(self, rows: Sequence[Row]) -> bool:
+        """Whether the device is at the next round of some of `rows`, or has found it."""
+        return self._underway is not None and any(row in self._underway.rows for row in rows)
+
+    @torch.inference_mode()
+    def go_on(self, rows: Sequence[Row], behind: bool) -> tuple[list[Verified], float]:
+        """The next round of rows that this `serves`, of up to `row.limit` drafts each, or the one
+        that is `underway`; and the seconds that it took the device.
+
+        behind: as large a one is begun before the host looks at this one.
+        """
+        number = max(row.limit for row in rows)
+        one = self._underway if self.underway(rows) else self._begin(rows, number)
+        assert one is not None
+        assert {*rows} <= {*one.rows}, "a text has come while the device was at others"
+        alike = number == one.number and len(rows) == len(one.rows)
+        self._underway = self._behind(one) if behind and alike else None
+        said, seconds = one.line.read()
+        return [self._read(row, one, said[one.slots.index(row.slot)]) for row in rows], seconds
+
+    def _begin(self, rows: Sequence[Row], number: int) -> Underway:
+        """A round of rows of which all is known."""
+        sequences, passes = self._sequences, self._sequences.passes
+        starts, links = sequences.starts(0), [row.link() for row in rows]
+        ends = {row.slot: len(row.ids) for row in rows}
+        longest = [0] * passes.slots
+        for row in rows:
+            longest[row.slot] = row.request.max_length
+        self._longest.copy_(torch.tensor(longest), non_blocking=True)
+        slots: list[int] = []
+
+        def draft() -> Tensor:
+            found, said = self._chains.draft(
+                links, starts, number, rows[0].policy.measure, sequences.drawn(rows)
+            )
+            slots[:] = found
+            return said
+
+        line = self._lines[0].follow(partial(self._round, rows, draft, slots, starts))
+        return Underway([*rows], slots, number, ends, line)
+
+    def _behind(self, one: Underway) -> Underway:
+        """As large a round behind another."""
+        sequences = self._sequences
+        # A text that is as long as it may become stays as it was.
+        ends = {
+            row.slot: min(one.ends[row.slot] + one.number + 1, row.request.max_length)
+            for row in one.rows
+        }
+        starts = [ends.get(slot, start) for slot, start in enumerate(sequences.starts(0))]
+        draft = partial(
+            self._chains.again, one.slots, max(starts), one.number,
+            one.rows[0].policy.measure, sequences.drawn(one.rows),
+        )  # fmt: skip
+        line = self._lines[one.line is self._lines[0]]
+        run = partial(self._round, one.rows, draft, one.slots, starts)
+        return Underway(one.rows, one.slots, one.number, ends, line.follow(run))
+
+    def _round(
+        self, rows: Sequence[Row], draft: Callable[[], Tensor], slots: list[int], starts: list[int]
+    ) -> None:
+        """Chains, what the end says to them, and the windows of the next ones."""
+        passes, said = self._sequences.passes, draft()
+        number, count = len(said), said.shape[1] // 2
+        # A captured pass may write over it; and what follows is compiled for the longest.
+        chained = self._chained[:number]
+        chained[:, : 1 + count] = said[:, : 1 + count]
+        chained[:, 1 + self._most :][:, :count] = said[:, 1 + count :]
+        asked = rows[0].policy.measure, self._sequences.samples(rows)
+        _, answers = passes.to_end(slots, count, starts, *asked)
+        self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
+
+    def _read(self, row: Row, one: Underway, said: list[float]) -> Verified:
+        """What a round says of a row, which goes on with its drafts."""
+        most = self._most
+        number, tokens, sures = int(said[0]), said[1 : 1 + most], said[1 + most : 1 + 2 * most]
+        ends, confidences = said[1 + 2 * most : 2 + 3 * most], said[2 + 3 * most :]
+        row.limit = max(0, min(one.number, row.left - 1))
+        pairs = zip(tokens[:number], sures, strict=False)
+        row.draft([Token(int(token), DRAFT, sure) for token, sure in pairs])
+        answers = Predictions(NO_LOGITS, [ends], [confidences], [0])
+        return row, [answers.at(0, place) for place in range(number + 1)]
+
+    def to_warm(self) -> list[Callable[[], Any]]:
+        """What compiles what follows a round."""
+        sizes = {rows for rows, _ in self._sequences.passes.sizes.chains(self._most + 1)}
+
+        def warm(rows: int) -> None:
+            answers = self._said.new_zeros(2, rows, self._most + 1)
+            table, chained = self._chains.next_table(rows), self._chained[:rows]
+            self._follow(self._said, table, chained, answers, self._longest)
+
+        return [partial(warm, rows) for rows in sorted(sizes) if rows > 1]
+
+
+def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longest: Tensor) -> None:
+    """Say what there was in a round of n rows, and make the windows of the next one.
+
+    said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2k), how many drafts
+    there are, these, and confidences. answers: (2, n, U), U ≤ k + 1, what the end says. longest:
+    (slots,), of texts.
+    """
+    number, most = len(chained), chained.shape[1] // 2
+    answers = torch.nn.functional.pad(answers, (0, most + 1 - answers.shape[2]))
+    said[:number] = torch.cat([chained, *answers], 1)
+    drafts, ends = chained[:, 1 : 1 + most].long(), answers[0].long()
+    new = settled(table, chained[:, 0].long(), drafts, ends)
+    left = (longest[table[:, 0]] - new[:, 1] - new[:, 2])[:, None]
+    new[:, 3:4] = torch.minimum(new[:, 3:4], (left - 1).clamp(min=0))
+    # Idle slots, and texts that are as long as they may become, stay where they are.
+    table.copy_(torch.where(left > 0, new, table))
