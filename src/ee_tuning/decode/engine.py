@@ -105,8 +105,8 @@ class Engine:
         if self.passes.branch:
             self.ahead = Ahead(self.passes, self.sequences.stops)
             # With --tp each draft is told by the first process, between passes.
-            drafts = self._own.chains is not None and self._own.group is None
-            if drafts and slots > 1 and self._own.most > 1:
+            chained = self._own.chains is not None and self._own.group is None
+            if chained and slots > 1 and self._own.most > 1:
                 self.together = Together(self.sequences)
         self.turn = nullcontext() if turn is None else turn
         self.streams = False  # whether a stream is in progress
