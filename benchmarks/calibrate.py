@@ -22,6 +22,7 @@ from typing import Any
 
 from ee_tuning.calibrate.config import CalibrateConfig
 from ee_tuning.calibrate.run import calibrate
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.files import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"calibration": found.to_json(), "seconds": seconds, "seconds_of_cores": cores}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Calibrate, print and write one result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exits", default="demo/exits")
     parser.add_argument("--model", default="")
@@ -95,3 +97,8 @@ if __name__ == "__main__":
     write_json(Path(args.out), result)
     found = result["calibration"]
     print(f"{found['thresholds']}, report {found['report']}, {result['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    with ends_in_a_line():
+        main()

@@ -33,6 +33,7 @@ from matplotlib.figure import Figure
 from tuned import Found, Runs, Settings
 
 from ee_tuning.adapter import stored
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.config import TuneConfig
 from ee_tuning.devices import hardware, pick_device, versions
 from ee_tuning.files import read_json, write_text
@@ -368,4 +369,5 @@ FEW = 100  # steps
 SHOWN = ("steps", "seq_length", "global_batch_size", "lr", "eps")
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
@@ -102,4 +103,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main()
+    with ends_in_a_line():
+        main()

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from ways import Answer, Settings, Way
 
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.data import load_packed
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
@@ -236,4 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

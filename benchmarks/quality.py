@@ -38,6 +38,7 @@ from real import Prompts, figures, groups_of, prompt_sets, timed
 from ways import Own, Settings
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import read_json, write_json, write_text
 from ee_tuning.loading import load_tokenizer
@@ -364,4 +365,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

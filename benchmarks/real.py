@@ -34,6 +34,7 @@ from torch import Tensor
 from ways import Answer, Own, Settings, Way, folder_name, next_tokens, own_ways
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.exit_config import mean_depth
 from ee_tuning.files import write_json
@@ -356,4 +357,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

@@ -37,6 +37,7 @@ from rich.table import Table
 from shapes import SHAPES, build
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
@@ -308,4 +309,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

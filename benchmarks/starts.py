@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.config import TuneConfig
 from ee_tuning.data import SampleOrder, micro_batches
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
@@ -147,4 +148,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

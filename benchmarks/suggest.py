@@ -28,6 +28,7 @@ from real import Prompts, Timed, chat_prompts, code_prompts, document_prompts, f
 from ways import Own, Settings
 
 from ee_tuning import EarlyExitModel
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.config import TuneConfig
 from ee_tuning.costs import draft_cost
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
@@ -177,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()

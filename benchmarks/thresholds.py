@@ -21,6 +21,7 @@ from real import prompt_sets
 
 from ee_tuning import EarlyExitModel
 from ee_tuning.calibrate.risks import OFF, Along, Seen, full_texts, look
+from ee_tuning.cli import ends_in_a_line
 from ee_tuning.devices import hardware, pick_device, pick_dtype, versions
 from ee_tuning.files import write_json
 from ee_tuning.loading import load_tokenizer
@@ -136,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_a_line():
+        main()
