@@ -25,12 +25,11 @@ from ee_tuning.passes.wanted import Prediction, Predictions
 class Underway(NamedTuple):
     """A round that the device is at.
 
-    rows: whose it is. slots: of its passes. number: drafts of a text at most. ends: by slot, how
-    long its text is at most when the round begins. line: where it is read.
+    rows: whose it is. number: drafts of a text at most. ends: by slot, how long its text is at most
+    when the round begins. line: where it is read.
     """
 
     rows: list[Row]
-    slots: list[int]
     number: int
     ends: dict[int, int]
     line: Line
@@ -55,6 +54,7 @@ class Together:
         self._said = torch.zeros(slots, 3 + 4 * self._most, device=device)
         self._chained = torch.zeros(slots, 1 + 2 * self._most, device=device)
         self._lines = [Line(self._said) for _ in range(2)]
+        self._slots: list[int] = []  # of a pass of these rounds, as rows of `_said`
         self._underway: Underway | None = None
         self._follow = compiled(_follow, passes.compile)
 
@@ -85,7 +85,7 @@ class Together:
         alike = number == one.number and len(rows) == len(one.rows)
         self._underway = self._behind(one) if behind and alike else None
         said, seconds = one.line.read()
-        return [self._read(row, one, said[one.slots.index(row.slot)]) for row in rows], seconds
+        return [self._read(row, one, said[self._slots.index(row.slot)]) for row in rows], seconds
 
     def _begin(self, rows: Sequence[Row], number: int) -> Underway:
         """A round of rows of which all is known."""
@@ -96,17 +96,10 @@ class Together:
         for row in rows:
             longest[row.slot] = row.request.max_length
         self._longest.copy_(torch.tensor(longest), non_blocking=True)
-        slots: list[int] = []
-
-        def draft() -> Tensor:
-            found, said = self._chains.draft(
-                links, starts, number, rows[0].policy.measure, sequences.drawn(rows)
-            )
-            slots[:] = found
-            return said
-
-        line = self._lines[0].follow(partial(self._round, rows, draft, slots, starts))
-        return Underway([*rows], slots, number, ends, line)
+        drawn = rows[0].policy.measure, sequences.drawn(rows)
+        draft = partial(self._chains.draft, links, starts, number, *drawn)
+        line = self._lines[0].follow(partial(self._round, rows, draft, starts))
+        return Underway([*rows], number, ends, line)
 
     def _behind(self, one: Underway) -> Underway:
         """As large a round behind another."""
@@ -117,26 +110,27 @@ class Together:
             for row in one.rows
         }
         starts = [ends.get(slot, start) for slot, start in enumerate(sequences.starts(0))]
-        draft = partial(
-            self._chains.again, one.slots, max(starts), one.number,
-            one.rows[0].policy.measure, sequences.drawn(one.rows),
-        )  # fmt: skip
+        drawn = one.rows[0].policy.measure, sequences.drawn(one.rows)
+        draft = partial(self._chains.again, self._slots, max(starts), one.number, *drawn)
         line = self._lines[one.line is self._lines[0]]
-        run = partial(self._round, one.rows, draft, one.slots, starts)
-        return Underway(one.rows, one.slots, one.number, ends, line.follow(run))
+        line.follow(partial(self._round, one.rows, draft, starts))
+        return one._replace(ends=ends, line=line)
 
     def _round(
-        self, rows: Sequence[Row], draft: Callable[[], Tensor], slots: list[int], starts: list[int]
+        self,
+        rows: Sequence[Row],
+        draft: Callable[[], tuple[list[int], Tensor]],
+        starts: Sequence[int],
     ) -> None:
         """Chains, what the end says to them, and the windows of the next ones."""
-        passes, said = self._sequences.passes, draft()
+        self._slots, said = draft()
         number, count = len(said), said.shape[1] // 2
         # A captured pass may write over it; and what follows is compiled for the longest.
         chained = self._chained[:number]
         chained[:, : 1 + count] = said[:, : 1 + count]
         chained[:, 1 + self._most :][:, :count] = said[:, 1 + count :]
         asked = rows[0].policy.measure, self._sequences.samples(rows)
-        _, answers = passes.to_end(slots, count, starts, *asked)
+        _, answers = self._sequences.passes.to_end(self._slots, count, starts, *asked)
         self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
 
     def _read(self, row: Row, one: Underway, said: list[float]) -> Verified:

@@ -183,26 +183,25 @@ class Chains:
             padding = [0] * (length - number)
             table.append([link.slot, link.first, number, link.limit, *link.ids, *padding])
         self.table[: len(slots), : 4 + length].copy_(torch.tensor(table), non_blocking=True)
-        in_order = self._in_order(slots)
-        if self.graphs is None:
-            reach = max(row[1] for row in table) + length
-            size = len(slots), length, count, reach
-            return slots, self._forward(*size, in_order, measure, samples)
-        size = len(slots), length, count, self.sizes.reach(end)
-        return slots, self._run((*size, in_order, measure, samples))
+        reach = max(row[1] for row in table) + length if self.graphs is None else end
+        return slots, self._chain(slots, length, count, reach, measure, samples)
 
     @torch.inference_mode()
-    def again(self, slots: list[int], longest: int, count: int, measure: str, samples: int) -> Any:
-        """`draft` for the windows of `next_table`, in texts of up to `longest` tokens.
-
-        Gives what the device says.
-        """
-        length, in_order = self._length(count), self._in_order(slots)
+    def again(
+        self, slots: list[int], longest: int, count: int, measure: str, samples: int
+    ) -> tuple[list[int], Tensor]:
+        """As `draft`, for the windows of `next_table`, in texts of up to `longest` tokens."""
+        length = self._length(count)
         reach = longest + max(length, count)
-        if self.graphs is None:
-            return self._forward(len(slots), length, count, reach, in_order, measure, samples)
-        size = len(slots), length, count, self.sizes.reach(reach)
-        return self._run((*size, in_order, measure, samples))
+        return slots, self._chain(slots, length, count, reach, measure, samples)
+
+    def _chain(
+        self, slots: list[int], length: int, count: int, reach: int, measure: str, samples: int
+    ) -> Any:
+        """`_forward` for the windows that the table has, as a graph where there are graphs."""
+        reach = reach if self.graphs is None else self.sizes.reach(reach)
+        key = len(slots), length, count, reach, self._in_order(slots), measure, samples
+        return self._forward(*key) if self.graphs is None else self._run(key)
 
     def next_table(self, rows: int) -> Tensor:
         """Where the windows of the next chains of so many rows may be told, as in `Tables`."""
