@@ -132,11 +132,10 @@ def test_batches_give_the_tokens_of_full_depth(family, bar, max_pending, new, le
     assert torch.equal(out.sequences, model.generate(ids, mode="full", **common).sequences)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("pause", [3, 20])
-def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
-    """After a pause of any length chains are those of the plain loop again."""
-    model, ids, turns, seen = drafting(family), prompt(9), [], []
+def pausing(pause, monkeypatch):
+    """Rounds of three drafts, so many without any before each; gives the rooms that were planned
+    for, and of each chain the text that it followed and its drafts."""
+    turns, seen, draft = [], [], Row.draft
 
     def plan(paces, rooms, clock):
         turns.append(rooms)
@@ -146,9 +145,17 @@ def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
         seen.append((list(row.ids), [draft.id for draft in drafts]))
         draft(row, drafts)
 
-    draft = Row.draft
     monkeypatch.setattr("ee_tuning.decode.limits.plan", plan)
     monkeypatch.setattr(Row, "draft", drafted)
+    return turns, seen
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("pause", [3, 20])
+def test_rounds_without_drafts_leave_nothing_out(family, pause, monkeypatch):
+    """After a pause of any length chains are those of the plain loop again."""
+    model, ids = drafting(family), prompt(9)
+    _, seen = pausing(pause, monkeypatch)
     policy = Speculative(DEPTH, max_pending=3, bar=0.0)
     engine = Engine(model, [DRAFT], capacity=64, max_pending=3)
     assert len(list(engine.stream([Request(ids, policy, 50)]))) == 41
@@ -165,24 +172,14 @@ def test_texts_that_rest_beside_prompts_leave_nothing_out(pause, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for name in ("graphs", "passes", "prompts"):
         monkeypatch.setattr(f"ee_tuning.passes.{name}.CHUNK", 16)
-    model, turns, seen, filled = drafting("llama"), [], [], []
+    model, filled, fill = drafting("llama"), [], Chains.fill
+    turns, seen = pausing(pause, monkeypatch)
 
-    def plan(paces, rooms, clock):
-        turns.append(rooms)
-        return 3 if len(turns) % (pause + 1) == 0 else 0
-
-    def drafted(row, drafts):
-        seen.append((list(row.ids), [draft.id for draft in drafts]))
-        draft(row, drafts)
-
-    def fill(chains, links, starts):
+    def filling(chains, links, starts):
         filled.append([len(link.ids) for link in links])
-        fill_in(chains, links, starts)
+        fill(chains, links, starts)
 
-    draft, fill_in = Row.draft, Chains.fill
-    monkeypatch.setattr("ee_tuning.decode.limits.plan", plan)
-    monkeypatch.setattr(Row, "draft", drafted)
-    monkeypatch.setattr(Chains, "fill", fill)
+    monkeypatch.setattr(Chains, "fill", filling)
     policy = Speculative(DEPTH, max_pending=3, bar=0.0)
     engine = Engine(model, [DRAFT], slots=4, capacity=96, max_pending=3, compile=True)
     lengths = [(9, 90), (5, 88), (7, 20), (3, 16), (30, 90), (17, 70)]
