@@ -278,7 +278,7 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     missing = re.match(r"argument --([\w-]+)\S*: expected (?:one|at least one) argument", message)
     if missing:
         kind = hints.get(_key(missing[1]))
-        which = f", {wanted(kind)}" if _choices(kind) else ""
+        which = f", {_wanted(kind)}" if _choices(kind) else ""
         return (
             f"--{missing[1]} needs a value{which}; one that begins with - is written "
             f"--{missing[1]}=VALUE"
@@ -297,12 +297,12 @@ def _explain(message: str, hints: dict[str, Any], flags: list[str]) -> str:
     shown = value if str in kinds or value[:1] in ("[", "{") else repr(value)
     if _is_list(kind) and flags:
         (item,) = typing.get_args(kind)
-        return f"{name}: {shown} must be {wanted(item)}; several stand with spaces between them"
+        return f"{name}: {shown} must be {_wanted(item)}; several stand with spaces between them"
     quotes = " in quotation marks" if kinds <= {kind, str, type(None)} and str in kinds else ""
-    return f"{name} is {shown}: it must be {wanted(kind)}{quotes}"
+    return f"{name} is {shown}: it must be {_wanted(kind)}{quotes}"
 
 
-def wanted(kind: Any, many: bool = False) -> str:
+def _wanted(kind: Any, many: bool = False) -> str:
     """A type as people call it: ``a whole number or 'auto'``; many: ``whole numbers``."""
     parts = typing.get_args(kind)
     if kind is bool:
@@ -313,10 +313,10 @@ def wanted(kind: Any, many: bool = False) -> str:
     if choices := _choices(kind):
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if typing.get_origin(kind) is dict:
-        return f"a mapping of {wanted(parts[0], many=True)} to {wanted(parts[1], many=True)}"
+        return f"a mapping of {_wanted(parts[0], many=True)} to {_wanted(parts[1], many=True)}"
     if _is_list(kind):
-        return f"a list of {wanted(parts[0], many=True)}"
-    *others, last = [wanted(part, many) for part in parts if part is not type(None)]
+        return f"a list of {_wanted(parts[0], many=True)}"
+    *others, last = [_wanted(part, many) for part in parts if part is not type(None)]
     return f"{', '.join(others)} or {last}" if others else last
 
 
