@@ -210,8 +210,7 @@ class Chains:
     def to_warm(
         self, most: int, measures: Sequence[str], samples: Sequence[int], alone: bool
     ) -> list[Callable[[], Any]]:
-        """What compiles every size; see `ee_tuning.passes.warm`. Chains of other lengths are
-        captured when they are first met: that takes no longer than a few rounds.
+        """What compiles every size; see `ee_tuning.passes.warm`.
 
         most: drafts. alone: there are drafts of one text that is alone, for which there is no
         `Rounds`.
@@ -223,7 +222,7 @@ class Chains:
         length = self._length(most)
         for (rows, reach), measure in product(self.sizes.chains(length), measures):
             in_order, alike = self._in_order(list(range(rows))), alone or rows > 1
-            for kind, count in product(samples, sorted({1, min(2, most), most})) if alike else ():
+            for kind, count in product(samples, range(1, most + 1)) if alike else ():
                 keys[rows, length, count, reach, in_order, measure, min(kind, ALL)] = None
         length = self._length(0)
         for rows, reach in self.sizes.chains(length):
