@@ -19,7 +19,7 @@ from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Engine
+from ee_tuning.decode import Engine, Full, Request
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.passes.compiler import compiled_kernels
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
@@ -55,7 +55,7 @@ def test_compiled_passes_give_the_same_tokens_and_compile_once(model):
     """Of one row, for prompts shorter than a chunk, of one and of more."""
     assert model.warm_up(slots=1, capacity=96, compile=True, threshold=0.5, max_pending=3) > 1
     graphs = counters["stats"]["unique_graphs"]
-    for length in (5, 64, 70):
+    for length in (2, 5, 64, 65, 67, 70):
         for way in WAYS:
             assert_same(model, {"input_ids": torch.tensor([prompt(length)])}, **way, **COMMON)
     assert counters["stats"]["unique_graphs"] == graphs
@@ -83,6 +83,19 @@ def test_passes_that_verify_what_a_text_drafts_are_warmed_up(model, monkeypatch)
     assert_same(model, {"input_ids": ids}, **way, **COMMON)
     assert (model.generate(ids, compile=True, **way, **COMMON).exit_layers == -1).any()
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("exit_layers", [[], [1], [LOOKUP], [1, LOOKUP]])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_no_length_of_a_prompt_is_met_for_the_first_time(model, exit_layers, slots, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    settings = {"slots": slots, "capacity": 144, "max_pending": 8}
+    engine = Engine(model, exit_layers, compile=True, **settings)
+    engine.warm_up()
+    known = {*engine.passes.graphs._kept}
+    requests = [Request(prompt(n, n), Full(2), n + 3) for n in range(1, 140)]
+    assert len([*engine.stream(requests)]) == 3 * len(requests)
+    assert {*engine.passes.graphs._kept} == known
 
 
 @pytest.mark.parametrize("tune", [False, True])

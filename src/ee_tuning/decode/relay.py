@@ -93,12 +93,12 @@ class Relay:
         self.own.chains.prompt(torch.tensor([slot], device=self.device), ids, places, sources[None])
 
     def window(
-        self, i: int, windows: list[Window], starts: Sequence[int], wanted: Wanted
+        self, i: int, windows: list[Window], starts: Sequence[int], wanted: Wanted, least: int = 1
     ) -> Predictions | None:
         """As of passes."""
         part, found = self.segments[i], None
         if part.stage == self.mesh.pp_rank:
-            found = self.own.window(part.number, windows, starts, wanted)
+            found = self.own.window(part.number, windows, starts, wanted, least)
         if i + 1 < len(self.segments) and self.segments[i + 1].stage > part.stage:
             self._hand_on(part.stage, {w.slot: w.count for w in windows}, starts)
         if wanted.after == "nothing":

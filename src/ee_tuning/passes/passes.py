@@ -197,20 +197,20 @@ class Passes:
 
     @torch.inference_mode()
     def window(
-        self, i: int, windows: list[Window], starts: Sequence[int], wanted: Wanted
+        self, i: int, windows: list[Window], starts: Sequence[int], wanted: Wanted, least: int = 1
     ) -> Predictions | None:
         """Run segment `i` on windows of different sequences.
 
         starts: for every slot, the position of the first token that the segment has not computed.
+        least: tokens that a compiled pass is for, at least.
         """
         given = {window.slot: window for window in windows}
         slots, length = sorted(given), max(window.count for window in windows)
         if self.compile:
-            length = self.sizes.length(length)
+            length = self.sizes.length(max(length, least))
             slots = self.sizes.filled(slots, length)
         reach = max(starts[slot] for slot in slots) + length
-        if self.compile:
-            reach = self.sizes.reach(reach)
+        reach = self.sizes.reach(reach) if self.compile else reach
         self.tell(slots, starts, given, length)
         in_order = self.in_order(slots)
         found = self.run((i, len(slots), length, reach, in_order, wanted))

@@ -77,7 +77,8 @@ def _in_chunks(
             for slot in left:
                 known[slot] = first
             asked = wanted if i == last and ends else Wanted("nothing", False)
-            found = passes.window(i, windows, known, asked)
+            # The last chunk as the others: of few tokens nothing else is compiled.
+            found = passes.window(i, windows, known, asked, least=CHUNK)
         if not passes.is_last:
             taken = passes.take(*_places(left, chunks, first)).split(list(map(len, chunks)))
             for slot, states in zip(left, taken, strict=True):
