@@ -189,7 +189,14 @@ def test_an_engine_for_full_depth_compiles_no_passes_of_drafts():
         for kinds in ([NOTHING], [NOTHING, ALL, ALL | TOP_P])
         for texts in (False, True)
     ]
-    assert numbers == [8, 12, 20, 32]  # chunks with and without a token behind them
+    assert numbers == [8, 16, 20, 44]  # chunks with and without a token behind them
+
+
+def test_half_of_the_drafts_of_several_texts_are_verified_for_less():
+    """Those of one text are all verified at once."""
+    sizes = [Sizes(slots, 96, 7, compile=True, drafts=True) for slots in (1, 2)]
+    assert [one.windows for one in sizes] == [[1, 7], [1, 4, 7]]
+    assert [[one.length(1 + k) for k in (1, 3, 4, 6)] for one in sizes] == [[7] * 4, [4, 4, 7, 7]]
 
 
 def test_sizes_of_layers_that_look_far_are_few():

@@ -48,10 +48,11 @@ class Sizes:
         far: bool = False,
     ) -> None:  # fmt: skip
         """capacity: tokens of a sequence. longest: those of a window that are asked for. drafts: of
-        a draft exit, or of texts alone, which are read at once, however many: a few tokens more
-        cost nothing. far: layers are those of `Invariant`, whose attention does not read what lies
-        behind a text's end."""
-        self.windows = sorted({1, longest}) if drafts else _sizes(longest, LENGTH_FACTOR)
+        a draft exit, or of texts alone, which are read at once. far: layers are those of
+        `Invariant`, whose attention does not read what lies behind a text's end."""
+        # Of one text a few tokens more cost nothing; of several, half as many cost less.
+        half = {-(-longest // 2)} if slots > 1 else set()
+        self.windows = sorted({1, longest} | half) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
@@ -125,7 +126,7 @@ class Sizes:
                 asked |= {(n, "each") for n in windows[1:]}
             if final and is_first:  # no earlier stage finds what follows
                 asked -= {(n, "nothing") for n in windows}
-            if final and begins:
+            if final and i == 0 and is_first:
                 asked -= {(n, "last") for n in windows[1:]}
             asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
             for reach, (length, after) in product(self._reaches, sorted(asked)):
