@@ -23,10 +23,12 @@ ROUND, DRAFT_TAKES, LOOK, PLANNED = 2.1, 0.06, 0.3, 0.07
 class Eight:
     """Texts that begin together, in an engine that goes on with the next ones: see `seconds`."""
 
-    def __init__(self, chances, seed=0):
-        """chances: of each text's drafts."""
+    def __init__(self, chances, seed=0, half=ROUND):
+        """chances: of each text's drafts. half: what a round takes of half as many at most."""
+        self.half = half
         self.chances, self.draw, self.noise = chances, random.Random(seed), random.Random(seed)
-        self.clock, self.rounds = Clock(COST), 0
+        sizes = [LONGEST] if half == ROUND else [LONGEST // 2, LONGEST]
+        self.clock, self.rounds = Clock(COST, most=sizes), 0
 
     def full(self):
         """What they take without drafts."""
@@ -40,7 +42,8 @@ class Eight:
             asked = not all(paces[i].rests for i in live)
             number = plan([paces[i] for i in live], [NEW - at[i] for i in live], self.clock)
             rounds = 1 if number else min(TOKENS, max(NEW - at[i] for i in live))
-            took = (ROUND + DRAFT_TAKES * number) if number else rounds
+            drafted = self.half if number <= LONGEST // 2 else ROUND
+            took = (drafted + DRAFT_TAKES * number) if number else rounds
             took = (took + LOOK + PLANNED * asked) * self.noise.lognormvariate(0, 0.03)
             for i in live:
                 if not number:
@@ -58,11 +61,11 @@ class Eight:
         return total
 
 
-def ratios(*chances, seeds=5, calls=6):
+def ratios(*chances, seeds=5, calls=6, **settings):
     """Against full depth, of some calls in each of some engines; rounds with drafts of a call."""
     found, rounds = [], 0
     for seed in range(seeds):
-        eight = Eight([chances[i % len(chances)] for i in range(ROWS)], seed)
+        eight = Eight([chances[i % len(chances)] for i in range(ROWS)], seed, **settings)
         found += [eight.full() / eight.seconds() for _ in range(calls)]
         rounds += eight.rounds
     return found, rounds / seeds / calls
@@ -82,6 +85,14 @@ def test_texts_draft_where_that_pays(chance, least):
     found, _ = ratios(chance)
     assert sum(found) / len(found) > least
     assert min(found) > 1
+
+
+@pytest.mark.parametrize(("chance", "best"), [(0.6, 1.139), (0.7, 1.327), (0.9, 1.838)])
+def test_half_of_the_drafts_are_found_to_pay_most(chance, best):
+    """best: what always as many would be, without looks at other rounds."""
+    found, _ = ratios(chance, half=1.3)
+    assert sum(found) / len(found) > 0.96 * best
+    assert min(found) > 0.95
 
 
 @pytest.mark.parametrize("chances", [(0.9, 0.2), (0.9, 0.9, 0.2, 0.2), (0.9, *[0.1] * 7)])
@@ -115,6 +126,21 @@ def engine_of(slots, most, **settings):
     engine = Engine(drafting(), [DRAFT], slots=slots, capacity=96, max_pending=most, **settings)
     engine.ahead = Ahead(engine.passes, engine.sequences.stops)
     return engine
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_rounds_of_several_texts_are_told_apart_by_the_pass_that_verifies(compile, monkeypatch):
+    """Compiled ones of five tokens are for one or two drafts, or for all four."""
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Clock)  # not the one of tests
+    sequences, took = engine_of(3, 4, compile=compile).sequences, {1: 1.3, 2: 1.3, 3: 2.0, 4: 2.0}
+    for number, alike in ((1, False), (2, compile)):
+        clock = sequences.clock(number, 0.01)
+        clock.learn(0, 1.0)
+        for _ in range(9):
+            for drafts, seconds in took.items():
+                clock.learn(drafts, seconds)
+        found = [clock.rounds(drafts) for drafts in took]
+        assert (found == pytest.approx([*took.values()], abs=0.02)) is alike
 
 
 def test_a_clock_is_told_what_all_of_a_round_takes(monkeypatch):

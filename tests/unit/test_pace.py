@@ -116,6 +116,16 @@ def test_a_clock_that_is_told_nothing_is_not_waited_for():
     assert numbers[-1] > 0 == numbers[0]
 
 
+def test_a_clock_may_see_a_round_without_drafts_late():
+    """As many as it learns of one by one had drafts, the others were not timed."""
+    clock = Clock(COST)
+    for _ in range(2 * Clock.LATELY + 1):
+        clock.learn(3, 2.0)
+    for _ in range(3):
+        clock.learn(0, 1.0)
+        assert clock.rounds(3) == pytest.approx(2.0)
+
+
 def test_a_clock_of_ranks_says_the_same_on_each():
     clock, pace = Clock(COST, timed=False), Pace(LONGEST, COST)
     for _ in range(9):

@@ -8,6 +8,7 @@ engine with as many sequences (`Clock`).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
@@ -18,7 +19,9 @@ SHARED, BOUNDED = 2.0, 2 / 3
 
 
 class Clock:
-    """How long rounds took lately, in rounds without drafts: on a line, V / z + k · d / z."""
+    """How long rounds took lately, in rounds without drafts: on a line, V / z + k · d / z, with a V
+    for each size of pass that verifies. Of one that was not seen yet much is hoped, so it is tried.
+    """
 
     LATELY = 48  # rounds that count, with drafts and without
     LEAST = 3  # rounds without drafts before there are any with
@@ -29,14 +32,16 @@ class Clock:
     AFRESH = 4  # rounds from one look at all of these to the next
     FORGETS = 64  # after so many rounds without drafts one that had some is forgotten
 
-    def __init__(self, cost: float, timed: bool = True) -> None:
+    def __init__(self, cost: float, timed: bool = True, most: Sequence[int] = ()) -> None:
         """cost: of a draft, as a share of a round without any, before much was seen. timed: False,
-        where nothing may depend on what rounds take."""
-        self.cost, self.timed = cost, timed
+        where nothing may depend on what rounds take. most: drafts of each size of pass, ascending,
+        where there are several."""
+        self.cost, self.timed, self._most = cost, timed, [*most[:-1]]
         self._plain: deque[float] = deque(maxlen=self.LATELY)
-        self._drafted: deque[tuple[float, float]] = deque(maxlen=self.LATELY)
+        sizes = range(len(self._most) + 1)
+        self._drafted: list[deque[tuple[float, float]]] = [deque(maxlen=self.LATELY) for _ in sizes]
         self._usual = 0.0  # z
-        self._line = 1.0, cost
+        self._bases, self._slope = [1.0 for _ in sizes], cost
         self._looks = self._known = self._resting = self._drafting = 0
         self._until, self._together = self.RARELY, 1
 
@@ -45,22 +50,24 @@ class Clock:
         each, that the host looked at together."""
         if not self.timed:
             return
-        if self._plain:
+        if self._usual:
             seconds = min(seconds, self.SLOW * self.rounds(drafts) * self._usual)
         if drafts:
-            self._drafted.append((drafts, seconds))
+            self._drafted[self._size(drafts)].append((drafts, seconds))
             self._resting, self._drafting = 0, self._drafting + 1
         else:
             self._plain.append(seconds)
             self._together = rounds
             self._resting, self._drafting = self._resting + 1, 0
-            if self._drafted and self._resting % self.FORGETS == 0:
-                self._drafted.popleft()
+            for seen in self._drafted if self._resting % self.FORGETS == 0 else ():
+                if seen:
+                    seen.popleft()
         self._known += 1
         # At first after each round: what a look at all of them takes is not for nothing.
-        if self._plain and (self._known < self.LATELY or self._known % self.AFRESH == 0):
+        often = self._known < self.LATELY or not self._usual
+        if self._plain and (often or self._known % self.AFRESH == 0):
             self._usual = median(self._plain)
-            self._line = self._fitted()
+            self._fit()
 
     def looks(self) -> bool:
         """Whether the next round is to be one without drafts, to see what that takes."""
@@ -84,9 +91,9 @@ class Clock:
         """What a round with so many drafts takes."""
         if not drafts:
             return 1.0
-        base, slope = self._line
+        base = self._bases[self._size(drafts)]
         # No less than half of what its weights say: a few rounds without may have been slow ones.
-        return max(base + slope * drafts, 1 + self.cost * drafts / 2)
+        return max(base + self._slope * drafts, 1 + self.cost * drafts / 2)
 
     def share(self, drafts: float, seconds: float) -> float:
         """What a round with so many drafts took, in rounds without any; a pause counts as little
@@ -94,15 +101,20 @@ class Clock:
         expected = self.rounds(drafts)
         return min(seconds / self._usual, self.SLOW * expected) if self._usual else expected
 
-    def _fitted(self) -> tuple[float, float]:
-        """V / z and d / z; what is assumed counts as a round, too."""
-        count = max(1, len(self._drafted))
-        seen = [(drafts, seconds / self._usual) for drafts, seconds in self._drafted]
-        x, y = sum(drafts for drafts, _ in seen) / count, sum(took for _, took in seen) / count
-        square = sum((drafts - x) ** 2 for drafts, _ in seen)
-        product = sum((drafts - x) * (took - y) for drafts, took in seen)
-        slope = max((product + self.FIRM * self.cost) / (square + self.FIRM), 0.0)
-        return median([1.0, *(took - slope * drafts for drafts, took in seen)]), slope
+    def _size(self, drafts: float) -> int:
+        """Of the pass that verifies so many."""
+        return bisect_left(self._most, drafts)
+
+    def _fit(self) -> None:
+        """Find V / z of each size, and d / z; what is assumed counts as a round, too."""
+        every = [[(k, seconds / self._usual) for k, seconds in some] for some in self._drafted]
+        square, product = self.FIRM, self.FIRM * self.cost
+        for seen in filter(None, every):
+            x, y = (sum(values) / len(seen) for values in zip(*seen, strict=True))
+            square += sum((drafts - x) ** 2 for drafts, _ in seen)
+            product += sum((drafts - x) * (took - y) for drafts, took in seen)
+        slope = self._slope = max(product / square, 0.0)
+        self._bases = [median([1.0, *(took - slope * k for k, took in seen)]) for seen in every]
 
 
 class Pace:

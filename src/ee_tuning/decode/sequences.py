@@ -294,8 +294,10 @@ class Sequences:
         """How long rounds of so many rows take, or of about as many, whose drafts cost so much."""
         key = (number - 1).bit_length(), cost
         if key not in self._clocks:
+            sizes = self.passes.sizes.windows[1:] if self.passes.compile and number > 1 else []
             # Ranks that share a pass have to plan the same.
-            self._clocks[key] = Clock(cost, timed=self.passes.group is None)
+            timed = self.passes.group is None
+            self._clocks[key] = Clock(cost, timed, [size - 1 for size in sizes])
         return self._clocks[key]
 
     def stopwatch(self) -> Stopwatch:
