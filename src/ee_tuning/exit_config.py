@@ -234,5 +234,5 @@ def _one_per_exit(name: str, value: str | list[str], known: tuple[str, ...], n: 
         if v not in known:
             raise UserError(f"{name} {v!r} is unknown: use one of {', '.join(known)}")
     if len(values) not in (1, n):
-        raise UserError(f"{len(values)} values of {name} for {n} exits: give one, or one per exit")
+        raise UserError(f"{len(values)} values of {name}, exits: {n}; give one, or one per exit")
     return values * n if len(values) == 1 else values

@@ -171,7 +171,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON ({error}): mend it, or copy it again") from None
 
 
 def read_object(path: Path, **kinds: Any) -> dict[str, Any]:

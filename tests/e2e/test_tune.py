@@ -116,7 +116,7 @@ BAD = [
     ({"log_every": 0}, "log_every is 0: it must be at least 1"),
     ({"beta1": 2}, "beta1 is 2.0: it must be at least 0 and below 1"),
     ({"seq_length": 4096}, "beyond the backbone's context of 128"),
-    ({"loss_weights": [1, 2, 3]}, "3 loss_weights for 2 exits"),
+    ({"loss_weights": [1, 2, 3]}, "3 loss_weights, exits: 2; give one each"),
     ({"device": "cuda:7"}, "cannot be used"),
     ({"device": "mps"}, "from the 'MPS' backend; use --device cpu"),
     ({"lr": "fast"}, "lr is 'fast': it must be a number"),

@@ -64,7 +64,7 @@ def test_where_a_draft_exit_may_be_its_number_is_told():
     ("kwargs", "message"),
     [
         ({"arch": "mpl"}, "use one of embedding, norm, mlp, layer"),
-        ({"arch": ["mlp", "norm", "mlp"]}, "3 values of arch for 2 exits"),
+        ({"arch": ["mlp", "norm", "mlp"]}, "3 values of arch, exits: 2; give one, or one"),
         ({"head": "tied"}, "use one of own, shared"),
         ({"arch": None}, "arch None is unknown: use one of embedding"),
         ({"head": 3}, "head 3 is unknown: use one of own, shared"),
@@ -266,7 +266,7 @@ BAD_FILES = [
     ("base/generation_config.json", lambda p: p.write_text('{"eos'), "is not valid JSON"),
     ("exits/exits.safetensors", _truncate, "is damaged"),
     ("exits/exits.safetensors", lambda p: p.unlink(), "does not exist"),
-    ("exits/exit_config.json", lambda p: p.write_text("{"), "is not valid JSON"),
+    ("exits/exit_config.json", lambda p: p.write_text("{"), "mend it, or copy it again"),
     ("exits/exit_config.json", lambda p: p.write_text("[]"), r"it holds \[\], no JSON object"),
     ("exits/exit_config.json", lambda p: p.write_text('{"format_version": 1}'), "lacks arch, back"),
     ("exits/exit_config.json", lambda p: p.unlink(), "holds no exits"),

@@ -165,7 +165,7 @@ def test_plan_says_what_fits_and_what_would(large, capsys):
         ),
         ("--seq-length 99999", "seq_length 99999 is beyond the backbone's context of 2048"),
         ("--exit-vocab 99999999", "exit_vocab is 99999999: it must be between 1 and 32000"),
-        ("--loss-weights 1 2", "2 loss_weights for 1 exits"),
+        ("--loss-weights 1 2", "2 loss_weights, exits: 1; give one each"),
         ("--arch embedding --head shared", "nothing to tune"),
         ("--exits some/exits", "give either --exits or --layers"),
     ],

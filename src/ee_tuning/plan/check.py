@@ -200,7 +200,7 @@ def check_model(model: Network, config: TuneConfig) -> None:
     backbone, exits = model.backbone, len(model.all_exit_layers)
     check_length(config.seq_length, backbone.context)
     if config.loss_weights and len(config.loss_weights) != exits:
-        raise UserError(f"{len(config.loss_weights)} loss_weights for {exits} exits: give one each")
+        raise UserError(f"{len(config.loss_weights)} loss_weights, exits: {exits}; give one each")
     if not any(p.requires_grad for p in model.exits.parameters()):
         raise UserError("nothing to tune: embedding exits with a shared head have no parameters")
     if model.draft and config.shard_backbone and config.start == "fitted" and not config.exits:
