@@ -137,9 +137,9 @@ def test_rounds_of_several_texts_are_told_apart_by_the_pass_that_verifies(compil
         clock = sequences.clock(number, 0.01)
         clock.learn(0, 1.0)
         for _ in range(9):
-            for drafts, seconds in took.items():
-                clock.learn(drafts, seconds)
-        found = [clock.rounds(drafts) for drafts in took]
+            for asked, seconds in took.items():
+                clock.learn(asked, seconds)
+        found = [clock.rounds(asked) for asked in took]
         assert (found == pytest.approx([*took.values()], abs=0.02)) is alike
 
 

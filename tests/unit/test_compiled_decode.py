@@ -1,5 +1,6 @@
 """Compiled passes of decoding give the same tokens as others, and are compiled once."""
 
+import random
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -17,14 +18,17 @@ from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import IndentedBuffer
 from torch._inductor.virtualized import V
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Engine, Full, Request
-from ee_tuning.exit_config import LOOKUP
+from ee_tuning.decode import Engine, Fixed, Full, Request, Speculative, Threshold
+from ee_tuning.decode.sampling import Chooser
+from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes.compiler import compiled_kernels
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.passes.graphs import SAME_SUMS, Graphs, Sizes
 from ee_tuning.passes.warm import to_warm
+from ee_tuning.serve.worker import WARM
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +99,36 @@ def test_no_length_of_a_prompt_is_met_for_the_first_time(model, exit_layers, slo
     known = {*engine.passes.graphs._kept}
     requests = [Request(prompt(n, n), Full(2), n + 3) for n in range(1, 140)]
     assert len([*engine.stream(requests)]) == 3 * len(requests)
+    assert {*engine.passes.graphs._kept} == known
+
+
+@pytest.mark.parametrize("exit_layers", [[LOOKUP, DRAFT, 2], [2], [LOOKUP, DRAFT]])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_no_mode_meets_a_size_of_pass_for_the_first_time(exit_layers, slots, monkeypatch):
+    """Beside texts of others that come and end, with any number of drafts, sampled or not."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    draw, most = random.Random(0), 4
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.randint(0, most))
+    base = tiny("llama", max_position_embeddings=256)
+    config = ExitConfig("0,2", arch="draft,norm") if DRAFT in exit_layers else ExitConfig("2")
+    model, size = EarlyExitModel.from_base(base, config).eval(), {"slots": slots, "capacity": 140}
+    engine = Engine(model, exit_layers, max_pending=most, compile=True, drafts=True, **size)
+    engine.warm_up(samples=[*WARM.values()])
+    known, drafting = {*engine.passes.graphs._kept}, partial(Speculative, 4, max_pending=most)
+    policies = [Full(4, max_pending=most)]
+    if 2 in exit_layers:
+        policies += [drafting({2: 0.02}), Threshold(4, {2: 0.02}, max_pending=most)]
+        policies += [Fixed(2, max_pending=most)]
+    if DRAFT in exit_layers:
+        policies += [drafting(bar=0.0), drafting(lookup=True), drafting(bar=0.0, lookup=True)]
+    warpers, requests = [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.9)], []
+    for number in range(40):
+        length, chosen = draw.randint(1, 100), draw.randint(0, 2)
+        chooser = Chooser(warpers[:chosen], chosen > 0, number if chosen else None)
+        longest = length + draw.randint(1, 39)
+        ids = prompt(length, number)
+        requests.append(Request(ids, draw.choice(policies), longest, chooser))
+    assert len({request for request, _ in engine.stream(requests)}) == len(requests)
     assert {*engine.passes.graphs._kept} == known
 
 
