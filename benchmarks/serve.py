@@ -2,11 +2,12 @@
 
 Each number of clients asks in turn, on this machine, every client for one streamed completion after
 another: greedy, as many tokens each, for so many seconds at most. The servers are started one after
-another, as processes of their own; both run the same model at full depth. What the engine alone
-does with as many prompts at a time (`generate_batch`) is measured in this process.
+another, as processes of their own; both run the same model at full depth, and with `--exits` ours
+once more, drafting. What the engine alone does with as many prompts at a time (`generate_batch`) is
+measured in this process, at full depth.
 
 python benchmarks/serve.py
-python benchmarks/serve.py --shape smollm2-135m --new-tokens 128
+python benchmarks/serve.py --model demo/smollm2 --exits demo/smollm2-exits --new-tokens 128
 python benchmarks/serve.py --shape llama2-7b --new-tokens 128 --clients 16 64 --seconds 40
 """
 
@@ -237,6 +238,7 @@ def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/model")
+    parser.add_argument("--exits", default="", help="folder of a draft exit of the model")
     parser.add_argument("--shape", choices=SHAPES, default="")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--engine", type=int, nargs="*", help="default: the same numbers")
@@ -278,6 +280,9 @@ def main() -> None:
         settings = {"eos_token_id": None, "do_sample": False}
         other = body | {"model": str(model), "generation_config": json.dumps(settings)}
         asked: list[tuple[str, list[str], dict[str, Any]]] = [("ee-tuning serve", ours, own)]
+        if args.exits:
+            drafting = ["--exits", args.exits, "--mode", "speculative", "--threshold", "0.1"]
+            asked.append(("ee-tuning serve, drafts", [*ours, *drafting], own))
         if not args.alone:
             asked += [
                 ("transformers serve", theirs, other),
