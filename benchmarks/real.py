@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -265,13 +264,12 @@ class Bench:
             way.warm_up(batch, self.capacity)
         # The longest call first: what is made for it serves the others.
         longest = max((call for one in calls.values() for call in one), key=lambda c: c[0].shape[1])
-        first = (longest, *(one[0] for one in calls.values()))
-        # Behind compilation calls of the first second take a millisecond more, whatever the way.
         settled = time.perf_counter() + SETTLES
-        for number, call in enumerate(cycle(first)):
-            if number >= len(first) and time.perf_counter() > settled:
-                break
+        for call in (longest, *(one[0] for one in calls.values())):
             way(*call)
+        # Behind compilation calls of the first second take a millisecond more, whatever the way.
+        while time.perf_counter() < settled:
+            way(*longest)
         warm = time.perf_counter() - start
         for set_name, one in calls.items():
             results = [timed(way, *call, self.args.rounds) for call in one]

@@ -118,15 +118,15 @@ class Sizes:
         texts: of a draft exit, of texts, come before the first segment.
         """
         for i in range(segments):
-            final, begins = is_last and i == segments - 1, i == 0 and is_first and not drafts
+            final, first = is_last and i == segments - 1, is_first and i == 0
             # Before the first segment there is one token at a time, but of prompts and drafts.
-            windows = [1] if begins and not texts else self.windows
+            windows = [1] if first and not (drafts or texts) else self.windows
             asked = {(n, after) for n in windows for after in ("last", "nothing")}
             if final:
                 asked |= {(n, "each") for n in windows[1:]}
             if final and is_first:  # no earlier stage finds what follows
                 asked -= {(n, "nothing") for n in windows}
-            if final and i == 0 and is_first:
+            if final and first:
                 asked -= {(n, "last") for n in windows[1:]}
             asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
             for reach, (length, after) in product(self._reaches, sorted(asked)):
