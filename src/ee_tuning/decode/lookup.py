@@ -137,6 +137,7 @@ class TextDrafts(Pace):
 
     def regard(self, size: int) -> None:
         """From now on it is about drafts behind so many tokens; 0: it is not known of how many."""
+        self._forget()
         self.size, self.hope = size, HOPES[size]
         self._tried, self._kept, self._asked, self._limited = self._seen[size]
 

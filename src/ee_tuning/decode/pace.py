@@ -138,7 +138,7 @@ class Pace:
         self.hope = self.HOPE
         self.asked = 0  # drafts that the last round had to make, one in vain included
         self.rests = 0  # of `RESTS`, those to come
-        self._ahead, self._tokens = 0.0, 0
+        self._ahead, self._tokens, self._rested = 0.0, 0, 0
         self._unpaid: list[int] = []
         self._tried, self._kept, self._asked = ([0.0] * longest for _ in range(3))
         self._limited = [0.0] * longest
@@ -151,6 +151,7 @@ class Pace:
 
     def see(self, limit: int, asked: int, kept: int) -> None:
         """Take in what became of up to `limit` drafts, of which so many had to be made."""
+        self._forget()
         told = (self._tried, kept + 1), (self._kept, kept), (self._asked, asked)
         for seen, number in (*told, (self._limited, limit)):
             most = min(number, limit)
@@ -165,11 +166,17 @@ class Pace:
 
     def rest(self, rounds: int) -> None:
         """Take in so many rounds without drafts, as `learn` one by one."""
-        share = self.FORGETS**rounds
-        for seen in (self._tried, self._kept, self._asked, self._limited):
-            seen[:] = [share * value for value in seen]
         self.asked = 0
         self._tokens += rounds
+        self._rested += rounds
+
+    def _forget(self) -> None:
+        """Of what was seen before the last rounds without drafts, what these let it forget: at once
+        when it is needed, since of many texts most only rest."""
+        if self._rested:
+            share, self._rested = self.FORGETS**self._rested, 0
+            for seen in (self._tried, self._kept, self._asked, self._limited):
+                seen[:] = [share * value for value in seen]
 
     def took(self, rounds: float) -> None:
         """Take in what the last round really took, in rounds without drafts."""
@@ -195,6 +202,7 @@ class Pace:
 
         room: how many tokens more are wanted: the last needs no draft.
         """
+        self._forget()
         tokens, number, right, chance, asked = 1.0, 0.0, 1.0, self.hope, 1.0
         weight, found = self.FIRST, [(1.0, 0.0)]
         for place in range(max(0, min(self.longest, room - 1))):

@@ -104,13 +104,13 @@ class Draws:
         row = [0.0] * 5
         if seed is not None and warp is not None:
             row = [seed, warp.temperature, warp.top_k or SEEDS, warp.top_p, warp.min_p]
-        self._host[slot] = torch.tensor(row, dtype=torch.float64)
+        self._host.numpy()[slot] = row
         self._told = False
 
     def tell(self) -> None:
-        """Let the device know, before a pass."""
+        """Let the device know, before a pass, behind what it is at."""
         if not self._told:
-            self.table.copy_(self._host)
+            self.table.copy_(self._host, non_blocking=True)
             self._told = True
 
     def draw(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import secrets
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -89,6 +89,7 @@ class Reader:
         self.size = model.backbone.config.vocab_size
         self.ends = sorted(end_tokens(model.backbone.model, tokenizer))
         self._policies: dict[str, Policy] = {}
+        self._seeds = random.Random()
 
     def check_defaults(self) -> None:
         """Refuse settings with which no request could be decoded.
@@ -286,7 +287,7 @@ class Reader:
         seen = None if top is None else Seen(top)
         temperature = temperature_of(body)
         processors = self._processors(body, ids, ends, seen, temperature)
-        own = secrets.randbelow(SEEDS) if seed is None else seed % SEEDS
+        own = self._seeds.randrange(SEEDS) if seed is None else seed % SEEDS
         chooser = Chooser(LogitsProcessorList(processors), temperature > 0, own)
         policy = self._certain(
             body, policy, bool(temperature or len(processors) > (top is not None))
