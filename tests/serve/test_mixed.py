@@ -165,5 +165,5 @@ def test_what_a_server_looks_up_by_default_is_for_requests_that_are_verified(tin
         asked = [{}, {"mode": "threshold"}, {"mode": "full"}, {"seed": 1}, {"lookup": False}]
         asked += [{"seed": 1, "lookup": True}, {"mode": "speculative"}]
         found = [read(Generation(**one)) for one in asked]
-    assert [policy.lookup for _, policy in found] == [True, *[False] * 4, True, True]
-    assert [policy.mode for _, policy in found][3:6] == ["full", "speculative", "speculative"]
+    assert [policy.lookup for policy in found] == [True, *[False] * 4, True, True]
+    assert [policy.mode for policy in found][3:6] == ["full", "speculative", "speculative"]

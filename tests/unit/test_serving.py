@@ -21,7 +21,6 @@ from ee_tuning.serve.config import ServeConfig
 from ee_tuning.serve.load import check_settings
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
-from ee_tuning.serve.speed import Faster
 
 
 def first_stop(text: str, stops: list[str]) -> int:
@@ -89,19 +88,6 @@ def test_the_last_that_was_said_of_a_place_counts():
     expected = torch.tensor([0, 1.0, 2.0]).log_softmax(-1)
     assert found.logprob == pytest.approx(expected[1].item())
     assert [token for token, _ in found.top] == [2, 1]
-
-
-def test_the_faster_mode_is_taken_and_the_other_looked_at():
-    faster = Faster()
-    assert {faster.mode(3), faster.mode(3)} == {"speculative", "full"}
-    for speculative, full in ((50.0, 40.0), (10.0, 40.0)):
-        for _ in range(20):
-            faster.learn("speculative", 3, speculative)
-            faster.learn("full", 3, full)
-        taken = Counter(faster.mode(3) for _ in range(96))
-        best = "speculative" if speculative > full else "full"
-        assert taken[best] == 92
-    assert {faster.mode(9), faster.mode(9)} == {"speculative", "full"}  # nothing is known there
 
 
 def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerBase):

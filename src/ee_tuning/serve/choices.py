@@ -87,8 +87,8 @@ class Choice:
     The engine's thread sees `request`, `stop_ids` and `seen`; what becomes of the tokens is up to
     the thread of the clients, which has time while the engine computes.
 
-    index: among those of its job. auto: the server says whether it is speculative. started, first,
-    ended: when it got a slot, its first token, its last.
+    index: among those of its job. started, first, ended: when it got a slot, its first token, its
+    last.
     """
 
     def __init__(
@@ -101,11 +101,10 @@ class Choice:
         stop_ids: frozenset[int] = frozenset(),
         least: int = 0,
         seen: Seen | None = None,
-        auto: bool = False,
     ) -> None:
         """stop_ids: tokens that end it, and are not in its text. least: tokens before a string may
         end it."""
-        self.index, self.request, self.auto = index, request, auto
+        self.index, self.request = index, request
         self.stop_ids, self.least, self.seen = stop_ids, least, seen
         self.stops = Stops(stops)
         self.stream = TextStream(tokenizer, skip_special_tokens=True, after=request.ids)

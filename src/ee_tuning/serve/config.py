@@ -22,8 +22,8 @@ class ServeConfig(Compiles, ActiveExits, Settings):
     api_key: str = option("", "key that clients have to send; default: none is asked for")
     mode: Literal["auto", "full", "fixed", "threshold", "speculative"] = option(
         "auto",
-        "how requests that say nothing else are decoded; auto: full depth or speculative, the "
-        "faster one as measured: both give the same text",
+        "how requests that say nothing else are decoded; auto: speculative where there is what "
+        "drafts, which rests while that is slower than full depth: the text is the same",
     )
     threshold: str | float | dict[int, float] = option(
         0.8,

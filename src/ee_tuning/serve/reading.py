@@ -211,20 +211,18 @@ class Reader:
                 field = "prompt" if isinstance(body, CompletionBody) else "messages"
                 field = field if len(ids) >= self.capacity else "max_tokens"
                 raise self._too_long(f"{len(ids)} tokens of the prompt and {most} new ones", field)
-        n, auto, policy = body.n or 1, *self._policy(body)
+        n, policy = body.n or 1, self._policy(body)
         seed = body.seed
         choices = [
             self._choice(body, ids, policy, most, index, None if seed is None else seed + copy, top)
             for index, (ids, copy) in enumerate((ids, k) for ids in prompts for k in range(n))
         ]
-        for choice in choices:
-            choice.auto = auto
         return Asked(
             prompts, choices if most else [], policy, n, top, echo, echo and top is not None
         )
 
-    def _policy(self, body: Generation) -> tuple[bool, Policy]:
-        """Whether the server may decide, and where tokens leave.
+    def _policy(self, body: Generation) -> Policy:
+        """Where tokens leave.
 
         Raises:
             Refused: names the field that the mistake is in.
@@ -240,12 +238,12 @@ class Reader:
         drafts = bool(self.exit_layers) or (lookup and mode == "speculative")
         if mode not in ("auto", "full") and not drafts:
             raise Refused(f"mode: {mode} needs exits, and this model has none", "mode")
-        # A seed is to give the same text whatever the server takes to be faster.
-        auto = mode == "auto" and not (body.seed is not None and temperature_of(body))
         leaving = {**vars(self.leaving), **given, "mode": mode, "lookup": lookup}
         if mode == "auto":
-            auto = auto and bool(self.drafting or lookup)
-            drafts = auto or bool(given.get("lookup"))
+            # A seed is to give the same text, whether drafts pay or not.
+            seeded = body.seed is not None and temperature_of(body)
+            may_draft = bool(self.drafting or lookup) and not seeded
+            drafts = may_draft or bool(given.get("lookup"))
             leaving |= {"mode": "speculative" if drafts else "full", "lookup": lookup and drafts}
             if drafts and not leaving["exit_layers"] and DRAFT not in self.drafting:
                 leaving["exit_layers"] = self.drafting or ""
@@ -255,7 +253,7 @@ class Reader:
         if "threshold" in POLICIES[leaving["mode"]].ignores and threshold == CALIBRATED:
             leaving["threshold"] = 1.0
         try:
-            return auto, self._made(leaving)
+            return self._made(leaving)
         except UserError as error:
             # The one that it speaks of first.
             said = str(error)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ee_tuning.calibrate.audit import Audit
-from ee_tuning.decode import Engine, Full, Request
+from ee_tuning.decode import Engine, Request
 from ee_tuning.errors import first_line
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.serve.choices import Choice
@@ -147,7 +147,7 @@ class Worker:
 
         all: there was no more.
         """
-        self._writer.write(news, len(self._live))
+        self._writer.write(news)
         if all:
             assert self._loop is not None
             self._loop.call_soon(self._handed_out)  # behind those that write it
@@ -283,8 +283,6 @@ class Worker:
         with self._changed:
             while self._waiting and free and self._read + tokens < PROMPTS:
                 job, choice = self._waiting.popleft()
-                if choice.auto and self._writer.faster.mode(len(self._live)) == "full":
-                    choice.request.policy = Full(self.engine.passes.backbone.num_layers)
                 if self.audit is not None:
                     choice.request.policy = self.audit.policy(choice.request.policy)
                 self.engine.submit(choice.request)

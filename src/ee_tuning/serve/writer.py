@@ -13,7 +13,6 @@ from ee_tuning.serve.choices import Choice, Delta, Settled
 from ee_tuning.serve.errors import Refused
 from ee_tuning.serve.jobs import Job
 from ee_tuning.serve.metrics import Metrics
-from ee_tuning.serve.speed import Faster
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -27,20 +26,16 @@ class News(NamedTuple):
 
 
 class Writer:
-    """Makes text of tokens while the engine computes the next ones.
-
-    faster: learns how fast texts were written.
-    """
+    """Makes text of tokens while the engine computes the next ones."""
 
     def __init__(
         self, metrics: Metrics, log: Log, audit: Audit | None, cancel: Callable[[Request], None]
     ) -> None:
         """audit: of some texts. cancel: lets the engine give up what has ended."""
         self.metrics, self.log, self.audit, self.cancel = metrics, log, audit, cancel
-        self.faster = Faster()
 
-    def write(self, news: Iterable[News], live: int) -> None:
-        """Give every job what it has more of. live: texts in progress."""
+    def write(self, news: Iterable[News]) -> None:
+        """Give every job what it has more of."""
         deltas: dict[Job, list[Delta]] = {}
         for job, choice, said in news:
             if choice.finish is not None or job.given_up:
@@ -48,7 +43,7 @@ class Writer:
             try:
                 if isinstance(said, Exception):
                     raise said
-                delta = self._text(job, choice, said, live)
+                delta = self._text(job, choice, said)
             except Exception as error:  # of this text: it ends alone
                 delta = Delta(choice.index, error=self.explained(error))
                 choice.finish = "error"
@@ -59,7 +54,7 @@ class Writer:
         for job, own in deltas.items():
             job.give(own)
 
-    def _text(self, job: Job, choice: Choice, settled: Settled, live: int) -> Delta:
+    def _text(self, job: Job, choice: Choice, settled: Settled) -> Delta:
         begins = not choice.layers
         delta = choice.put(settled)
         delta.tokens[-1].ends = choice.finish is not None
@@ -69,12 +64,8 @@ class Writer:
         if begins:
             self.metrics.said_first(choice, job.submitted)
         self.metrics.settled(delta)
-        if choice.finish is None:
-            return delta
-        self.metrics.ended(choice, job.submitted)
-        if choice.auto and len(choice.layers) > 8:
-            speed = (len(choice.layers) - 1) / max(1e-9, choice.ended - choice.first)
-            self.faster.learn(choice.request.policy.mode, live, speed)
+        if choice.finish is not None:
+            self.metrics.ended(choice, job.submitted)
         return delta
 
     def explained(self, error: Exception) -> Exception:
