@@ -4,10 +4,11 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.models import drafting
 from helpers.prompts import prompt
 
-from ee_tuning.decode import Engine, Request, Speculative, drafts, limits
+from ee_tuning.decode import Engine, Full, Request, Speculative, drafts, limits
 from ee_tuning.decode.ahead import Ahead
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.pace import Clock, Pace, plan
@@ -175,6 +176,28 @@ def test_a_clock_is_told_what_all_of_a_round_takes(monkeypatch):
         engine.step()
     half = TOKENS // 2
     assert told == [*[(0, (0.75 + TOKENS) / half, half)] * 3, *[(most, 2.75)] * 2]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_texts_rest_beside_one_at_full_depth(compile, monkeypatch):
+    """Rounds with drafts would take longer for that one, too. They draft before and behind it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(limits, "plan", lambda *_: 3)
+    engine = engine_of(3, 3, compile=compile)
+    policy, other = Speculative(4, {}, max_pending=3, bar=0.0), Full(4, max_pending=3)
+    for seed in range(2):
+        engine.submit(Request(prompt(7, seed), policy, 70))
+    late, drafts = Request(prompt(9, 5), other, 20), {}
+    for step in range(99):
+        if step == 4:
+            engine.submit(late)
+        when = "before" if step < 4 else "behind" if late.finished else "beside"
+        own = [token for request, token in engine.step() if request is not late]
+        drafts.setdefault(when, []).append(sum(token.exit_layer == DRAFT for token in own))
+    assert sum(drafts["before"]) > 0
+    assert sum(drafts["beside"][2:]) == 0  # a round may be under way when it comes
+    assert len(drafts["beside"]) > 5
+    assert sum(drafts["behind"]) > 0
 
 
 def test_a_rest_takes_no_less_than_it_took_the_device(monkeypatch):

@@ -10,8 +10,11 @@ from ee_tuning.decode.rounds import Round
 from ee_tuning.decode.sequences import Row, Sequences
 
 
-def limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
-    """Say how many drafts the next round of `rows` may have; gives the clock of such rounds."""
+def limit(sequences: Sequences, rows: Sequence[Row], may: bool = True) -> Clock | None:
+    """Say how many drafts the next round of `rows` may have; gives the clock of such rounds.
+
+    may: whether those may have any that do not always draft.
+    """
     for row in rows:
         if row.policy.steady:
             row.limit = max(0, min(row.policy.max_pending, row.left - 1))
@@ -20,7 +23,7 @@ def limit(sequences: Sequences, rows: Sequence[Row]) -> Clock | None:
         return None
     paces, rooms = [pace for _, pace in free], [row.left for row, _ in free]
     clock = sequences.clock(len(rows), max(pace.cost for pace in paces))
-    number = plan(paces, rooms, clock)
+    number = plan(paces, rooms, clock) if may else 0
     for row, _ in free:
         row.limit = max(0, min(number, row.left - 1))
     return clock
