@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import torch
@@ -84,6 +85,22 @@ def cpu_seconds(pid: int) -> float | None:
         return None
     user, system = stat.read_text().rpartition(")")[2].split()[11:13]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def drafts(port: int) -> tuple[float, float, float]:
+    """Rounds with drafts, drafts, and kept ones of our server so far; of others nothing."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as found:
+            lines = found.read().decode().splitlines()
+    except HTTPError:
+        lines = []
+    values = dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0.0)
+    for line in lines:
+        for name in values:
+            if line.startswith(f"ee_tuning:spec_decode_{name}_total"):
+                values[name] = float(line.split()[-1])
+    rounds, drafted, kept = values.values()
+    return rounds, drafted, kept
 
 
 def free_port() -> int:
@@ -164,8 +181,12 @@ def measure(
         ready = time.perf_counter() - start
         asyncio.run(load(port, body, 2, args.seconds / 10))
         for clients in args.clients:
-            before = cpu_seconds(pid)
+            before, drafted = cpu_seconds(pid), drafts(port)
             row = asyncio.run(load(port, body, clients, args.seconds))
+            named = zip(
+                ("rounds_with_drafts", "drafts", "kept"), drafted, drafts(port), strict=True
+            )
+            row |= {name: after - first for name, first, after in named if after}
             if before is not None:
                 used = (cpu_seconds(pid) or 0.0) - before
                 row["tokens_per_cpu_second"] = row["requests"] * body["max_tokens"] / used
