@@ -32,7 +32,7 @@ def steps() -> str:
     machines, profiles = set(), []
     for path in sorted(RESULTS.glob("*.json")):
         result: dict[str, Any] = json.loads(path.read_text())
-        if "tokens_per_second" not in result:
+        if "flop_per_token" not in result:
             continue
         given, rate = result["settings"], result["tokens_per_second"]
         flags = [

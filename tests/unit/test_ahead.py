@@ -711,7 +711,9 @@ def test_prompts_are_not_written_over_what_the_device_is_at(kind, more, number, 
         seen.append(drafts.underway(live, engine.several, engine.ahead))
         if seen[-1] and came < 6 and len(live) == number:
             for place in range(2):
-                late = Request(prompt(6, came + place), POLICIES["full"](), 6 + more)
+                # Beside one that is not verified they would rest.
+                way = policy if drafts_itself else POLICIES["full"]
+                late = Request(prompt(6, came + place), way(), 6 + more)
                 engine.submit(late)
             came += 2
         for request, token in engine.step():
@@ -790,11 +792,15 @@ def test_texts_rest_by_several_tokens_and_draft_later(number, most, sampled, mon
 
 
 def test_texts_rest_beside_those_at_full_depth(monkeypatch):
-    """Not beside one that drafts, nor where its own text may have drafts."""
+    """Whatever drafts promise; not where its own text may have drafts."""
     counts, model = counted(monkeypatch), drafting()
     ways = [Full(4, max_pending=3), Speculative(4, {}, max_pending=3, bar=0.0)]
     alone = written(engine_of(model, [], ahead=False), ways[0], 30)
-    for most, lookup, expected in ((0, False, {(2, TOKENS)}), (3, False, set()), (0, True, set())):
+    for most, lookup, expected in (
+        (0, False, {(2, TOKENS)}),
+        (3, False, {(2, TOKENS)}),
+        (0, True, set()),
+    ):
         counts.clear()
         monkeypatch.setattr(limits, "plan", lambda *_, most=most: most)
         ways[1].lookup = lookup

@@ -57,8 +57,9 @@ def texts(slots):
     return found
 
 
-def test_rows_that_are_sampled_together_have_the_texts_that_they_have_alone():
+def test_rows_that_are_sampled_together_have_the_texts_that_they_have_alone(monkeypatch):
     """In any order of processors that are alike, of drafts kept and rejected, and of the greedy."""
+    monkeypatch.setattr(Speculative, "steady", True)  # others' texts are not verified
     alone = texts(1)
     assert texts(15) == texts(4) == alone
     layers = {layer for i in range(2, 15, 3) for _, layer in alone[i]}
