@@ -131,6 +131,19 @@ def test_a_draft_exit_serves_beside_the_others(drafting, monkeypatch):
         assert running.ask("/lens", {"tokens": [5, 6, 7], "first": 2})["places"]
 
 
+def test_a_seed_gives_full_depths_text_though_drafts_are_made(drafting, monkeypatch):
+    monkeypatch.setattr(Speculative, "steady", True)  # whether that pays or not
+    body = {"prompt": prompt(4), "max_tokens": 30, "ignore_eos": True}
+    body |= {"temperature": 0.7, "top_p": 0.9, "n": 3}
+    with in_a_thread(exits=drafting, slots=3) as running:
+        for seed in range(3):
+            own = running.complete(**body, seed=seed, threshold=0.0)["choices"]
+            full = running.complete(**body, seed=seed, mode="full")["choices"]
+            assert [one["text"] for one in own] == [one["text"] for one in full]
+            assert all(one["ee"]["drafted"] > one["ee"]["kept"] > 0 for one in own)
+            assert len({one["text"] for one in own}) == 3
+
+
 def test_texts_draft_for_themselves_where_there_are_no_exits(base, monkeypatch):
     """Whether that pays or not; the server may be asked for it by each request."""
     let_texts_draft(monkeypatch, most=3)
@@ -163,5 +176,5 @@ def test_what_a_server_looks_up_by_default_is_for_requests_that_are_verified(tin
         asked = [{}, {"mode": "threshold"}, {"mode": "full"}, {"seed": 1}, {"lookup": False}]
         asked += [{"seed": 1, "lookup": True}, {"mode": "speculative"}]
         found = [read(Generation(**one)) for one in asked]
-    assert [policy.lookup for policy in found] == [True, *[False] * 4, True, True]
-    assert [policy.mode for policy in found][3:6] == ["full", "speculative", "speculative"]
+    assert [policy.lookup for policy in found] == [True, False, False, True, False, True, True]
+    assert {policy.mode for policy in found[3:]} == {"speculative"}

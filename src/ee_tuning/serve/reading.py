@@ -240,11 +240,8 @@ class Reader:
             raise Refused(f"mode: {mode} needs exits, and this model has none", "mode")
         leaving = {**vars(self.leaving), **given, "mode": mode, "lookup": lookup}
         if mode == "auto":
-            # A seed is to give the same text, whether drafts pay or not.
-            seeded = body.seed is not None and temperature_of(body)
-            may_draft = bool(self.drafting or lookup) and not seeded
-            drafts = may_draft or bool(given.get("lookup"))
-            leaving |= {"mode": "speculative" if drafts else "full", "lookup": lookup and drafts}
+            drafts = bool(self.drafting or lookup)
+            leaving["mode"] = "speculative" if drafts else "full"
             if drafts and not leaving["exit_layers"] and DRAFT not in self.drafting:
                 leaving["exit_layers"] = self.drafting or ""
         for name in () if mode == "auto" else POLICIES[mode].ignores:
