@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -34,6 +35,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 from shapes import SHAPES, build
@@ -46,6 +48,11 @@ from ee_tuning.loading import load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DRAFTS = {
+    "rounds_with_drafts": "ee_tuning:spec_decode_num_drafts_total",
+    "drafts": "ee_tuning:spec_decode_num_draft_tokens_total",
+    "kept": "ee_tuning:spec_decode_num_accepted_tokens_total",
+}
 PROMPT = "def function_{0}(value):\n    total = {0}\n    for item in value:\n        total"
 
 
@@ -87,20 +94,15 @@ def cpu_seconds(pid: int) -> float | None:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def drafts(port: int) -> tuple[float, float, float]:
-    """Rounds with drafts, drafts, and kept ones of our server so far; of others nothing."""
+def drafted(port: int) -> Counter[str]:
+    """What our server has counted of drafts so far; of others nothing."""
     try:
         with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as found:
-            lines = found.read().decode().splitlines()
+            families = text_string_to_metric_families(found.read().decode())
     except HTTPError:
-        lines = []
-    values = dict.fromkeys(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), 0.0)
-    for line in lines:
-        for name in values:
-            if line.startswith(f"ee_tuning:spec_decode_{name}_total"):
-                values[name] = float(line.split()[-1])
-    rounds, drafted, kept = values.values()
-    return rounds, drafted, kept
+        return Counter()
+    samples = {one.name: one.value for family in families for one in family.samples}
+    return Counter({said: int(samples.get(name, 0)) for said, name in DRAFTS.items()})
 
 
 def free_port() -> int:
@@ -181,12 +183,8 @@ def measure(
         ready = time.perf_counter() - start
         asyncio.run(load(port, body, 2, args.seconds / 10))
         for clients in args.clients:
-            before, drafted = cpu_seconds(pid), drafts(port)
-            row = asyncio.run(load(port, body, clients, args.seconds))
-            named = zip(
-                ("rounds_with_drafts", "drafts", "kept"), drafted, drafts(port), strict=True
-            )
-            row |= {name: after - first for name, first, after in named if after}
+            before, earlier = cpu_seconds(pid), drafted(port)
+            row = asyncio.run(load(port, body, clients, args.seconds)) | drafted(port) - earlier
             if before is not None:
                 used = (cpu_seconds(pid) or 0.0) - before
                 row["tokens_per_cpu_second"] = row["requests"] * body["max_tokens"] / used
