@@ -85,13 +85,15 @@ def server(command: list[str], port: int, health: str, log: Path) -> Iterator[in
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """What a process has used so far, where the system tells it: others on the machine change it
-    less than they change how long a row takes."""
+    """What a process and those that it has started have used so far, where the system tells it:
+    others on the machine change it less than they change how long a row takes."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.exists():
         return None
     user, system = stat.read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return own + sum(cpu_seconds(int(one)) or 0.0 for one in started)
 
 
 def drafted(port: int) -> Counter[str]:

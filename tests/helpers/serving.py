@@ -8,32 +8,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 from urllib.request import Request, urlopen
 
 import uvicorn
 from openai import OpenAI
 
+from ee_tuning.serve import process
 from ee_tuning.serve.app import Served, make_app
 from ee_tuning.serve.config import ServeConfig
+from ee_tuning.serve.core import Core
 from ee_tuning.serve.guard import Guard
 from ee_tuning.serve.load import served
+from helpers.commands import PATIENCE
 
 
 @dataclass
 class Running:
     """A server that can be asked.
 
-    log: its lines, as far as they have come.
+    log: its lines, as far as they have come. core: what feeds its engine, if that is in a thread.
     """
 
     url: str
     key: str = ""
     log: list[dict[str, Any]] = field(default_factory=list)
     served: Served | None = None
+    core: Core | None = None
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -53,11 +60,41 @@ class Running:
         return self.ask("/v1/completions", body)
 
 
+class Engine:
+    """An engine in a thread, at the other end of a connection as if it were in a process."""
+
+    def __init__(self) -> None:
+        self.core: Core | None = None
+
+    @contextmanager
+    def __call__(self, config: ServeConfig, ready: Callable[[], None]) -> Iterator[Connection]:
+        """See `ee_tuning.serve.process.in_a_process`."""
+        own, other = Pipe()
+
+        def core(*given: Any) -> Core:
+            self.core = Core(*given)
+            return self.core
+
+        def run() -> None:
+            process.run(config, other, ready, lambda: None)
+
+        with patch.object(process, "Core", core):
+            thread = threading.Thread(target=run, name="engine")
+            thread.start()
+            try:
+                yield own
+            finally:
+                own.close()
+                thread.join(PATIENCE)
+                assert not thread.is_alive()
+
+
 @contextmanager
 def in_a_thread(**settings: Any) -> Iterator[Running]:
     """A server with these settings of `ServeConfig`."""
     config, log = ServeConfig(**{"port": 0, "device": "cpu", **settings}), []
-    with served(config, log.append) as found:
+    engine = Engine()
+    with served(config, log.append, engine=engine) as found:
         app = Guard(make_app(found), config.api_key, log.append)
         server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
@@ -69,7 +106,7 @@ def in_a_thread(**settings: Any) -> Iterator[Running]:
                 assert thread.is_alive(), "the server did not start"
                 thread.join(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
-            running = Running(f"http://127.0.0.1:{port}", config.api_key, log, found)
+            running = Running(f"http://127.0.0.1:{port}", config.api_key, log, found, engine.core)
             while found.worker.state == "warming up":
                 thread.join(0.01)
             yield running

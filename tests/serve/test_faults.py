@@ -70,7 +70,7 @@ def status_of(running, **body):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_within_one_step(long_server, stream):
-    engine = long_server.served.worker.engine
+    engine = long_server.core.engine
     step, seen = engine.step, []
 
     def watched():
@@ -93,9 +93,16 @@ def test_a_client_that_leaves_frees_its_slot_within_one_step(long_server, stream
     assert statuses == [200, 200 if stream else 499]
 
 
+scored: list[None] = []
+
+
+def slowly(*_):
+    """What is called in the place of `score`: by its name, as anything is."""
+    scored.append(time.sleep(0.05))
+
+
 def test_prompts_of_a_client_that_leaves_are_not_scored_to_the_end(tiny_server, monkeypatch):
-    scored = []
-    monkeypatch.setattr("ee_tuning.serve.app.score", lambda *_: scored.append(time.sleep(0.05)))
+    monkeypatch.setattr("ee_tuning.serve.app.score", slowly)
     before = len(tiny_server.log)
     with asking(tiny_server, {"prompt": [[5, 6]] * 100, "max_tokens": 0, "echo": True,
                               "logprobs": 0}):  # fmt: skip
@@ -108,7 +115,7 @@ def test_prompts_of_a_client_that_leaves_are_not_scored_to_the_end(tiny_server, 
 def test_clients_that_lose_patience_leave_nothing_behind(long_exits):
     """200 of them, with 10,000 tokens each, none of which is ever written to its end."""
     with in_a_thread(exits=long_exits, slots=4, capacity=10_240, max_queue=256) as running:
-        engine, lengths = running.served.worker.engine, []
+        engine, lengths = running.core.engine, []
         step = engine.step
 
         def watched():
@@ -216,7 +223,7 @@ def test_a_text_that_fails_fails_alone(tiny_server, monkeypatch):
 def test_a_step_that_fails_ends_what_was_in_progress_alone(tiny_exits, monkeypatch):
     """And three of them in a row the engine, which health says."""
     with in_a_thread(exits=tiny_exits) as running:
-        engine, failing = running.served.worker.engine, [True]
+        engine, failing = running.core.engine, [True]
         step = engine.step
 
         def sometimes():
@@ -249,7 +256,7 @@ def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
         warm.wait(30)
 
     monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", warm_up)
-    monkeypatch.setattr("ee_tuning.serve.worker.TELL", 0)
+    monkeypatch.setattr("ee_tuning.serve.core.TELL", 0)
     states = []
 
     def look():
@@ -294,4 +301,4 @@ def test_2000_requests_leave_no_trace(tiny_server):
     assert threading.active_count() <= threads
     assert not worker._live
     assert not worker._waiting
-    wait_for(lambda: not worker.engine.busy)
+    wait_for(lambda: not tiny_server.core.engine.busy)

@@ -349,7 +349,7 @@ def test_an_audit_counts_the_risk_of_the_certificate(model, texts, seen, thresho
     """Rejected drafts are the places where a token that leaves would be another one."""
     model = good_exit.__wrapped__("llama")
     model.calibration = certificate(model, thresholds, max_pending=max_pending)
-    audit = Audit(model, every=1)
+    audit = Audit(model.calibration, every=1)
     outs = dict(
         model.generate_batch(
             PROMPTS, threshold="calibrated", max_new_tokens=NEW, capacity=64, slots=3, audit=audit
@@ -371,7 +371,7 @@ def test_an_audit_counts_the_risk_of_the_certificate(model, texts, seen, thresho
 
 
 def test_an_audit_looks_at_one_in_so_many(calibrated):
-    audit = Audit(calibrated, every=4, seed=1)
+    audit = Audit(calibrated.calibration, every=4, seed=1)
     list(
         calibrated.generate_batch(
             PROMPTS * 4, threshold="calibrated", max_new_tokens=2, capacity=64, audit=audit
@@ -384,7 +384,7 @@ def test_an_audit_looks_at_one_in_so_many(calibrated):
 
 
 def test_an_audit_sees_drift(calibrated):
-    audit = Audit(calibrated, every=1)
+    audit = Audit(calibrated.calibration, every=1)
     assert not audit.found().drifted
     audit._losses += [0.05] * 400
     assert not audit.found().drifted
@@ -395,13 +395,13 @@ def test_an_audit_sees_drift(calibrated):
 
 def test_an_audit_needs_a_calibration_for_next_tokens(calibrated, model):
     with pytest.raises(UserError, match="were not calibrated"):
-        Audit(model, every=1)
+        Audit(model.calibration, every=1)
     calibrated.calibration = replace(calibrated.calibration, risk="nll")
     with pytest.raises(UserError, match="calibrated for nll"):
-        Audit(calibrated, every=1)
+        Audit(calibrated.calibration, every=1)
     for every in (0, "a", 2.5, None):
         with pytest.raises(UserError, match=f"one text in {every!r} is not .* number from 1$"):
-            Audit(calibrated, every=every)
+            Audit(calibrated.calibration, every=every)
 
 
 # -- tasks ---------------------------------------------------------------------------------------

@@ -72,11 +72,11 @@ def test_penalties_and_bias_are_openais():
     counts = Counter([5, 5, 6])  # what the prompt has does not count
     assert found == [-(0.5 + 0.25 * counts[i]) if i in counts else 0 for i in range(9)]
     assert torch.equal(Penalties(5, 1, 1)(ids, scores), scores)
-    biased = Bias({2: 1.5, 4: -100}, scores.device)(ids, scores)[0].tolist()
+    biased = Bias({2: 1.5, 4: -100})(ids, scores)[0].tolist()
     assert biased == [0, 0, 1.5, 0, -100, 0, 0, 0, 0]
-    early = NotYet(6, [1, 2], scores.device)(ids, scores)[0]
+    early = NotYet(6, [1, 2])(ids, scores)[0]
     assert [i for i in range(9) if early[i] == -math.inf] == [1, 2]
-    assert torch.equal(NotYet(5, [1], scores.device)(ids, scores), scores)
+    assert torch.equal(NotYet(5, [1])(ids, scores), scores)
 
 
 def test_the_last_that_was_said_of_a_place_counts():
@@ -128,9 +128,9 @@ def test_tokens_that_come_together_say_what_they_say_one_by_one(tokenizer, stops
         tokens[-1].ends = ends == "by length"
         deltas = []
         for at in range(0, len(tokens), each):
-            settled, over = choice.settle(tokens[at : at + each], 1.0)
+            settled = choice.text.settle(tokens[at : at + each], 1.0)
             deltas.append(choice.put(settled))
-            if over or choice.finish is not None:
+            if settled.ended or choice.finish is not None:
                 break
         whole = joined(deltas)
         return whole.text, whole.tokens, whole.rounds, whole.finish, whole.ee, choice.layers

@@ -15,7 +15,6 @@ from ee_tuning.decode.sampling import Token
 from ee_tuning.decode.sequences import Request
 from ee_tuning.decode.settings import Audited, Policy, Threshold
 from ee_tuning.errors import UserError
-from ee_tuning.model import Network
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Audit:
     loss of the risk ``next-token``. It costs no more than verifying.
     """
 
-    def __init__(self, model: Network, every: int, seed: int = 0) -> None:
-        """every: one text in so many, drawn by `seed`.
+    def __init__(self, found: Certificate | None, every: int, seed: int = 0) -> None:
+        """found: a model's `calibration`. every: one text in so many, drawn by `seed`.
 
         Raises:
             UserError: the model was not calibrated, or for another risk.
@@ -52,14 +51,13 @@ class Audit:
             raise UserError(
                 f"an audit of one text in {every!r} is not possible: give a whole number from 1"
             )
-        found = model.calibration
         if found is None or found.risk != "next-token":
             what = "were not calibrated" if found is None else f"were calibrated for {found.risk}"
             raise UserError(
                 f"an audit is of the risk next-token, and the exits {what}: run ee-tuning "
                 "calibrate --risk next-token"
             )
-        self.certificate: Certificate = found
+        self.certificate = found
         self.every, self._draw = every, random.Random(seed)
         self._losses: list[float] = []
         self._counts: WeakKeyDictionary[Request, tuple[int, int]] = WeakKeyDictionary()

@@ -21,7 +21,6 @@ from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
 
 from ee_tuning.errors import UserError
-from ee_tuning.model import Network
 from ee_tuning.serve.bodies import (
     Body,
     ChatBody,
@@ -54,13 +53,12 @@ Found = TypeVar("Found")
 
 @dataclass
 class Served:
-    """What is served: a model, how bodies are read for it, and who decodes with it.
+    """What is served: a model's name, how bodies are read for it, and who has texts written.
 
     measures, texts: what most requests ask for, see `Engine.warm_up`.
     """
 
     name: str
-    model: Network
     reader: Reader
     worker: Worker
     measures: list[str]
@@ -71,18 +69,18 @@ class Server:
     """The handlers of the routes."""
 
     def __init__(self, served: Served) -> None:
-        self.name, self.model = served.name, served.model
-        self.reader, self.worker, self._served = served.reader, served.worker, served
+        self.name, self._served = served.name, served
+        self.reader, self.worker = served.reader, served.worker
         self.created = int(time.time())
         # Tokenizers and templates take their time: others are answered meanwhile.
         self._desk = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """The engine's thread is there as long as the server."""
+        """The engine is heard as long as the server is there."""
         self.worker.start(self._served.measures, self._served.texts)
         yield
-        await asyncio.to_thread(self.worker.stop)
+        self.worker.stop()
         self._desk.shutdown(cancel_futures=True)
 
     # -- what is written ---------------------------------------------------------------------------
@@ -109,7 +107,7 @@ class Server:
         return await self._reply(ChatReply(head), body, request)
 
     async def _reply(self, reply: Reply, body: Generation, request: Request) -> Any:
-        job = Job(reply.head.asked.choices, self.worker.seconds)
+        job = Job(reply.head.asked.choices)
         noted = request.scope["state"]["noted"]
         noted |= {"id": reply.head.id, "user": body.user}
         self.worker.submit(job)
@@ -180,7 +178,7 @@ class Server:
 
     async def _score(self, asked: Asked, number: int) -> list[Likely]:
         ids, top = asked.prompts[number], asked.top or 0
-        return await self.worker.call(functools.partial(score, self.model, ids, asked.policy, top))
+        return await self.worker.call(score, ids, asked.policy, top)
 
     def _echoed(self, body: CompletionBody, asked: Asked) -> list[str]:
         given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -199,9 +197,7 @@ class Server:
         if len(body.tokens) > self.reader.capacity:
             raise Refused(f"tokens: more than {self.reader.capacity}", "tokens")
         layers = self.reader.exit_layers
-        found = await self.worker.call(
-            functools.partial(lens, self.model, body.tokens, body.first, layers)
-        )
+        found = await self.worker.call(lens, body.tokens, body.first, layers)
         text = self.reader.pieces.text
         for place in found:
             for row in place:
@@ -213,7 +209,7 @@ class Server:
         own = Model(id=self.name, created=self.created, object="model", owned_by="ee-tuning")
         more = {
             "max_model_len": self.reader.capacity,
-            "depth": self.model.backbone.num_layers,
+            "depth": self.reader.depth,
             "exit_layers": list(self.reader.exit_layers),
             "chat": bool(self.reader.tokenizer.chat_template),
             "mode": self.reader.mode,

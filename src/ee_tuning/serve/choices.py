@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.decode import Request, Token
 from ee_tuning.decode.text import TextStream
 from ee_tuning.exit_config import mean_depth
+from ee_tuning.serve.messages import Settled, Text
 from ee_tuning.serve.processors import Likely, Seen
 
 
@@ -51,17 +52,6 @@ class Stops:
         return 0
 
 
-class Settled(NamedTuple):
-    """Tokens of a choice that came in one step, at least one, as the engine's thread hands them on.
-
-    seen: how likely each was, if that is wanted. time: when they came.
-    """
-
-    tokens: list[Token]
-    seen: list[Likely]
-    time: float
-
-
 @dataclass
 class Delta:
     """What a choice has more of: text, and the tokens that the engine settled meanwhile.
@@ -82,10 +72,7 @@ class Delta:
 
 
 class Choice:
-    """One text that is written.
-
-    The engine's thread sees `request`, `stop_ids` and `seen`; what becomes of the tokens is up to
-    the thread of the clients, which has time while the engine computes.
+    """One text that is written: `text` is what the engine's process knows of it.
 
     index: among those of its job. started, first, ended: when it got a slot, its first token, its
     last.
@@ -104,28 +91,19 @@ class Choice:
     ) -> None:
         """stop_ids: tokens that end it, and are not in its text. least: tokens before a string may
         end it."""
-        self.index, self.request = index, request
-        self.stop_ids, self.least, self.seen = stop_ids, least, seen
+        self.index, self.text, self.least = index, Text(request, stop_ids, seen), least
         self.stops = Stops(stops)
         self.stream = TextStream(tokenizer, skip_special_tokens=True, after=request.ids)
         self.layers: list[int] = []
         self.drafted = self.kept = 0
-        self.written = 0  # tokens that the engine has settled
         self.started = self.first = self.ended = 0.0
         self.finish: str | None = None
         self._run = 0  # drafts kept since the last token of the end's own
 
-    def settle(self, tokens: list[Token], time: float) -> tuple[Settled, bool]:
-        """Tokens that came in a step, at least one, up to the one that ends the text, if one does
-        as far as the engine's thread can tell; whether there is one."""
-        ends = [at for at, one in enumerate(tokens, 1) if one.ends or one.id in self.stop_ids]
-        tokens = tokens[: ends[0]] if ends else tokens
-        seen: list[Likely] = []
-        if self.seen is not None:
-            places = enumerate(tokens, start=len(self.request.ids) + self.written)
-            seen = [self.seen.take(place, token.id) for place, token in places]
-        self.written += len(tokens)
-        return Settled(tokens, seen, time), bool(ends)
+    @property
+    def request(self) -> Request:
+        """What the engine is asked for."""
+        return self.text.request
 
     def put(self, settled: Settled) -> Delta:
         """What settled tokens bring. Not called any more once `finish` is said."""
@@ -147,7 +125,7 @@ class Choice:
         delta.tokens += tokens
         if self.request.policy.verifies:
             delta.rounds += [ended for token in tokens for ended in self._round(token)]
-        stops = last.id in self.stop_ids
+        stops = last.id in self.text.stop_ids
         new = self.stream.put([token.id for token in (tokens[:-1] if stops else tokens)])
         text, ended = self.stops.put(new, len(self.layers) >= self.least)
         delta.text += text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
+
+from ee_tuning.errors import UserError, first_line
 
 # OpenAI's names for kinds of mistakes, by status.
 TYPES = {
@@ -36,6 +39,10 @@ class Refused(Exception):
         self.message, self.param, self.status = message, param, status
         self.code, self.retry = code, retry
 
+    def __reduce__(self) -> Any:
+        """To pickle it."""
+        return Refused, (self.message, self.param, self.status, self.code, self.retry)
+
     def body(self) -> dict[str, Any]:
         """As OpenAI writes it."""
         return {
@@ -52,3 +59,20 @@ def sound(text: str) -> str:
     """`text` as it can be sent: without halves of characters, and not endless."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= 400 else text[:399] + "…"
+
+
+def explained(error: Exception) -> Exception:
+    """What a client is told of a mistake."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, UserError):
+        return Refused(str(error))
+    return Refused(f"the request failed: {first_line(error)}", status=500)
+
+
+def line_of(error: Exception) -> dict[str, Any]:
+    """One for the log, with its traceback: empty for a mistake of the client's own."""
+    if isinstance(error, (Refused, UserError)):
+        return {}
+    lines = traceback.format_exception(error)
+    return {"event": "error", "error": first_line(error), "traceback": "".join(lines)}

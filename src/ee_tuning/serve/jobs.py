@@ -1,11 +1,10 @@
-"""What a client waits for, between the thread that serves it and the one that decodes."""
+"""What a client waits for."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from ee_tuning.serve.choices import Choice, Delta
 from ee_tuning.serve.errors import Refused
@@ -14,14 +13,14 @@ from ee_tuning.serve.errors import Refused
 class Job:
     """The texts of one request, and what its client has not read of them yet.
 
-    deadline: when it is given up, by `time.perf_counter`. given_up: nobody wants it any more.
+    timer: gives it up when it has taken too long. given_up: nobody wants it any more.
     """
 
-    def __init__(self, choices: Sequence[Choice], seconds: float) -> None:
-        """seconds: it may take."""
+    timer: asyncio.TimerHandle
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
         self.choices = list(choices)
         self.submitted = time.perf_counter()
-        self.deadline = self.submitted + seconds
         self.given_up = False
         self.begun = False  # one of its texts has a slot
         self._news: asyncio.Queue[list[Delta] | Exception] = asyncio.Queue()
@@ -33,7 +32,7 @@ class Job:
         return bool(self._open)
 
     def give(self, news: list[Delta] | Exception) -> None:
-        """In the thread of its client: what the engine has of it, or why there is no more."""
+        """What the engine has of it, or why there is no more."""
         self._news.put_nowait(news)
 
     async def take(self) -> list[Delta]:
@@ -64,15 +63,3 @@ def too_late(seconds: float) -> Refused:
     """A request has taken longer than the server lets it."""
     message = f"the request took longer than {seconds:g} seconds: ask for fewer tokens"
     return Refused(message, status=504, code="deadline_exceeded")
-
-
-def answer(future: asyncio.Future[Any], found: Any) -> None:
-    """Give what was called for, if it is still waited for."""
-    if not future.done():
-        future.set_result(found)
-
-
-def fail(future: asyncio.Future[Any], error: Exception) -> None:
-    """Say why it cannot be had, if it is still waited for."""
-    if not future.done():
-        future.set_exception(error)

@@ -2,67 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.calibrate.audit import Audit
 from ee_tuning.certificate import CALIBRATED
 from ee_tuning.data.chats import with_template
-from ee_tuning.decode.engine import Engine
-from ee_tuning.decode.engines import engines_of
-from ee_tuning.decode.load import tokenizer_of
-from ee_tuning.decode.settings import active_layers
-from ee_tuning.devices import pick_device, pick_dtype
-from ee_tuning.errors import UserError
-from ee_tuning.exit_config import DRAFT, LOOKUP, ExitConfig
-from ee_tuning.model import Network
+from ee_tuning.decode.settings import make_policy
+from ee_tuning.errors import SecurityNotice, UserError
+from ee_tuning.loading import load_tokenizer
 from ee_tuning.serve.app import Served
 from ee_tuning.serve.config import ServeConfig
+from ee_tuning.serve.messages import Facts, Warned, receive
 from ee_tuning.serve.metrics import Metrics
+from ee_tuning.serve.process import in_a_process
 from ee_tuning.serve.reading import Reader
 from ee_tuning.serve.worker import Worker
 from ee_tuning.serve.writer import Log
 from ee_tuning.settings import changed
-from ee_tuning.share import New, Saved, Share, load
 
-CAPACITY = 4096  # tokens of a text, where the backbone's context has room for them
+Engine = Callable[[ServeConfig, Callable[[], None]], AbstractContextManager[Connection]]
+
+
+def _nothing() -> None:
+    """There is nothing to do."""
 
 
 @contextmanager
 def served(
-    config: ServeConfig, log: Log, ready: Callable[[], None] = lambda: None
+    config: ServeConfig,
+    log: Log,
+    ready: Callable[[], None] = _nothing,
+    engine: Engine = in_a_process,
 ) -> Iterator[Served]:
     """Inside, the model of these settings can be served; it is not warmed up yet.
 
-    ready: called when it is.
+    ready: called when it is, here and where the engine is. engine: what does
+    `ee_tuning.serve.process.run` at the other end of a connection.
 
     Raises:
         UserError: settings that make no sense, a model that cannot be had, or K/V that do not fit.
+        ProcessFailed: the engine's process has ended.
     """
     check_settings(config)
-    model, tokenizer, exit_layers = load_model(config)
-    capacity = room(config.capacity, model)
-    leaving = config.leaving(threshold=config.threshold, lookup=config.lookup)
-    reader = Reader(model, tokenizer, exit_layers, leaving, config.mode, capacity)
-    reader.check_defaults()
     name = (config.exits or config.model).rstrip("/")
-    with engines_of(model).lend(
-        model,
-        [LOOKUP, *exit_layers],  # any request may ask for it
-        slots=config.slots,
-        capacity=capacity,
-        max_pending=config.max_pending,
-        compile=config.compiled(),
-    ) as engine:
-        assert isinstance(engine, Engine)
-        found = model.calibration
+    with engine(config, ready) as connection:
+        facts = _facts(connection)
+        tokenizer = with_template(_tokenizer(facts, config), config.chat_template)
+        found = facts.calibration
         audited = config.audit and found is not None and found.risk == "next-token"
-        audit = Audit(model, config.audit) if audited else None
+        audit = Audit(found, config.audit) if audited else None
         metrics = Metrics(name, audit)
-        worker = Worker(engine, config.max_queue, config.deadline, metrics, log, audit, ready)
-        yield Served(name, model, reader, worker, [config.measure], config.lookup)
+        worker = Worker(
+            connection, config.slots, config.max_queue, config.deadline, metrics, log, audit, ready
+        )
+        leaving = config.leaving(threshold=config.threshold, lookup=config.lookup)
+        make = partial(worker.ask, make_policy)
+        reader = Reader(facts, make, tokenizer, leaving, config.mode)
+        reader.check_defaults()
+        yield Served(name, reader, worker, [config.measure], config.lookup)
+
+
+def _facts(connection: Connection) -> Facts:
+    """Of the model, when it is loaded.
+
+    Raises:
+        UserError: why it cannot be.
+    """
+    while not isinstance(said := receive(connection), Facts):
+        if isinstance(said, UserError):
+            raise said
+        assert isinstance(said, Warned)
+        warnings.warn(said.said, said.category, stacklevel=1)
+    return said
+
+
+def _tokenizer(facts: Facts, config: ServeConfig) -> PreTrainedTokenizerBase:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecurityNotice)  # which the engine's process has given
+        return load_tokenizer(facts.source, facts.size, config.trust_remote_code)
 
 
 def check_settings(config: ServeConfig) -> None:
@@ -98,37 +121,3 @@ def check_settings(config: ServeConfig) -> None:
         raise UserError(f"port is {config.port}: give 65535 or less")
     if not config.deadline > 0 or not config.grace >= 0:
         raise UserError("deadline and grace are seconds: give more than 0, or 0 for grace")
-
-
-def load_model(
-    config: ServeConfig,
-) -> tuple[Network, PreTrainedTokenizerBase, Sequence[int]]:
-    """The model, its tokenizer, and where its exits are."""
-    device = pick_device(config.device)
-    share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
-    trust, layers = config.trust_remote_code, list[int]()
-    if config.exits:
-        model = load(Saved(config.exits, config.model or None, trust), share, Network)
-        layers = [*active_layers(model, None), *([DRAFT] if model.draft else [])]
-    else:
-        # A network has an exit: this one has no weights, and is not used.
-        none = ExitConfig("1/1", "embedding", head="shared")
-        model = load(New(config.model, none, trust), share, Network)
-    tokenizer = tokenizer_of(model, config.exits, trust)
-    return model.eval(), with_template(tokenizer, config.chat_template), layers
-
-
-def room(capacity: int, model: Network) -> int:
-    """Tokens that a text may have with its prompt.
-
-    Raises:
-        UserError: more than the backbone was made for.
-    """
-    longest = model.backbone.longest_text
-    if not capacity:
-        return min(CAPACITY, longest or CAPACITY)
-    if longest and capacity > longest:
-        raise UserError(
-            f"capacity is {capacity}, the backbone's context {longest}: give that or less"
-        )
-    return capacity

@@ -73,23 +73,24 @@ class Penalties(LogitsProcessor):
 class Bias(LogitsProcessor):
     """Adds to the scores of some tokens."""
 
-    def __init__(self, bias: Mapping[int, float], device: torch.device) -> None:
-        self.ids = torch.tensor([*bias], device=device)
-        self.values = torch.tensor([*bias.values()], device=device)[None]
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self.ids, self.values = torch.tensor([*bias]), torch.tensor([*bias.values()])[None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores with the bias."""
+        self.ids, self.values = self.ids.to(scores.device), self.values.to(scores.device)
         return scores.index_add(-1, self.ids, self.values.to(scores.dtype))
 
 
 class NotYet(LogitsProcessor):
     """Tokens that may not come before a text has a length."""
 
-    def __init__(self, length: int, tokens: Sequence[int], device: torch.device) -> None:
-        self.length, self.tokens = length, torch.tensor([*tokens], device=device)
+    def __init__(self, length: int, tokens: Sequence[int]) -> None:
+        self.length, self.tokens = length, torch.tensor([*tokens])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores without these."""
         if input_ids.shape[1] >= self.length:
             return scores
+        self.tokens = self.tokens.to(scores.device)
         return scores.index_fill(-1, self.tokens, -torch.inf)

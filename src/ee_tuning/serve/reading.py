@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,12 +22,10 @@ from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import Leaving
 from ee_tuning.data.chats import REFUSALS
 from ee_tuning.decode import Chooser, Full, Policy, Request
-from ee_tuning.decode.arguments import end_tokens
-from ee_tuning.decode.settings import POLICIES, make_policy
+from ee_tuning.decode.settings import POLICIES
 from ee_tuning.decode.text import encode_chat, encode_prompt
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exit_config import DRAFT
-from ee_tuning.model import Network
 from ee_tuning.passes.noise import SEEDS
 from ee_tuning.serve.bodies import (
     MOST,
@@ -39,6 +37,7 @@ from ee_tuning.serve.bodies import (
 )
 from ee_tuning.serve.choices import Choice
 from ee_tuning.serve.errors import Refused
+from ee_tuning.serve.messages import Facts
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 
@@ -69,25 +68,22 @@ class Reader:
 
     def __init__(
         self,
-        model: Network,
+        facts: Facts,
+        make: Callable[[Leaving], Policy],
         tokenizer: PreTrainedTokenizerBase,
-        exit_layers: Sequence[int],
         leaving: Leaving,
         mode: str,
-        capacity: int,
     ) -> None:
-        """exit_layers: those there are. leaving, mode: of requests that say nothing else.
-        capacity: tokens of a text at most.
+        """facts: of the model. make: the model's policy of settings, see `make_policy`. leaving,
+        mode: of requests that say nothing else.
         """
-        self.model, self.leaving, self.mode, self.capacity = model, leaving, mode, capacity
-        depth = model.backbone.num_layers
-        self.exit_layers, self.drafting = exit_layers, [k for k in exit_layers if k != depth]
+        self._make, self.leaving, self.mode = make, leaving, mode
+        self.capacity, self.depth, self.size = facts.capacity, facts.depth, facts.size
+        self.exit_layers, self.ends = facts.exit_layers, facts.ends
+        self.drafting = [layer for layer in facts.exit_layers if layer != facts.depth]
         self.tokenizer = tokenizer
-        self.own = copy.deepcopy(tokenizer)  # for the engine's thread
+        self.own = copy.deepcopy(tokenizer)  # for the thread of the clients
         self.pieces = Pieces(tokenizer)
-        self.device = model.backbone.device
-        self.size = model.backbone.config.vocab_size
-        self.ends = sorted(end_tokens(model.backbone.model, tokenizer))
         self._policies: dict[str, Policy] = {}
         self._seeds = random.Random()
 
@@ -264,7 +260,7 @@ class Reader:
         if key not in self._policies:
             if len(self._policies) >= REMEMBERED:
                 self._policies.clear()
-            self._policies[key] = make_policy(self.model, Leaving(**leaving))
+            self._policies[key] = self._make(Leaving(**leaving))
         return self._policies[key]
 
     def _choice(
@@ -311,7 +307,7 @@ class Reader:
                 "neither penalties nor a bias",
                 "threshold",
             )
-        return Full(self.model.backbone.num_layers)
+        return Full(self.depth)
 
     def _processors(
         self,
@@ -330,9 +326,9 @@ class Reader:
         if presence or frequency:
             found.append(Penalties(len(ids), presence, frequency))
         if body.logit_bias:
-            found.append(Bias(self._bias(body.logit_bias), self.device))
+            found.append(Bias(self._bias(body.logit_bias)))
         if body.min_tokens and ends:
-            found.append(NotYet(len(ids) + body.min_tokens, sorted(ends), self.device))
+            found.append(NotYet(len(ids) + body.min_tokens, sorted(ends)))
         if not temperature:
             return found
         if temperature != 1:

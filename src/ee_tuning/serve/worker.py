@@ -1,47 +1,52 @@
-"""The thread that owns the engine: it admits texts, steps, and hands out what is settled."""
+"""What the server knows of its engine, which has a process of its own: texts go there, and what
+becomes of them comes back."""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import itertools
 import threading
-import time
-from collections import deque
+import warnings
 from collections.abc import Callable
-from itertools import groupby
-from operator import itemgetter
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from ee_tuning.calibrate.audit import Audit
-from ee_tuning.decode import Engine, Request
-from ee_tuning.errors import first_line
-from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.serve.choices import Choice
 from ee_tuning.serve.errors import Refused
-from ee_tuning.serve.jobs import Job, answer, fail, too_late
+from ee_tuning.serve.jobs import Job, too_late
+from ee_tuning.serve.messages import (
+    Answer,
+    Begun,
+    Call,
+    Cancel,
+    Failed,
+    Line,
+    Settled,
+    State,
+    Warm,
+    Warned,
+    receive,
+    send,
+)
 from ee_tuning.serve.metrics import Metrics
 from ee_tuning.serve.writer import Log, News, Writer
 
-PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
-# What is compiled before the first request, of the ways to choose tokens: see `passes.draws`.
-WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
-TELL = 5.0  # seconds between two lines of the log on how far that is
-FAILURES = 3  # steps in a row that fail: the engine is taken for dead
-
-EVERY = 0.005  # seconds from when clients have written what came to when they hear of the next
+ALIVE = "warming up", "ready"
 
 
 class Worker:
-    """Feeds an engine, in a thread of its own.
+    """Has texts written by the engine at the other end of a connection.
 
-    state: ``warming up``, ``ready``, ``stopped``, or why the engine is dead.
+    All of it runs in the thread of the clients, but for `ask`. state: ``warming up``, ``ready``,
+    ``stopped``, or why the engine is dead.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        connection: Connection,
+        slots: int,
         max_queue: int,
         seconds: float,
         metrics: Metrics,
@@ -49,43 +54,32 @@ class Worker:
         audit: Audit | None = None,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """max_queue: jobs that may wait. seconds: a job may take. audit: of some texts. ready:
-        called in the engine's thread when all is warmed up."""
-        self.engine, self.max_queue, self.seconds = engine, max_queue, seconds
+        """slots: of the engine. max_queue: jobs that may wait. seconds: a job may take. audit: of
+        some texts. ready: called when all is warmed up."""
+        self._connection, self._slots = connection, slots
+        self.max_queue, self.seconds = max_queue, seconds
         self.metrics, self.log, self.audit, self.state = metrics, log, audit, "warming up"
-        self._writer, self._ready = Writer(metrics, log, audit, engine.cancel), ready
+        self._writer, self._ready = Writer(metrics, log, audit, self._cancel), ready
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._changed = threading.Condition()
-        self._waiting: deque[tuple[Job, Choice]] = deque()
-        self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
-        self._live: dict[Request, tuple[Job, Choice]] = {}
-        self._failures, self._stopping = 0, False
-        self._read = 0  # tokens of prompts since the last round
-        self._news: list[News] = []  # that clients have not heard of
-        self._next = 0.0  # when they will
-
-    # -- in the thread of the clients --------------------------------------------------------------
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, tuple[Job, Choice]] = {}  # by number
+        self._live: dict[int, tuple[Job, Choice]] = {}
+        self._asked: dict[int, Future[Any]] = {}
+        self._calls = 0  # of these, that clients wait for
+        self._speaks = threading.Lock()
 
     def start(self, measures: list[str], texts: bool) -> None:
-        """Warm up for most requests, and begin; clients are told in the running loop.
+        """Let the engine warm up for most requests; clients are told in the running loop.
 
         measures, texts: see `Engine.warm_up`.
         """
-        self._loop, self._warms_for = asyncio.get_running_loop(), (measures, texts)
-        self._thread.start()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._connection.fileno(), self._hear)
+        self._say(Warm(measures, texts))
 
     def halt(self) -> None:
-        """Refuse what there is, from the next step on, and whatever comes."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-
-    def stop(self) -> None:
-        """Halt, and end the thread."""
-        self.halt()
-        if self._thread.ident is not None:
-            self._thread.join(timeout=10)
+        """Refuse what there is, and whatever comes."""
+        self._end("stopped")
 
     def submit(self, job: Job) -> None:
         """Let its texts have slots in turn.
@@ -93,44 +87,69 @@ class Worker:
         Raises:
             Refused: too many wait already, or the engine is dead.
         """
-        with self._changed:
-            self._refuse_if_full()
-            self._waiting += [(job, choice) for choice in job.choices]
-            self._changed.notify()
+        assert self._loop is not None
+        self._refuse_if_full()
+        job.timer = self._loop.call_later(self.seconds, self._late, job)
+        for choice in job.choices:
+            if self.audit is not None:
+                choice.request.policy = self.audit.policy(choice.request.policy)
+            choice.text.number = next(self._numbers)
+            self._waiting[choice.text.number] = job, choice
+            self._say(choice.text)
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """What a function that uses the model gives, called between two steps.
+    def stop(self) -> None:
+        """Halt, and hear no more."""
+        self.halt()
+        assert self._loop is not None
+        self._loop.remove_reader(self._connection.fileno())
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of a module gives for the model and these arguments, between two steps.
 
         Raises:
             Refused: as for `submit`.
         """
-        assert self._loop is not None
-        future = self._loop.create_future()
-        with self._changed:
-            self._refuse_if_full()
-            self._calls.append((function, future))
-            self._changed.notify()
+        self._refuse_if_full()
+        self._calls += 1
         try:
-            return await asyncio.wait_for(future, self.seconds)
-        except asyncio.TimeoutError:
+            asked = asyncio.wrap_future(self._ask(function, arguments))
+            return await asyncio.wait_for(asked, self.seconds)
+        except TimeoutError:
             raise too_late(self.seconds) from None
+        finally:
+            self._calls -= 1
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The same in any other thread, which waits; in the clients' as long as there are none."""
+        asked = self._ask(function, arguments)
+        while self._loop is None and not asked.done():  # nobody else listens yet
+            self._take(receive(self._connection))
+        try:
+            return asked.result(self.seconds)
+        except TimeoutError:
+            raise too_late(self.seconds) from None
+
+    def _ask(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Future[Any]:
+        number, future = next(self._numbers), Future[Any]()
+        self._asked[number] = future
+        self._say(Call(number, function, arguments))
+        if self.state not in ALIVE:
+            self._unanswered()
+        return future
 
     def give_up(self, job: Job, reason: str) -> None:
         """Nobody waits for it any more: its slots are free from the next step on.
 
         reason: for the metrics, which have each of its texts that did not end once.
         """
-        with self._changed:
-            if not job.open or job.given_up:
-                return
-            job.given_up = True
-            unended = [choice for choice in job.choices if choice.finish is None]
-            self.metrics.gave_up(reason, len(unended))
-            for choice in job.choices:
-                self.engine.cancel(choice.request)
-            if any(other is job for other, _ in self._waiting):
-                self._waiting = deque(one for one in self._waiting if one[0] is not job)
-            self._changed.notify()
+        job.timer.cancel()
+        if not job.open or job.given_up:
+            return
+        job.given_up = True
+        unended = [choice for choice in job.choices if choice.finish is None]
+        self.metrics.gave_up(reason, len(unended))
+        for choice in job.choices:
+            self._cancel(choice)
 
     @property
     def waiting(self) -> int:
@@ -142,213 +161,114 @@ class Worker:
         """Texts that have one."""
         return len(self._live)
 
-    def _hand_out(self, news: list[News], all: bool) -> None:
-        """Make text of what steps have settled, while the next one computes.
-
-        all: there was no more.
-        """
-        self._writer.write(news)
-        if all:
-            assert self._loop is not None
-            self._loop.call_soon(self._handed_out)  # behind those that write it
-
-    def _handed_out(self) -> None:
-        self._next = time.perf_counter() + EVERY
-
     def _refuse_if_full(self) -> None:
-        if self.state not in ("warming up", "ready"):
+        if self.state not in ALIVE:
             raise Refused(f"the engine is {self.state}", status=503)
-        jobs = {id(job) for job, _ in self._waiting if not job.begun}
-        if len(jobs) + len(self._calls) >= self.max_queue:
+        jobs = {id(job) for job, _ in self._waiting.values() if not job.begun}
+        if len(jobs) + self._calls >= self.max_queue:
             raise Refused(
                 f"{self.max_queue} requests are waiting: try again later",
                 status=429,
                 code="queue_full",
-                retry=min(60, 1 + len(jobs) // self.engine.passes.slots),
+                retry=min(60, 1 + len(jobs) // self._slots),
             )
 
-    # -- in the engine's thread --------------------------------------------------------------------
+    def _cancel(self, choice: Choice) -> None:
+        """Let the engine know that there is no more of it to come."""
+        number = choice.text.number
+        found = self._live.pop(number, None) or self._waiting.pop(number, None)
+        if found is not None:
+            self._say(Cancel(number))
 
-    def _run(self) -> None:
-        try:
-            self._warm_up()
-            self._ready()
-            self.state = "ready"
-            while self._wait():
-                self._call()
-                self._step()
-        except Exception as error:
-            self._die(error)
-        self._end("stopped" if self._stopping else self.state)
-
-    def _warm_up(self) -> None:
-        """Compile and capture what most requests ask for, where passes are compiled."""
-        if not self.engine.passes.compile:
-            return
-        start = last = time.perf_counter()
-
-        def told(done: int, of: int) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            if now - last >= TELL:
-                left = round((now - start) / done * (of - done))
-                self.log({"event": "compiling", "done": done, "of": of, "seconds_left": left})
-                last = now
-
-        measures, texts = self._warms_for
-        self.engine.warm_up(measures, [*WARM.values()], texts, told)
-        seconds = round(time.perf_counter() - start, 1)
-        self.log({"event": "compiled", "seconds": seconds, "sampling": [*WARM]})
-
-    def _wait(self) -> bool:
-        """Wait for something to do; False: to stop."""
-        with self._changed:
-            while not (self._stopping or self._waiting or self._calls or self.engine.busy):
-                self._changed.wait()
-            return not self._stopping
-
-    def _call(self) -> None:
-        """Run one function that was asked for."""
-        with self._changed:
-            if not self._calls:
-                return
-            function, future = self._calls.popleft()
-        if future.cancelled():
-            return
-        try:
-            with self.engine.turn:
-                found = function()
-        except Exception as error:
-            self._writer.log_error(error)
-            self._tell(fail, future, error)
-        else:
-            self._tell(answer, future, found)
-
-    def _step(self) -> None:
-        try:
-            self._read = self._admit()
-            events = self.engine.step()
-            self._failures = 0
-        except Exception as error:
-            self._failed(error)
-            return
-        news, now = self._news, time.perf_counter()
-        waited_for: set[Choice] = set()  # whose client waits for a first token or the end
-        for request, own in groupby(events, key=itemgetter(0)):
-            found = self._live.get(request)
-            if found is None or request.cancelled:
-                continue
-            job, choice = found
-            tokens = [token for _, token in own if token is not None]
-            begins, ends = not choice.written, False
-            if tokens:
-                settled, ends = choice.settle(tokens, now)
-                news.append(News(job, choice, settled))
-            failed = request.error is not None and not ends
-            if failed:
-                assert request.error is not None
-                news.append(News(job, choice, request.error))
-            if begins or ends or failed:
-                waited_for.add(choice)
-            if ends:
-                self.engine.cancel(request)  # if it ends before the engine knows
-            if ends or failed:
-                del self._live[request]
-        self._hand_on(waited_for, now)
-        self._look_at_the_clock(now)
-
-    def _hand_on(self, waited_for: set[Choice], now: float) -> None:
-        """Let clients hear of what was settled: all of them, if the last that they heard of is
-        written and seen; else those who wait for it. So writing takes no time from small steps."""
-        if all := now >= self._next:
-            found, self._news, self._next = self._news, [], math.inf
-        else:
-            found = [one for one in self._news if one.choice in waited_for]
-            self._news = [one for one in self._news if one.choice not in waited_for]
-        if found or all:
-            self._tell(self._hand_out, found, all)
-
-    def _admit(self) -> int:
-        """Hand the next texts to the engine, if there are slots, and not too much to read since the
-        last round. Gives how much there is now; 0 if there will be a round.
-
-        Where prompts are read one after another, whose was read hears of it before the next one is.
-        """
-        passes, tokens = self.engine.passes, 0
-        live = sum(not row.request.cancelled for row in self.engine.sequences.live)
-        if live and self._read >= PROMPTS:
-            return 0
-        together = passes.compile or passes.beside
-        free = passes.slots - live if together else min(1, passes.slots - live)
-        with self._changed:
-            while self._waiting and free and self._read + tokens < PROMPTS:
-                job, choice = self._waiting.popleft()
-                if self.audit is not None:
-                    choice.request.policy = self.audit.policy(choice.request.policy)
-                self.engine.submit(choice.request)
-                job.begun, choice.started = True, time.perf_counter()
-                self._live[choice.request] = job, choice
-                self.metrics.began(choice, job.submitted)
-                free, tokens = free - 1, tokens + len(choice.request.ids)
-        return self._read + tokens if tokens else 0
-
-    def _look_at_the_clock(self, now: float) -> None:
-        """Give up what takes too long, and forget what was given up."""
-        for request, (job, _) in list(self._live.items()):
-            if job.deadline < now and not job.given_up:
-                self._hand_on({*job.choices}, now)
-                self.give_up(job, "deadline")
-                self._tell(job.give, too_late(self.seconds))
-            if request.cancelled:
-                del self._live[request]
-        with self._changed:
-            late = [job for job, _ in self._waiting if job.deadline < now]
-        for job in dict.fromkeys(late):
+    def _late(self, job: Job) -> None:
+        """It takes too long."""
+        if job.open and not job.given_up:
             self.give_up(job, "deadline")
-            self._tell(job.give, too_late(self.seconds))
+            job.give(too_late(self.seconds))
 
-    def _failed(self, error: Exception) -> None:
-        """A step failed: with it all that was in progress. Others may go on, if the device does."""
-        self._failures += 1
-        self._fail_live(error)
-        self.engine.clear()
-        if self._failures >= FAILURES:
-            raise error
-        if self.engine.passes.device.type == "cuda":
-            torch.cuda.synchronize()
+    # -- between here and the engine ---------------------------------------------------------------
 
-    def _die(self, error: Exception) -> None:
-        """There is nothing more to be had of the engine."""
-        self.state = f"dead: {first_line(error)}"
-        self._fail_live(error)
+    def _say(self, message: Any) -> None:
+        try:
+            with self._speaks:
+                send(self._connection, message)
+        except OSError:  # it is gone, as `_hear` is about to notice
+            pass
 
-    def _fail_live(self, error: Exception) -> None:
-        explained = self._writer.explained(error)
-        self._hand_on({choice for _, choice in self._live.values()}, 0)
-        for job in dict.fromkeys(job for job, _ in self._live.values()):
-            self.give_up(job, "error")
-            self._tell(job.give, explained)
-        self._live.clear()
+    def _hear(self) -> None:
+        """All that the engine has said."""
+        said = list[Any]()
+        try:
+            while self._connection.poll():
+                said.append(receive(self._connection))
+        except (EOFError, OSError):
+            assert self._loop is not None
+            self._loop.remove_reader(self._connection.fileno())
+            said.append(State("dead: its process has ended"))
+        settled = list[Settled]()
+        for message in said:
+            if isinstance(message, list):
+                settled += message
+            else:
+                self._write(settled)
+                settled.clear()
+                self._take(message)
+        self._write(settled)
+
+    def _write(self, settled: list[Settled]) -> None:
+        news = [News(*self._live[one.number], one) for one in settled if one.number in self._live]
+        for one in settled:
+            if one.ended:
+                self._live.pop(one.number, None)
+        self._writer.write(news)
+
+    def _take(self, message: Begun | Failed | Answer | State | Line | Warned) -> None:
+        match message:
+            case Begun(numbers, time):
+                for number in numbers:
+                    self._begin(number, time)
+            case Failed(number, error):
+                if number in self._live:
+                    self._writer.write([News(*self._live.pop(number), error)])
+            case Answer(number, found):
+                future = self._asked.pop(number)
+                if not future.set_running_or_notify_cancel():
+                    return
+                if isinstance(found, Exception):
+                    future.set_exception(found)
+                else:
+                    future.set_result(found)
+            case State("ready"):
+                self.state = "ready"
+                self._ready()
+            case State(said):
+                self._end(said)
+            case Line(said):
+                self.log(said)
+            case Warned(said, category):
+                warnings.warn(said, category, stacklevel=1)
+
+    def _begin(self, number: int, time: float) -> None:
+        """A text has a slot, if it is still waited for."""
+        if (found := self._waiting.pop(number, None)) is not None:
+            job, choice = self._live[number] = found
+            job.begun, choice.started = True, time
+            self.metrics.began(choice, job.submitted)
 
     def _end(self, state: str) -> None:
         """Nobody waits in vain."""
+        if self.state not in ALIVE:
+            return
         self.state = state
         refused = Refused(f"the engine is {state}", status=503)
-        with self._changed:
-            jobs = [job for job, _ in (*self._waiting, *self._live.values())]
-            calls = [future for _, future in self._calls]
-            self._waiting.clear()
-            self._calls.clear()
-        for job in dict.fromkeys(jobs):
-            self._tell(job.give, refused)
-        for future in calls:
-            self._tell(fail, future, refused)
+        found = [*self._waiting.values(), *self._live.values()]
+        for job in dict.fromkeys(job for job, _ in found):
+            self.give_up(job, "error")
+            job.give(refused)
+        self._unanswered()
 
-    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function in the thread of the clients."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:
-            if not self._loop.is_closed():
-                raise
+    def _unanswered(self) -> None:
+        while self._asked:
+            _, future = self._asked.popitem()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Refused(f"the engine is {self.state}", status=503))

@@ -1,24 +1,22 @@
-"""From what the engine settles to what clients hear of, in the thread that serves them."""
+"""From what the engine settles to what clients hear of."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ee_tuning.calibrate.audit import Audit
-from ee_tuning.decode import Request
-from ee_tuning.errors import UserError, first_line
-from ee_tuning.serve.choices import Choice, Delta, Settled
-from ee_tuning.serve.errors import Refused
+from ee_tuning.serve.choices import Choice, Delta
+from ee_tuning.serve.errors import explained, line_of
 from ee_tuning.serve.jobs import Job
+from ee_tuning.serve.messages import Settled
 from ee_tuning.serve.metrics import Metrics
 
 Log = Callable[[dict[str, Any]], None]
 
 
 class News(NamedTuple):
-    """What a step of the engine has brought a text, or why there is no more of it."""
+    """What steps of the engine have brought a text, or why there is no more of it."""
 
     job: Job
     choice: Choice
@@ -29,7 +27,7 @@ class Writer:
     """Makes text of tokens while the engine computes the next ones."""
 
     def __init__(
-        self, metrics: Metrics, log: Log, audit: Audit | None, cancel: Callable[[Request], None]
+        self, metrics: Metrics, log: Log, audit: Audit | None, cancel: Callable[[Choice], None]
     ) -> None:
         """audit: of some texts. cancel: lets the engine give up what has ended."""
         self.metrics, self.log, self.audit, self.cancel = metrics, log, audit, cancel
@@ -45,12 +43,14 @@ class Writer:
                     raise said
                 delta = self._text(job, choice, said)
             except Exception as error:  # of this text: it ends alone
-                delta = Delta(choice.index, error=self.explained(error))
+                if line := line_of(error):
+                    self.log(line)
+                delta = Delta(choice.index, error=explained(error))
                 choice.finish = "error"
                 self.metrics.gave_up("error")
             deltas.setdefault(job, []).append(delta)
             if choice.finish is not None:
-                self.cancel(choice.request)
+                self.cancel(choice)
         for job, own in deltas.items():
             job.give(own)
 
@@ -67,17 +67,3 @@ class Writer:
         if choice.finish is not None:
             self.metrics.ended(choice, job.submitted)
         return delta
-
-    def explained(self, error: Exception) -> Exception:
-        """What a client is told of a mistake; if it is none of its own, it is logged whole."""
-        if isinstance(error, Refused):
-            return error
-        if isinstance(error, UserError):
-            return Refused(str(error))
-        self.log_error(error)
-        return Refused(f"the request failed: {first_line(error)}", status=500)
-
-    def log_error(self, error: Exception) -> None:
-        """A line with its traceback."""
-        lines = traceback.format_exception(error)
-        self.log({"event": "error", "error": first_line(error), "traceback": "".join(lines)})

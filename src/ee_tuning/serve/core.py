@@ -1,0 +1,261 @@
+"""What owns the engine, in a process of its own: it admits texts, steps, and says what is settled.
+
+So the engine has an interpreter to itself: reading requests and writing chunks, which may take as
+long as steps do, go on beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import groupby
+from multiprocessing.connection import Connection
+from operator import itemgetter
+from typing import Any
+
+import torch
+
+from ee_tuning.decode import Engine, Request
+from ee_tuning.errors import UserError, first_line
+from ee_tuning.model import Network
+from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
+from ee_tuning.serve.errors import explained, line_of
+from ee_tuning.serve.messages import (
+    Answer,
+    Begun,
+    Call,
+    Cancel,
+    Failed,
+    Line,
+    Settled,
+    State,
+    Text,
+    Warm,
+    receive,
+    send,
+)
+
+PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
+# What is compiled before the first request, of the ways to choose tokens: see `passes.draws`.
+WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
+TELL = 5.0  # seconds between two lines of the log on how far that is
+FAILURES = 3  # steps in a row that fail: the engine is taken for dead
+EVERY = 0.005  # seconds between two times that all clients hear of what has come
+
+
+class Core:
+    """Feeds an engine with what comes over a connection, until the other side is gone."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Network,
+        connection: Connection,
+        ready: Callable[[], None],
+        gone: Callable[[], None],
+    ) -> None:
+        """ready: called when all is warmed up. gone: called in a thread when nobody listens any
+        more."""
+        self.engine, self._model, self._connection = engine, model, connection
+        self._ready, self._gone = ready, gone
+        self._changed = threading.Condition()
+        self._waiting: deque[Text] = deque()
+        self._texts: dict[int, Text] = {}  # that have not ended
+        self._calls: deque[Call] = deque()
+        self._warm: Warm | None = None
+        self._live: dict[Request, Text] = {}
+        self._failures, self._stopping = 0, False
+        self._read = 0  # tokens of prompts since the last round
+        self._news: dict[Text, Settled] = {}  # that clients have not heard of
+        self._next = 0.0  # when they will
+
+    def run(self) -> None:
+        """Warm up when told to, and decode."""
+        listener = threading.Thread(target=self._listen, name="listener", daemon=True)
+        listener.start()
+        try:
+            while self._wait():
+                self._answer()
+                if self._warm is not None:
+                    self._warm_up(self._warm)
+                elif self._waiting or self.engine.busy:
+                    self._step()
+        except Exception as error:
+            self._say(State(f"dead: {first_line(error)}"))
+        self._connection.close()
+
+    # -- in a thread of its own --------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """At all times: who speaks must not wait for a step, in which this side may speak, too."""
+        try:
+            while True:
+                self._take(receive(self._connection))
+        except (EOFError, OSError):
+            with self._changed:
+                self._stopping = True
+                self._changed.notify()
+            self._gone()
+
+    def _take(self, message: Warm | Text | Cancel | Call) -> None:
+        with self._changed:
+            match message:
+                case Text():
+                    self._texts[message.number] = message
+                    self._waiting.append(message)
+                case Cancel() if message.number in self._texts:
+                    text = self._texts.pop(message.number)
+                    self.engine.cancel(text.request)
+                    if text in self._waiting:
+                        self._waiting.remove(text)
+                case Call():
+                    self._calls.append(message)
+                case Warm():
+                    self._warm = message
+            self._changed.notify()
+
+    # -- in the engine's ---------------------------------------------------------------------------
+
+    def _say(self, message: Any) -> None:
+        try:
+            send(self._connection, message)
+        except OSError:  # nobody listens any more, as the other thread is about to notice
+            self._stopping = True
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False: to stop."""
+        with self._changed:
+            while not (
+                self._stopping or self._waiting or self._calls or self._warm or self.engine.busy
+            ):
+                self._changed.wait()
+            return not self._stopping
+
+    def _answer(self) -> None:
+        """Call the functions that were asked for."""
+        while self._calls:
+            number, function, arguments = self._calls.popleft()
+            try:
+                found = function(self._model, *arguments)
+            except UserError as error:
+                found = error
+            except Exception as error:
+                found = self._explained(error)
+            self._say(Answer(number, found))
+
+    def _warm_up(self, warm: Warm) -> None:
+        """Compile and capture what most requests ask for, where passes are compiled."""
+        self._warm = None
+        if self.engine.passes.compile:
+            start = last = time.perf_counter()
+
+            def told(done: int, of: int) -> None:
+                nonlocal last
+                self._answer()
+                now = time.perf_counter()
+                if now - last >= TELL:
+                    left = round((now - start) / done * (of - done))
+                    line = {"event": "compiling", "done": done, "of": of, "seconds_left": left}
+                    self._say(Line(line))
+                    last = now
+
+            self.engine.warm_up(warm.measures, [*WARM.values()], warm.texts, told)
+            seconds = round(time.perf_counter() - start, 1)
+            self._say(Line({"event": "compiled", "seconds": seconds, "sampling": [*WARM]}))
+        self._ready()
+        self._say(State("ready"))
+
+    def _step(self) -> None:
+        try:
+            self._read = self._admit()
+            events = self.engine.step()
+            self._failures = 0
+        except Exception as error:
+            self._failed(error)
+            return
+        now = time.perf_counter()
+        waited_for = list[Text]()  # whose client waits for a first token or the end
+        failed = list[Failed]()
+        for request, own in groupby(events, key=itemgetter(0)):
+            text = self._live.get(request)
+            if text is None or request.cancelled:
+                continue
+            tokens = [token for _, token in own if token is not None]
+            begins, ends = not text.written, False
+            if tokens:
+                settled = text.settle(tokens, now)
+                ends, before = settled.ended, self._news.get(text)
+                self._news[text] = settled if before is None else before.and_then(settled)
+            if request.error is not None and not ends:
+                failed.append(Failed(text.number, self._explained(request.error)))
+                ends = True
+            if ends:
+                self.engine.cancel(request)  # if it ends before the engine knows
+                self._forget(text)
+            if begins or ends:
+                waited_for.append(text)
+        for request in [request for request in self._live if request.cancelled]:
+            self._forget(self._live[request])
+        self._hand_on(waited_for, now)
+        for one in failed:
+            self._say(one)
+
+    def _forget(self, text: Text) -> None:
+        del self._live[text.request]
+        self._texts.pop(text.number, None)
+
+    def _hand_on(self, waited_for: list[Text], now: float) -> None:
+        """Let clients hear of what was settled: all of them from time to time, else those who wait
+        for it. So writing takes no time from small steps."""
+        if now >= self._next:
+            found, self._next = [*self._news.values()], now + EVERY
+            self._news.clear()
+        else:
+            found = [self._news.pop(text) for text in waited_for if text in self._news]
+        if found:
+            self._say(found)
+
+    def _admit(self) -> int:
+        """Hand the next texts to the engine, if there are slots, and not too much to read since the
+        last round. Gives how much there is now; 0 if there will be a round.
+
+        Where prompts are read one after another, whose was read hears of it before the next one is.
+        """
+        passes, tokens = self.engine.passes, 0
+        live = sum(not row.request.cancelled for row in self.engine.sequences.live)
+        if live and self._read >= PROMPTS:
+            return 0
+        together = passes.compile or passes.beside
+        free = passes.slots - live if together else min(1, passes.slots - live)
+        begun = list[int]()
+        with self._changed:
+            while self._waiting and free and self._read + tokens < PROMPTS:
+                text = self._waiting.popleft()
+                self.engine.submit(text.request)
+                self._live[text.request] = text
+                begun.append(text.number)
+                free, tokens = free - 1, tokens + len(text.request.ids)
+        if begun:
+            self._say(Begun(begun, time.perf_counter()))
+        return self._read + tokens if tokens else 0
+
+    def _failed(self, error: Exception) -> None:
+        """A step failed: with it all that was in progress. Others may go on, if the device does."""
+        self._failures += 1
+        explained = self._explained(error)
+        self._hand_on([*self._news], 0)
+        for text in [*self._live.values()]:
+            self._say(Failed(text.number, explained))
+            self._forget(text)
+        self.engine.clear()
+        if self._failures >= FAILURES:
+            raise error
+        if self.engine.passes.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _explained(self, error: Exception) -> Exception:
+        if line := line_of(error):
+            self._say(Line(line))
+        return explained(error)
