@@ -91,7 +91,8 @@ def cpu_seconds(pid: int) -> float | None:
     if not stat.exists():
         return None
     user, system = stat.read_text().rpartition(")")[2].split()[11:13]
-    started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    started = children.read_text().split() if children.exists() else []
     own = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
     return own + sum(cpu_seconds(int(one)) or 0.0 for one in started)
 
