@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from ee_tuning.serve.config import ServeConfig
 from ee_tuning.serve.core import Core
 from ee_tuning.serve.guard import Guard
 from ee_tuning.serve.load import served
+from ee_tuning.serve.messages import Stop, send
 from helpers.commands import PATIENCE
 
 
@@ -84,8 +86,10 @@ class Engine:
             try:
                 yield own
             finally:
-                own.close()
+                with contextlib.suppress(OSError):  # it may be over
+                    send(own, Stop())
                 thread.join(PATIENCE)
+                own.close()
                 assert not thread.is_alive()
 
 

@@ -1,11 +1,16 @@
 """How a server ends."""
 
+import contextlib
+import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -103,3 +108,43 @@ def test_a_killed_server_leaves_its_clients_an_error_and_its_port_free(demo):
         assert running.process.wait(PATIENCE) == -signal.SIGKILL
     # As a server begins to listen.
     socket.create_server((address.hostname, address.port)).close()
+
+
+def engine_of(server):
+    """The process of its engine: its one child that was spawned."""
+    for file in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):
+            command = (file.parent / "cmdline").read_bytes()
+            if f"PPid:\t{server.pid}\n" in file.read_text() and b"multiprocessing.spawn" in command:
+                return int(file.parent.name)
+    raise AssertionError("it has none")
+
+
+def is_there(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_engine_whose_process_ends_is_dead_and_one_ends_with_its_server(demo):
+    """Whoever kills either, the way a system does that is out of memory."""
+    with as_a_process("--exits", demo / "exits") as running:
+        texts = []
+        thread = streaming(running, texts, "def f(x):", 900)
+        os.kill(engine_of(running.process), signal.SIGKILL)
+        thread.join(PATIENCE)
+        assert isinstance(texts[-1], APIError)
+        assert "the engine is dead: its process has ended" in str(texts[-1])
+        with pytest.raises(HTTPError) as failed:
+            running.ask("/health")
+        assert failed.value.code == 503
+    with as_a_process("--exits", demo / "exits") as running:
+        engine = engine_of(running.process)
+        running.process.kill()
+        deadline = time.monotonic() + PATIENCE
+        while is_there(engine):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

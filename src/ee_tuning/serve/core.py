@@ -6,10 +6,11 @@ long as steps do, go on beside it.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import groupby
 from multiprocessing.connection import Connection
 from operator import itemgetter
@@ -28,10 +29,13 @@ from ee_tuning.serve.messages import (
     Call,
     Cancel,
     Failed,
+    Heard,
     Line,
     Settled,
     State,
+    Stop,
     Text,
+    Told,
     Warm,
     receive,
     send,
@@ -42,7 +46,7 @@ PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answer
 WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
 TELL = 5.0  # seconds between two lines of the log on how far that is
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead
-EVERY = 0.005  # seconds between two times that all clients hear of what has come
+EVERY = 0.005  # seconds from when clients have written what came to when they hear of the next
 
 
 class Core:
@@ -84,6 +88,7 @@ class Core:
                     self._step()
         except Exception as error:
             self._say(State(f"dead: {first_line(error)}"))
+        listener.join()
         self._connection.close()
 
     # -- in a thread of its own --------------------------------------------------------------------
@@ -91,15 +96,15 @@ class Core:
     def _listen(self) -> None:
         """At all times: who speaks must not wait for a step, in which this side may speak, too."""
         try:
-            while True:
-                self._take(receive(self._connection))
+            while not isinstance(message := receive(self._connection), Stop):
+                self._take(message)
         except (EOFError, OSError):
-            with self._changed:
-                self._stopping = True
-                self._changed.notify()
             self._gone()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
 
-    def _take(self, message: Warm | Text | Cancel | Call) -> None:
+    def _take(self, message: Warm | Text | Cancel | Call | Heard) -> None:
         with self._changed:
             match message:
                 case Text():
@@ -114,6 +119,9 @@ class Core:
                     self._calls.append(message)
                 case Warm():
                     self._warm = message
+                case Heard():
+                    self._next = time.perf_counter() + EVERY
+                    return
             self._changed.notify()
 
     # -- in the engine's ---------------------------------------------------------------------------
@@ -206,16 +214,15 @@ class Core:
         del self._live[text.request]
         self._texts.pop(text.number, None)
 
-    def _hand_on(self, waited_for: list[Text], now: float) -> None:
-        """Let clients hear of what was settled: all of them from time to time, else those who wait
-        for it. So writing takes no time from small steps."""
-        if now >= self._next:
-            found, self._next = [*self._news.values()], now + EVERY
-            self._news.clear()
-        else:
-            found = [self._news.pop(text) for text in waited_for if text in self._news]
+    def _hand_on(self, waited_for: Collection[Text], now: float) -> None:
+        """Let clients hear of what was settled: all of them, if the last that they heard of is
+        written; else those who wait for it. So writing takes no time from small steps, and where
+        there are many clients each hears of more at a time."""
+        if to_all := now >= self._next and bool(self._news):
+            waited_for, self._next = [*self._news], math.inf
+        found = [self._news.pop(text) for text in waited_for if text in self._news]
         if found:
-            self._say(found)
+            self._say(Told(found, to_all))
 
     def _admit(self) -> int:
         """Hand the next texts to the engine, if there are slots, and not too much to read since the
@@ -245,7 +252,7 @@ class Core:
         """A step failed: with it all that was in progress. Others may go on, if the device does."""
         self._failures += 1
         explained = self._explained(error)
-        self._hand_on([*self._news], 0)
+        self._hand_on([*self._news], time.perf_counter())
         for text in [*self._live.values()]:
             self._say(Failed(text.number, explained))
             self._forget(text)

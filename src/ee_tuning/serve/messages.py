@@ -1,6 +1,7 @@
 """What the server and the process of its engine say to each other, over a connection.
 
-To the engine: `Warm`, `Text`, `Cancel` and `Call`. From it: `Facts` first, then the others.
+`Warm`, `Text`, `Cancel`, `Call`, `Heard` and `Stop` go to the engine, the others come from it,
+`Facts` first.
 """
 
 from __future__ import annotations
@@ -82,6 +83,14 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+class Heard(NamedTuple):
+    """What was told to all clients is written."""
+
+
+class Stop(NamedTuple):
+    """There is nothing more to do."""
+
+
 @dataclass
 class Facts:
     """What the server has to know of the model, which is loaded.
@@ -111,6 +120,13 @@ class Begun(NamedTuple):
 
     numbers: list[int]
     time: float
+
+
+class Told(NamedTuple):
+    """What has come of some texts. to_all: of all, so that `Heard` is the answer."""
+
+    settled: list[Settled]
+    to_all: bool
 
 
 class Settled(NamedTuple):

@@ -52,9 +52,9 @@ def in_a_process(config: ServeConfig, ready: Callable[[], None]) -> Iterator[Con
         process.join()
         raise ProcessFailed(f"the engine's process ended with status {process.exitcode}") from None
     finally:
-        own.close()
         process.kill()  # there is nothing that it has to keep
         process.join()
+        own.close()
 
 
 @contextmanager

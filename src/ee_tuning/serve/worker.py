@@ -4,9 +4,11 @@ becomes of them comes back."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
@@ -22,9 +24,12 @@ from ee_tuning.serve.messages import (
     Call,
     Cancel,
     Failed,
+    Heard,
     Line,
     Settled,
     State,
+    Stop,
+    Told,
     Warm,
     Warned,
     receive,
@@ -39,8 +44,8 @@ ALIVE = "warming up", "ready"
 class Worker:
     """Has texts written by the engine at the other end of a connection.
 
-    All of it runs in the thread of the clients, but for `ask`. state: ``warming up``, ``ready``,
-    ``stopped``, or why the engine is dead.
+    It runs in the thread of the clients, but for `ask` and a listener. state: ``warming up``,
+    ``ready``, ``stopped``, or why the engine is dead.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Worker:
         self._asked: dict[int, Future[Any]] = {}
         self._calls = 0  # of these, that clients wait for
         self._speaks = threading.Lock()
+        self._heard, self._takes = deque[Any](), False  # by the listener, and not taken in yet
 
     def start(self, measures: list[str], texts: bool) -> None:
         """Let the engine warm up for most requests; clients are told in the running loop.
@@ -74,7 +80,7 @@ class Worker:
         measures, texts: see `Engine.warm_up`.
         """
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._connection.fileno(), self._hear)
+        threading.Thread(target=self._listen, name="listener", daemon=True).start()
         self._say(Warm(measures, texts))
 
     def halt(self) -> None:
@@ -98,10 +104,9 @@ class Worker:
             self._say(choice.text)
 
     def stop(self) -> None:
-        """Halt, and hear no more."""
+        """Halt, and let the engine go."""
         self.halt()
-        assert self._loop is not None
-        self._loop.remove_reader(self._connection.fileno())
+        self._say(Stop())
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of a module gives for the model and these arguments, between two steps.
@@ -192,38 +197,45 @@ class Worker:
         try:
             with self._speaks:
                 send(self._connection, message)
-        except OSError:  # it is gone, as `_hear` is about to notice
+        except OSError:  # it is gone, as the listener is about to notice
             pass
 
-    def _hear(self) -> None:
-        """All that the engine has said."""
-        said = list[Any]()
+    def _listen(self) -> None:
+        """In a thread of its own: the engine must not wait until clients have been written to."""
         try:
-            while self._connection.poll():
-                said.append(receive(self._connection))
+            while True:
+                self._hear(receive(self._connection))
         except (EOFError, OSError):
-            assert self._loop is not None
-            self._loop.remove_reader(self._connection.fileno())
-            said.append(State("dead: its process has ended"))
-        settled = list[Settled]()
-        for message in said:
-            if isinstance(message, list):
-                settled += message
-            else:
-                self._write(settled)
-                settled.clear()
-                self._take(message)
-        self._write(settled)
+            self._hear(State("dead: its process has ended"))
+
+    def _hear(self, message: Any) -> None:
+        """Let the clients' thread take it, with what else has come by then."""
+        assert self._loop is not None
+        self._heard.append(message)
+        if not self._takes:
+            self._takes = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
+                self._loop.call_soon_threadsafe(self._take_all)
+
+    def _take_all(self) -> None:
+        self._takes = False
+        while self._heard:
+            self._take(self._heard.popleft())
 
     def _write(self, settled: list[Settled]) -> None:
+        """Give clients what they have more of."""
         news = [News(*self._live[one.number], one) for one in settled if one.number in self._live]
         for one in settled:
             if one.ended:
                 self._live.pop(one.number, None)
         self._writer.write(news)
 
-    def _take(self, message: Begun | Failed | Answer | State | Line | Warned) -> None:
+    def _take(self, message: Any) -> None:
         match message:
+            case Told(settled, to_all):
+                self._write(settled)
+                if to_all and self._loop is not None:  # behind those that write it
+                    self._loop.call_soon(self._say, Heard())
             case Begun(numbers, time):
                 for number in numbers:
                     self._begin(number, time)
