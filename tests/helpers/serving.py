@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -21,12 +21,12 @@ from urllib.request import Request, urlopen
 import uvicorn
 from openai import OpenAI
 
-from ee_tuning.serve import process
+from ee_tuning.serve import core
 from ee_tuning.serve.app import Served, make_app
-from ee_tuning.serve.config import ServeConfig
+from ee_tuning.serve.config import ServeConfig, check_settings
 from ee_tuning.serve.core import Core
 from ee_tuning.serve.guard import Guard
-from ee_tuning.serve.load import served
+from ee_tuning.serve.load import load_served
 from ee_tuning.serve.messages import Stop, send
 from helpers.commands import PATIENCE
 
@@ -62,43 +62,38 @@ class Running:
         return self.ask("/v1/completions", body)
 
 
-class Engine:
-    """An engine in a thread, at the other end of a connection as if it were in a process."""
+@contextmanager
+def engine_in_a_thread(config: ServeConfig, cores: list[Core]) -> Iterator[Connection]:
+    """As `ee_tuning.serve.process.in_a_process`; cores: gets what feeds the engine."""
+    own, other = Pipe()
 
-    def __init__(self) -> None:
-        self.core: Core | None = None
+    class Watched(Core):
+        def run(self) -> None:
+            cores.append(self)
+            super().run()
 
-    @contextmanager
-    def __call__(self, config: ServeConfig, ready: Callable[[], None]) -> Iterator[Connection]:
-        """See `ee_tuning.serve.process.in_a_process`."""
-        own, other = Pipe()
-
-        def core(*given: Any) -> Core:
-            self.core = Core(*given)
-            return self.core
-
-        def run() -> None:
-            process.run(config, other, ready, lambda: None)
-
-        with patch.object(process, "Core", core):
-            thread = threading.Thread(target=run, name="engine")
-            thread.start()
-            try:
-                yield own
-            finally:
-                with contextlib.suppress(OSError):  # it may be over
-                    send(own, Stop())
-                thread.join(PATIENCE)
-                own.close()
-                assert not thread.is_alive()
+    with patch.object(core, "Core", Watched):
+        arguments = config, other, lambda: None, lambda: None
+        thread = threading.Thread(target=core.run, args=arguments, name="engine")
+        thread.start()
+        try:
+            yield own
+        finally:
+            with contextlib.suppress(OSError):  # it may be over
+                send(own, Stop())
+            thread.join(PATIENCE)
+            own.close()
+            assert not thread.is_alive()
 
 
 @contextmanager
 def in_a_thread(**settings: Any) -> Iterator[Running]:
     """A server with these settings of `ServeConfig`."""
     config, log = ServeConfig(**{"port": 0, "device": "cpu", **settings}), []
-    engine = Engine()
-    with served(config, log.append, engine=engine) as found:
+    cores: list[Core] = []
+    check_settings(config)
+    with engine_in_a_thread(config, cores) as connection:
+        found = load_served(config, connection, log.append)
         app = Guard(make_app(found), config.api_key, log.append)
         server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5)
@@ -110,7 +105,7 @@ def in_a_thread(**settings: Any) -> Iterator[Running]:
                 assert thread.is_alive(), "the server did not start"
                 thread.join(0.01)
             port = server.servers[0].sockets[0].getsockname()[1]
-            running = Running(f"http://127.0.0.1:{port}", config.api_key, log, found, engine.core)
+            running = Running(f"http://127.0.0.1:{port}", config.api_key, log, found, *cores)
             while found.worker.state == "warming up":
                 thread.join(0.01)
             yield running

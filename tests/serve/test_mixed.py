@@ -13,8 +13,7 @@ from helpers.serving import in_a_thread
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Speculative
 from ee_tuning.serve.bodies import Generation
-from ee_tuning.serve.config import ServeConfig
-from ee_tuning.serve.load import check_settings
+from ee_tuning.serve.config import ServeConfig, check_settings
 
 WAYS = [
     {"mode": "full"},

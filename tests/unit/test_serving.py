@@ -17,8 +17,7 @@ from ee_tuning.decode.settings import Speculative, Threshold
 from ee_tuning.decode.text import TextStream
 from ee_tuning.errors import UserError
 from ee_tuning.serve.choices import Choice, Stops, joined
-from ee_tuning.serve.config import ServeConfig
-from ee_tuning.serve.load import check_settings
+from ee_tuning.serve.config import ServeConfig, check_settings
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 

@@ -14,11 +14,12 @@ import warnings
 from typing import Any
 
 from ee_tuning.errors import Notice, UserError, all_checked
-from ee_tuning.serve.config import ServeConfig
+from ee_tuning.serve.config import ServeConfig, check_settings
+from ee_tuning.serve.process import in_a_process
 
 BACKLOG = 2048  # connections that wait to be taken, as uvicorn has it
 LAST = 5  # seconds behind --grace that clients have to hear that there was no time for them
-SWITCH = 2e-4  # seconds that the engine's thread waits for that of the clients, or it for the other
+SWITCH = 2e-4  # seconds that a thread waits for another one that has the interpreter
 
 
 def serve(config: ServeConfig) -> None:
@@ -26,18 +27,9 @@ def serve(config: ServeConfig) -> None:
 
     Raises:
         UserError: packages are missing, the address cannot be had, or see
-            `ee_tuning.serve.load.served`.
+            `ee_tuning.serve.load.load_served`.
+        ProcessFailed: the engine's process has ended.
     """
-    try:
-        import uvicorn
-
-        from ee_tuning.serve.app import make_app
-        from ee_tuning.serve.guard import Guard
-        from ee_tuning.serve.load import check_settings, served
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"serve needs the package {error.name}: pip install 'ee-tuning[serve]'"
-        ) from error
     check_settings(config)
     sys.setswitchinterval(SWITCH)
     if not config.api_key and not _is_loopback(config.host):
@@ -46,7 +38,18 @@ def serve(config: ServeConfig) -> None:
             Notice,
             stacklevel=1,
         )
-    with _listening(config) as listener, served(config, _log, _keep) as found:
+    with _listening(config) as listener, in_a_process(config, _keep) as connection:
+        try:
+            import uvicorn
+
+            from ee_tuning.serve.app import make_app
+            from ee_tuning.serve.guard import Guard
+            from ee_tuning.serve.load import load_served
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"serve needs the package {error.name}: pip install 'ee-tuning[serve]'"
+            ) from error
+        found = load_served(config, connection, _log, _keep)
         all_checked()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.config import ActiveExits, Compiles
-from ee_tuning.settings import Settings, option
+from ee_tuning.errors import UserError
+from ee_tuning.settings import Settings, changed, option
 
 
 @dataclass
@@ -56,3 +58,38 @@ class ServeConfig(Compiles, ActiveExits, Settings):
         "auto", "compile decoding, with CUDA graphs on a GPU; auto: on a GPU"
     )
     trust_remote_code: bool = option(False, "run code that comes with the backbone or tokenizer")
+
+
+def check_settings(config: ServeConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        UserError: nothing to serve, or a number out of its range.
+    """
+    if not config.exits and not config.model:
+        raise UserError("nothing to serve: name exits with --exits, or a backbone with --model")
+    drafts = config.lookup and config.mode == "speculative"
+    if not config.exits and config.mode not in ("auto", "full") and not drafts:
+        raise UserError(f"mode {config.mode} needs exits: give them with --exits")
+    of_exits = changed(config, ("threshold", "exit_layers", "min_depth"))
+    if of_exits and not config.exits and not config.lookup:
+        raise UserError(f"{of_exits[0]} needs exits: give them with --exits")
+    leaves = config.mode == "auto" and config.threshold == CALIBRATED
+    if config.lookup and (leaves or config.mode not in ("auto", "speculative")):
+        mode = "auto with calibrated thresholds" if leaves else config.mode
+        raise UserError(f"lookup is not possible with mode {mode}: use mode speculative")
+    for name, least in (
+        ("slots", 1),
+        ("capacity", 0),
+        ("max_queue", 1),
+        ("port", 0),
+        ("audit", 0),
+    ):
+        if getattr(config, name) < least:
+            raise UserError(f"{name} is {getattr(config, name)}: give {least} or more")
+    if config.capacity == 1:
+        raise UserError("capacity is 1: give 2 or more, for a prompt and what follows it")
+    if config.port > 65535:
+        raise UserError(f"port is {config.port}: give 65535 or less")
+    if not config.deadline > 0 or not config.grace >= 0:
+        raise UserError("deadline and grace are seconds: give more than 0, or 0 for grace")

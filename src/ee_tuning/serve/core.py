@@ -10,24 +10,33 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from multiprocessing.connection import Connection
 from operator import itemgetter
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.decode import Engine, Request
+from ee_tuning.decode.arguments import end_tokens
+from ee_tuning.decode.engines import engines_of
+from ee_tuning.decode.load import tokenizer_of
+from ee_tuning.decode.settings import active_layers
+from ee_tuning.devices import pick_device, pick_dtype
 from ee_tuning.errors import UserError, first_line
+from ee_tuning.exit_config import DRAFT, LOOKUP, ExitConfig
 from ee_tuning.model import Network
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
+from ee_tuning.serve.config import ServeConfig
 from ee_tuning.serve.errors import explained, line_of
 from ee_tuning.serve.messages import (
     Answer,
     Begun,
     Call,
     Cancel,
+    Facts,
     Failed,
     Heard,
     Line,
@@ -40,7 +49,9 @@ from ee_tuning.serve.messages import (
     receive,
     send,
 )
+from ee_tuning.share import New, Saved, Share, load
 
+CAPACITY = 4096  # tokens of a text, where the backbone's context has room for them
 PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answered waits for them
 # What is compiled before the first request, of the ways to choose tokens: see `passes.draws`.
 WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
@@ -266,3 +277,69 @@ class Core:
         if line := line_of(error):
             self._say(Line(line))
         return explained(error)
+
+
+def run(
+    config: ServeConfig,
+    connection: Connection,
+    ready: Callable[[], None],
+    gone: Callable[[], None],
+) -> None:
+    """Load the model, tell of it, and decode; a mistake in the settings is told in its place.
+
+    ready, gone: see `Core`.
+    """
+    try:
+        model, tokenizer, exit_layers = load_model(config)
+        capacity, backbone = room(config.capacity, model), model.backbone
+        with engines_of(model).lend(
+            model,
+            [LOOKUP, *exit_layers],  # any request may ask for it
+            slots=config.slots,
+            capacity=capacity,
+            max_pending=config.max_pending,
+            compile=config.compiled(),
+        ) as engine:
+            assert isinstance(engine, Engine)
+            facts = Facts(
+                backbone.model.name_or_path, backbone.config.vocab_size, backbone.num_layers,
+                exit_layers, sorted(end_tokens(backbone.model, tokenizer)), capacity,
+                model.calibration,
+            )  # fmt: skip
+            send(connection, facts)
+            Core(engine, model, connection, ready, gone).run()
+    except UserError as error:
+        send(connection, error)
+
+
+def load_model(
+    config: ServeConfig,
+) -> tuple[Network, PreTrainedTokenizerBase, Sequence[int]]:
+    """The model, its tokenizer, and where its exits are."""
+    device = pick_device(config.device)
+    share = Share(dtype=pick_dtype(config.precision, device), device=str(device))
+    trust, layers = config.trust_remote_code, list[int]()
+    if config.exits:
+        model = load(Saved(config.exits, config.model or None, trust), share, Network)
+        layers = [*active_layers(model, None), *([DRAFT] if model.draft else [])]
+    else:
+        # A network has an exit: this one has no weights, and is not used.
+        none = ExitConfig("1/1", "embedding", head="shared")
+        model = load(New(config.model, none, trust), share, Network)
+    return model.eval(), tokenizer_of(model, config.exits, trust), layers
+
+
+def room(capacity: int, model: Network) -> int:
+    """Tokens that a text may have with its prompt.
+
+    Raises:
+        UserError: more than the backbone was made for.
+    """
+    longest = model.backbone.longest_text
+    if not capacity:
+        return min(CAPACITY, longest or CAPACITY)
+    if longest and capacity > longest:
+        raise UserError(
+            f"capacity is {capacity}, the backbone's context {longest}: give that or less"
+        )
+    return capacity
