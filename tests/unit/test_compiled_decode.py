@@ -9,6 +9,7 @@ import pytest
 import sympy
 import torch
 import torch._inductor.config
+from helpers.compiling import kinds_met
 from helpers.families import tiny
 from helpers.lookups import let_texts_draft
 from helpers.prompts import padded, prompt
@@ -28,7 +29,7 @@ from ee_tuning.passes.compiler import compiled_kernels
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.passes.graphs import SAME_SUMS, Graphs, Sizes
 from ee_tuning.passes.warm import to_warm
-from ee_tuning.serve.worker import WARM
+from ee_tuning.serve.core import WARM
 
 pytestmark = pytest.mark.slow
 
@@ -92,21 +93,22 @@ def test_passes_that_verify_what_a_text_drafts_are_warmed_up(model, monkeypatch)
 @pytest.mark.parametrize("exit_layers", [[], [1], [LOOKUP], [1, LOOKUP]])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_no_length_of_a_prompt_is_met_for_the_first_time(model, exit_layers, slots, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    met = kinds_met(monkeypatch)
     settings = {"slots": slots, "capacity": 144, "max_pending": 8}
     engine = Engine(model, exit_layers, compile=True, **settings)
     engine.warm_up()
-    known = {*engine.passes.graphs._kept}
+    known, before = {*engine.passes.graphs._kept}, {*met}
     requests = [Request(prompt(n, n), Full(2), n + 3) for n in range(1, 140)]
     assert len([*engine.stream(requests)]) == 3 * len(requests)
     assert {*engine.passes.graphs._kept} == known
+    assert met == before
 
 
 @pytest.mark.parametrize("exit_layers", [[LOOKUP, DRAFT, 2], [2], [LOOKUP, DRAFT]])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_no_mode_meets_a_size_of_pass_for_the_first_time(exit_layers, slots, monkeypatch):
     """Beside texts of others that come and end, with any number of drafts, sampled or not."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    met = kinds_met(monkeypatch)
     draw, most = random.Random(0), 4
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.randint(0, most))
     base = tiny("llama", max_position_embeddings=256)
@@ -114,7 +116,8 @@ def test_no_mode_meets_a_size_of_pass_for_the_first_time(exit_layers, slots, mon
     model, size = EarlyExitModel.from_base(base, config).eval(), {"slots": slots, "capacity": 140}
     engine = Engine(model, exit_layers, max_pending=most, compile=True, drafts=True, **size)
     engine.warm_up(samples=[*WARM.values()])
-    known, drafting = {*engine.passes.graphs._kept}, partial(Speculative, 4, max_pending=most)
+    known, before = {*engine.passes.graphs._kept}, {*met}
+    drafting = partial(Speculative, 4, max_pending=most)
     policies = [Full(4, max_pending=most)]
     if 2 in exit_layers:
         policies += [drafting({2: 0.02}), Threshold(4, {2: 0.02}, max_pending=most)]
@@ -130,6 +133,7 @@ def test_no_mode_meets_a_size_of_pass_for_the_first_time(exit_layers, slots, mon
         requests.append(Request(ids, draw.choice(policies), longest, chooser))
     assert len({request for request, _ in engine.stream(requests)}) == len(requests)
     assert {*engine.passes.graphs._kept} == known
+    assert met == before
 
 
 @pytest.mark.parametrize("tune", [False, True])

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from helpers.compiling import kinds_met
 from helpers.models import DEPTH, drafting
 from helpers.prompts import prompt
 from hypothesis import given, settings
@@ -102,15 +103,17 @@ def test_texts_are_full_depths_whatever_is_planned(compile, monkeypatch):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_no_size_of_pass_is_met_for_the_first_time(together, monkeypatch):
-    """Behind `warm_up`, texts of every length, rounds of any number of drafts, rests."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    """Behind `warm_up`, texts of every length, rounds of any number of drafts, rests; nor is
+    anything else that would be compiled."""
+    met = kinds_met(monkeypatch)
     draw, most, slots = random.Random(0), 4, 3
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.randint(0, most))
     engine = engine_of(slots, most, together, compile=True)
     engine.warm_up()
-    known = {*engine.passes.graphs._kept}
+    known, before = {*engine.passes.graphs._kept}, {*met}
     run(engine, [(draw.randint(1, 40), draw.randint(41, 90)) for _ in range(12)], most)
     assert {*engine.passes.graphs._kept} == known
+    assert met == before
 
 
 def test_rounds_take_no_less_than_they_took_the_device(monkeypatch):

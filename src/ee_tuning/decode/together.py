@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -145,15 +146,16 @@ class Together:
         return row, [answers.at(0, place) for place in range(number + 1)]
 
     def to_warm(self) -> list[Callable[[], Any]]:
-        """What compiles what follows a round."""
-        sizes = {rows for rows, _ in self._sequences.passes.sizes.chains(self._most + 1)}
+        """What compiles what follows a round, of any size of pass that verifies."""
+        sizes = self._sequences.passes.sizes
+        numbers = {rows for rows, _ in sizes.chains(self._most + 1)} - {1}
 
-        def warm(rows: int) -> None:
-            answers = self._said.new_zeros(2, rows, self._most + 1)
+        def warm(rows: int, length: int) -> None:
+            answers = self._said.new_zeros(2, rows, length)
             table, chained = self._chains.next_table(rows), self._chained[:rows]
             self._follow(self._said, table, chained, answers, self._longest)
 
-        return [partial(warm, rows) for rows in sorted(sizes) if rows > 1]
+        return [partial(warm, *one) for one in product(sorted(numbers), sizes.windows[1:])]
 
 
 def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longest: Tensor) -> None:
