@@ -121,11 +121,12 @@ class Core:
                 case Text():
                     self._texts[message.number] = message
                     self._waiting.append(message)
-                case Cancel() if message.number in self._texts:
-                    text = self._texts.pop(message.number)
-                    self.engine.cancel(text.request)
-                    if text in self._waiting:
-                        self._waiting.remove(text)
+                case Cancel():
+                    # Else it has ended meanwhile.
+                    if (text := self._texts.pop(message.number, None)) is not None:
+                        self.engine.cancel(text.request)
+                        if text in self._waiting:
+                            self._waiting.remove(text)
                 case Call():
                     self._calls.append(message)
                 case Warm():
