@@ -279,6 +279,18 @@ def test_health_waits_for_the_warm_up(tiny_exits, monkeypatch):
     assert line["sampling"] == ["greedy", "temperature", "temperature and top_p"]
 
 
+def test_a_warm_up_that_fails_is_logged_whole(tiny_exits, monkeypatch):
+    def warm_up(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("ee_tuning.decode.Engine.warm_up", warm_up)
+    with in_a_thread(exits=tiny_exits, compile="on") as running:
+        assert running.served.worker.state == "dead: no compiler"
+        assert status_of(running, **SHORT)[0] == 503
+    (line,) = [line for line in running.log if line["event"] == "error"]
+    assert "Traceback" in line["traceback"]
+
+
 def _serve(exits, servers):
     with in_a_thread(exits=exits, compile="on") as running:
         servers.append(running)

@@ -98,6 +98,7 @@ class Core:
                 elif self._waiting or self.engine.busy:
                     self._step()
         except Exception as error:
+            self._explained(error)
             self._say(State(f"dead: {first_line(error)}"))
         listener.join()
         self._connection.close()
