@@ -73,7 +73,7 @@ def engine_in_a_thread(config: ServeConfig, cores: list[Core]) -> Iterator[Conne
             super().run()
 
     with patch.object(core, "Core", Watched):
-        arguments = config, other, lambda: None, lambda: None
+        arguments = config, other, lambda: None
         thread = threading.Thread(target=core.run, args=arguments, name="engine")
         thread.start()
         try:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,8 @@ import pytest
 from helpers.commands import PATIENCE
 from helpers.serving import as_a_process
 from openai import APIError
+
+DEMO = str(Path(__file__).parents[2] / "demo" / "model")
 
 
 def streaming(running, texts, prompt, number=100):
@@ -148,3 +151,21 @@ def test_an_engine_whose_process_ends_is_dead_and_one_ends_with_its_server(demo)
         while is_there(engine):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_engine_that_is_loading_ends_with_its_server():
+    command = sys.executable, "-m", "ee_tuning", "serve", "--model", DEMO, "--port", "0"
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline, engine = time.monotonic() + PATIENCE, None
+    while engine is None:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(AssertionError):
+            engine = engine_of(server)
+    server.terminate()
+    _, said = server.communicate(timeout=PATIENCE)
+    assert said == ""
+    while is_there(engine):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

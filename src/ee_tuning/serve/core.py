@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from itertools import groupby
 from multiprocessing.connection import Connection
 from operator import itemgetter
@@ -69,12 +70,10 @@ class Core:
         model: Network,
         connection: Connection,
         ready: Callable[[], None],
-        gone: Callable[[], None],
     ) -> None:
-        """ready: called when all is warmed up. gone: called in a thread when nobody listens any
-        more."""
+        """ready: called when all is warmed up."""
         self.engine, self._model, self._connection = engine, model, connection
-        self._ready, self._gone = ready, gone
+        self._ready = ready
         self._changed = threading.Condition()
         self._waiting: deque[Text] = deque()
         self._texts: dict[int, Text] = {}  # that have not ended
@@ -107,11 +106,9 @@ class Core:
 
     def _listen(self) -> None:
         """At all times: who speaks must not wait for a step, in which this side may speak, too."""
-        try:
+        with suppress(EOFError, OSError):
             while not isinstance(message := receive(self._connection), Stop):
                 self._take(message)
-        except (EOFError, OSError):
-            self._gone()
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -285,11 +282,10 @@ def run(
     config: ServeConfig,
     connection: Connection,
     ready: Callable[[], None],
-    gone: Callable[[], None],
 ) -> None:
     """Load the model, tell of it, and decode; a mistake in the settings is told in its place.
 
-    ready, gone: see `Core`.
+    ready: see `Core`.
     """
     try:
         model, tokenizer, exit_layers = load_model(config)
@@ -309,7 +305,7 @@ def run(
                 model.calibration,
             )  # fmt: skip
             send(connection, facts)
-            Core(engine, model, connection, ready, gone).run()
+            Core(engine, model, connection, ready).run()
     except UserError as error:
         send(connection, error)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -56,6 +56,7 @@ def _main(
     config: ServeConfig, connection: Connection, ready: Callable[[], None], level: int
 ) -> None:
     """level: of logs that are not shown, as in the process of the server."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.disable(level)
     warnings.simplefilter("ignore")
     from ee_tuning.serve.core import run  # and all that decodes: not what this module is for
@@ -66,5 +67,12 @@ def _main(
 
     warnings.simplefilter("default", Notice)
     warnings.showwarning = warned
-    with suppress(ConnectionError):  # the server is gone before this was loaded
-        run(config, connection, ready, partial(os._exit, 0))
+    run(config, connection, ready)
+
+
+def _end_with_parent() -> None:
+    """At once: there is nothing to keep, and nobody to tell."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
