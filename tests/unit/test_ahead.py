@@ -682,6 +682,29 @@ def test_steps_in_and_out_of_inference_mode_take_turns(inside, number):
 
 
 @pytest.mark.parametrize("number", [1, 2])
+def test_a_text_that_came_when_the_last_ones_end_keeps_the_engine_busy(number, monkeypatch):
+    """It has no slot yet, since the device was at them; whoever steps must know of it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    engine = engine_of(early_exit(), [], True, slots=3, compile=True)
+    others = [Request(prompt(5, i), POLICIES["full"](), 20) for i in range(number)]
+    late = Request(prompt(6, 9), POLICIES["full"](), 9)
+    for request in others:
+        engine.submit(request)
+    engine.step()
+    while max(row.left for row in engine.sequences.live) > 2:
+        engine.step()
+    assert drafts.underway(engine.sequences.live, engine.several, engine.ahead)
+    engine.submit(late)
+    engine.step()
+    assert not engine.sequences.live
+    assert engine.busy
+    for _ in range(20):
+        engine.step()
+    assert late.finished
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("more", [1, 5])
 @pytest.mark.parametrize("kind", ["full", "leaves", "drafts", "rests"])
 def test_prompts_are_not_written_over_what_the_device_is_at(kind, more, number, monkeypatch):

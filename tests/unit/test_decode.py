@@ -222,9 +222,9 @@ def test_giving_up_a_stream_frees_its_slots():
     stream = engine.stream(requests())
     for _ in range(5):
         next(stream)
-    assert engine.busy == 2
+    assert len(engine.sequences.live) == 2
     stream.close()
-    assert engine.busy == 0
+    assert not engine.busy
 
     first, second, third = requests()
     texts = {id(r): 0 for r in (first, second, third)}
@@ -534,4 +534,4 @@ def test_requests_that_do_not_fit_an_engine_are_refused():
     ]:
         with pytest.raises(UserError, match=message):
             list(engine.stream([request]))
-        assert engine.busy == 0
+        assert not engine.busy

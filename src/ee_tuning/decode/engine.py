@@ -117,9 +117,9 @@ class Engine:
         self._seeds: Seeds | None = None  # while there is something to do
 
     @property
-    def busy(self) -> int:
-        """How many slots have a sequence in them."""
-        return len(self.sequences.live)
+    def busy(self) -> bool:
+        """Whether there is something to do: a sequence in a slot, or one that waits for it."""
+        return bool(self._waiting or self.sequences.live)
 
     @torch.inference_mode()
     def warm_up(
@@ -190,7 +190,7 @@ class Engine:
         else:
             settled = next_round(self.sequences, live, *ways, behind=not waits) if live else []
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
-        if not self.busy and not self._waiting and not self.streams:
+        if not self.busy and not self.streams:
             self._seeds = None
         return events
 
@@ -211,7 +211,7 @@ class Engine:
             while True:
                 if mistake is None:
                     mistake = self._fill(waiting)
-                if not self.busy and not self._waiting:
+                if not self.busy:
                     break
                 for request, token in self.step():
                     if token is None:
