@@ -1,10 +1,10 @@
 """Requests and tokens per second of a server, and how long clients wait, beside transformers serve.
 
 Each number of clients asks in turn, on this machine, every client for one streamed completion after
-another: greedy, as many tokens each, for so many seconds at most. The servers are started one after
-another, as processes of their own; both run the same model at full depth, and with `--exits` ours
-once more, drafting. What the engine alone does with as many prompts at a time (`generate_batch`) is
-measured in this process, at full depth.
+another, on a connection that it keeps: greedy, as many tokens each, for so many seconds at most.
+The servers are started one after another, as processes of their own; both run the same model at
+full depth, and with `--exits` ours once more, drafting. What the engine alone does with as many
+prompts at a time (`generate_batch`) is measured in this process, at full depth.
 
 python benchmarks/serve.py
 python benchmarks/serve.py --model demo/smollm2 --exits demo/smollm2-exits --new-tokens 128
@@ -115,17 +115,23 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-async def complete(port: int, body: dict[str, Any]) -> tuple[list[float], int]:
+async def complete(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: dict[str, Any]
+) -> tuple[list[float], int]:
     """Seconds from a request to each of its chunks with text, and how many tokens they were."""
     start = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body | {"stream": True}).encode()
     writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
         b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
     )
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise RuntimeError(f"the server answers {status.decode().strip() or 'nothing'}")
     times, tokens = [], 0
-    while line := await reader.readline():
+    while (line := await reader.readline()) != b"0\r\n":  # how long the last piece is
+        if not line:
+            raise RuntimeError("the server has ended the connection")
         if not line.startswith(b"data: {"):
             continue
         chunk = json.loads(line[6:])
@@ -134,7 +140,7 @@ async def complete(port: int, body: dict[str, Any]) -> tuple[list[float], int]:
         if any(choice.get("text") for choice in chunk["choices"]):
             times.append(time.perf_counter() - start)
         tokens = (chunk.get("usage") or {}).get("completion_tokens") or tokens
-    writer.close()
+    await reader.readline()
     return times, tokens
 
 
@@ -145,15 +151,17 @@ async def load(port: int, body: dict[str, Any], clients: int, seconds: float) ->
 
     async def client() -> None:
         nonlocal tokens, failed
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while time.perf_counter() - start < seconds:
             prompt = PROMPT.format(next(numbers) % 97)
-            times, own = await complete(port, body | {"prompt": prompt})
+            times, own = await complete(reader, writer, body | {"prompt": prompt})
             if own != body["max_tokens"] or not times:
                 failed += 1
                 continue
             first.append(times[0])
             between.extend(b - a for a, b in pairwise(times))
             tokens += own
+        writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
     took = time.perf_counter() - start
