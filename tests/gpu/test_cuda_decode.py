@@ -1,5 +1,7 @@
 """Decoding on a GPU: captured graphs give the tokens of plain passes."""
 
+import random
+
 import pytest
 import torch
 from helpers.families import tiny
@@ -108,6 +110,36 @@ def test_texts_that_come_and_go_are_those_that_they_are_alone():
         texts.append([*found.values()])
     assert texts[0] == texts[1]
     assert {len(text) for text in texts[0]} == set(range(1, 23))
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_prompts_are_read_beside_texts_that_go_on(drafts, monkeypatch):
+    """In a stream of their own, at any time, short ones and some that are read whole; sampled or
+    not, texts are those that they are alone."""
+    draw = random.Random(0)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.choice([0, 3, 3, 3]))
+    model, found = drafting().cuda(), []
+    policy = Speculative(4, {}, max_pending=3, bar=0.001) if drafts else Full(4, max_pending=3)
+    settings = {"capacity": 400, "max_pending": 3, "compile": True}
+    for slots in (1, 17):
+        engine = Engine(model, [DRAFT] if drafts else [], slots=slots, **settings)
+        requests = [
+            Request(
+                prompt([5, 20, 70, 190, 5, 20, 300][i % 7], i), policy,
+                [5, 20, 70, 190, 5, 20, 300][i % 7] + 2 + 17 * i % 61,
+                Chooser(sample=i % 3 == 0, seed=i if i % 3 == 0 else None),
+            )
+            for i in range(150)
+        ]  # fmt: skip
+        texts, waiting = {request: list(request.ids) for request in requests}, [*requests[::-1]]
+        while waiting or engine.busy:
+            for _ in range(draw.choice([0, 0, 1, 3])):
+                if waiting:
+                    engine.submit(waiting.pop())
+            for request, token in engine.step():
+                texts[request].append(token.id)
+        found.append([*texts.values()])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -58,9 +58,9 @@ def test_rounds_are_those_of_the_twin(sample, compile, rounds, monkeypatch):
 
     @settings(max_examples=12, deadline=None)
     @given(
-        slots=st.integers(2, 4),
+        slots=st.integers(2, 6),
         most=st.integers(1, 5),
-        texts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), min_size=2, max_size=6),
+        texts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60)), min_size=2, max_size=9),
         ends=st.sets(st.integers(0, 60), max_size=3),
         bar=st.sampled_from([0.0, 0.02, 0.1]),
     )
@@ -85,10 +85,10 @@ def test_texts_are_full_depths_whatever_is_planned(compile, monkeypatch):
     model, draw, new = drafting(), random.Random(0), 50
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.choice([0, 2, 4, 4, 4]))
     for seed in range(4):
-        engine = engine_of(3, 4, compile=compile)
+        engine = engine_of(3 + seed, 4, compile=compile)
         engine.ahead = Ahead(engine.passes, engine.sequences.stops)
         policy = Speculative(DEPTH, max_pending=4, bar=0.0)
-        requests = [Request(prompt(n, n), policy, n + new) for n in range(3 + seed, 9 + seed)]
+        requests = [Request(prompt(n, n), policy, n + new) for n in range(3 + seed, 9 + 2 * seed)]
         texts = {request: list(request.ids) for request in requests}
         for request, token in engine.stream(requests):
             texts[request].append(token.id)

@@ -201,7 +201,7 @@ class Ahead:
         def begin() -> None:
             self._state.copy_(told, non_blocking=True)
 
-        size = row.through, row.limit, len(row.ids) + count, self.passes.in_order([row.slot])
+        size = row.through, row.limit, len(row.ids) + count, self.passes.sizes.in_order([row.slot])
         asking = self._asking(row.policy, size, row.request.chooser.samples)
         run = self._tokens(asking, begin)
         begin()
@@ -336,7 +336,7 @@ class Ahead:
         told[LENGTH] = 1
         inner = [k for k in self._stops[:-1] if leave and k in self.passes.exits]
         policy = Policy(self._stops[-1], dict.fromkeys(inner, 0.0), measure)
-        size = len(self._stops), limit, end, self.passes.in_order([0])
+        size = len(self._stops), limit, end, self.passes.sizes.in_order([0])
         self._tokens(self._asking(policy, size, samples), partial(self._state.copy_, told))
 
 

@@ -21,7 +21,8 @@ from ee_tuning.decode.sequences import Row, Sequences, Settled, Stopwatch
 from ee_tuning.decode.straight import Several
 from ee_tuning.decode.together import Together, Verified
 from ee_tuning.exit_config import DRAFT, LOOKUP
-from ee_tuning.passes.wanted import Prediction
+from ee_tuning.passes.graphs import Lane
+from ee_tuning.passes.wanted import Prediction, Read
 
 # What lets rows go on by so many tokens; gives them, and the seconds that they took the device.
 GoOn = Callable[[int], tuple[list[Settled], float]]
@@ -74,17 +75,43 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     return settled
 
 
-def first_tokens(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
-    """The tokens that follow the prompts of new rows, which go to the end; as `draft_round`."""
-    settled: list[Settled] = []
-    for reads in sequences.read(rows):
-        found = [(row, read.found) for row, read in reads if read.found is not None]
-        asked = [Asked(row.request.chooser, row.ids, [said]) for row, said in found]
-        for (row, said), choice in zip(found, choose(asked), strict=True):
-            row.keep(0, choice.token)
-            token = Token(choice.token, row.policy.end, said.confidence)
-            settled.append(_settled(row, choice, [token]))
-    return settled
+class FirstTokens:
+    """The tokens that follow the prompts of new `rows`, which go to the end."""
+
+    def __init__(self, sequences: Sequences, rows: Sequence[Row], lane: Lane | None) -> None:
+        """lane: in which the device reads them now, beside what follows; if there is none, or
+        logits choose a token, it does so when they are `settled`."""
+        self.rows, self._reads = rows, sequences.read(rows)
+        self._lane = lane if all(row.request.chooser.in_passes for row in rows) else None
+        if self._lane is not None:
+            with self._lane.work():
+                self._reads = iter([_kept_reads(reads) for reads in self._reads])
+
+    @property
+    def over(self) -> bool:
+        """Whether it would not help to do something else first."""
+        return self._lane is None or self._lane.over
+
+    def settled(self) -> list[Settled]:
+        """As `draft_round`, of all of them."""
+        settled: list[Settled] = []
+        if self._lane is not None:
+            self._lane.wait()
+        for reads in self._reads:
+            found = [(row, read.found) for row, read in reads if read.found is not None]
+            asked = [Asked(row.request.chooser, row.ids, [said]) for row, said in found]
+            for (row, said), choice in zip(found, choose(asked), strict=True):
+                row.keep(0, choice.token)
+                token = Token(choice.token, row.policy.end, said.confidence)
+                settled.append(_settled(row, choice, [token]))
+        return settled
+
+
+def _kept_reads(reads: list[tuple[Row, Read]]) -> list[tuple[Row, Read]]:
+    """What a pass has read, good behind the next one, too."""
+    for _, read in reads[:1]:  # they share it
+        read.keep()
+    return reads
 
 
 def _kept(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
@@ -175,8 +202,8 @@ def next_round(
     chains = any(row.limit for row in chained)
     rests = not any(row.drafts or row.limit for row in beginning)
     # What the device is at comes before what pays behind it.
-    full = rests or underway(rows, several, ahead)
-    drafts = together is not None and not full and together.serves(rows)
+    first = not underway(rows, several, ahead)
+    drafts = together is not None and first and not rests and together.serves(rows)
     if together is not None and (drafts or together.underway(rows)):
         found, least = together.go_on(rows, behind and chains)
         settled = _all_learned(found)
@@ -184,10 +211,10 @@ def next_round(
             _count(rows, clocks[0], None, max(seconds, least))
         return settled
     behind = behind and rests and all(row.text is None for row in rows)  # it may have drafts next
-    if full and (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
+    if (rests or not first) and (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
         # Not what others are part of.
-        told = (*clocks, *texts) if rests and len(beginning) == len(rows) else ()
-        return _rest(sequences, rows, [one for one in told if one is not None], go_on, timed)
+        own = [*clocks, *texts] if rests and len(beginning) == len(rows) else []
+        return _rest(sequences, rows, own, go_on, timed, first and behind)
     others = [row for row in rows if row not in chained] if chains else rows
     settled = chain_round(sequences, chained) if chains else []
     if others:
@@ -224,8 +251,8 @@ def underway(
     """Whether the device is at tokens of some of `rows`, or has found them, of which the host does
     not know yet.
 
-    No prompt may be read then: what passes write for slots that are idle lies behind what the host
-    knows of these.
+    No prompt may be read then, but apart: what passes write for slots that are idle lies behind
+    what the host knows of these.
     """
     if any(one is not None and one.underway(rows) for one in (several, together)):
         return True
@@ -262,14 +289,17 @@ def _ahead(ahead: Ahead, row: Row, count: int, behind: bool) -> tuple[list[Settl
 def _rest(
     sequences: Sequences,
     rows: Sequence[Row],
-    clocks: Iterable[Clock],
+    clocks: Iterable[Clock | None],
     go_on: GoOn,
     timed: Stopwatch,
+    first: bool = False,
 ) -> list[Settled]:
     """Some tokens at full depth, of rows of which drafts do not pay: always as many, since what
     they take, at least on the device, is what rounds with drafts are held against.
 
-    clocks: of rounds that have none now. go_on: see `_at_full_depth`. timed: of this round.
+    clocks: of rounds that have none now, if they are counted. go_on: see `_at_full_depth`. timed:
+    of this round. first: the device waits for the host before it, and would not before the next
+    ones, so that what it takes is what counts.
     """
     chained = any(row.policy.bar is not None for row in rows)
     # As many as `catch_up` lets the draft exit compute.
@@ -280,8 +310,8 @@ def _rest(
                 pace.rest(len(tokens))
     seconds, number = timed(), max(1, *(len(tokens) for _, tokens in settled))
     if seconds is not None:
-        for clock in clocks:
-            clock.learn(0, max(seconds, least) / number, number)
+        for clock in filter(None, clocks):
+            clock.learn(0, (least if first else max(seconds, least)) / number, number)
     return settled
 
 

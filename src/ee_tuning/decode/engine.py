@@ -13,6 +13,8 @@ draft      a token that left, if the end is still to verify it
 settled    what nothing takes back any more
 pace       how many drafts a round has
 round      from one settling of tokens to the next
+look       several rounds at full depth of which the host hears at a time
+lane       where prompts are read while other passes run
 =========  ===========================================================================
 
 A sequence stands at the *door* of a segment with the tokens that the segment has not computed yet.
@@ -36,7 +38,7 @@ import torch
 from ee_tuning.config import Leaving
 from ee_tuning.costs import draft_cost
 from ee_tuning.decode.ahead import Ahead, cuts_beside
-from ee_tuning.decode.drafts import first_tokens, next_round, underway
+from ee_tuning.decode.drafts import FirstTokens, next_round, underway
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.relay import Relay
 from ee_tuning.decode.sampling import Token
@@ -50,6 +52,7 @@ from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
 from ee_tuning.parallel.mesh import Mesh
 from ee_tuning.passes.draws import NOTHING
+from ee_tuning.passes.graphs import Lane
 from ee_tuning.passes.noise import Seeds
 from ee_tuning.passes.passes import Passes
 from ee_tuning.passes.warm import to_warm
@@ -97,6 +100,8 @@ class Engine:
             stage=stage, cuts=cuts,
         )  # fmt: skip
         self.passes = self._own if mesh is None else cast(Any, Relay(self._own, mesh))
+        apart = mesh is None and self._own.reads_apart
+        self._lane = Lane(self._own.device) if apart else None  # of prompts
         self.sequences = Sequences(self.passes, exit_layers, max_pending)
         one = len(self.sequences.stops) == 1
         self.several = Several(self.sequences) if one else None
@@ -114,6 +119,7 @@ class Engine:
         gather = None if mesh is None else mesh.gather_on_host
         self._draft_costs = {layer: draft_cost(model, layer, gather) for layer in exits}
         self._waiting: deque[Request] = deque()
+        self._reading: FirstTokens | None = None
         self._seeds: Seeds | None = None  # while there is something to do
 
     @property
@@ -169,7 +175,9 @@ class Engine:
         """Give up everything, in progress or not."""
         self.sequences.clear()
         self._waiting.clear()
-        self._seeds = None
+        self._reading = self._seeds = None
+        if self._lane is not None:
+            self._lane.wait()
 
     def step(self) -> list[Event]:
         """The events of one round: prompts, if there are new ones for free slots, or tokens.
@@ -184,11 +192,19 @@ class Engine:
             if row.request.cancelled:
                 self.sequences.free(row)
         live, ways = self.sequences.live, (self.several, self.ahead, self.together)
-        waits = bool(self._waiting and self.sequences.free_slots)
-        if not underway(live, *ways) and (new := self._admit()):
-            settled = first_tokens(self.sequences, new)
+        waits = bool(self._waiting and self.sequences.free_slots) and self._lane is None
+        may = self._reading is None and (self._lane is not None or not underway(live, *ways))
+        if may and (new := self._admit()):
+            self._reading = FirstTokens(self.sequences, new, self._lane)
+        if (reading := self._reading) is not None:
+            live = [row for row in live if row not in reading.rows]
+        joins = reading is not None and (reading.over or not live)
+        # What lets several go on lets others come; who was alone is looked at first.
+        if reading is not None and joins and not underway(live, None, self.ahead):
+            settled, self._reading = reading.settled(), None
         else:
-            settled = next_round(self.sequences, live, *ways, behind=not waits) if live else []
+            behind = not (waits or joins)
+            settled = next_round(self.sequences, live, *ways, behind=behind) if live else []
         events = [event for row, tokens in settled for event in self._settle(row, tokens)]
         if not self.busy and not self.streams:
             self._seeds = None
@@ -238,9 +254,11 @@ class Engine:
         return None
 
     def _admit(self) -> list[Row]:
-        """A row for the next request in each free slot."""
-        new = []
-        for slot in self.sequences.free_slots if self._waiting else ():
+        """A row for the next request in each free slot; for few of them beside others that go on:
+        who has been read joins these, and who comes later is not waited for."""
+        new, beside = list[Row](), self._lane is not None and self.sequences.live
+        most = self._own.sizes.together if beside else self.passes.slots
+        for slot in self.sequences.free_slots[:most] if self._waiting else ():
             while self._waiting and self._waiting[0].cancelled:
                 self._waiting.popleft()
             if not self._waiting:

@@ -22,7 +22,8 @@ def exits_before_end(policy: Policy) -> list[int]:
 
 def predictions(logits: Tensor, measure: str) -> Predictions:
     """What an exit says of texts: logits (B, T, V) fp32, row by row. measure: of confidence."""
-    return Predictions(logits, logits.argmax(-1).tolist(), confidence(logits, measure).tolist(), [])
+    answers = [logits.argmax(-1).tolist(), confidence(logits, measure).tolist()]
+    return Predictions(logits, answers, [])
 
 
 class Given:

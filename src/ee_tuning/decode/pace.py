@@ -227,8 +227,9 @@ def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
 
     rooms: how many tokens more each wants. clock: of rounds with so many of them.
     """
-    if all(pace.rests for pace in paces):  # little has changed since, and asking takes its time
-        for pace in paces:
+    resting = [pace for pace in paces if pace.rests]
+    if 2 * len(resting) > len(paces):  # little has changed since, and asking takes its time
+        for pace in resting:
             pace.rests -= 1
         return 0
     alone = len(paces) == 1

@@ -80,9 +80,9 @@ class Relay:
                 self._read_for_chains(slot, text, sources)
             found = None
             if wanted.after != "nothing":
-                said = None if read is None or read.found is None else read.found.all
-                found = self._told(end.stage, said, [0], 1).of(0, 0)
-            yield Read(slot, found, None)
+                said = None if read is None else read.predictions
+                found = self._told(end.stage, said, [0], 1)
+            yield Read(slot, found, 0, None)
 
     @torch.inference_mode()
     def _read_for_chains(self, slot: int, text: Sequence[int], sources: Tensor | None) -> None:
@@ -263,8 +263,7 @@ class Told(Predictions):
     ) -> None:
         """answers: (2, n, A), tokens and confidences of windows. found: what that stage has, and
         which rows of it the windows are."""
-        tokens, confidences = answers.tolist()
-        super().__init__(torch.empty(0), tokens, confidences, list(range(len(tokens))))
+        super().__init__(torch.empty(0), answers, list(range(answers.shape[1])))
         self._relay, self._stage, self._found, self._own_rows = relay, stage, found, rows
         self._all: Tensor | None = None
 

@@ -220,7 +220,7 @@ class Rounds:
         else:
             layer = _drafts_at(one.row.policy)
             drafts = [Token(int(tokens[j]), layer, sures[j]) for j in range(made)]
-        answers = Predictions(NO_LOGITS, [ends], [confidences], [0])
+        answers = Predictions(NO_LOGITS, [[ends], [confidences]], [0])
         answered = [answers.at(0, place) for place in range(made + 1)]
         return Round(drafts, answered, one.limits, one.known, size, seconds)
 
@@ -235,7 +235,7 @@ class Rounds:
         passes, sizes = self.passes, self.passes.sizes
         length = sizes.length(passes.most) if passes.compile else passes.most
         # Not compiled, the first position would be looked at on the host.
-        return length, sizes.reach(end + length), passes.compile and passes.in_order([slot])
+        return length, sizes.reach(end + length), passes.compile and passes.sizes.in_order([slot])
 
     def _round(self, key: Key, begin: Callable[[], Any]) -> Callable[[], None]:
         """What runs a round. begin: sets what it begins with, where it is to be captured."""

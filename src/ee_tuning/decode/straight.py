@@ -1,7 +1,8 @@
 """Rows that go straight through the one segment there is: several tokens between two looks.
 
 The device feeds each text with what it has found. So that it does not wait while the host hands
-tokens out, it may be at the next ones meanwhile.
+tokens out, it may be at the next ones meanwhile: of those rows that go on then, as far as the host
+knows, and of others that have come.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ee_tuning.passes.wanted import Wanted, Window
 class Look(NamedTuple):
     """Tokens of `rows` that the device finds while the host does not look.
 
-    number: of each. lines: where this look is read, and where the next one.
+    rows: by slot. number: of each. lines: where this look is read, and where the next one.
     """
 
     rows: list[Row]
@@ -80,10 +81,11 @@ class Several:
         Also gives the seconds that they took the device.
 
         behind: half as many, and as many more are begun before the host looks at these.
+
+        Rows that have come while the device is at others are among those of the next look.
         """
         number, live = at_once(count, behind), {*rows}
         look = self._look if self._look and self.underway(rows) else self._begin(rows, number)
-        assert live <= {*look.rows}, "a text has come while the device was at others"
         self._look = self._follow(look, rows, number) if behind else None
         found, seconds = look.read()
         settled: list[Settled] = []
@@ -107,16 +109,31 @@ class Several:
 
     def _begin(self, rows: Sequence[Row], count: int) -> Look:
         """The first look at some rows: the device is told of them."""
+        number = min(count, max(row.left for row in rows))
+        return Look([*rows], number, self._straight(rows), self._lines).begun()
+
+    def _follow(self, look: Look, rows: Sequence[Row], count: int) -> Look | None:
+        """A look behind another, of those of `rows` that have not ended by then: unless that is
+        one, or what they ask for is no longer one and the same."""
+        seen = {*look.rows}
+        left = {row: row.left - (row in seen and look.number) for row in rows}
+        going = [row for row in rows if left[row] > 0]
+        if len(going) < 2 or not self.serves(going):
+            return None
+        alike, number = going == look.rows, min(count, max(left[row] for row in going))
+        finds = look.straight if alike else self._straight(going, look)
+        return Look(going, number, finds, look.lines[::-1]).begun()
+
+    def _straight(self, rows: Sequence[Row], behind: Look | None = None) -> Straight:
+        """What goes on with rows. behind: that look, which knows some of them better."""
         sequences = self._sequences
         wanted = Wanted("last", True, rows[0].policy.measure, sequences.samples(rows))
         windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
-        straight = sequences.passes.straight(windows, sequences.starts(0), wanted)
-        number = min(count, max(row.left for row in rows))
-        return Look([*rows], number, straight, self._lines).begun()
-
-    def _follow(self, look: Look, rows: Sequence[Row], count: int) -> Look | None:
-        """A look behind another, unless some of its rows have ended."""
-        left = max(row.left for row in rows) - look.number
-        if left <= 0 or len(rows) < len(look.rows):
-            return None
-        return look._replace(number=min(count, left), lines=look.lines[::-1]).begun()
+        starts = sequences.starts(0)
+        if behind is None:
+            return sequences.passes.straight(windows, starts, wanted)
+        seen = {*behind.rows}
+        known = [row.slot for row in rows if row in seen]
+        for slot in known:
+            starts[slot] += behind.number
+        return sequences.passes.straight(windows, starts, wanted, behind.straight, known)

@@ -2,7 +2,8 @@
 
 What `drafts.chain_round`, the twin, asks the host for between two rounds, the device finds itself:
 which drafts are those of the end, and so which windows the next chains have. So the host hands
-tokens out, and plans, while the device is at the next round.
+tokens out, and plans, while the device is at the next round: of those rows that go on then, as far
+as the host knows, and of others that have come.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from ee_tuning.passes.wanted import Prediction, Predictions
 class Underway(NamedTuple):
     """A round that the device is at.
 
-    rows: whose it is. number: drafts of a text at most. ends: by slot, how long its text is at most
-    when the round begins. line: where it is read.
+    rows: whose it is. slots: of the rows of its pass. number: drafts of a text at most. ends: by
+    slot, how long its text is at most when the round begins. line: where it is read.
     """
 
     rows: list[Row]
+    slots: list[int]
     number: int
     ends: dict[int, int]
     line: Line
@@ -55,7 +57,6 @@ class Together:
         self._said = torch.zeros(slots, 3 + 4 * self._most, device=device)
         self._chained = torch.zeros(slots, 1 + 2 * self._most, device=device)
         self._lines = [Line(self._said) for _ in range(2)]
-        self._slots: list[int] = []  # of a pass of these rounds, as rows of `_said`
         self._underway: Underway | None = None
         self._follow = compiled(_follow, passes.compile)
 
@@ -77,61 +78,82 @@ class Together:
         """The next round of rows that this `serves`, of up to `row.limit` drafts each, or the one
         that is `underway`; and the seconds that it took the device.
 
-        behind: as large a one is begun before the host looks at this one.
+        behind: the one that they have next is begun before the host looks at this one. Rows that
+        have come while the device is at it wait for that.
         """
         number = max(row.limit for row in rows)
         one = self._underway if self.underway(rows) else self._begin(rows, number)
         assert one is not None
-        assert {*rows} <= {*one.rows}, "a text has come while the device was at others"
-        alike = number == one.number and len(rows) == len(one.rows)
-        self._underway = self._behind(one) if behind and alike else None
+        alike = number == one.number and [*rows] == one.rows
+        # Of others, or of other drafts, only where no pass writes to idle slots.
+        follows = alike or (self._sequences.passes.sizes.apart and self.serves(rows))
+        self._underway = self._behind(one, rows, number) if behind and follows else None
         said, seconds = one.line.read()
-        return [self._read(row, one, said[self._slots.index(row.slot)]) for row in rows], seconds
+        seen, places = {*one.rows}, {slot: place for place, slot in enumerate(one.slots)}
+        found = [self._read(row, one, said[places[row.slot]]) for row in rows if row in seen]
+        return found, seconds
 
     def _begin(self, rows: Sequence[Row], number: int) -> Underway:
         """A round of rows of which all is known."""
-        sequences, passes = self._sequences, self._sequences.passes
+        sequences = self._sequences
         starts, links = sequences.starts(0), [row.link() for row in rows]
         ends = {row.slot: len(row.ids) for row in rows}
-        longest = [0] * passes.slots
-        for row in rows:
-            longest[row.slot] = row.request.max_length
-        self._longest.copy_(torch.tensor(longest), non_blocking=True)
+        self._tell_longest(rows)
         drawn = rows[0].policy.measure, sequences.drawn(rows)
-        draft = partial(self._chains.draft, links, starts, number, *drawn)
-        line = self._lines[0].follow(partial(self._round, rows, draft, starts))
-        return Underway([*rows], number, ends, line)
+        slots: list[int] = []
 
-    def _behind(self, one: Underway) -> Underway:
-        """As large a round behind another."""
-        sequences = self._sequences
+        def draft() -> Tensor:
+            own, said = self._chains.draft(links, starts, number, *drawn)
+            slots[:] = own
+            return said
+
+        line = self._lines[0].follow(partial(self._round, rows, slots, draft, starts))
+        return Underway([*rows], slots, number, ends, line)
+
+    def _behind(self, one: Underway, rows: Sequence[Row], number: int) -> Underway:
+        """A round behind another, of `rows` and up to so many drafts."""
+        sequences, seen, slots = self._sequences, {*one.rows}, one.slots
         # A text that is as long as it may become stays as it was.
         ends = {
             row.slot: min(one.ends[row.slot] + one.number + 1, row.request.max_length)
-            for row in one.rows
+            if row in seen
+            else len(row.ids)
+            for row in rows
         }
         starts = [ends.get(slot, start) for slot, start in enumerate(sequences.starts(0))]
-        drawn = one.rows[0].policy.measure, sequences.drawn(one.rows)
-        draft = partial(self._chains.again, self._slots, max(starts), one.number, *drawn)
+        if [*rows] != one.rows or number != one.number:
+            known = [row.slot for row in rows if row in seen]
+            links = [row.link() for row in rows if row not in seen]
+            self._tell_longest(rows)
+            slots = self._chains.hand_on(slots, known, links, number, self._longest)
+        drawn = rows[0].policy.measure, sequences.drawn(rows)
+        draft = partial(self._chains.again, slots, max(starts), number, *drawn)
         line = self._lines[one.line is self._lines[0]]
-        line.follow(partial(self._round, one.rows, draft, starts))
-        return one._replace(ends=ends, line=line)
+        line.follow(partial(self._round, rows, slots, draft, starts))
+        return Underway([*rows], slots, number, ends, line)
+
+    def _tell_longest(self, rows: Sequence[Row]) -> None:
+        longest = [0] * self._sequences.passes.slots
+        for row in rows:
+            longest[row.slot] = row.request.max_length
+        self._longest.copy_(torch.tensor(longest), non_blocking=True)
 
     def _round(
         self,
         rows: Sequence[Row],
-        draft: Callable[[], tuple[list[int], Tensor]],
+        slots: list[int],
+        draft: Callable[[], Tensor],
         starts: Sequence[int],
     ) -> None:
         """Chains, what the end says to them, and the windows of the next ones."""
-        self._slots, said = draft()
+        said = draft()
         number, count = len(said), said.shape[1] // 2
         # A captured pass may write over it; and what follows is compiled for the longest.
         chained = self._chained[:number]
         chained[:, : 1 + count] = said[:, : 1 + count]
         chained[:, 1 + self._most :][:, :count] = said[:, 1 + count :]
         asked = rows[0].policy.measure, self._sequences.samples(rows)
-        _, answers = self._sequences.passes.to_end(self._slots, count, starts, *asked)
+        _, answers = self._sequences.passes.to_end(slots, count, starts, *asked)
         self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
 
     def _read(self, row: Row, one: Underway, said: list[float]) -> Verified:
@@ -142,7 +164,7 @@ class Together:
         row.limit = max(0, min(one.number, row.left - 1))
         pairs = zip(tokens[:number], sures, strict=False)
         row.draft([Token(int(token), DRAFT, sure) for token, sure in pairs])
-        answers = Predictions(NO_LOGITS, [ends], [confidences], [0])
+        answers = Predictions(NO_LOGITS, [[ends], [confidences]], [0])
         return row, [answers.at(0, place) for place in range(number + 1)]
 
     def to_warm(self) -> list[Callable[[], Any]]:

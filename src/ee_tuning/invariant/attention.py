@@ -135,8 +135,8 @@ def _looks(place: Any, window: int | None, places: int, dtype: torch.dtype) -> l
 
 
 def _span(numbers: Sequence[int]) -> slice | Tensor:
-    """An index for ascending numbers; a slice is a look at what there is, nothing is copied."""
-    if numbers[-1] - numbers[0] == len(numbers) - 1:
+    """An index for numbers; a slice is a look at what there is, nothing is copied."""
+    if [*numbers] == [*range(numbers[0], numbers[0] + len(numbers))]:
         return slice(numbers[0], numbers[-1] + 1)
     return torch.tensor(numbers)
 

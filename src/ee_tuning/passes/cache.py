@@ -199,6 +199,12 @@ class SlotCache(Cache):
         """As `SlotLayer.update`, of a layer counted from the model's start."""
         return self.slot_layers[layer_idx - self.first].update(key_states, value_states)
 
+    def masks(self, segment: Segment, dtype: torch.dtype) -> Any:
+        """What a segment is told that the tokens of the pass see, if something is hidden."""
+        if not any(layer.hides for layer in self.slot_layers):
+            return None
+        return segment.masks(lambda j: self.slot_layers[j].mask(dtype))
+
     def forget(self, slot: int) -> None:
         """Nothing is in a slot any more."""
         for layer in self.slot_layers:

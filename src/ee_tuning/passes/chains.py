@@ -28,6 +28,7 @@ from ee_tuning.passes.cache import Place, SlotCache
 from ee_tuning.passes.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.passes.graphs import Graphs, Sizes, compiled
 from ee_tuning.passes.sources import Sources
+from ee_tuning.passes.wanted import told
 from ee_tuning.slices import group_of
 
 
@@ -182,25 +183,48 @@ class Chains:
             end = max(end, link.first + max(length, number + count))
             padding = [0] * (length - number)
             table.append([link.slot, link.first, number, link.limit, *link.ids, *padding])
-        self.table[: len(slots), : 4 + length].copy_(torch.tensor(table), non_blocking=True)
+        self.table[: len(slots), : 4 + length].copy_(told(table), non_blocking=True)
         reach = max(row[1] for row in table) + length if self.graphs is None else end
         return slots, self._chain(slots, length, count, reach, measure, samples)
 
     @torch.inference_mode()
-    def again(
-        self, slots: list[int], longest: int, count: int, measure: str, samples: int
-    ) -> tuple[list[int], Tensor]:
-        """As `draft`, for the windows of `next_table`, in texts of up to `longest` tokens."""
+    def again(self, slots: list[int], longest: int, count: int, measure: str, samples: int) -> Any:
+        """What the device says, as for `draft`, for the windows of `next_table`, in texts of up to
+        `longest` tokens."""
         length = self._length(count)
         reach = longest + max(length, count)
-        return slots, self._chain(slots, length, count, reach, measure, samples)
+        return self._chain(slots, length, count, reach, measure, samples)
+
+    @torch.inference_mode()
+    def hand_on(
+        self, slots: list[int], known: Sequence[int], links: Sequence[Link], limit: int,
+        longest: Tensor,
+    ) -> list[int]:  # fmt: skip
+        """Let `next_table`, which is of `slots`, be of those that are `known` and of links; gives
+        the slots of its rows. limit: drafts at most. longest: (slots,), of texts."""
+        own, table = {link.slot: link for link in links}, []
+        rows, length = {slot: row for row, slot in enumerate(slots)}, self._length(1)
+        found = self.sizes.filled([*known, *own], length)
+        for slot in found:
+            window = [slot, 0, 0, 0]
+            if (link := own.get(slot)) is not None:
+                window = [slot, link.first, len(link.ids), link.limit, *link.ids]
+            padding = [0] * (4 + length - len(window))
+            table.append([*window, *padding, -1 if slot in own else rows[slot]])
+        new = told(table).to(self.table.device, non_blocking=True)
+        where = new[:, -1]
+        before = self.next_table(len(slots))[where.clamp(min=0)]
+        left = longest[before[:, 0]] - before[:, 1] - before[:, 2]
+        before[:, 3] = (left - 1).clamp(min=0, max=limit)
+        self.next_table(len(found)).copy_(torch.where(where[:, None] < 0, new[:, :-1], before))
+        return found
 
     def _chain(
         self, slots: list[int], length: int, count: int, reach: int, measure: str, samples: int
     ) -> Any:
         """`_forward` for the windows that the table has, as a graph where there are graphs."""
         reach = reach if self.graphs is None else self.sizes.reach(reach)
-        key = len(slots), length, count, reach, self._in_order(slots), measure, samples
+        key = len(slots), length, count, reach, self.sizes.in_order(slots), measure, samples
         return self._forward(*key) if self.graphs is None else self._run(key)
 
     def next_table(self, rows: int) -> Tensor:
@@ -221,12 +245,12 @@ class Chains:
         keys: dict[tuple[Any, ...], None] = {}
         length = self._length(most)
         for (rows, reach), measure in product(self.sizes.chains(length), measures):
-            in_order, alike = self._in_order(list(range(rows))), alone or rows > 1
+            in_order, alike = self.sizes.in_order(list(range(rows))), alone or rows > 1
             for kind, count in product(samples, range(1, most + 1)) if alike else ():
                 keys[rows, length, count, reach, in_order, measure, min(kind, ALL)] = None
         length = self._length(0)
         for rows, reach in self.sizes.chains(length):
-            in_order = self._in_order(list(range(rows)))
+            in_order = self.sizes.in_order(list(range(rows)))
             keys[rows, length, 0, reach, in_order, "", NOTHING] = None
         return [partial(self._run, key) for key in keys]
 
@@ -283,11 +307,6 @@ class Chains:
     def tables(self, rows: int, length: int) -> Tables:
         """What the chains of so many rows, with windows of so many tokens, are made from."""
         return Tables(self.table[:rows, : 4 + length], self.states, self.bars, self.draws)
-
-    def _in_order(self, slots: list[int]) -> bool:
-        """As of passes."""
-        whole = self.graphs is None or len(slots) == len(self.table)
-        return whole and slots == list(range(len(slots)))
 
 
 def first_draft(exit: Any, cache: SlotCache, tables: Tables, step: Step) -> Found | None:

@@ -40,7 +40,8 @@ ALIGNED = 64  # places that there are is a multiple of this, as fast attention w
 class Sizes:
     """How large compiled passes are: the next one of a few sizes.
 
-    longest: tokens of a window at most. places: of a slot, for padded windows, too.
+    longest: tokens of a window at most. places: of a slot, for padded windows, too. apart: whether
+    passes write to no slot but those that they are told of.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Sizes:
         """capacity: tokens of a sequence. longest: those of a window that are asked for. drafts: of
         a draft exit, or of texts alone, which are read at once. far: layers are those of
         `Invariant`, whose attention does not read what lies behind a text's end."""
+        self._compile, self.apart = compile, far and compile and slots > 1
         # Of one text a few tokens more cost nothing; of several, half as many cost less.
         half = {-(-longest // 2)} if slots > 1 else set()
         self.windows = sorted({1, longest} | half) if drafts else _sizes(longest, LENGTH_FACTOR)
@@ -69,14 +71,38 @@ class Sizes:
         ]
 
     def filled(self, slots: list[int], length: int = 1) -> list[int]:
-        """`slots` and as many idle ones as make it a size that is compiled for, for windows of that
-        length, ascending.
+        """`slots`, and one of them again and again, or idle ones: as many as are compiled for, for
+        windows of that length; ascending.
 
-        What is written for idle slots lies beyond what is known of them.
+        What is written for one again is the same; for idle slots it lies beyond what is known of
+        them. That a slot is named twice, attention has to allow: that of `Invariant` does.
         """
         number, busy = _next(len(slots), self._of(length)), set(slots)
+        if self.apart:
+            return sorted([*slots, *slots[:1] * (number - len(slots))])
         idle = [slot for slot in range(self._rows[-1]) if slot not in busy]
         return sorted([*slots, *idle[: number - len(slots)]])
+
+    def sized(
+        self, slots: list[int], length: int, first: int
+    ) -> tuple[list[int], tuple[int, int, int, bool]]:
+        """The slots of a pass on windows of so many tokens, the last of which begins at `first`;
+        and its rows, length, reach, and whether slots are looked at where they are."""
+        length = self.length(length)
+        slots = self.filled(slots, length)
+        return slots, (len(slots), length, self.reach(first + length), self.in_order(slots))
+
+    def in_order(self, slots: list[int]) -> bool:
+        """Whether the K/V of `slots` can be looked at where they are.
+
+        Compiled, only if they are always all: each case is one more graph.
+        """
+        whole = not self._compile or (len(slots) == self._rows[-1] and not self.apart)
+        return whole and slots == list(range(len(slots)))
+
+    def of_prompts(self, length: int) -> bool:
+        """Whether windows of that length are those of prompts alone."""
+        return self._compile and length == CHUNK > self.windows[-1]
 
     @property
     def together(self) -> int:
@@ -85,7 +111,7 @@ class Sizes:
 
     def _of(self, length: int) -> list[int]:
         """Numbers of rows that there are of windows of a length."""
-        return self._readers if length == CHUNK > self.windows[-1] else self._rows
+        return self._readers if self.of_prompts(length) else self._rows
 
     def length(self, number: int) -> int:
         """Tokens of a window for so many."""
@@ -152,7 +178,9 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        # Those beside which others may run work in memory of their own.
+        pools = [torch.cuda.graph_pool_handle() if self._on_gpu else None for _ in range(2)]
+        self._pool, self._pool_beside = pools
         self._kept: dict[Hashable, Callable[[], Any]] = {}
 
     def __len__(self) -> int:
@@ -166,15 +194,18 @@ class Graphs:
         """Whether what `branched` gives does not ask the host."""
         return self._on_gpu and can_branch()
 
-    def run(self, key: Hashable, function: Callable[[], Any], tune: bool) -> Any:
+    def run(
+        self, key: Hashable, function: Callable[[], Any], tune: bool, beside: bool = False
+    ) -> Any:
         """What `function` gives, which does the same each time for a key.
 
         tune: take the time to look for the fastest kernels, which then add up in an order of their
-        own for each key; else sums have one order for all keys.
+        own for each key; else sums have one order for all keys. beside: others, that are not, may
+        run at the same time.
         """
         if key not in self._kept:
             with _compiling(tune, self._on_gpu):
-                self._kept[key] = self._captured(function)
+                self._kept[key] = self._captured(function, beside)
         return self._kept[key]()
 
     def branched(
@@ -217,7 +248,7 @@ class Graphs:
         run()
         return run
 
-    def _captured(self, function: Callable[[], Any]) -> Callable[[], Any]:
+    def _captured(self, function: Callable[[], Any], beside: bool) -> Callable[[], Any]:
         """`function` as a CUDA graph that gives the same tensors each time; as it is elsewhere.
 
         It is run before: compiled code compiles then. Running a pass twice changes nothing.
@@ -225,7 +256,7 @@ class Graphs:
         if not self._on_gpu:
             function()
             return function
-        graph, found = self._graph(function)
+        graph, found = self._graph(function, beside=beside)
 
         def replay() -> Any:
             graph.replay()
@@ -235,9 +266,10 @@ class Graphs:
 
     def _graph(
         self, function: Callable[[], Any], begin: Callable[[], Any] = lambda: None,
-        keep: bool = False,
+        keep: bool = False, beside: bool = False,
     ) -> tuple[torch.cuda.CUDAGraph, Any]:  # fmt: skip
         """The graph of a function, and what it gives. keep: the graph itself, not to be run."""
+        pool = self._pool_beside if beside else self._pool
         begin()
         function()
         stream = torch.cuda.Stream()
@@ -248,7 +280,7 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph(keep_graph=keep)
         # What other threads do, as NCCL's, is no part of it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             found = function()
         return graph, found
 
@@ -273,6 +305,32 @@ class Beside:
         """What follows may use it."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class Lane(Beside):
+    """Likewise, and the host asks whether it is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._end = torch.cuda.Event() if self._stream is not None else None
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is done within."""
+        with super().work():
+            yield
+            if self._end is not None:
+                self._end.record()
+
+    @property
+    def over(self) -> bool:
+        """Whether all is done."""
+        return self._end is None or self._end.query()
+
+    def wait(self) -> None:
+        """Until it is over."""
+        if self._end is not None:
+            self._end.synchronize()
 
 
 def compiled(function: F, compile: bool, each: bool = True) -> F:

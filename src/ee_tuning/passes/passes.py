@@ -7,7 +7,7 @@ the *ring* before the next segment until that one computes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ee_tuning.backbone import Segment, State
+from ee_tuning.backbone import State
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.exits.head import Head
@@ -37,6 +37,7 @@ from ee_tuning.passes.wanted import (
     newest,
     predict,
     table_of,
+    told,
     verified,
 )
 from ee_tuning.slices import sharing_group
@@ -88,7 +89,9 @@ class Passes:
         rings = len(self.segments) + (0 if self.is_last else 1)
         hidden = torch.zeros(self.backbone.config.hidden_size, device=self.device, dtype=self.dtype)
         self.rings = Rings(rings, slots, longest, hidden, compile)
-        self.control = torch.zeros(slots, 3 + self.longest, dtype=torch.int64, device=self.device)
+        rows = slots, self.sizes.together
+        control = torch.zeros(sum(rows), 3 + longest, dtype=torch.int64, device=self.device)
+        self.control, self.prompts_control = control.split(rows)
         self.draws = Draws(slots, self.device, compile)
         self._steps = model.segments(list(self.exits), stage.stop, cuts, self.invariant.layer)
         self.invariant.attach(self._steps, self.caches)
@@ -104,10 +107,7 @@ class Passes:
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
             segment.compile(cache, self._steps[0])
         self.keep_positions = self._steps[0].keep_positions
-        self.sources: Sources | None = None
-        self.chains: Chains | None = None
-        if DRAFT in exit_layers:
-            self._make_chains(model, draft, stage)
+        self._make_chains(model, draft, stage, DRAFT in exit_layers)
 
     @property
     def branch(self) -> bool:
@@ -135,21 +135,22 @@ class Passes:
         slots = torch.tensor([*given], device=self.device)
         place = Place(slots, positions, max(lengths), in_order=False, empty=True)
         place.texts = lengths if self.beside else None
-        self._put(place)
+        for cache in (*self.caches, *self.exit_caches.values()):
+            cache.put(place)
         states = []
         for i, segment in enumerate((self._steps if self.beside else self.segments)[: last + 1]):
-            masks = self._masks(segment, self.caches[i]) if self.beside else None
+            masks = self.caches[i].masks(segment, self.dtype) if self.beside else None
             states.append(segment(hidden, positions, self.caches[i], masks))
             hidden = states[-1].hidden
         parts = [state.split(lengths) for state in states]
-        for row, text in enumerate(texts):
-            yield self._read_prompt(slots[row : row + 1], text, [one[row] for one in parts], wanted)
+        for row, (slot, text) in enumerate(zip(given, texts, strict=True)):
+            yield self._read_prompt(slot, text, [one[row] for one in parts], wanted)
 
     def _read_prompt(
-        self, slots: Tensor, text: Tensor, states: Sequence[State], wanted: Wanted
+        self, slot: int, text: Tensor, states: Sequence[State], wanted: Wanted
     ) -> Read:
-        """What one text (P,) or (P, H) of a pass, in `slots` (1,), leaves behind and is followed
-        by."""
+        """What one text (P,) or (P, H) of a pass leaves behind in its slot and is followed by."""
+        slots = torch.tensor([slot], device=self.device)
         state, last = states[-1], len(states) - 1
         positions = state.position_ids
         for cache in self.exit_caches.values():
@@ -164,10 +165,15 @@ class Passes:
         rows = Rows(slots, positions, positions[:, -1] + 1, self.draws.table)
         exit, kept = self.exits.get(state.stop), self._exit_cache(last)
         found = self.agreed(predict(self._final, exit, state, kept, rows, wanted))
-        prediction = None
-        if found is not None:
-            prediction = Predictions.read(*found, [0], self._head(last, wanted)).of(0, 0)
-        return Read(int(slots), prediction, None if self.is_last else state.hidden[0], sources)
+        head, hidden = self._head(last, wanted), None if self.is_last else state.hidden[0]
+        predictions = None if found is None else Predictions(*found, [0], head)
+        return Read(slot, predictions, 0, hidden, sources)
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether prompts can be read in a `Lane` while other passes run: nothing that these write
+        or look at is theirs."""
+        return self.sizes.apart and self.sizes.of_prompts(CHUNK) and self.group is None
 
     @property
     def beside(self) -> bool:
@@ -205,48 +211,55 @@ class Passes:
         least: tokens that a compiled pass is for, at least.
         """
         given = {window.slot: window for window in windows}
-        slots, length = sorted(given), max(window.count for window in windows)
-        if self.compile:
-            length = self.sizes.length(max(length, least))
-            slots = self.sizes.filled(slots, length)
-        reach = max(starts[slot] for slot in slots) + length
-        reach = self.sizes.reach(reach) if self.compile else reach
-        self.tell(slots, starts, given, length)
-        in_order = self.in_order(slots)
-        found = self.run((i, len(slots), length, reach, in_order, wanted))
+        slots, size = self._sized([*given], max(least, *(one.count for one in windows)), starts)
+        self.tell(slots, starts, given, size[1])
+        found = self.run((i, *size, wanted))
         if wanted.after == "nothing":
             return None
         places = {slot: row for row, slot in enumerate(slots)}
         rows = [places[window.slot] for window in windows]
-        return Predictions.read(found[0], found[1], rows, self._head(i, wanted))
+        return Predictions(found[0], found[1], rows, self._head(i, wanted))
+
+    def _sized(
+        self, slots: list[int], length: int, starts: Sequence[int]
+    ) -> tuple[list[int], tuple[int, int, int, bool]]:
+        """As `Sizes.sized`, of a pass on windows of so many tokens."""
+        slots, first = sorted(slots), max(starts[slot] for slot in slots)
+        if self.compile:
+            return self.sizes.sized(slots, length, first)
+        return slots, (len(slots), length, first + length, slots == [*range(len(slots))])
 
     @torch.inference_mode()
     def straight(
-        self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
-    ) -> Straight:
+        self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted,
+        before: Straight | None = None, known: Collection[int] = (),
+    ) -> Straight:  # fmt: skip
         """What goes on with texts that go through the one segment there is.
 
         windows: of one token each, by slot, of all texts in progress. starts: as for `window`.
+        before: what the device is at; of slots that are `known` it has the token.
         """
         given = {window.slot: window for window in windows}
-        slots = self.sizes.filled(list(given)) if self.compile else list(given)
-        self.tell(slots, starts, given, 1)
-        in_order, reach = self.in_order(slots), max(starts[slot] for slot in slots)
-
-        def run(reach: int) -> Tensor:
-            size = self.sizes.reach(reach) if self.compile else reach
-            answers: Tensor = self.run((0, len(slots), 1, size, in_order, wanted))[1]
-            return answers
-
-        rows = [row for row, slot in enumerate(slots) if slot in given]
-        return Straight(run, self.control[: len(slots)], reach, rows)
+        slots, (*_, in_order) = self._sized([*given], 1, starts)
+        if before is None:
+            self.tell(slots, starts, given, 1)
+        else:
+            before.hand_on(table_of(slots, starts, given, 1), known)
+        reach, sizes = max(starts[slot] for slot in slots), self.sizes if self.compile else None
+        kind = in_order, wanted
+        return Straight(self.run, self.control, reach, slots, [*given], kind, sizes)
 
     def tell(
         self, slots: list[int], starts: Sequence[int], given: Mapping[int, Window], length: int
     ) -> None:
         """Tell the device what the next pass is about."""
-        table = table_of(slots, starts, given, length)
-        self.control[: len(slots), : 3 + length].copy_(torch.tensor(table), non_blocking=True)
+        control = self._control(length)[: len(slots), : 3 + length]
+        control.copy_(told(table_of(slots, starts, given, length)), non_blocking=True)
+
+    def _control(self, length: int) -> Tensor:
+        """What passes are told for windows of a length, (n, 3 + tokens)."""
+        alone = self.compile and self.sizes.of_prompts(length)
+        return self.prompts_control if alone else self.control
 
     @torch.inference_mode()
     def verify(
@@ -262,14 +275,11 @@ class Passes:
         self, slots: list[int], count: int, starts: Sequence[int], measure: str, samples: int
     ) -> Any:
         """Run all segments on a token and drafts of each slot. starts: as for `window`."""
-        length = self.sizes.length(1 + count) if self.compile else 1 + count
-        reach = max(starts[slot] for slot in slots) + length
-        reach = self.sizes.reach(reach) if self.compile else reach
-        in_order, last = self.in_order(slots), len(self.segments) - 1
+        (_, size), last = self._sized(slots, 1 + count, starts), len(self.segments) - 1
         for i in range(last + 1):
             ends = i == last and self.is_last
             wanted = Wanted("each", True, measure, samples) if ends else Wanted("nothing", False)
-            found = self.run((i, len(slots), length, reach, in_order, wanted))
+            found = self.run((i, *size, wanted))
         return found
 
     def run(self, key: tuple[Any, ...]) -> Any:
@@ -278,17 +288,18 @@ class Passes:
             return self.forward(*key)
         # So torch's products of one token become reductions, which use more of the bandwidth.
         tune = key[1:3] == (1, 1) and self.invariant.missing is not None
-        return self.graphs.run(key, lambda: self.forward(*key), tune)
+        beside = self.sizes.of_prompts(key[2])
+        return self.graphs.run(key, lambda: self.forward(*key), tune, beside)
 
     def forward(
         self, i: int, rows: int, length: int, reach: int, in_order: bool, wanted: Wanted
     ) -> Any:
-        """Segment `i` on the windows that `control` tells of: for each row slot, first position,
+        """Segment `i` on the windows that `_control` tells of: for each row slot, first position,
         number of tokens, and before the first segment these; as long as `length` is.
 
         Gives what `predict` does.
         """
-        control = self.control[:rows, : 3 + length]
+        control = self._control(length)[:rows, : 3 + length]
         slots, counts = control[:, 0], control[:, 2]
         positions, position_ids, waiting = self.rings.begin(control, self.ring(i), self.limit)
         start = reach - length if rows == 1 and in_order and not self.compile else None
@@ -330,7 +341,7 @@ class Passes:
         """What segment `i` makes of ids (n, T) or hidden states (n, T, H) of tokens at a place."""
         cache = self.caches[i]
         cache.put(place)
-        state = self._steps[i](inputs, position_ids, cache, self._masks(self._steps[i], cache))
+        state = self._steps[i](inputs, position_ids, cache, cache.masks(self._steps[i], self.dtype))
         if self.sources is not None:
             self.sources.keep(place.slots, place.positions, state)
         return state
@@ -342,7 +353,7 @@ class Passes:
         cache = None if final else self._exit_cache(i)
         if cache is not None and exit is not None and exit.segment is not None:
             cache.put(place)
-            state = replace(state, boundaries=self._masks(exit.segment, cache))
+            state = replace(state, boundaries=cache.masks(exit.segment, self.dtype))
         return Predictor(self._final, exit, state, cache)
 
     def agreed(self, found: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -357,17 +368,8 @@ class Passes:
         exit = None if wanted.final else self.exits.get(self.segments[i].stop)
         return None if exit is None else exit.output
 
-    def _masks(self, segment: Segment, cache: SlotCache) -> Any:
-        if not any(layer.hides for layer in cache.slot_layers):
-            return None
-        return segment.masks(lambda j: cache.slot_layers[j].mask(self.dtype))
-
     def _exit_cache(self, i: int) -> SlotCache | None:
         return self.exit_caches.get(self.segments[i].stop)
-
-    def _put(self, place: Place) -> None:
-        for cache in (*self.caches, *self.exit_caches.values()):
-            cache.put(place)
 
     def _make_caches(self, draft: Exit | None) -> tuple[list[SlotCache], dict[int, SlotCache]]:
         """Those of the segments, and of the exits that have K/V, with the draft exit."""
@@ -379,8 +381,14 @@ class Passes:
         exits = self.exits | ({DRAFT: draft} if draft is not None else {})
         return make_caches(self.segments, exits, token, sizes, self.capacity)
 
-    def _make_chains(self, model: Network, draft: DraftExit | None, stage: range) -> None:
+    def _make_chains(
+        self, model: Network, draft: DraftExit | None, stage: range, drafts: bool
+    ) -> None:
         """What draft exits need: the states that they read, and if one is here its passes."""
+        self.sources: Sources | None = None
+        self.chains: Chains | None = None
+        if not drafts:
+            return
         for segment in {*self.segments, *self._steps}:
             segment.keep(model.sources)
         self.sources = Sources(model.sources, stage, self.rings.rings[0], self.compile)
@@ -390,11 +398,3 @@ class Passes:
                 self.graphs if self.compile else None, self.control, self.draws.table, self.sources,
                 self.limit,
             )  # fmt: skip
-
-    def in_order(self, slots: list[int]) -> bool:
-        """Whether the K/V of `slots` can be looked at where they are.
-
-        Compiled, only if they are all: each case is one more graph.
-        """
-        whole = not self.compile or len(slots) == self.slots
-        return whole and slots == list(range(len(slots)))

@@ -85,11 +85,7 @@ def _in_chunks(
                 hidden[slot].append(states)
         rows = {slot: row for row, slot in enumerate(left)}
         yield [
-            Read(
-                slot,
-                None if found is None else found.of(rows[slot], 0),
-                None if passes.is_last else torch.cat(hidden[slot]),
-            )
+            Read(slot, found, rows[slot], None if passes.is_last else torch.cat(hidden[slot]))
             for slot in ends
         ]
         first += CHUNK

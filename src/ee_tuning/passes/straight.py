@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ee_tuning.passes.graphs import Sizes
+from ee_tuning.passes.wanted import Wanted, told
 
 
 @dataclass
 class Straight:
     """As many tokens of these texts as one likes, without a word from the host.
 
-    run: a pass that looks at so many places; gives tokens and confidences, (2, n, 1). control: what
-    passes are told, (n, 4), moved on here: nothing else may be told in between. reach: places that
-    are known. rows: of n, those that are texts.
+    run: `Passes.run`. control: what passes are told, its first n rows moved on here: nothing else
+    may be told in between. reach: places that are known. slots: of the n rows. texts: of these, the
+    texts', each once. kind: the last two of the pass's arguments. sizes: of compiled passes, if
+    they are.
     """
 
-    run: Callable[[int], Tensor]
+    run: Callable[[tuple[Any, ...]], Any]
     control: Tensor
     reach: int
-    rows: list[int]
+    slots: list[int]
+    texts: list[int]
+    kind: tuple[bool, Wanted]
+    sizes: Sizes | None
 
     @torch.inference_mode()
     def find(self, count: int) -> Tensor:
         """The next `count` tokens, (count, 2, n): these and confidences."""
-        found = []
+        found, rows = [], len(self.slots)
+        control = self.control[:rows]
         for _ in range(count):
             self.reach += 1
-            answers = self.run(self.reach)[:, :, 0]
-            self.control[:, 3] = answers[0]
-            self.control[:, 1] += 1
+            reach = self.reach if self.sizes is None else self.sizes.reach(self.reach)
+            answers = self.run((0, rows, 1, reach, *self.kind))[1][:, :, 0]
+            control[:, 3] = answers[0]
+            control[:, 1] += 1
             found.append(answers.clone())
         return torch.stack(found)
+
+    @cached_property
+    def where(self) -> dict[int, int]:
+        """By slot, a row of it."""
+        return {slot: row for row, slot in enumerate(self.slots)}
+
+    @property
+    def rows(self) -> list[int]:
+        """Those of the texts."""
+        return [self.where[slot] for slot in self.texts]
+
+    def hand_on(self, table: Sequence[Sequence[int]], known: Collection[int]) -> None:
+        """Behind these, tell passes of other windows of one token each, see `wanted.table_of`: of
+        slots that are `known` with the token found here."""
+        where = self.where
+        new = told([[*row, where[row[0]] if row[0] in known else -1] for row in table])
+        new = new.to(self.control.device, non_blocking=True)
+        found = self.control[new[:, 4].clamp(min=0), 3]
+        new[:, 3] = torch.where(new[:, 4] < 0, new[:, 3], found)
+        self.control[: len(table), :4] = new[:, :4]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,11 @@ class Window:
 
 
 IDLE = Window(0, 0)
+
+
+def told(table: Sequence[Sequence[int]]) -> Tensor:
+    """A table of what passes are told: in a quarter of the time that torch takes for lists."""
+    return torch.from_numpy(np.array(table, dtype=np.int64))
 
 
 def table_of(
@@ -91,23 +98,30 @@ class Predictions:
     """What follows the tokens of windows: after the last of each (A = 1), or after each.
 
     known: logits (n, A, N) fp32, good until the next pass, of all tokens or those that `head`
-    knows. tokens, confidences: the likeliest token, or one that was drawn, and how sure, by row of
-    `known`, then token. rows: the row of each window.
+    knows. answers: (2, n, A), the likeliest token, or one that was drawn, and how sure; where that
+    is a tensor, the device is waited for when the first of them is asked for, before the next pass.
+    rows: the row of each window.
     """
 
     known: Tensor
-    tokens: list[list[float]]
-    confidences: list[list[float]]
+    answers: Tensor | list[list[list[float]]]
     rows: list[int]
     head: Head | None = None
 
-    @classmethod
-    def read(
-        cls, known: Tensor, answers: Tensor, rows: list[int], head: Head | None = None
-    ) -> Predictions:
-        """What `predict` gave: the one wait for the device in a pass."""
-        tokens, confidences = answers.tolist()
-        return cls(known, tokens, confidences, rows, head)
+    @cached_property
+    def _said(self) -> list[list[list[float]]]:
+        found: Any = self.answers
+        return found.tolist() if isinstance(found, Tensor) else found
+
+    @property
+    def tokens(self) -> list[list[float]]:
+        """By row of `known`, then token."""
+        return self._said[0]
+
+    @property
+    def confidences(self) -> list[list[float]]:
+        """By row of `known`, then token."""
+        return self._said[1]
 
     @property
     def logits(self) -> Tensor:
@@ -133,7 +147,7 @@ def verified(
     first, (_, number, length), size = said.numel(), answers.shape, said.shape[1]
     lists = [both[at : at + length] for at in range(first, len(both), length)]
     rows = [both[at : at + size] for at in range(0, first, size)]
-    return rows, Predictions(logits, lists[:number], lists[number:], [*range(number)])
+    return rows, Predictions(logits, [lists[:number], lists[number:]], [*range(number)])
 
 
 @dataclass
@@ -159,16 +173,31 @@ class Prediction:
 
 @dataclass
 class Read:
-    """A prompt that was read into `slot`: what follows, if that was wanted, and where a stage
-    follows, the hidden states (P, H) behind the last segment; both good until the next pass.
+    """A prompt that was read into `slot`, or that the device is at: what follows, if that was
+    wanted, and where a stage follows, the hidden states (P, H) behind the last segment; both good
+    until the next pass.
 
-    sources: where a draft exit reads states after these layers, (1, P, n·H).
+    window: the prompt's, among those of `predictions`. sources: where a draft exit reads states
+    after these layers, (1, P, n·H).
     """
 
     slot: int
-    found: Prediction | None
+    predictions: Predictions | None
+    window: int
     hidden: Tensor | None
     sources: Tensor | None = None
+
+    def keep(self) -> None:
+        """Let what follows be good behind the next pass, too, once the device is there; not its
+        logits."""
+        if self.predictions is not None and isinstance(self.predictions.answers, Tensor):
+            kept = self.predictions.answers.to("cpu", non_blocking=True, copy=True)
+            self.predictions.answers = kept
+
+    @property
+    def found(self) -> Prediction | None:
+        """What follows; the device is waited for."""
+        return None if self.predictions is None else self.predictions.of(self.window, 0)
 
 
 def predict(

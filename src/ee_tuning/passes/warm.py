@@ -25,8 +25,9 @@ def to_warm(
     """
     if not passes.compile:
         return []
-    passes.control.zero_()
-    passes.control[:, 0] = torch.arange(passes.slots, device=passes.device)
+    for control in (passes.control, passes.prompts_control):
+        control.zero_()
+        control[:, 0] = torch.arange(len(control), device=passes.device)
     chains, texts = passes.chains, passes.texts and texts
     drafts = passes.sources is not None  # this stage's or another's
     size = len(passes.segments), passes.is_first, passes.is_last, drafts, texts
@@ -36,7 +37,7 @@ def to_warm(
         if after != "nothing" and not final and passes.segments[i].stop not in passes.exits:
             continue
         wanted = Wanted(after, final, measure, kind if after != "nothing" else NOTHING)
-        keys[i, rows, length, reach, passes.in_order(list(range(rows))), wanted] = None
+        keys[i, rows, length, reach, passes.sizes.in_order(list(range(rows))), wanted] = None
     jobs: list[Callable[[], Any]] = [partial(passes.run, key) for key in keys]
     if chains is not None:
         alone = not passes.branch or passes.group is not None

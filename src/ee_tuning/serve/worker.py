@@ -234,7 +234,8 @@ class Worker:
         match message:
             case Told(settled, to_all):
                 self._write(settled)
-                if to_all and self._loop is not None:  # behind those that write it
+                if to_all:  # behind those that write it
+                    assert self._loop is not None
                     self._loop.call_soon(self._say, Heard())
             case Begun(numbers, time):
                 for number in numbers:
