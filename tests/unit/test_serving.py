@@ -2,6 +2,7 @@
 
 import math
 import socket
+import time
 from collections import Counter
 
 import pytest
@@ -18,6 +19,8 @@ from ee_tuning.decode.text import TextStream
 from ee_tuning.errors import UserError
 from ee_tuning.serve.choices import Choice, Stops, joined
 from ee_tuning.serve.config import ServeConfig, check_settings
+from ee_tuning.serve.core import Core
+from ee_tuning.serve.messages import Heard
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 
@@ -194,3 +197,13 @@ def test_of_two_servers_that_start_at_once_one_has_the_port():
 )
 def test_what_others_reach_is_known(host, local):
     assert _is_loopback(host) is local
+
+
+@pytest.mark.parametrize(("texts", "pause"), [(0, 0.005), (1, 0.005), (4, 0.01), (64, 0.04)])
+def test_the_more_texts_there_are_the_longer_clients_wait_for_more(texts, pause):
+    core = Core(None, None, None, None)
+    core._texts = dict.fromkeys(range(texts))
+    core._next = math.inf
+    before = time.perf_counter()
+    core._take(Heard())
+    assert before + pause <= core._next <= time.perf_counter() + pause

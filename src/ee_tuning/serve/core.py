@@ -58,7 +58,9 @@ PROMPTS = 1024  # tokens of prompts read between two rounds: who is being answer
 WARM = {"greedy": NOTHING, "temperature": ALL, "temperature and top_p": ALL | TOP_P}
 TELL = 5.0  # seconds between two lines of the log on how far that is
 FAILURES = 3  # steps in a row that fail: the engine is taken for dead
-EVERY = 0.005  # seconds from when clients have written what came to when they hear of the next
+# Seconds from when clients have written what came to when they hear of the next, for each text that
+# there is; from least to most: writing takes the server's process, and clients, a part of the time.
+EACH, LEAST, MOST = 0.0025, 0.005, 0.04
 
 
 class Core:
@@ -130,7 +132,8 @@ class Core:
                 case Warm():
                     self._warm = message
                 case Heard():
-                    self._next = time.perf_counter() + EVERY
+                    pause = min(max(EACH * len(self._texts), LEAST), MOST)
+                    self._next = time.perf_counter() + pause
                     return
             self._changed.notify()
 
