@@ -62,7 +62,7 @@ def read_prompts(
             found.left_out["malformed"] += 1
             continue
         if prompt.messages:
-            ids = encode_chat(tokenizer, prompt.messages)[0].tolist()
+            ids = encode_chat(tokenizer, prompt.messages)
         else:
             ids = beginning(tokenizer, prompt, config.prompt_tokens)[0]
         reason = "empty" if not ids else "too long" if len(ids) > longest else ""

@@ -155,9 +155,10 @@ class Speaker:
         if POLICIES[config.mode].verifies and missing:
             console.print(f"as at full depth but for rounding: {missing}", style="dim")
 
-    def answer(self, input_ids: torch.Tensor, shows_prompt: bool = True) -> str:
-        """Print, and give, what follows token ids (1, P); the prompt before it if it is shown."""
+    def answer(self, ids: list[int], shows_prompt: bool = True) -> str:
+        """Print, and give, what follows token ids; the prompt before it if it is shown."""
         config, model, depth = self.config, self.model, self.model.backbone.num_layers
+        input_ids = torch.tensor([ids])
         if engines_of(model).will_compile(model, config.compiled()):
             _compile_ahead(model, input_ids, config, self.arguments, self.console)
         streamer = DepthStreamer(self.tokenizer, self.console, depth, shows_prompt)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.errors import UserError, first_line
@@ -78,24 +76,24 @@ def depth_colour(layer: int, depth: int) -> str:
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tensor:
-    """Token ids (1, P) of a prompt; of an empty one the token that begins a text.
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt; of an empty one the token that begins a text.
 
     Raises:
         UserError: it is no text in UTF-8, or empty and the tokenizer has no such token.
     """
-    ids = tokenizer(_checked(prompt), return_tensors="pt").input_ids.long()
-    if ids.shape[1]:
-        return ids
+    encoded: Any = tokenizer(_checked(prompt))
+    if encoded.input_ids:
+        return list(encoded.input_ids)
     if tokenizer.bos_token_id is None:
         raise UserError("the prompt is empty, and the tokenizer has no BOS token to begin with")
-    return torch.tensor([[tokenizer.bos_token_id]])
+    return [tokenizer.bos_token_id]
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool = True
-) -> Tensor:
-    """Token ids (1, P) of a chat, with the words with which the assistant is to go on.
+) -> list[int]:
+    """Token ids of a chat, with the words with which the assistant is to go on.
 
     generation: whether it is; False leaves these words out.
 
@@ -110,11 +108,11 @@ def encode_chat(
         )
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=generation, return_tensors="pt", return_dict=True
+            messages, add_generation_prompt=generation, return_dict=True
         )
     except TemplateError as error:
         raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
-    return encoded["input_ids"]
+    return list(encoded["input_ids"])
 
 
 def _checked(text: str) -> str:

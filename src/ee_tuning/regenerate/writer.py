@@ -113,7 +113,7 @@ class Writer:
         return replace(job, begin=begin), self._text(job, ids)
 
     def _answer(self, job: Job) -> Text | Written:
-        ids = encode_chat(self.tokenizer, list(job.messages))[0].tolist()
+        ids = encode_chat(self.tokenizer, list(job.messages))
         return self._text(job, ids)
 
     def _text(self, job: Job, ids: list[int], asks: Template | None = None) -> Text | Written:

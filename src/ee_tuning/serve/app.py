@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from fastapi.sse import EventSourceResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
@@ -63,6 +62,16 @@ class Served:
     worker: Worker
     measures: list[str]
     texts: bool
+
+
+class Events(StreamingResponse):
+    """Chunks as they come. Whether the client is still there, `Server._watch` asks."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send them."""
+        await self.stream_response(send)
 
 
 class Server:
@@ -115,7 +124,7 @@ class Server:
         if body.stream:
             usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             content = self._stream(reply, job, watch, usage, noted)
-            return EventSourceResponse(content, headers={"Cache-Control": "no-cache"})
+            return Events(content, headers={"Cache-Control": "no-cache"})
         try:
             deltas: dict[int, list[Delta]] = {choice.index: [] for choice in job.choices}
             while job.open:
@@ -124,7 +133,7 @@ class Server:
                     reply.head.written += len(delta.tokens)
             noted |= reply.head.usage()
             found = reply.whole(
-                [joined(own) for own in deltas.values()] or _silent(reply.head.asked)
+                [joined(own) for own in deltas.values()] or _silent(reply.head.asked, job)
             )
             text = found.model_dump_json(warnings=False)
             return Response(text, media_type="application/json")
@@ -142,22 +151,18 @@ class Server:
     ) -> AsyncIterator[bytes]:
         """Chunks, as the engine settles tokens; a mistake is an event, too."""
         try:
-            for chunk in reply.start():
-                yield event(chunk)
-            for delta in () if job.choices else _silent(reply.head.asked):
-                yield event(reply.piece(delta))
+            events = [event(chunk) for chunk in reply.start()]
+            events += [event(reply.piece(one)) for one in _silent(reply.head.asked, job)]
             while job.open:
+                if events:  # what there is at a time goes out as one
+                    yield b"".join(events)
                 news: dict[int, list[Delta]] = {}
                 for delta in await job.take():
                     news.setdefault(delta.index, []).append(delta)
-                for own in news.values():
-                    delta = joined(own)
-                    reply.head.written += len(delta.tokens)
-                    if reply.is_worth_it(delta):
-                        yield event(reply.piece(delta))
-            if usage:
-                yield event(reply.last())
-            yield DONE
+                found = [joined(own) for own in news.values()]
+                reply.head.written += sum(len(delta.tokens) for delta in found)
+                events = [event(reply.piece(one)) for one in found if reply.is_worth_it(one)]
+            yield b"".join([*events, *([event(reply.last())] if usage else []), DONE])
         except Gone:
             return
         except Refused as refused:
@@ -263,9 +268,9 @@ def _page() -> str:
     return resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
 
-def _silent(asked: Asked) -> list[Delta]:
+def _silent(asked: Asked, job: Job) -> list[Delta]:
     """The choices of a request for no token at all."""
-    return [Delta(index, finish="length") for index in range(len(asked.prompts) * asked.n)]
+    return [] if job.choices else [Delta(i, finish="length") for i in range(len(asked.prompts) * asked.n)]
 
 
 def make_app(served: Served) -> FastAPI:

@@ -157,7 +157,7 @@ class Reader:
             return prompt
         self._check_length(prompt, "prompt")
         try:
-            return encode_prompt(self.tokenizer, prompt)[0].tolist()
+            return encode_prompt(self.tokenizer, prompt)
         except UserError as error:
             raise Refused(f"prompt: {error}", "prompt") from error
 
@@ -169,7 +169,7 @@ class Reader:
         for turn in turns:
             self._check_length(turn["content"], "messages")
         try:
-            return encode_chat(self.tokenizer, turns, generation)[0].tolist()
+            return encode_chat(self.tokenizer, turns, generation)
         except REFUSALS as error:
             raise Refused(f"messages: {first_line(error)}", "messages") from error
 
