@@ -28,7 +28,7 @@ from ee_tuning.passes.cache import Place, SlotCache
 from ee_tuning.passes.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.passes.graphs import Graphs, Sizes, compiled
 from ee_tuning.passes.sources import Sources
-from ee_tuning.passes.wanted import told
+from ee_tuning.passes.wanted import handed_on, told
 from ee_tuning.slices import group_of
 
 
@@ -211,12 +211,10 @@ class Chains:
                 window = [slot, link.first, len(link.ids), link.limit, *link.ids]
             padding = [0] * (4 + length - len(window))
             table.append([*window, *padding, -1 if slot in own else rows[slot]])
-        new = told(table).to(self.table.device, non_blocking=True)
-        where = new[:, -1]
-        before = self.next_table(len(slots))[where.clamp(min=0)]
+        before = self.next_table(len(slots)).clone()
         left = longest[before[:, 0]] - before[:, 1] - before[:, 2]
         before[:, 3] = (left - 1).clamp(min=0, max=limit)
-        self.next_table(len(found)).copy_(torch.where(where[:, None] < 0, new[:, :-1], before))
+        self.next_table(len(found)).copy_(handed_on(table, before))
         return found
 
     def _chain(

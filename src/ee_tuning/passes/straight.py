@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ee_tuning.passes.graphs import Sizes
-from ee_tuning.passes.wanted import Wanted, told
+from ee_tuning.passes.wanted import Wanted, handed_on
 
 
 @dataclass
@@ -60,8 +60,5 @@ class Straight:
         """Behind these, tell passes of other windows of one token each, see `wanted.table_of`: of
         slots that are `known` with the token found here."""
         where = self.where
-        new = told([[*row, where[row[0]] if row[0] in known else -1] for row in table])
-        new = new.to(self.control.device, non_blocking=True)
-        found = self.control[new[:, 4].clamp(min=0), 3]
-        new[:, 3] = torch.where(new[:, 4] < 0, new[:, 3], found)
-        self.control[: len(table), :4] = new[:, :4]
+        every = [[*row, where[row[0]] if row[0] in known else -1] for row in table]
+        self.control[: len(table), :4] = handed_on(every, self.control[:, :4])

@@ -52,6 +52,17 @@ def table_of(
     return table
 
 
+def handed_on(table: Sequence[Sequence[int]], before: Tensor) -> Tensor:
+    """What passes are told, (n, W), of which the device knows some: as it has it in `before`.
+
+    table: n rows of W + 1 numbers, of which the last says which row of `before` (m, W) is in this
+    one's place; -1: none.
+    """
+    new = told(table).to(before.device, non_blocking=True)
+    where = new[:, -1:]
+    return torch.where(where < 0, new[:, :-1], before[where[:, 0].clamp(min=0)])
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What a pass is to predict.
