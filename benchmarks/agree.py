@@ -16,7 +16,7 @@ from ee_tuning.backbone import WRITES_BACK
 from ee_tuning.decode.engines import engines_of
 
 TEXTS, LENGTH = 4, 512  # random tokens by which the share is set
-PROMPTS = 8  # to choose from
+PROMPTS = 32  # to choose from
 TRIED = 10  # shares that are looked at, each half as far away as the one before
 
 

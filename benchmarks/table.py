@@ -118,9 +118,12 @@ def decoding() -> str:
     notes = []
     for path in sorted(RESULTS.glob("decode-*.json")):
         result: dict[str, Any] = json.loads(path.read_text())
-        shape = result["settings"]["shape"]
+        shape, arch = result["settings"]["shape"], result["settings"]["arch"]
+        shape += "" if arch == "mlp" else f", `{arch}` exits"
         for name, found in result["decoding"].items():
             share = f"{found['of_copy']:.0%}" if "of_copy" in found else "–"
+            if "drafts_kept" in found:  # what was aimed at is in the name
+                name = f"{name.rpartition(', ')[0]}, {found['drafts_kept']:.0%} kept"
             lines.append(
                 f"| {shape} | {name} | {_rate(found)} | {found['ms_per_step']:.2f} | {share} "
                 f"| {found['first_token_ms']:.1f} ms |"
