@@ -270,7 +270,8 @@ def _page() -> str:
 
 def _silent(asked: Asked, job: Job) -> list[Delta]:
     """The choices of a request for no token at all."""
-    return [] if job.choices else [Delta(i, finish="length") for i in range(len(asked.prompts) * asked.n)]
+    number = 0 if job.choices else len(asked.prompts) * asked.n
+    return [Delta(index, finish="length") for index in range(number)]
 
 
 def make_app(served: Served) -> FastAPI:
