@@ -10,7 +10,9 @@ import torch
 from helpers.commands import fails
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ee_tuning.commands.serve import _is_loopback, _listening
 from ee_tuning.decode import Request, Token
@@ -102,16 +104,35 @@ def test_tokens_have_their_bytes(tokenizer: PreTrainedTokenizerBase):
     assert pieces.text(tokenizer.eos_token_id) == "<eos>"
 
 
-@given(st.text(max_size=12), st.data())
-def test_a_stream_says_what_the_whole_text_is(tokenizer, text, data):
-    """Wherever the prompt before it ends between characters."""
-    ids = tokenizer(text).input_ids
+@pytest.fixture(scope="module")
+def by_pieces():
+    """A tokenizer as sentencepiece's: a text's first space is dropped, characters may be bytes."""
+    names = ["<unk>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += ["\u2581", "a", "\u2581a", "b", "n", "n\u2581"]
+    pairs = [("\u2581", "a"), ("n", "\u2581")]
+    found = Tokenizer(BPE({name: i for i, name in enumerate(names)}, pairs, byte_fallback=True))
+    found.pre_tokenizer, first = pre_tokenizers.Metaspace(split=False), decoders.Strip(" ", 1, 0)
+    steps = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), first
+    found.decoder = decoders.Sequence([*steps])
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="<eos>")
+
+
+@given(st.lists(st.text("ab n日🎉é") | st.just("<eos>"), max_size=12), st.data())
+@pytest.mark.parametrize("kind", ["by bytes", "by pieces"])
+def test_a_stream_says_what_the_whole_text_is(tokenizer, by_pieces, kind, texts, data):
+    """Wherever the prompt before it ends between characters, and however many tokens come at once,
+    also behind many that are left out."""
+    tokenizer = tokenizer if kind == "by bytes" else by_pieces
+    ids = tokenizer("".join(text * 7 if text == "<eos>" else text for text in texts)).input_ids
     cut = data.draw(st.integers(0, len(ids)))
-    before = tokenizer.decode(ids[:cut])
+    before = tokenizer.decode(ids[:cut], skip_special_tokens=True)
     if before.endswith("\ufffd"):
         return
-    stream = TextStream(tokenizer, skip_special_tokens=True, after=ids[:cut])
-    assert before + "".join(stream.put([token]) for token in ids[cut:]) + stream.end() == text
+    stream, said = TextStream(tokenizer, skip_special_tokens=True, after=ids[:cut]), before
+    while cut < len(ids):
+        number = data.draw(st.integers(1, 9))
+        said, cut = said + stream.put(ids[cut : cut + number]), cut + number
+    assert said + stream.end() == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("stops", [(), ("n 🎉",), ("never there",)])

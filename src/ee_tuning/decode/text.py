@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
 
+LONGEST = 4  # bytes of a character
+
+
 class TextStream:
-    """The text of one sequence, piece by piece: a character of several tokens comes when whole."""
+    """The text of one sequence, piece by piece: a character of several tokens comes when whole.
+
+    What tokens add to a text is what they are behind a few others, less what these alone are.
+    """
 
     BEFORE = 6  # tokens that decide how the text after them begins: with a space or without
 
@@ -25,38 +30,44 @@ class TextStream:
         after: Sequence[int] = (),
     ) -> None:
         """after: tokens that come before the text and are none of it."""
-        self._tokenizer, self._skips = tokenizer, skip_special_tokens
-        # Tokenizers written in Python have none.
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._ids = list(after)[-self.BEFORE :]
-        self._stream = DecodeStream(self._ids, skip_special_tokens=skip_special_tokens)
-        self._given = len(self._whole()) if self._ids else 0
+        # Tokenizers written in Python have no other one behind them.
+        self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._skips = skip_special_tokens
+        self._ids = list(after)  # the last ones that were said, and those that were not
+        self._said = 0  # characters of these
+        if not self._forgets():
+            self._said = len(self._text(self._ids))
 
     def put(self, ids: Sequence[int]) -> str:
         """What these tokens add to the text."""
         self._ids += ids
-        if self._backend is None:
-            text = self._whole()
-            return "" if text.endswith("\ufffd") else self._new(text[self._given :])
-        try:
-            pieces = [self._stream.step(self._backend, token) for token in ids]
-        except Exception:  # bytes that change what the text before them is: begin with it anew
-            self._stream = DecodeStream(self._ids, skip_special_tokens=self._skips)
-            return self._new(self._whole()[self._given :])
-        return self._new("".join(piece for piece in pieces if piece))
+        text = self._text(self._ids)
+        return "" if text.endswith("\ufffd") else self._say(text)
 
     def end(self) -> str:
         """What still waits: an unfinished character, as the sign for one."""
-        return self._new(self._whole()[self._given :])
+        return self._say(self._text(self._ids))
 
-    def _new(self, text: str) -> str:
-        self._given += len(text)
-        return text
+    def _say(self, text: str) -> str:
+        """What a text of all tokens adds to what was said."""
+        new, self._said = text[self._said :], len(text)
+        self._forgets()
+        return new
 
-    def _whole(self) -> str:
-        if self._backend is None:
-            return str(self._tokenizer.decode(self._ids, skip_special_tokens=self._skips))
-        return self._backend.decode(self._ids, skip_special_tokens=self._skips)
+    def _forgets(self) -> bool:
+        """Whether the last few that were said are enough: not if they are special and have no text,
+        or what follows would be taken for the beginning of one; nor from within a character."""
+        for number in range(self.BEFORE, self.BEFORE + LONGEST):
+            last = self._ids[-number:]
+            if (before := self._text(last)) and not before.startswith("\ufffd"):
+                self._ids, self._said = last, len(before)
+                return True
+        return False
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if not ids:
+            return ""
+        return str(self._decoder.decode(ids, skip_special_tokens=self._skips))
 
 
 # Told apart by every kind of eye, on light and on dark; as the playground's.
