@@ -87,8 +87,8 @@ def _on_cpu(kept: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) 
     heads, out, width = key.shape[1], value.shape[3], query.shape[3]
     number, of_all, tokens, _ = query.shape
     shared = of_all // heads
-    queries = query.new_zeros(number, tokens, heads, -(-shared // QUERIES) * QUERIES, width)
-    queries[:, :, :, :shared] = query.transpose(1, 2).unflatten(2, (heads, shared))
+    padding = 0, 0, 0, -shared % QUERIES
+    queries = F.pad(query.transpose(1, 2).unflatten(2, (heads, shared)), padding)
     key, value = _dense(key), _dense(F.pad(value, (0, width - out)) if out < width else value)
     looks = kept.place.remembered((kept.window, key.shape[2], query.dtype), _looks)
     y = query.new_empty(number, tokens, of_all, out)
