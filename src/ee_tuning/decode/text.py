@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
-
 LONGEST = 4  # bytes of a character
 
 
