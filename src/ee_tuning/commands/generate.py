@@ -158,7 +158,7 @@ class Speaker:
     def answer(self, ids: list[int], shows_prompt: bool = True) -> str:
         """Print, and give, what follows token ids; the prompt before it if it is shown."""
         config, model, depth = self.config, self.model, self.model.backbone.num_layers
-        input_ids = torch.tensor([ids])
+        input_ids = torch.tensor([ids], dtype=torch.long)
         if engines_of(model).will_compile(model, config.compiled()):
             _compile_ahead(model, input_ids, config, self.arguments, self.console)
         streamer = DepthStreamer(self.tokenizer, self.console, depth, shows_prompt)

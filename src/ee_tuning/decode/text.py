@@ -11,8 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from ee_tuning.errors import UserError, first_line
 from ee_tuning.exit_config import DRAFT, LOOKUP
 
-LONGEST = 4  # bytes of a character
-
 
 class TextStream:
     """The text of one sequence, piece by piece: a character of several tokens comes when whole.
@@ -20,7 +18,10 @@ class TextStream:
     What tokens add to a text is what they are behind a few others, less what these alone are.
     """
 
-    BEFORE = 6  # tokens that decide how the text after them begins: with a space or without
+    # Tokens that decide how the text after them begins: with a space or without. As many at least,
+    # where they do not begin within a character, of up to four bytes; at most, where all do, or
+    # are special and have no text.
+    BEFORE, MORE, MOST = 6, 4, 64
 
     def __init__(
         self,
@@ -33,37 +34,45 @@ class TextStream:
         self._decoder = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._skips = skip_special_tokens
         self._ids = list(after)  # the last ones that were said, and those that were not
-        self._said = 0  # characters of these
-        if not self._forgets():
-            self._said = len(self._text(self._ids))
+        self._said = ""  # of these
+        self._forget()
 
     def put(self, ids: Sequence[int]) -> str:
         """What these tokens add to the text."""
         self._ids += ids
         text = self._text(self._ids)
-        return "" if text.endswith("\ufffd") else self._say(text)
+        whole = text.rstrip("\ufffd")  # what is left may be a character that has begun
+        new = self._new(whole)
+        if whole == text:
+            self._forget()
+        return new
 
     def end(self) -> str:
         """What still waits: an unfinished character, as the sign for one."""
-        return self._say(self._text(self._ids))
+        return self._new(self._text(self._ids))
 
-    def _say(self, text: str) -> str:
+    def _new(self, text: str) -> str:
         """What a text of all tokens adds to what was said."""
-        new, self._said = text[self._said :], len(text)
-        self._forgets()
+        same = len(self._said)
+        while not text.startswith(self._said[:same]):  # what follows was no character yet
+            same -= 1
+        new = text[same:]
+        self._said = text if new else self._said
         return new
 
-    def _forgets(self) -> bool:
-        """Whether the last few that were said are enough: not if they are special and have no text,
-        or what follows would be taken for the beginning of one; nor from within a character."""
-        for number in range(self.BEFORE, self.BEFORE + LONGEST):
+    def _forget(self) -> None:
+        """Keep the last tokens that were said alone."""
+        for number in range(self.BEFORE, self.BEFORE + self.MORE):
             last = self._ids[-number:]
-            if (before := self._text(last)) and not before.startswith("\ufffd"):
-                self._ids, self._said = last, len(before)
-                return True
-        return False
+            said = self._text(last)
+            if said and not said.startswith("\ufffd"):
+                break
+        else:
+            last = self._ids[-self.MOST :]
+            said = self._text(last)
+        self._ids, self._said = last, said
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def _text(self, ids: list[int]) -> str:
         if not ids:
             return ""
         return str(self._decoder.decode(ids, skip_special_tokens=self._skips))

@@ -132,9 +132,8 @@ class Server:
                     deltas[delta.index].append(delta)
                     reply.head.written += len(delta.tokens)
             noted |= reply.head.usage()
-            found = reply.whole(
-                [joined(own) for own in deltas.values()] or _silent(reply.head.asked, job)
-            )
+            written = [joined(own) for own in deltas.values()]
+            found = reply.whole([*written, *_silent(reply.head.asked, job)])
             text = found.model_dump_json(warnings=False)
             return Response(text, media_type="application/json")
         except Gone:
