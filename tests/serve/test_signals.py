@@ -20,6 +20,8 @@ from helpers.commands import PATIENCE
 from helpers.serving import as_a_process
 from openai import APIError
 
+from ee_tuning.serve.process import _held
+
 DEMO = str(Path(__file__).parents[2] / "demo" / "model")
 
 
@@ -151,6 +153,21 @@ def test_an_engine_whose_process_ends_is_dead_and_one_ends_with_its_server(demo)
         while is_there(engine):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no masks of signals")
+def test_a_signal_while_the_engine_is_started_is_the_servers_and_not_lost():
+    heard, ends = [], "import signal; signal.raise_signal(signal.SIGTERM); print('it goes on')"
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    try:
+        with _held(signal.SIGTERM):
+            signal.raise_signal(signal.SIGTERM)
+            started = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True)
+            assert not heard
+        assert heard == ["SIGTERM"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started.stdout == "it goes on\n"
 
 
 @pytest.mark.slow

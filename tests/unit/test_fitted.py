@@ -7,7 +7,7 @@ from helpers.families import tiny
 from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.config import TuneConfig
 from ee_tuning.losses import IGNORED
-from ee_tuning.tune.fitted import fit, scale_norm, tokens_to_fit
+from ee_tuning.tune.fitted import fit, fitted_to, scale_norm, tokens_to_fit
 from ee_tuning.tune.step import Tuner
 
 ARCHS = ["embedding", "norm", "mlp", "layer"]
@@ -162,3 +162,11 @@ def test_by_default_exits_are_fitted_where_the_final_exit_runs(settings, start):
     config = TuneConfig(**settings)
     assert config.start == config.exit_config().init == start
     assert config.runs_whole == (config.loss != "ce" or start == "fitted")
+
+
+@pytest.mark.parametrize(("layers", "arch", "reads"), [("2", "norm", 1), ("0", "draft", 5)])
+def test_a_fit_to_few_tokens_is_said(layers, arch, reads):
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig(layers, arch))
+    values = reads * model.config.hidden_size
+    assert fitted_to(model, 4 * values, 2.0).endswith("in closed form, 2 s")
+    assert f"few for maps of {values:,} values" in fitted_to(model, 4 * values - 1, 2.0)

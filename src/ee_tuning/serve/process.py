@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,28 +29,32 @@ def in_a_process(config: ServeConfig, ready: Callable[[], None]) -> Iterator[Con
     own, other = context.Pipe()
     level = logging.root.manager.disable
     process = context.Process(target=_main, args=(config, other, ready, level), name="engine")
-    with _ignored(signal.SIGINT, signal.SIGTERM):  # by it: this process says when it is over
-        process.start()
-    other.close()
     try:
+        with _held(signal.SIGINT, signal.SIGTERM):  # this process says when it is over
+            process.start()
+        other.close()
         yield own
     except EOFError:
         process.join()
         raise ProcessFailed(f"the engine's process ended with status {process.exitcode}") from None
     finally:
-        process.kill()  # there is nothing that it has to keep
-        process.join()
+        if process.pid is not None:
+            process.kill()  # there is nothing that it has to keep
+            process.join()
         own.close()
 
 
 @contextmanager
-def _ignored(*signals: signal.Signals) -> Iterator[None]:
-    before = [signal.signal(one, signal.SIG_IGN) for one in signals]
+def _held(*signals: signal.Signals) -> Iterator[None]:
+    """These wait meanwhile, and never reach what is started here."""
+    if sys.platform == "win32":  # a process has its own there
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
-        for one, handler in zip(signals, before, strict=True):
-            signal.signal(one, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _main(

@@ -25,8 +25,8 @@ from ee_tuning.model import Descent, Network
 from ee_tuning.tune.optimizers import working_copies
 from ee_tuning.tune.step import Batch, Tuner
 
-TOKENS = 100_000  # to fit to, at most
-TOKENS_PER_VALUE = 100  # that a map reads, at most
+TOKENS = 100_000  # to fit to, at most, where these are enough
+ENOUGH, TOKENS_PER_VALUE = 4, 100  # for each value that a map reads, at least; at most
 RIDGE = 1e-3  # penalty, in mean squares of each value that is read
 
 Rows = tuple[Tensor, Tensor]
@@ -34,8 +34,23 @@ Rows = tuple[Tensor, Tensor]
 
 def tokens_to_fit(model: Network) -> int:
     """How many tokens of the data are enough for the exits of `model`."""
-    reads = 1 + len(model.sources)
-    return min(TOKENS, TOKENS_PER_VALUE * reads * model.config.hidden_size)
+    values = _values(model)
+    return min(max(TOKENS, ENOUGH * values), TOKENS_PER_VALUE * values)
+
+
+def fitted_to(model: Network, tokens: int, seconds: float) -> str:
+    """What there is to say of a fit to so many tokens."""
+    said = f"exits fitted to {tokens:,} tokens in closed form, {seconds:.0f} s"
+    if tokens >= ENOUGH * (values := _values(model)):
+        return said
+    return (
+        f"{said}: few for maps of {values:,} values: more steps, or --init copy, may begin better"
+    )
+
+
+def _values(model: Network) -> int:
+    """That the largest map reads."""
+    return (1 + len(model.sources)) * int(model.config.hidden_size)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from ee_tuning.plan.memory import largest_parts
 from ee_tuning.plan.shapes import account_of, shapes_of
 from ee_tuning.tune.checkpoint import load_checkpoint, save_checkpoint
 from ee_tuning.tune.drafts import measure_drafts
-from ee_tuning.tune.fitted import fit, tokens_to_fit
+from ee_tuning.tune.fitted import fit, fitted_to, tokens_to_fit
 from ee_tuning.tune.metrics import Display, MetricsLog, NoLog, OnTheWay, Speed
 from ee_tuning.tune.optimizers import learning_rate, loss_weights, set_learning_rate
 from ee_tuning.tune.setup import SetUp, digest, set_up
@@ -244,8 +244,7 @@ class Run:
         # By default a `layer` exit begins as a copy: see docs/tuning.md.
         fit(self.tuner, deal_batches(batches, self.mesh), "layer" if config.init == "auto" else "")
         took = time.perf_counter() - started
-        tokens = rows * config.seq_length
-        self.display.say(f"exits fitted to {tokens:,} tokens in closed form, {took:.0f} s")
+        self.display.say(fitted_to(self.model, rows * config.seq_length, took))
 
     def step(self, step: int, log: MetricsLog | NoLog, stop: bool) -> None:
         """One optimizer step, counted from 0. stop: this process was asked to stop."""
