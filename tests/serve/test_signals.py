@@ -157,11 +157,15 @@ def test_an_engine_whose_process_ends_is_dead_and_one_ends_with_its_server(demo)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no masks of signals")
 def test_a_signal_while_the_engine_is_started_is_the_servers_and_not_lost():
-    heard, ends = [], "import signal; signal.raise_signal(signal.SIGTERM); print('it goes on')"
+    heard, comes = [], threading.Event()
+    ends = "import signal; signal.raise_signal(signal.SIGTERM); print('it goes on')"
+    other = threading.Thread(target=lambda: (comes.wait(), signal.raise_signal(signal.SIGTERM)))
+    other.start()  # of one that is not the first
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
     try:
         with _held(signal.SIGTERM):
-            signal.raise_signal(signal.SIGTERM)
+            comes.set()
+            other.join()
             started = subprocess.run([sys.executable, "-c", ends], capture_output=True, text=True)
             assert not heard
         assert heard == ["SIGTERM"]

@@ -46,15 +46,20 @@ def in_a_process(config: ServeConfig, ready: Callable[[], None]) -> Iterator[Con
 
 @contextmanager
 def _held(*signals: signal.Signals) -> Iterator[None]:
-    """These wait meanwhile, and never reach what is started here."""
-    if sys.platform == "win32":  # a process has its own there
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    """These wait meanwhile, in whatever thread they come, and never reach what is started here."""
+    heard = list[int]()
+    before = [signal.signal(one, lambda number, _: heard.append(number)) for one in signals]
+    if sys.platform != "win32":  # a process has its own there
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for one, handler in zip(signals, before, strict=True):
+            signal.signal(one, handler)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def _main(
