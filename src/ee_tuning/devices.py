@@ -6,9 +6,11 @@ import os
 import platform
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from ee_tuning.errors import Notice, UserError, first_line
 from ee_tuning.quantise.fp8 import has_fp8
@@ -27,6 +29,12 @@ def wait_for(device: torch.device) -> None:
     """Until a GPU has done what it was given; a CPU is never behind."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def sent(values: Any, device: torch.device) -> Tensor:
+    """Values on a device, for what it is given next: where `torch.tensor(values, device=…)` waits
+    until it has done all that it was given before."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 def pick_device(name: str) -> torch.device:

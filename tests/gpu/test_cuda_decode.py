@@ -195,6 +195,26 @@ def test_rounds_of_several_texts_do_not_wait_for_the_host(sampled, monkeypatch):
     assert len(begun) > 10
 
 
+@pytest.mark.parametrize("mode", ["full", "speculative"])
+def test_texts_that_come_and_end_do_not_let_the_host_wait(mode, monkeypatch):
+    """Neither what the device is told of them, nor what becomes of them, waits for the others."""
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, rooms, clock: 3)
+    model = drafting().cuda()
+    settings = {"slots": 4, "capacity": 96, "compile": True, "mode": mode, "threshold": 0.001}
+    texts = [{"input_ids": prompt(n, n), "max_new_tokens": 20 + 3 * n} for n in range(3, 15)]
+    found = []
+    for waiting in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(waiting)
+        try:
+            found.append([*model.generate_batch(texts, max_pending=3, **settings)])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    first, second = (
+        {number: out.sequences.tolist() for number, out in outputs} for outputs in found
+    )
+    assert first == second
+
+
 @pytest.mark.parametrize("exit", [False, True])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_drafts_of_a_text_are_found_by_the_device(exit, sampled, monkeypatch):

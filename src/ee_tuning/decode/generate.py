@@ -34,6 +34,7 @@ from ee_tuning.decode.settings import (
     check_pending,
     make_policy,
 )
+from ee_tuning.devices import sent
 from ee_tuning.errors import Notice, UserError
 from ee_tuning.exit_config import LOOKUP
 from ee_tuning.model import Network
@@ -308,11 +309,6 @@ def _output(
             for row in tokens
         ]
 
-    # Each copy to a GPU is a wait.
-    numbers = [table("id", padding), table("exit_layer", 0)]
-    new, exit_layers = torch.tensor(numbers, device=device)
-    return GenerateOutput(
-        sequences=torch.cat([prompts.to(device), new], dim=1),
-        exit_layers=exit_layers,
-        confidences=torch.tensor(table("confidence", 0.0), device=device),
-    )
+    whole = torch.cat([prompts.cpu(), torch.tensor(table("id", padding))], dim=1)
+    found = whole, table("exit_layer", 0), table("confidence", 0.0)
+    return GenerateOutput(*(sent(one, device) for one in found))

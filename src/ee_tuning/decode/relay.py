@@ -209,14 +209,15 @@ class RelayedStraight:
 
 
 class RelayedChains:
-    """`Chains` of the last stage, as every process of a relay has them.
-
-    bars: as of `Chains`, on the last stage.
-    """
+    """`Chains` of the last stage, as every process of a relay has them."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay, self._own = relay, relay.own.chains
-        self.bars = torch.zeros(relay.slots) if self._own is None else self._own.bars
+
+    def set_bar(self, slot: int, bar: float) -> None:
+        """As of `Chains`."""
+        if self._own is not None:
+            self._own.set_bar(slot, bar)
 
     def fill(self, links: Sequence[Link], starts: Sequence[int]) -> None:
         """As of `Chains`."""

@@ -190,7 +190,7 @@ class Sequences:
         row = self.rows[slot] = Row(request, slot, through, ends)
         if row.policy.bar is not None:
             assert self.passes.chains is not None
-            self.passes.chains.bars[slot] = row.policy.bar
+            self.passes.chains.set_bar(slot, row.policy.bar)
         chooser = request.chooser
         if chooser.sample and chooser.seed is None:
             assert seeds is not None

@@ -8,7 +8,7 @@ as the host knows, and of others that have come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ from torch import Tensor
 from ee_tuning.decode.rounds import NO_LOGITS, Line, settled
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.devices import sent
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.passes.graphs import compiled
-from ee_tuning.passes.wanted import Prediction, Predictions
+from ee_tuning.passes.wanted import Prediction, Predictions, handed_on, told
 
 
 class Underway(NamedTuple):
@@ -59,6 +60,7 @@ class Together:
         self._lines = [Line(self._said) for _ in range(2)]
         self._underway: Underway | None = None
         self._follow = compiled(_follow, passes.compile)
+        self._hand_on = compiled(_hand_on, passes.compile)
 
     def serves(self, rows: Sequence[Row]) -> bool:
         """Whether these rows draft by the draft exit alone, and passes choose."""
@@ -122,15 +124,34 @@ class Together:
         }
         starts = [ends.get(slot, start) for slot, start in enumerate(sequences.starts(0))]
         if [*rows] != one.rows or number != one.number:
-            known = [row.slot for row in rows if row in seen]
-            links = [row.link() for row in rows if row not in seen]
-            self._tell_longest(rows)
-            slots = self._chains.hand_on(slots, known, links, number, self._longest)
+            slots = self._go_over(slots, rows, seen, number)
         drawn = rows[0].policy.measure, sequences.drawn(rows)
         draft = partial(self._chains.again, slots, max(starts), number, *drawn)
         line = self._lines[one.line is self._lines[0]]
         line.follow(partial(self._round, rows, slots, draft, starts))
         return Underway([*rows], slots, number, ends, line)
+
+    def _go_over(
+        self, slots: list[int], rows: Sequence[Row], seen: Collection[Row], number: int
+    ) -> list[int]:
+        """Let the windows of the next chains, which are of `slots`, be those of `rows`; gives the
+        slots of these. seen: rows whose windows the device knows. number: of drafts at most."""
+        chains, where = self._chains, {slot: row for row, slot in enumerate(slots)}
+        by_slot, width = {row.slot: row for row in rows}, chains.next_table(1).shape[1]
+        found, table = self._sequences.passes.sizes.filled([*by_slot], width - 4), []
+        for place, slot in enumerate(found):
+            row, window = by_slot[slot], [slot, 0, 0, number]
+            if row in seen:
+                place = len(found) + where[slot]
+            else:
+                link = row.link()
+                window = [slot, link.first, len(link.ids), number, *link.ids]
+            padding = [0] * (width - len(window))
+            table.append([row.request.max_length, *window, *padding, place])
+        new = sent(told(table), self._longest.device)
+        every = chains.next_table(max(len(slots), len(found)))
+        self._hand_on(every, new, len(slots), self._longest)
+        return found
 
     def _tell_longest(self, rows: Sequence[Row]) -> None:
         longest = [0] * self._sequences.passes.slots
@@ -168,16 +189,39 @@ class Together:
         return row, [answers.at(0, place) for place in range(number + 1)]
 
     def to_warm(self) -> list[Callable[[], Any]]:
-        """What compiles what follows a round, of any size of pass that verifies."""
+        """What compiles what follows a round, of any size of pass that verifies, and what hands on
+        the windows of so many rows to so many others."""
         sizes = self._sequences.passes.sizes
-        numbers = {rows for rows, _ in sizes.chains(self._most + 1)} - {1}
+        numbers = sorted({rows for rows, _ in sizes.chains(self._most + 1)} - {1})
 
         def warm(rows: int, length: int) -> None:
             answers = self._said.new_zeros(2, rows, length)
             table, chained = self._chains.next_table(rows), self._chained[:rows]
             self._follow(self._said, table, chained, answers, self._longest)
 
-        return [partial(warm, *one) for one in product(sorted(numbers), sizes.windows[1:])]
+        def warm_others(before: int, after: int) -> None:
+            table = self._chains.next_table(max(before, after))
+            told = table.new_zeros(after, table.shape[1] + 2)
+            self._hand_on(table, told, before, self._longest)
+
+        rounds, others = product(numbers, sizes.windows[1:]), product(numbers, numbers)
+        return [
+            *(partial(warm, *one) for one in rounds),
+            *(partial(warm_others, *one) for one in others),
+        ]
+
+
+def _hand_on(table: Tensor, told: Tensor, before: int, longest: Tensor) -> None:
+    """Let a table of windows be of other rows, and of other drafts at most.
+
+    table: (m, 4 + T), of `Chains`; its first rows, `before`, are known. told: (n, 6 + T), how long
+    a text may become, then as for `handed_on`. longest: (slots,), is told of that, too.
+    """
+    ends, new = told[:, 0], handed_on(told[:, 1:], table[:before])
+    left = ends - new[:, 1] - new[:, 2]
+    limits = torch.minimum(told[:, 4], (left - 1).clamp(min=0))
+    longest[told[:, 1]] = ends
+    table[: len(told)] = torch.cat([new[:, :3], limits[:, None], new[:, 4:]], 1)
 
 
 def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longest: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ee_tuning.backbone import Segment
-from ee_tuning.devices import free_memory, readable
+from ee_tuning.devices import free_memory, readable, sent
 from ee_tuning.errors import UserError
 from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.passes.graphs import ALIGNED, compiled
@@ -332,8 +332,7 @@ def places_in(
     ring: Tensor, slots: Sequence[int], positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Where in a ring (slots, R, …) n tokens are."""
-    table = torch.tensor([[*slots], [*positions]], dtype=torch.int64)
-    table = table.to(ring.device, non_blocking=True)  # else it would wait for the pass before
+    table = sent([[*slots], [*positions]], ring.device)
     return table[0], table[1] % ring.shape[1]
 
 

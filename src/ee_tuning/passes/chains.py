@@ -28,7 +28,7 @@ from ee_tuning.passes.cache import Place, SlotCache
 from ee_tuning.passes.draws import ALL, NOTHING, drawn, places_of
 from ee_tuning.passes.graphs import Graphs, Sizes, compiled
 from ee_tuning.passes.sources import Sources
-from ee_tuning.passes.wanted import handed_on, told
+from ee_tuning.passes.wanted import told
 from ee_tuning.slices import group_of
 
 
@@ -120,7 +120,8 @@ class Chains:
         self.control, self.draws, self.limit = control, draws, limit
         slots, device = len(control), control.device
         self.states = sources.states
-        self.bars = torch.zeros(slots, device=device)
+        self._bars = torch.zeros(slots)  # as the host knows them
+        self.bars = self._bars.to(device, copy=True)
         self.table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
         # How many drafts come before one, for the device.
         self.numbers = torch.arange(sizes.longest + 1, device=device)
@@ -129,6 +130,12 @@ class Chains:
         self._later = compiled(later_draft, graphs is not None)
         self.tell = compiled(_tell, graphs is not None, each=False)
         self._read = compiled(_read, graphs is not None)
+
+    @torch.inference_mode()
+    def set_bar(self, slot: int, bar: float) -> None:
+        """Of the next text in a slot; the device, which is not waited for, is told then, too."""
+        self._bars.numpy()[slot] = bar
+        self.bars.copy_(self._bars, non_blocking=True)
 
     def forget(self, slot: int) -> None:
         """As of passes."""
@@ -194,28 +201,6 @@ class Chains:
         length = self._length(count)
         reach = longest + max(length, count)
         return self._chain(slots, length, count, reach, measure, samples)
-
-    @torch.inference_mode()
-    def hand_on(
-        self, slots: list[int], known: Sequence[int], links: Sequence[Link], limit: int,
-        longest: Tensor,
-    ) -> list[int]:  # fmt: skip
-        """Let `next_table`, which is of `slots`, be of those that are `known` and of links; gives
-        the slots of its rows. limit: drafts at most. longest: (slots,), of texts."""
-        own, table = {link.slot: link for link in links}, []
-        rows, length = {slot: row for row, slot in enumerate(slots)}, self._length(1)
-        found = self.sizes.filled([*known, *own], length)
-        for slot in found:
-            window = [slot, 0, 0, 0]
-            if (link := own.get(slot)) is not None:
-                window = [slot, link.first, len(link.ids), link.limit, *link.ids]
-            padding = [0] * (4 + length - len(window))
-            table.append([*window, *padding, -1 if slot in own else rows[slot]])
-        before = self.next_table(len(slots)).clone()
-        left = longest[before[:, 0]] - before[:, 1] - before[:, 2]
-        before[:, 3] = (left - 1).clamp(min=0, max=limit)
-        self.next_table(len(found)).copy_(handed_on(table, before))
-        return found
 
     def _chain(
         self, slots: list[int], length: int, count: int, reach: int, measure: str, samples: int

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_tuning.backbone import State
+from ee_tuning.devices import sent
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.exits import DraftExit, Exit
 from ee_tuning.exits.head import Head
@@ -127,14 +128,13 @@ class Passes:
         given: by slot, ids, or for a later stage hidden states (P, H). last: the last segment to
         run. What is given is good until the next one is.
         """
-        texts = [torch.as_tensor(inputs, device=self.device) for inputs in given.values()]
+        texts = [sent(inputs, self.device) for inputs in given.values()]
         lengths = [len(text) for text in texts]
         padding = 0, self.invariant.padding(sum(lengths)) if self.beside else 0
         places = torch.cat([torch.arange(length, device=self.device) for length in lengths])
         hidden, positions = (F.pad(x, padding)[None] for x in (torch.cat(texts), places))
-        slots = torch.tensor([*given], device=self.device)
-        place = Place(slots, positions, max(lengths), in_order=False, empty=True)
-        place.texts = lengths if self.beside else None
+        slots, beside = sent([*given], self.device), lengths if self.beside else None
+        place = Place(slots, positions, max(lengths), in_order=False, empty=True, texts=beside)
         for cache in (*self.caches, *self.exit_caches.values()):
             cache.put(place)
         states = []
@@ -150,7 +150,7 @@ class Passes:
         self, slot: int, text: Tensor, states: Sequence[State], wanted: Wanted
     ) -> Read:
         """What one text (P,) or (P, H) of a pass leaves behind in its slot and is followed by."""
-        slots = torch.tensor([slot], device=self.device)
+        slots = sent([slot], self.device)
         state, last = states[-1], len(states) - 1
         positions = state.position_ids
         for cache in self.exit_caches.values():

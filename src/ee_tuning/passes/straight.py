@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_tuning.devices import sent
 from ee_tuning.passes.graphs import Sizes
-from ee_tuning.passes.wanted import Wanted, handed_on
+from ee_tuning.passes.wanted import Wanted, handed_on, told
 
 
 @dataclass
@@ -59,6 +60,10 @@ class Straight:
     def hand_on(self, table: Sequence[Sequence[int]], known: Collection[int]) -> None:
         """Behind these, tell passes of other windows of one token each, see `wanted.table_of`: of
         slots that are `known` with the token found here."""
-        where = self.where
-        every = [[*row, where[row[0]] if row[0] in known else -1] for row in table]
-        self.control[: len(table), :4] = handed_on(every, self.control[:, :4])
+        where, number = self.where, len(table)
+        every = [
+            [*one, number + where[one[0]] if one[0] in known else row]
+            for row, one in enumerate(table)
+        ]
+        new = sent(told(every), self.control.device)
+        self.control[:number, :4] = handed_on(new, self.control[:, :4])

@@ -52,15 +52,13 @@ def table_of(
     return table
 
 
-def handed_on(table: Sequence[Sequence[int]], before: Tensor) -> Tensor:
+def handed_on(table: Tensor, before: Tensor) -> Tensor:
     """What passes are told, (n, W), of which the device knows some: as it has it in `before`.
 
-    table: n rows of W + 1 numbers, of which the last says which row of `before` (m, W) is in this
-    one's place; -1: none.
+    table: (n, W + 1), of which the last column says which row is in this one's place: of the table,
+    or behind its n rows one of `before` (m, W).
     """
-    new = told(table).to(before.device, non_blocking=True)
-    where = new[:, -1:]
-    return torch.where(where < 0, new[:, :-1], before[where[:, 0].clamp(min=0)])
+    return torch.cat([table[:, :-1], before])[table[:, -1]]
 
 
 @dataclass(frozen=True)
