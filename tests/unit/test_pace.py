@@ -190,3 +190,16 @@ def test_rounds_without_drafts_count_together_as_one_by_one():
     assert paces[0].margin(NEW, clock) == pytest.approx(paces[1].margin(NEW, clock))
     for one, other in zip(*(pace.outlook(NEW) for pace in paces), strict=True):
         assert one == pytest.approx(other)
+
+
+def test_a_draft_takes_time_whatever_a_few_rounds_took():
+    """Those with fewer drafts of a size than most are the last of texts, and may be slow ones."""
+    clock = Clock(0.1, most=[3, 6])
+    for _ in range(10):
+        clock.learn(0, 1.0)
+        clock.learn(3, 1.8)
+        clock.learn(6, 2.2)
+    for _ in range(5):
+        clock.learn(4, 3.0)
+    took = [clock.rounds(drafts) for drafts in range(1, 7)]
+    assert took == sorted({*took})
