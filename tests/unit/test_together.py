@@ -1,5 +1,6 @@
 """Rounds of several texts, begun before the host has looked: those of the twin, which asks it."""
 
+import math
 import random
 from collections import defaultdict
 
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 
 from ee_tuning.decode import Engine, Request, Speculative
 from ee_tuning.decode.ahead import Ahead
-from ee_tuning.decode.pace import Clock
+from ee_tuning.decode.drafts import _learned
+from ee_tuning.decode.pace import Clock, Pace
 from ee_tuning.decode.rounds import Line
-from ee_tuning.decode.sampling import Chooser
-from ee_tuning.decode.together import Together, _follow
+from ee_tuning.decode.sampling import Asked, Chooser, Token, choose
+from ee_tuning.decode.sequences import Row
+from ee_tuning.decode.together import Together, Underway, _follow, _hand_on
 from ee_tuning.exit_config import DRAFT
+from ee_tuning.passes.wanted import Predictions
 
 
 def engine_of(slots, most, together=True, **settings):
@@ -163,3 +167,64 @@ def test_the_device_finds_the_next_windows():
             assert said[row, 1 + most : 1 + most + count].equal(sure[row])
             assert said[row, 1 + 2 * most : 2 + 2 * most + count].tolist() == ends[row].tolist()
         assert not said[len(rows) :].any()
+
+
+def test_windows_are_handed_on_to_other_rows():
+    """Those of known rows stay as they are but for how many drafts they may have; others come."""
+    draw, length = random.Random(0), 5
+    for before, after, limit in ((2, 4, 3), (4, 2, 1), (4, 4, 4)):
+        numbers = [[draw.randint(3, 9) for _ in range(3 + length)] for _ in range(8)]
+        windows = [[slot, *numbers[slot]] for slot in range(4)]
+        table, longest = torch.tensor(windows), torch.zeros(8, dtype=torch.int64)
+        ends = [draw.randint(10, 20) for _ in range(8)]
+        told, expected = [], []
+        for place in range(after):
+            row = draw.randrange(before)
+            own, where = windows[row], after + row
+            given = [row, 0, 0, limit, *[0] * length]
+            if place % 2:
+                own, where = [4 + place, *numbers[4 + place]], place
+                given = [*own[:3], limit, *own[4:]]
+            slot, first, number, _, *ids = own
+            told.append([ends[slot], *given, where])
+            drafts = max(0, min(limit, ends[slot] - first - number - 1))
+            expected.append([slot, first, number, drafts, *ids])
+        _hand_on(table, torch.tensor(told), before, longest)
+        assert table.tolist() == [*expected, *windows[after:]]
+        assert all(longest[slot] == end for end, slot, *_ in told)
+
+
+def test_what_a_round_says_of_a_text_is_what_the_twin_makes_of_it():
+    """Any number of drafts kept; of a token for which nothing speaks, the text fails alone."""
+    engine, draw, most = engine_of(2, 4), random.Random(0), 4
+    for _ in range(200):
+        number, left = draw.randint(0, most), draw.randint(1, 9)
+        drafts = [draw.randint(0, 1) for _ in range(most)]
+        ends = [draw.randint(0, 1) for _ in range(most + 1)]
+        sures = [draw.choice([0.5, 0.9, 0.25, 0.75]) for _ in range(2 * most + 1)]
+        if draw.random() < 0.2:
+            sures[most + draw.randint(0, most)] = draw.choice([math.nan, -math.inf])
+        said = [float(one) for one in (number, *drafts, *sures[:most], *ends, *sures[most:])]
+        rows = []
+        for _ in range(2):
+            policy = Speculative(DEPTH, max_pending=most, bar=0.0)
+            rows.append(Row(Request([5, 6, 7], policy, 3 + left), 0, 1, True))
+            rows[-1].pace = Pace(most, 0.1)
+        own, twin = rows
+        one = Underway([own], [0], draw.randint(number, most), {0: 3}, Line(torch.zeros(1)))
+        _, tokens = engine.together._settle(own, one, said)
+
+        twin.limit = max(0, min(one.number, twin.left - 1))
+        pairs = zip(drafts[:number], sures, strict=False)
+        twin.draft([Token(token, DRAFT, sure) for token, sure in pairs])
+        answers = Predictions(torch.empty(0), [[ends], [sures[most:]]], [0])
+        found = [answers.at(0, place) for place in range(number + 1)]
+        asked = Asked(twin.request.chooser, twin.ids, found, twin.drafts)
+        (choice,) = choose([asked])
+        _, expected = _learned(twin, found, choice)
+        assert tokens == expected
+        assert str(own.request.error) == str(twin.request.error)
+        if twin.request.error is None:
+            known = (vars(row) | {"request": None, "policy": None, "pace": None} for row in rows)
+            assert next(known) == next(known)
+            assert vars(own.pace) == vars(twin.pace)

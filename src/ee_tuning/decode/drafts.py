@@ -19,7 +19,7 @@ from ee_tuning.decode.rounds import Rounds
 from ee_tuning.decode.sampling import Asked, Choice, Token, choose
 from ee_tuning.decode.sequences import Row, Sequences, Settled, Stopwatch
 from ee_tuning.decode.straight import Several
-from ee_tuning.decode.together import Together, Verified
+from ee_tuning.decode.together import Together
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes.graphs import Lane
 from ee_tuning.passes.wanted import Prediction, Read
@@ -71,7 +71,10 @@ def chain_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
     settled: list[Settled] = []
     for measure in {row.policy.measure for row in rows}:
         alike = [row for row in rows if row.policy.measure == measure]
-        settled += _all_learned(_verified_chains(sequences, alike, measure))
+        found = _verified_chains(sequences, alike, measure)
+        asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
+        for (row, said), choice in zip(found, choose(asked), strict=True):
+            settled.append(_learned(row, said, choice))
     return settled
 
 
@@ -134,14 +137,9 @@ def _learned(row: Row, said: Sequence[Prediction], choice: Choice) -> Settled:
     return settled
 
 
-def _all_learned(found: Sequence[Verified]) -> list[Settled]:
-    """As `_learned`, of what was found for each row."""
-    asked = [Asked(row.request.chooser, row.ids, said, row.drafts) for row, said in found]
-    pairs = zip(found, choose(asked), strict=True)
-    return [_learned(row, said, choice) for (row, said), choice in pairs]
-
-
-def _verified_chains(sequences: Sequences, rows: Sequence[Row], measure: str) -> list[Verified]:
+def _verified_chains(
+    sequences: Sequences, rows: Sequence[Row], measure: str
+) -> list[tuple[Row, list[Prediction]]]:
     """Rows, with their drafts, and what the end says to each of these and to what follows them."""
     passes, starts = sequences.passes, sequences.starts(0)
     chains, count = passes.chains, max(1, *(row.limit for row in rows))
@@ -205,8 +203,7 @@ def next_round(
     first = not underway(rows, several, ahead)
     drafts = together is not None and first and not rests and together.serves(rows)
     if together is not None and (drafts or together.underway(rows)):
-        found, least = together.go_on(rows, behind and chains)
-        settled = _all_learned(found)
+        settled, least = together.go_on(rows, behind and chains)
         if clocks[0] is not None and (seconds := timed()) is not None:
             _count(rows, clocks[0], None, max(seconds, least))
         return settled

@@ -136,6 +136,13 @@ class Row:
         self.ids += [draft.id for draft in drafts]
         self.done = [len(self.ids)] * self.through
 
+    def chain(self, ids: Sequence[int]) -> None:
+        """Go on with the drafts of a chain that the end has kept, and its own token after these: as
+        `draft` and `keep`."""
+        self.linked = len(self.ids)
+        self.ids += ids
+        self.done = [len(self.ids) - 1] * self.through
+
     def look_up(self, found: list[int]) -> None:
         """Go on with drafts from its text, and ask no exit, until the end has verified them."""
         # How sure the end is of those that it keeps, it says then.

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ee_tuning.decode.rounds import NO_LOGITS, Line, settled
-from ee_tuning.decode.sampling import Chooser, Token
-from ee_tuning.decode.sequences import Row, Sequences
+from ee_tuning.decode.rounds import Line, settled
+from ee_tuning.decode.sampling import Chooser, Token, check_evidence
+from ee_tuning.decode.sequences import Row, Sequences, Settled
 from ee_tuning.devices import sent
+from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.passes.graphs import compiled
-from ee_tuning.passes.wanted import Prediction, Predictions, handed_on, told
+from ee_tuning.passes.wanted import handed_on, told
 
 
 class Underway(NamedTuple):
@@ -37,10 +38,6 @@ class Underway(NamedTuple):
     number: int
     ends: dict[int, int]
     line: Line
-
-
-# A row, its drafts, and what the end says to each and to what follows the last one.
-Verified = tuple[Row, list[Prediction]]
 
 
 class Together:
@@ -76,9 +73,9 @@ class Together:
         return self._underway is not None and any(row in self._underway.rows for row in rows)
 
     @torch.inference_mode()
-    def go_on(self, rows: Sequence[Row], behind: bool) -> tuple[list[Verified], float]:
+    def go_on(self, rows: Sequence[Row], behind: bool) -> tuple[list[Settled], float]:
         """The next round of rows that this `serves`, of up to `row.limit` drafts each, or the one
-        that is `underway`; and the seconds that it took the device.
+        that is `underway`, as of `drafts.chain_round`; and the seconds that it took the device.
 
         behind: the one that they have next is begun before the host looks at this one. Rows that
         have come while the device is at it wait for that.
@@ -92,8 +89,8 @@ class Together:
         self._underway = self._behind(one, rows, number) if behind and follows else None
         said, seconds = one.line.read()
         seen, places = {*one.rows}, {slot: place for place, slot in enumerate(one.slots)}
-        found = [self._read(row, one, said[places[row.slot]]) for row in rows if row in seen]
-        return found, seconds
+        settled = [self._settle(row, one, said[places[row.slot]]) for row in rows if row in seen]
+        return settled, seconds
 
     def _begin(self, rows: Sequence[Row], number: int) -> Underway:
         """A round of rows of which all is known."""
@@ -177,16 +174,27 @@ class Together:
         _, answers = self._sequences.passes.to_end(slots, count, starts, *asked)
         self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
 
-    def _read(self, row: Row, one: Underway, said: list[float]) -> Verified:
-        """What a round says of a row, which goes on with its drafts."""
-        most = self._most
-        number, tokens, sures = int(said[0]), said[1 : 1 + most], said[1 + most : 1 + 2 * most]
-        ends, confidences = said[1 + 2 * most : 2 + 3 * most], said[2 + 3 * most :]
+    def _settle(self, row: Row, one: Underway, said: list[float]) -> Settled:
+        """What a round says of a row, which goes on with it."""
+        most, number = self._most, int(said[0])
+        drafts, ends, sures = said[1 : 1 + number], said[1 + 2 * most :], said[2 + 3 * most :]
+        kept = next((at for at, id in enumerate(drafts) if id != ends[at]), number)
+        try:
+            for sure in sures[: kept + 1]:
+                check_evidence(sure)
+        except UserError as error:
+            row.request.error = error
+            return row, []
+        ids = [*map(int, ends[: kept + 1])]
+        pairs = zip(ids[:kept], said[1 + most :], strict=False)
+        tokens = [Token(id, DRAFT, sure) for id, sure in pairs]
+        rejected = [*map(int, drafts[kept:])]
+        tokens.append(Token(ids[-1], row.policy.end, sures[kept], rejected=rejected))
         row.limit = max(0, min(one.number, row.left - 1))
-        pairs = zip(tokens[:number], sures, strict=False)
-        row.draft([Token(int(token), DRAFT, sure) for token, sure in pairs])
-        answers = Predictions(NO_LOGITS, [[ends], [confidences]], [0])
-        return row, [answers.at(0, place) for place in range(number + 1)]
+        row.chain(ids)
+        if row.pace is not None:
+            row.pace.learn(row.limit, number, kept)
+        return row, tokens
 
     def to_warm(self) -> list[Callable[[], Any]]:
         """What compiles what follows a round, of any size of pass that verifies, and what hands on
