@@ -168,8 +168,8 @@ def test_rounds_of_drafts_go_through_branches_of_one_graph(sampled, monkeypatch)
 def test_rounds_of_several_texts_do_not_wait_for_the_host(sampled, monkeypatch):
     """Prompts come while others draft; texts are those of full depth, and of the twin."""
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, rooms, clock: 3)
-    model, found, begun, behind = drafting().cuda(), [], [], Together._behind
-    monkeypatch.setattr(Together, "_behind", lambda *given: begun.append(1) or behind(*given))
+    model, found, begun, begin = drafting().cuda(), [], [], Together._begin
+    monkeypatch.setattr(Together, "_begin", lambda *given: begun.append(given[3]) or begin(*given))
     for layers, together, policy in (
         ([DRAFT], True, Speculative(4, {}, max_pending=3, bar=0.001)),
         ([DRAFT], False, Speculative(4, {}, max_pending=3, bar=0.001)),
@@ -192,7 +192,7 @@ def test_rounds_of_several_texts_do_not_wait_for_the_host(sampled, monkeypatch):
             texts[request].append(token.id)
         found.append([*texts.values()])
     assert found[0] == found[1] == found[2]
-    assert len(begun) > 10
+    assert sum(one is not None for one in begun) > 10
 
 
 @pytest.mark.parametrize("mode", ["full", "speculative"])

@@ -133,23 +133,27 @@ def test_prompts_are_read_while_others_go_on(drafts, slots, apart, monkeypatch):
 @pytest.mark.parametrize("drafts", [False, True])
 def test_the_device_hardly_waits_for_texts_that_come_and_go(drafts, apart, monkeypatch):
     """But while one is alone: then it is looked at first."""
-    draw, way = random.Random(0), Together if drafts else Several
-    begin, behind = (way._begin, way._behind) if drafts else (way._begin, way._follow)
+    draw, begun, followed = random.Random(0), [], []
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.choice([2, 3]))
-    begun, followed = [], []
 
-    def begins(self, rows, count):
-        begun.append(rows)
-        return begin(self, rows, count)
-
-    def follows(self, one, rows, *count):
-        found = behind(self, one, rows, *count)
-        if found is not None:
-            followed.append((found.rows, one.rows))
+    def kept(found, before):
+        if before is None:
+            begun.append(found)
+        elif found is not None:
+            followed.append((found.rows, before.rows))
         return found
 
+    way, begin = (Together, Together._begin) if drafts else (Several, Several._begin)
+    behind = Several._follow
+
+    def begins(self, rows, count, before=None):
+        return kept(begin(self, rows, count, *[before] * drafts), before)
+
+    def follows(self, one, *given):
+        return kept(behind(self, one, *given), one)
+
     monkeypatch.setattr(way, "_begin", begins)
-    monkeypatch.setattr(way, behind.__name__, follows)
+    monkeypatch.setattr(Several, "_follow", follows)
     decoded(engine_of(6, 3), requests_of(draw, drafts), draw)
     assert sum(not {*new} <= {*old} for new, old in followed) > 10
     assert sum(not {*old} <= {*new} for new, old in followed) > 5

@@ -48,8 +48,13 @@ def run(engine, texts, most, ends=(), sample=False, bar=0.0):
 @pytest.fixture
 def rounds(monkeypatch):
     """How many rounds were begun behind another."""
-    begun, behind = [], Together._behind
-    monkeypatch.setattr(Together, "_behind", lambda *given: begun.append(1) or behind(*given))
+    begun, begin = [], Together._begin
+
+    def count(together, rows, number, before):
+        begun.extend([] if before is None else [1])
+        return begin(together, rows, number, before)
+
+    monkeypatch.setattr(Together, "_begin", count)
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda paces, *_: paces[0].longest)
     return begun
 

@@ -22,6 +22,7 @@ from ee_tuning.decode.sequences import Row, Sequences, Settled
 from ee_tuning.devices import sent
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
+from ee_tuning.passes.chains import Link, filled
 from ee_tuning.passes.graphs import compiled
 from ee_tuning.passes.wanted import handed_on, told
 
@@ -81,97 +82,71 @@ class Together:
         have come while the device is at it wait for that.
         """
         number = max(row.limit for row in rows)
-        one = self._underway if self.underway(rows) else self._begin(rows, number)
-        assert one is not None
+        one = self._underway if self.underway(rows) else None
+        one = one or self._begin(rows, number, None)
         alike = number == one.number and [*rows] == one.rows
         # Of others, or of other drafts, only where no pass writes to idle slots.
         follows = alike or (self._sequences.passes.sizes.apart and self.serves(rows))
-        self._underway = self._behind(one, rows, number) if behind and follows else None
+        self._underway = self._begin(rows, number, one) if behind and follows else None
         said, seconds = one.line.read()
         seen, places = {*one.rows}, {slot: place for place, slot in enumerate(one.slots)}
         settled = [self._settle(row, one, said[places[row.slot]]) for row in rows if row in seen]
         return settled, seconds
 
-    def _begin(self, rows: Sequence[Row], number: int) -> Underway:
-        """A round of rows of which all is known."""
-        sequences = self._sequences
-        starts, links = sequences.starts(0), [row.link() for row in rows]
-        ends = {row.slot: len(row.ids) for row in rows}
-        self._tell_longest(rows)
-        drawn = rows[0].policy.measure, sequences.drawn(rows)
-        slots: list[int] = []
-
-        def draft() -> Tensor:
-            own, said = self._chains.draft(links, starts, number, *drawn)
-            slots[:] = own
-            return said
-
-        line = self._lines[0].follow(partial(self._round, rows, slots, draft, starts))
+    def _begin(self, rows: Sequence[Row], number: int, before: Underway | None) -> Underway:
+        """A round of `rows` and up to so many drafts, behind another, if there is one."""
+        ends, slots = {row.slot: len(row.ids) for row in rows}, list[int]()
+        seen, alike = set[Row](), False
+        if before is not None:
+            slots, seen = before.slots, {*rows}.intersection(before.rows)
+            alike = [*rows] == before.rows and number == before.number
+            for row in seen:  # a text that is as long as it may become stays as it was
+                end = before.ends[row.slot] + before.number + 1
+                ends[row.slot] = min(end, row.request.max_length)
+        starts = [ends.get(slot, start) for slot, start in enumerate(self._sequences.starts(0))]
+        if not alike:
+            slots = self._tell_windows(rows, seen, slots, number, starts)
+        line = self._lines[before is not None and before.line is self._lines[0]]
+        line.follow(partial(self._round, rows, slots, number, starts))
         return Underway([*rows], slots, number, ends, line)
 
-    def _behind(self, one: Underway, rows: Sequence[Row], number: int) -> Underway:
-        """A round behind another, of `rows` and up to so many drafts."""
-        sequences, seen, slots = self._sequences, {*one.rows}, one.slots
-        # A text that is as long as it may become stays as it was.
-        ends = {
-            row.slot: min(one.ends[row.slot] + one.number + 1, row.request.max_length)
-            if row in seen
-            else len(row.ids)
-            for row in rows
-        }
-        starts = [ends.get(slot, start) for slot, start in enumerate(sequences.starts(0))]
-        if [*rows] != one.rows or number != one.number:
-            slots = self._go_over(slots, rows, seen, number)
-        drawn = rows[0].policy.measure, sequences.drawn(rows)
-        draft = partial(self._chains.again, slots, max(starts), number, *drawn)
-        line = self._lines[one.line is self._lines[0]]
-        line.follow(partial(self._round, rows, slots, draft, starts))
-        return Underway([*rows], slots, number, ends, line)
+    def _tell_windows(
+        self, rows: Sequence[Row], seen: Collection[Row], slots: Sequence[int], number: int,
+        starts: Sequence[int],
+    ) -> list[int]:  # fmt: skip
+        """Tell the device of the windows of the next chains; gives the slots of their rows.
 
-    def _go_over(
-        self, slots: list[int], rows: Sequence[Row], seen: Collection[Row], number: int
-    ) -> list[int]:
-        """Let the windows of the next chains, which are of `slots`, be those of `rows`; gives the
-        slots of these. seen: rows whose windows the device knows. number: of drafts at most."""
-        chains, where = self._chains, {slot: row for row, slot in enumerate(slots)}
-        by_slot, width = {row.slot: row for row in rows}, chains.next_table(1).shape[1]
-        found, table = self._sequences.passes.sizes.filled([*by_slot], width - 4), []
-        for place, slot in enumerate(found):
-            row, window = by_slot[slot], [slot, 0, 0, number]
-            if row in seen:
-                place = len(found) + where[slot]
-            else:
-                link = row.link()
-                window = [slot, link.first, len(link.ids), number, *link.ids]
-            padding = [0] * (width - len(window))
-            table.append([row.request.max_length, *window, *padding, place])
-        new = sent(told(table), self._longest.device)
-        every = chains.next_table(max(len(slots), len(found)))
-        self._hand_on(every, new, len(slots), self._longest)
-        return found
-
-    def _tell_longest(self, rows: Sequence[Row]) -> None:
-        longest = [0] * self._sequences.passes.slots
-        for row in rows:
-            longest[row.slot] = row.request.max_length
-        self._longest.copy_(torch.tensor(longest), non_blocking=True)
+        seen: those of which the device finds them itself, among the rows of the last ones, which
+        are of `slots`.
+        """
+        chains, passes = self._chains, self._sequences.passes
+        links = [Link(row.slot, 0, ()) if row in seen else row.link() for row in rows]
+        by_slot, where = {row.slot: row for row in rows}, {one: at for at, one in enumerate(slots)}
+        length, table = chains.next_table(1).shape[1] - 4, []
+        every = filled(links, starts, passes.sizes if passes.compile else None, length)
+        for place, link in enumerate(every):
+            row, ids = by_slot.get(link.slot), [*link.ids, *[0] * (length - len(link.ids))]
+            longest = 0 if row is None else row.request.max_length
+            known = len(every) + where[link.slot] if row in seen else place
+            table.append([longest, link.slot, link.first, len(link.ids), number, *ids, known])
+        both = chains.next_table(max(len(slots), len(every)))
+        new = sent(told(table), both.device)
+        self._hand_on(both, new, max(len(slots), 1), self._longest)
+        return [link.slot for link in every]
 
     def _round(
-        self,
-        rows: Sequence[Row],
-        slots: list[int],
-        draft: Callable[[], Tensor],
-        starts: Sequence[int],
+        self, rows: Sequence[Row], slots: list[int], number: int, starts: Sequence[int]
     ) -> None:
         """Chains, what the end says to them, and the windows of the next ones."""
-        said = draft()
+        sequences, measure = self._sequences, rows[0].policy.measure
+        said = self._chains.again(slots, max(starts), number, measure, sequences.drawn(rows))
         number, count = len(said), said.shape[1] // 2
         # A captured pass may write over it; and what follows is compiled for the longest.
         chained = self._chained[:number]
         chained[:, : 1 + count] = said[:, : 1 + count]
         chained[:, 1 + self._most :][:, :count] = said[:, 1 + count :]
-        asked = rows[0].policy.measure, self._sequences.samples(rows)
-        _, answers = self._sequences.passes.to_end(slots, count, starts, *asked)
+        samples = sequences.samples(rows)
+        _, answers = sequences.passes.to_end(slots, count, starts, measure, samples)
         self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
 
     def _settle(self, row: Row, one: Underway, said: list[float]) -> Settled:
@@ -212,7 +187,7 @@ class Together:
             told = table.new_zeros(after, table.shape[1] + 2)
             self._hand_on(table, told, before, self._longest)
 
-        rounds, others = product(numbers, sizes.windows[1:]), product(numbers, numbers)
+        rounds, others = product(numbers, sizes.windows[1:]), product([1, *numbers], numbers)
         return [
             *(partial(warm, *one) for one in rounds),
             *(partial(warm_others, *one) for one in others),
