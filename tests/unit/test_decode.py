@@ -18,7 +18,7 @@ from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.decode import Chooser, Engine, Fixed, Full, Policy, Request, Speculative, Threshold
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.losses import confidence
-from ee_tuning.passes.cache import SlotLayer, check_room
+from ee_tuning.passes.cache import SlotLayer, check_room, places_in
 from ee_tuning.passes.passes import Passes
 from ee_tuning.passes.prompts import read as read_prompts
 from ee_tuning.passes.wanted import Prediction, Wanted, Window
@@ -535,3 +535,10 @@ def test_requests_that_do_not_fit_an_engine_are_refused():
         with pytest.raises(UserError, match=message):
             list(engine.stream([request]))
         assert not engine.busy
+
+
+def test_no_tokens_are_in_no_places():
+    """As where all texts have ended that a stage hands on."""
+    ring = torch.rand(3, 4, 5)
+    assert ring[places_in(ring, [], [])].shape == (0, 5)
+    assert ring[places_in(ring, [2], [6])].equal(ring[2, 2][None])

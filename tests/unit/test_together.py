@@ -111,6 +111,23 @@ def test_texts_are_full_depths_whatever_is_planned(compile, monkeypatch):
 
 
 @pytest.mark.parametrize("together", [False, True])
+def test_no_text_has_more_drafts_a_round_than_it_may(together, monkeypatch):
+    """Whatever others may have, and is planned for all."""
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: 4)
+    engine, drafted = engine_of(2, 4, together), defaultdict(int)
+    policies = [Speculative(DEPTH, max_pending=most, bar=0.0) for most in (1, 4)]
+    requests = [Request(prompt(7, number), one, 60) for number, one in enumerate(policies)]
+    kept = dict.fromkeys(requests, 0)
+    for request, token in engine.stream(requests):
+        kept[request] += token.exit_layer == DRAFT
+        if token.exit_layer != DRAFT:
+            most = requests.index(request)
+            drafted[most] = max(drafted[most], kept[request] + len(token.rejected))
+            kept[request] = 0
+    assert drafted == {0: 1, 1: 4}
+
+
+@pytest.mark.parametrize("together", [False, True])
 def test_no_size_of_pass_is_met_for_the_first_time(together, monkeypatch):
     """Behind `warm_up`, texts of every length, rounds of any number of drafts, rests; nor is
     anything else that would be compiled."""
@@ -194,7 +211,7 @@ def test_windows_are_handed_on_to_other_rows():
             told.append([ends[slot], *given, where])
             drafts = max(0, min(limit, ends[slot] - first - number - 1))
             expected.append([slot, first, number, drafts, *ids])
-        _hand_on(table, torch.tensor(told), before, longest)
+        _hand_on(table, torch.tensor(told), longest)
         assert table.tolist() == [*expected, *windows[after:]]
         assert all(longest[slot] == end for end, slot, *_ in told)
 

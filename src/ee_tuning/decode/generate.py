@@ -310,5 +310,8 @@ def _output(
         ]
 
     whole = torch.cat([prompts.cpu(), torch.tensor(table("id", padding))], dim=1)
-    found = whole, table("exit_layer", 0), table("confidence", 0.0)
-    return GenerateOutput(*(sent(one, device) for one in found))
+    return GenerateOutput(
+        sequences=sent(whole, device),
+        exit_layers=sent(table("exit_layer", 0), device),
+        confidences=sent(table("confidence", 0.0), device),
+    )

@@ -113,7 +113,7 @@ class Clock:
             x, y = (sum(values) / len(seen) for values in zip(*seen, strict=True))
             square += sum((drafts - x) ** 2 for drafts, _ in seen)
             product += sum((drafts - x) * (took - y) for drafts, took in seen)
-        # Rounds with the fewest drafts of a size are often the last of a text, which take longer.
+        # No less, either: rounds with few drafts are often the last of a text, and slow ones.
         slope = self._slope = max(product / square, self.cost / 2)
         self._bases = [median([1.0, *(took - slope * k for k, took in seen)]) for seen in every]
 

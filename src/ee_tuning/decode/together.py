@@ -50,7 +50,7 @@ class Together:
         self._chains = passes.chains
         self._most = passes.most - 1  # drafts of a round
         slots, device = passes.slots, passes.device
-        # By slot, how long its text may become; 0 of idle ones.
+        # By slot, how long its text may become; 0 of idle ones that are among a pass's rows.
         self._longest = torch.zeros(slots, dtype=torch.int64, device=device)
         # How many drafts, tokens of drafts, confidences; tokens and confidences of the end.
         self._said = torch.zeros(slots, 3 + 4 * self._most, device=device)
@@ -90,8 +90,8 @@ class Together:
         self._underway = self._begin(rows, number, one) if behind and follows else None
         said, seconds = one.line.read()
         seen, places = {*one.rows}, {slot: place for place, slot in enumerate(one.slots)}
-        settled = [self._settle(row, one, said[places[row.slot]]) for row in rows if row in seen]
-        return settled, seconds
+        found = [self._settle(row, one, said[places[row.slot]]) for row in rows if row in seen]
+        return found, seconds
 
     def _begin(self, rows: Sequence[Row], number: int, before: Underway | None) -> Underway:
         """A round of `rows` and up to so many drafts, behind another, if there is one."""
@@ -122,16 +122,16 @@ class Together:
         chains, passes = self._chains, self._sequences.passes
         links = [Link(row.slot, 0, ()) if row in seen else row.link() for row in rows]
         by_slot, where = {row.slot: row for row in rows}, {one: at for at, one in enumerate(slots)}
-        length, table = chains.next_table(1).shape[1] - 4, []
+        length, table = chains.window, []
         every = filled(links, starts, passes.sizes if passes.compile else None, length)
         for place, link in enumerate(every):
             row, ids = by_slot.get(link.slot), [*link.ids, *[0] * (length - len(link.ids))]
             longest = 0 if row is None else row.request.max_length
+            most = number if row is None else min(number, row.policy.max_pending)
             known = len(every) + where[link.slot] if row in seen else place
-            table.append([longest, link.slot, link.first, len(link.ids), number, *ids, known])
-        both = chains.next_table(max(len(slots), len(every)))
-        new = sent(told(table), both.device)
-        self._hand_on(both, new, max(len(slots), 1), self._longest)
+            table.append([longest, link.slot, link.first, len(link.ids), most, *ids, known])
+        windows = chains.next_table(passes.slots)
+        self._hand_on(windows, sent(told(table), windows.device), self._longest)
         return [link.slot for link in every]
 
     def _round(
@@ -150,7 +150,7 @@ class Together:
         self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
 
     def _settle(self, row: Row, one: Underway, said: list[float]) -> Settled:
-        """What a round says of a row, which goes on with it."""
+        """What a round says of a row, which goes on with it; its text drafts nothing by itself."""
         most, number = self._most, int(said[0])
         drafts, ends, sures = said[1 : 1 + number], said[1 + 2 * most :], said[2 + 3 * most :]
         kept = next((at for at, id in enumerate(drafts) if id != ends[at]), number)
@@ -165,15 +165,15 @@ class Together:
         tokens = [Token(id, DRAFT, sure) for id, sure in pairs]
         rejected = [*map(int, drafts[kept:])]
         tokens.append(Token(ids[-1], row.policy.end, sures[kept], rejected=rejected))
-        row.limit = max(0, min(one.number, row.left - 1))
+        row.limit = max(0, min(one.number, row.policy.max_pending, row.left - 1))
         row.chain(ids)
         if row.pace is not None:
             row.pace.learn(row.limit, number, kept)
         return row, tokens
 
     def to_warm(self) -> list[Callable[[], Any]]:
-        """What compiles what follows a round, of any size of pass that verifies, and what hands on
-        the windows of so many rows to so many others."""
+        """What compiles what follows a round, of any size of pass that verifies, and what hands
+        windows on to so many rows."""
         sizes = self._sequences.passes.sizes
         numbers = sorted({rows for rows, _ in sizes.chains(self._most + 1)} - {1})
 
@@ -182,29 +182,27 @@ class Together:
             table, chained = self._chains.next_table(rows), self._chained[:rows]
             self._follow(self._said, table, chained, answers, self._longest)
 
-        def warm_others(before: int, after: int) -> None:
-            table = self._chains.next_table(max(before, after))
-            told = table.new_zeros(after, table.shape[1] + 2)
-            self._hand_on(table, told, before, self._longest)
+        def warm_windows(rows: int) -> None:
+            table = self._chains.next_table(len(self._longest))
+            self._hand_on(table, table.new_zeros(rows, table.shape[1] + 2), self._longest)
 
-        rounds, others = product(numbers, sizes.windows[1:]), product([1, *numbers], numbers)
         return [
-            *(partial(warm, *one) for one in rounds),
-            *(partial(warm_others, *one) for one in others),
+            *(partial(warm, *one) for one in product(numbers, sizes.windows[1:])),
+            *(partial(warm_windows, rows) for rows in numbers),
         ]
 
 
-def _hand_on(table: Tensor, told: Tensor, before: int, longest: Tensor) -> None:
-    """Let a table of windows be of other rows, and of other drafts at most.
+def _hand_on(table: Tensor, given: Tensor, longest: Tensor) -> None:
+    """Let windows be of other rows, and of other drafts at most.
 
-    table: (m, 4 + T), of `Chains`; its first rows, `before`, are known. told: (n, 6 + T), how long
-    a text may become, then as for `handed_on`. longest: (slots,), is told of that, too.
+    table: (slots, 4 + T), of `Chains`. given: (n, 6 + T), how long a text may become, then as for
+    `handed_on`. longest: (slots,), is told of the first, too.
     """
-    ends, new = told[:, 0], handed_on(told[:, 1:], table[:before])
+    ends, new = given[:, 0], handed_on(given[:, 1:], table)
     left = ends - new[:, 1] - new[:, 2]
-    limits = torch.minimum(told[:, 4], (left - 1).clamp(min=0))
-    longest[told[:, 1]] = ends
-    table[: len(told)] = torch.cat([new[:, :3], limits[:, None], new[:, 4:]], 1)
+    limits = torch.minimum(given[:, 4], (left - 1).clamp(min=0))
+    longest[given[:, 1]] = ends
+    table[: len(given)] = torch.cat([new[:, :3], limits[:, None], new[:, 4:]], 1)
 
 
 def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longest: Tensor) -> None:

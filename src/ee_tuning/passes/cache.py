@@ -92,7 +92,8 @@ class SlotLayer(CacheLayerMixin):
     def forget(self, slot: int) -> None:
         """Nothing is in a slot any more."""
         if self.is_initialized:
-            self.keys[slot], self.values[slot] = 0, 0
+            self.keys[slot].zero_()
+            self.values[slot].zero_()
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Write K and V (n, heads, T, head dim); gives what their queries may look at.
@@ -325,14 +326,14 @@ class Rings:
     def forget(self, slot: int) -> None:
         """Nothing waits in a slot any more."""
         for ring in self.rings:
-            ring[slot] = 0
+            ring[slot].zero_()
 
 
 def places_in(
     ring: Tensor, slots: Sequence[int], positions: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Where in a ring (slots, R, …) n tokens are."""
-    table = sent([[*slots], [*positions]], ring.device)
+    table = sent(torch.tensor([[*slots], [*positions]], dtype=torch.int64), ring.device)
     return table[0], table[1] % ring.shape[1]
 
 

@@ -120,8 +120,7 @@ class Chains:
         self.control, self.draws, self.limit = control, draws, limit
         slots, device = len(control), control.device
         self.states = sources.states
-        self._bars = torch.zeros(slots)  # as the host knows them
-        self.bars = self._bars.to(device, copy=True)
+        self.bars = torch.zeros(slots, device=device)
         self.table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
         # How many drafts come before one, for the device.
         self.numbers = torch.arange(sizes.longest + 1, device=device)
@@ -133,9 +132,8 @@ class Chains:
 
     @torch.inference_mode()
     def set_bar(self, slot: int, bar: float) -> None:
-        """Of the next text in a slot; the device, which is not waited for, is told then, too."""
-        self._bars.numpy()[slot] = bar
-        self.bars.copy_(self._bars, non_blocking=True)
+        """Of the next text in a slot."""
+        self.bars[slot].fill_(bar)  # a number that is written otherwise is a wait for the device
 
     def forget(self, slot: int) -> None:
         """As of passes."""
@@ -210,9 +208,14 @@ class Chains:
         key = len(slots), length, count, reach, self.sizes.in_order(slots), measure, samples
         return self._forward(*key) if self.graphs is None else self._run(key)
 
+    @property
+    def window(self) -> int:
+        """Tokens of the windows of `next_table`."""
+        return self._length(1)
+
     def next_table(self, rows: int) -> Tensor:
         """Where the windows of the next chains of so many rows may be told, as in `Tables`."""
-        return self.tables(rows, self._length(1)).table
+        return self.tables(rows, self.window).table
 
     def to_warm(
         self, most: int, measures: Sequence[str], samples: Sequence[int], alone: bool

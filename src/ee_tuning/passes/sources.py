@@ -45,7 +45,7 @@ class Sources:
 
     def forget(self, slot: int) -> None:
         """Nothing is left of a slot's text."""
-        self.states[slot] = 0
+        self.states[slot].zero_()
 
 
 def side_by_side(states: Sequence[State]) -> Tensor:
