@@ -140,14 +140,14 @@ class Together:
         """Chains, what the end says to them, and the windows of the next ones."""
         sequences, measure = self._sequences, rows[0].policy.measure
         said = self._chains.again(slots, max(starts), number, measure, sequences.drawn(rows))
-        number, count = len(said), said.shape[1] // 2
+        size, count = len(said), said.shape[1] // 2
         # A captured pass may write over it; and what follows is compiled for the longest.
-        chained = self._chained[:number]
+        chained = self._chained[:size]
         chained[:, : 1 + count] = said[:, : 1 + count]
         chained[:, 1 + self._most :][:, :count] = said[:, 1 + count :]
         samples = sequences.samples(rows)
         _, answers = sequences.passes.to_end(slots, count, starts, measure, samples)
-        self._follow(self._said, self._chains.next_table(number), chained, answers, self._longest)
+        self._follow(self._said, self._chains.next_table(size), chained, answers, self._longest)
 
     def _settle(self, row: Row, one: Underway, said: list[float]) -> Settled:
         """What a round says of a row, which goes on with it; its text drafts nothing by itself."""
