@@ -126,7 +126,11 @@ def test_packed_documents_do_not_see_each_other(family):
 @pytest.mark.parametrize("family", [*ALL, *OTHERS])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_texts_are_as_they_are_alone(family, side):
-    """With an attention_mask, as tokenizers give it. Tolerance: as of packed documents."""
+    """With an attention_mask, as tokenizers give it.
+
+    Tolerance: attention sums over a longer row in another order; of the largest logit, since it is
+    that by which a family with large hidden states rounds.
+    """
     model = EarlyExitModel.from_base(tiny(family), ExitConfig("1,2", "norm,layer"))
     ids, mask = batch(rows=2, length=12)["input_ids"], torch.ones(2, 12, dtype=torch.int64)
     places = [slice(7, 12) if side == "left" else slice(5), slice(12)]
@@ -138,7 +142,7 @@ def test_padded_texts_are_as_they_are_alone(family, side):
         model(ids[[row], place], labels=ids[[row], place], **asked)
         for row, place in enumerate(places)
     ]
-    close = {"rtol": 1e-3, "atol": 1e-4}
+    close = {"rtol": 1e-3, "atol": 1e-4 * max(1.0, float(padded.logits.abs().max()))}
     for layer in (1, 2):
         for row, (place, one) in enumerate(zip(places, alone, strict=True)):
             found = padded.exit_logits[layer][row, place]
