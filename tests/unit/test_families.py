@@ -142,6 +142,7 @@ def test_padded_texts_are_as_they_are_alone(family, side):
         model(ids[[row], place], labels=ids[[row], place], **asked)
         for row, place in enumerate(places)
     ]
+    of_losses = {"rtol": 1e-3, "atol": 1e-4}
     close = {"rtol": 1e-3, "atol": 1e-4 * max(1.0, float(padded.logits.abs().max()))}
     for layer in (1, 2):
         for row, (place, one) in enumerate(zip(places, alone, strict=True)):
@@ -149,7 +150,7 @@ def test_padded_texts_are_as_they_are_alone(family, side):
             torch.testing.assert_close(found, one.exit_logits[layer][0], **close)
             torch.testing.assert_close(padded.logits[row, place], one.logits[0], **close)
         expected = (4 * alone[0].exit_losses[layer] + 11 * alone[1].exit_losses[layer]) / 15
-        torch.testing.assert_close(padded.exit_losses[layer], expected, **close)
+        torch.testing.assert_close(padded.exit_losses[layer], expected, **of_losses)
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -17,7 +17,7 @@ def limit(sequences: Sequences, rows: Sequence[Row], may: bool = True) -> Clock 
     """
     for row in rows:
         if row.policy.steady:
-            row.limit = max(0, min(row.policy.max_pending, row.left - 1))
+            row.limit = row.within(row.policy.max_pending)
     free = [(row, row.pace) for row in rows if row.pace is not None]
     if not free:
         return None
@@ -25,7 +25,7 @@ def limit(sequences: Sequences, rows: Sequence[Row], may: bool = True) -> Clock 
     clock = sequences.clock(len(rows), max(pace.cost for pace in paces))
     number = plan(paces, rooms, clock) if may else 0
     for row, _ in free:
-        row.limit = max(0, min(number, row.policy.max_pending, row.left - 1))
+        row.limit = row.within(number)
     return clock
 
 

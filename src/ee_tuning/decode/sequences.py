@@ -163,6 +163,10 @@ class Row:
         """How many tokens more it may have."""
         return self.request.max_length - len(self.ids)
 
+    def within(self, drafts: int) -> int:
+        """How many of so many drafts it may have in a round: one token more follows them."""
+        return max(0, min(drafts, self.policy.max_pending, self.left - 1))
+
 
 class Sequences:
     """The rows of an engine, or of a stage of one, and the passes that they go through.

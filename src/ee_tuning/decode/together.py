@@ -40,6 +40,10 @@ class Underway(NamedTuple):
     ends: dict[int, int]
     line: Line
 
+    def is_for(self, rows: Sequence[Row], number: int) -> bool:
+        """Whether it is a round of these rows, and of so many drafts."""
+        return number == self.number and [*rows] == self.rows
+
 
 class Together:
     """Rows of an engine that draft by its draft exit."""
@@ -84,9 +88,9 @@ class Together:
         number = max(row.limit for row in rows)
         one = self._underway if self.underway(rows) else None
         one = one or self._begin(rows, number, None)
-        alike = number == one.number and [*rows] == one.rows
         # Of others, or of other drafts, only where no pass writes to idle slots.
-        follows = alike or (self._sequences.passes.sizes.apart and self.serves(rows))
+        apart = self._sequences.passes.sizes.apart
+        follows = one.is_for(rows, number) or (apart and self.serves(rows))
         self._underway = self._begin(rows, number, one) if behind and follows else None
         said, seconds = one.line.read()
         seen, places = {*one.rows}, {slot: place for place, slot in enumerate(one.slots)}
@@ -96,15 +100,14 @@ class Together:
     def _begin(self, rows: Sequence[Row], number: int, before: Underway | None) -> Underway:
         """A round of `rows` and up to so many drafts, behind another, if there is one."""
         ends, slots = {row.slot: len(row.ids) for row in rows}, list[int]()
-        seen, alike = set[Row](), False
+        seen = set[Row]()
         if before is not None:
             slots, seen = before.slots, {*rows}.intersection(before.rows)
-            alike = [*rows] == before.rows and number == before.number
             for row in seen:  # a text that is as long as it may become stays as it was
                 end = before.ends[row.slot] + before.number + 1
                 ends[row.slot] = min(end, row.request.max_length)
         starts = [ends.get(slot, start) for slot, start in enumerate(self._sequences.starts(0))]
-        if not alike:
+        if before is None or not before.is_for(rows, number):
             slots = self._tell_windows(rows, seen, slots, number, starts)
         line = self._lines[before is not None and before.line is self._lines[0]]
         line.follow(partial(self._round, rows, slots, number, starts))
@@ -165,7 +168,7 @@ class Together:
         tokens = [Token(id, DRAFT, sure) for id, sure in pairs]
         rejected = [*map(int, drafts[kept:])]
         tokens.append(Token(ids[-1], row.policy.end, sures[kept], rejected=rejected))
-        row.limit = max(0, min(one.number, row.policy.max_pending, row.left - 1))
+        row.limit = row.within(one.number)
         row.chain(ids)
         if row.pace is not None:
             row.pace.learn(row.limit, number, kept)
