@@ -18,6 +18,7 @@ from ee_tuning.invariant import layers
 from ee_tuning.passes.chains import Chains
 from ee_tuning.passes.graphs import CHUNK, Lane, Sizes
 from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.straight import Feed
 
 NEW = 26
 
@@ -46,6 +47,7 @@ def watched(engine, monkeypatch, draw):
     Gives how many passes of others there were while prompts were read.
     """
     beside, run, chain, init = [], Passes.run, Chains._run, FirstTokens.__init__
+    find, both = Feed._find, Together._forward
 
     def wrote(slots, reads):
         reading = {row.slot for row in engine._reading.rows} if engine._reading else set()
@@ -63,6 +65,14 @@ def watched(engine, monkeypatch, draw):
         wrote(self.table[: key[0], 0].tolist(), None)
         return chain(self, key)
 
+    def finds(self, forward, count, rows, *rest):
+        wrote(self._control[:rows, 0].tolist(), None)
+        return find(self, forward, count, rows, *rest)
+
+    def drafts(self, rows, *rest):
+        wrote(self._table[:rows, 0].tolist(), None)
+        return both(self, rows, *rest)
+
     starting = None
 
     def begins(self, sequences, rows, lane):
@@ -73,6 +83,8 @@ def watched(engine, monkeypatch, draw):
 
     monkeypatch.setattr(Passes, "run", runs)
     monkeypatch.setattr(Chains, "_run", chains)
+    monkeypatch.setattr(Feed, "_find", finds)
+    monkeypatch.setattr(Together, "_forward", drafts)
     monkeypatch.setattr(FirstTokens, "__init__", begins)
     monkeypatch.setattr(Lane, "over", property(lambda _: draw.random() < 0.3))
     return beside

@@ -227,7 +227,9 @@ def test_an_engine_for_full_depth_compiles_no_passes_of_drafts():
         for kinds in ([NOTHING], [NOTHING, ALL, ALL | TOP_P])
         for texts in (False, True)
     ]
-    assert numbers == [8, 16, 20, 44]  # chunks with and without a token behind them
+    # Chunks with and without a token behind them; one token, fed to the next pass or not, each in
+    # all ways to choose; and for each number of rows what tells of windows.
+    assert numbers == [8 + 8, 16 + 8, 20 + 16, 44 + 16]
 
 
 def test_half_of_the_drafts_of_several_texts_are_verified_for_less():

@@ -21,6 +21,8 @@ from ee_tuning.decode.sampling import Asked, Chooser, Token, choose
 from ee_tuning.decode.sequences import Row
 from ee_tuning.decode.together import Together, Underway, _follow, _hand_on
 from ee_tuning.exit_config import DRAFT
+from ee_tuning.passes.draws import ALL, NOTHING
+from ee_tuning.passes.passes import Passes
 from ee_tuning.passes.wanted import Predictions
 
 
@@ -134,12 +136,38 @@ def test_no_size_of_pass_is_met_for_the_first_time(together, monkeypatch):
     met = kinds_met(monkeypatch)
     draw, most, slots = random.Random(0), 4, 3
     monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: draw.randint(0, most))
+    monkeypatch.setattr(Passes, "branch", together)
     engine = engine_of(slots, most, together, compile=True)
+    assert (engine.ahead is not None) == together
     engine.warm_up()
     known, before = {*engine.passes.graphs._kept}, {*met}
     run(engine, [(draw.randint(1, 40), draw.randint(41, 90)) for _ in range(12)], most)
     assert {*engine.passes.graphs._kept} == known
     assert met == before
+
+
+@pytest.mark.parametrize(("family", "capacity"), [("llama", 600), ("gpt2", 96)])
+def test_warming_up_looks_at_nothing_that_is_not_there(family, capacity, monkeypatch):
+    """Nor does it again, when there were texts: no pass begins before its slot, or ends behind what
+    it looks at; GPT-2 has no position before the first one."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(Passes, "branch", True)
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: 4)
+    forward, seen = Passes.forward, []
+
+    def looks(self, i, rows, length, reach, *rest):
+        starts = self._control(length)[:rows, 1]
+        seen.append((int(starts.min()) >= 0, int(starts.max()) + length <= reach))
+        return forward(self, i, rows, length, reach, *rest)
+
+    monkeypatch.setattr(Passes, "forward", looks)
+    engine = Engine(
+        drafting(family), [DRAFT], slots=3, capacity=capacity, max_pending=4, compile=True
+    )
+    for samples in ((NOTHING,), (ALL,)):
+        engine.warm_up(samples=samples)
+        run(engine, [(capacity - 40 - n, capacity - 10 * n) for n in range(3)], 4)
+    assert seen.count((True, True)) == len(seen) > 100
 
 
 def test_rounds_take_no_less_than_they_took_the_device(monkeypatch):
@@ -168,10 +196,10 @@ def test_the_device_finds_the_next_windows():
         table[:, 0], table[:, 2], table[:, 3] = torch.tensor(rows), 2, torch.tensor([4, 4, 3, 0, 4])
         drafts, ends = (torch.randint(0, 2, (5, n), generator=draw) for n in (count, count + 1))
         made = torch.minimum(torch.randint(0, count + 1, (5,), generator=draw), table[:, 3])
-        chained, sure = torch.zeros(5, 1 + 2 * most), torch.rand(5, count)
-        chained[:, 0], chained[:, 1 : 1 + count] = made, drafts
-        chained[:, 1 + most : 1 + most + count] = sure
+        sure, padding = torch.rand(5, count), torch.rand(2, 5, count % 2)
+        chained = torch.cat([made[:, None], drafts, sure], 1)
         answers = torch.stack([ends.float(), torch.rand(5, count + 1)])
+        answers = torch.cat([answers, padding], 2)
         before, said = table.tolist(), torch.zeros(slots, 3 + 4 * most)
         _follow(said, table, chained, answers, longest)
         for row, slot in enumerate(rows):

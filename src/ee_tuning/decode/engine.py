@@ -147,7 +147,7 @@ class Engine:
         if self.ahead is not None:
             jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples, drafts)
         if self.together is not None:
-            jobs += self.together.to_warm()
+            jobs += self.together.to_warm(measures, samples)
         for number, job in enumerate(jobs, 1):
             job()
             if told is not None:

@@ -108,10 +108,11 @@ class Relay:
         return self._told(part.stage, found, rows, length)
 
     def straight(
-        self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted
+        self, newest: Mapping[int, int], starts: Sequence[int], wanted: Wanted
     ) -> RelayedStraight:
         """As of passes."""
-        return RelayedStraight(self, [*windows], [*starts], wanted)
+        windows = [Window(slot, 1, [token]) for slot, token in newest.items()]
+        return RelayedStraight(self, windows, [*starts], wanted)
 
     def verify(
         self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int

@@ -270,11 +270,9 @@ class Rounds:
             drafts, made = self._prefer(
                 looked, self._table, passes.control, drafts, None if drafter is None else made
             )
-        last, nothing = len(passes.segments) - 1, Wanted("nothing", False)
         wanted = Wanted("each", True, key.measure, key.samples[1])
-        for i in range(first, last + 1):
-            found = passes.forward(i, 1, *key.sizes, wanted if i == last else nothing)
-        self._settle(self._said, self._table, made, size, drafts, sures, found[1])
+        _, answers = passes.to_end(first, (1, *key.sizes), wanted)
+        self._settle(self._said, self._table, made, size, drafts, sures, answers)
 
     def _texts(self, key: Key) -> bool:
         """Whether texts may draft in such rounds."""

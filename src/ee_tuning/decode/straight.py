@@ -18,7 +18,7 @@ from ee_tuning.decode.rounds import Line
 from ee_tuning.decode.sampling import Chooser, Token
 from ee_tuning.decode.sequences import Row, Sequences, Settled
 from ee_tuning.passes.straight import Straight
-from ee_tuning.passes.wanted import Wanted, Window
+from ee_tuning.passes.wanted import Wanted
 
 
 class Look(NamedTuple):
@@ -128,12 +128,12 @@ class Several:
         """What goes on with rows. behind: that look, which knows some of them better."""
         sequences = self._sequences
         wanted = Wanted("last", True, rows[0].policy.measure, sequences.samples(rows))
-        windows = [Window(row.slot, 1, row.ids[-1:]) for row in rows]
+        newest = {row.slot: row.ids[-1] for row in rows}
         starts = sequences.starts(0)
         if behind is None:
-            return sequences.passes.straight(windows, starts, wanted)
+            return sequences.passes.straight(newest, starts, wanted)
         seen = {*behind.rows}
         known = [row.slot for row in rows if row in seen]
         for slot in known:
             starts[slot] += behind.number
-        return sequences.passes.straight(windows, starts, wanted, behind.straight, known)
+        return sequences.passes.straight(newest, starts, wanted, behind.straight, known)

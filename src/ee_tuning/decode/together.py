@@ -19,12 +19,12 @@ from torch import Tensor
 from ee_tuning.decode.rounds import Line, settled
 from ee_tuning.decode.sampling import Chooser, Token, check_evidence
 from ee_tuning.decode.sequences import Row, Sequences, Settled
-from ee_tuning.devices import sent
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
 from ee_tuning.passes.chains import Link, filled
+from ee_tuning.passes.draws import ALL
 from ee_tuning.passes.graphs import compiled
-from ee_tuning.passes.wanted import handed_on, told
+from ee_tuning.passes.wanted import Wanted, handed_on, told
 
 
 class Underway(NamedTuple):
@@ -49,7 +49,8 @@ class Together:
     """Rows of an engine that draft by its draft exit."""
 
     def __init__(self, sequences: Sequences) -> None:
-        self._sequences, passes = sequences, sequences.passes
+        self._sequences = sequences
+        self._passes = passes = sequences.passes
         assert passes.chains is not None
         self._chains = passes.chains
         self._most = passes.most - 1  # drafts of a round
@@ -58,7 +59,8 @@ class Together:
         self._longest = torch.zeros(slots, dtype=torch.int64, device=device)
         # How many drafts, tokens of drafts, confidences; tokens and confidences of the end.
         self._said = torch.zeros(slots, 3 + 4 * self._most, device=device)
-        self._chained = torch.zeros(slots, 1 + 2 * self._most, device=device)
+        self._table = self._chains.next_table()
+        self._given = self._table.new_zeros(slots, self._table.shape[1] + 2)  # see `_hand_on`
         self._lines = [Line(self._said) for _ in range(2)]
         self._underway: Underway | None = None
         self._follow = compiled(_follow, passes.compile)
@@ -89,7 +91,7 @@ class Together:
         one = self._underway if self.underway(rows) else None
         one = one or self._begin(rows, number, None)
         # Of others, or of other drafts, only where no pass writes to idle slots.
-        apart = self._sequences.passes.sizes.apart
+        apart = self._passes.sizes.apart
         follows = one.is_for(rows, number) or (apart and self.serves(rows))
         self._underway = self._begin(rows, number, one) if behind and follows else None
         said, seconds = one.line.read()
@@ -122,10 +124,10 @@ class Together:
         seen: those of which the device finds them itself, among the rows of the last ones, which
         are of `slots`.
         """
-        chains, passes = self._chains, self._sequences.passes
+        passes = self._passes
         links = [Link(row.slot, 0, ()) if row in seen else row.link() for row in rows]
         by_slot, where = {row.slot: row for row in rows}, {one: at for at, one in enumerate(slots)}
-        length, table = chains.window, []
+        length, table = self._chains.window, []
         every = filled(links, starts, passes.sizes if passes.compile else None, length)
         for place, link in enumerate(every):
             row, ids = by_slot.get(link.slot), [*link.ids, *[0] * (length - len(link.ids))]
@@ -133,24 +135,43 @@ class Together:
             most = number if row is None else min(number, row.policy.max_pending)
             known = len(every) + where[link.slot] if row in seen else place
             table.append([longest, link.slot, link.first, len(link.ids), most, *ids, known])
-        windows = chains.next_table(passes.slots)
-        self._hand_on(windows, sent(told(table), windows.device), self._longest)
+        self._given[: len(table)].copy_(told(table), non_blocking=True)
+        self._run(("windows", len(table)), self._windows)
         return [link.slot for link in every]
+
+    def _windows(self, rows: int) -> None:
+        """Let the next chains be of so many rows, of windows that are given or there."""
+        self._hand_on(self._table, self._given[:rows], self._longest)
 
     def _round(
         self, rows: Sequence[Row], slots: list[int], number: int, starts: Sequence[int]
     ) -> None:
+        """The next one of `slots`, whose windows are told."""
+        sequences, sizes, compile = self._sequences, self._passes.sizes, self._passes.compile
+        measure, drawn = rows[0].policy.measure, sequences.drawn(rows)
+        reach = max(starts[slot] for slot in slots) + max(self._chains.window, number)
+        size = len(slots), sizes.reach(reach) if compile else reach, sizes.in_order(slots)
+        key = *size, number, measure, drawn, sequences.samples(rows)
+        self._run(("together", *key), self._forward)
+
+    def _run(self, key: tuple[Any, ...], function: Callable[..., None]) -> None:
+        """A function, of what a key has behind its name, as a graph where there are graphs. So
+        passes have one `Together`."""
+        run, passes = partial(function, *key[1:]), self._passes
+        passes.graphs.run(key, run, moved=[self._table]) if passes.compile else run()
+
+    def _forward(
+        self, rows: int, reach: int, in_order: bool, number: int, measure: str, drawn: int,
+        samples: int,
+    ) -> None:  # fmt: skip
         """Chains, what the end says to them, and the windows of the next ones."""
-        sequences, measure = self._sequences, rows[0].policy.measure
-        said = self._chains.again(slots, max(starts), number, measure, sequences.drawn(rows))
-        size, count = len(said), said.shape[1] // 2
-        # A captured pass may write over it; and what follows is compiled for the longest.
-        chained = self._chained[:size]
-        chained[:, : 1 + count] = said[:, : 1 + count]
-        chained[:, 1 + self._most :][:, :count] = said[:, 1 + count :]
-        samples = sequences.samples(rows)
-        _, answers = sequences.passes.to_end(slots, count, starts, measure, samples)
-        self._follow(self._said, self._chains.next_table(size), chained, answers, self._longest)
+        passes, chains = self._passes, self._chains
+        said = chains.forward(rows, chains.window, number, reach, in_order, measure, drawn)
+        length = 1 + said.shape[1] // 2
+        length = passes.sizes.length(length) if passes.compile else length
+        wanted = Wanted("each", True, measure, samples)
+        _, answers = passes.to_end(0, (rows, length, reach, in_order), wanted)
+        self._follow(self._said, self._table[:rows], said, answers, self._longest)
 
     def _settle(self, row: Row, one: Underway, said: list[float]) -> Settled:
         """What a round says of a row, which goes on with it; its text drafts nothing by itself."""
@@ -174,25 +195,26 @@ class Together:
             row.pace.learn(row.limit, number, kept)
         return row, tokens
 
-    def to_warm(self) -> list[Callable[[], Any]]:
-        """What compiles what follows a round, of any size of pass that verifies, and what hands
-        windows on to so many rows."""
-        sizes = self._sequences.passes.sizes
-        numbers = sorted({rows for rows, _ in sizes.chains(self._most + 1)} - {1})
+    def to_warm(self, measures: Sequence[str], samples: Sequence[int]) -> list[Callable[[], Any]]:
+        """What captures rounds of every size, and of windows that are given; see
+        `ee_tuning.passes.warm`."""
+        sizes, numbers = self._passes.sizes, range(1, self._most + 1)
+        some = [one for one in sizes.chains(self._chains.window) if one[0] > 1]
+        keys: dict[tuple[Any, ...], Callable[..., None]] = {}
+        for (rows, reach), number, measure, kind in product(some, numbers, measures, samples):
+            size = rows, reach, sizes.in_order(list(range(rows)))
+            key = "together", *size, number, measure, min(kind, ALL), kind
+            keys |= {key: self._forward, ("windows", rows): self._windows}
+        return [self._clear, *(partial(self._run, *one) for one in keys.items())]
 
-        def warm(rows: int, length: int) -> None:
-            answers = self._said.new_zeros(2, rows, length)
-            table, chained = self._chains.next_table(rows), self._chained[:rows]
-            self._follow(self._said, table, chained, answers, self._longest)
-
-        def warm_windows(rows: int) -> None:
-            table = self._chains.next_table(len(self._longest))
-            self._hand_on(table, table.new_zeros(rows, table.shape[1] + 2), self._longest)
-
-        return [
-            *(partial(warm, *one) for one in product(numbers, sizes.windows[1:])),
-            *(partial(warm_windows, rows) for rows in numbers),
-        ]
+    def _clear(self) -> None:
+        """Windows of one token at the beginning of each slot, of no texts."""
+        self._longest.zero_()
+        slots = torch.arange(len(self._table), device=self._table.device)
+        for table, slot, number in ((self._table, 0, 2), (self._given, 1, 3)):
+            table.zero_()
+            table[:, slot], table[:, number] = slots, 1
+        self._given[:, -1] = slots
 
 
 def _hand_on(table: Tensor, given: Tensor, longest: Tensor) -> None:
@@ -211,15 +233,17 @@ def _hand_on(table: Tensor, given: Tensor, longest: Tensor) -> None:
 def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longest: Tensor) -> None:
     """Say what there was in a round of n rows, and make the windows of the next one.
 
-    said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2k), how many drafts
-    there are, these, and confidences. answers: (2, n, U), U ≤ k + 1, what the end says. longest:
-    (slots,), of texts.
+    said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2m), m ≤ k, how many
+    drafts there are, these, and confidences. answers: (2, n, U), of which the first m + 1 are what
+    the end says. longest: (slots,), of texts.
     """
-    number, most = len(chained), chained.shape[1] // 2
-    answers = torch.nn.functional.pad(answers, (0, most + 1 - answers.shape[2]))
-    said[:number] = torch.cat([chained, *answers], 1)
-    drafts, ends = chained[:, 1 : 1 + most].long(), answers[0].long()
-    new = settled(table, chained[:, 0].long(), drafts, ends)
+    number, count, most = len(chained), chained.shape[1] // 2, said.shape[1] // 4
+    made, drafts, sures = chained.split([1, count, count], 1)
+    ends, confidences = answers[:, :, : count + 1]
+    told = zip((drafts, sures, ends, confidences), (most, most, most + 1, most + 1), strict=True)
+    padded = [torch.nn.functional.pad(one, (0, size - one.shape[1])) for one, size in told]
+    said[:number] = torch.cat([made, *padded], 1)
+    new = settled(table, made[:, 0].long(), drafts.long(), ends.long())
     left = (longest[table[:, 0]] - new[:, 1] - new[:, 2])[:, None]
     new[:, 3:4] = torch.minimum(new[:, 3:4], (left - 1).clamp(min=0))
     # Idle slots, and texts that are as long as they may become, stay where they are.

@@ -17,7 +17,7 @@ from ee_tuning.decode.sampling import check_evidence
 from ee_tuning.decode.sequences import Request, Row
 from ee_tuning.passes.draws import NOTHING, Warp, samples_of
 from ee_tuning.passes.prompts import read
-from ee_tuning.passes.wanted import Wanted, Window
+from ee_tuning.passes.wanted import Wanted
 
 AHEAD = 8  # tokens between two looks
 PLAIN = Warp()
@@ -95,11 +95,11 @@ class Wave:
     def go_on(self) -> list[tuple[Text, list[int]]]:
         """Some tokens more of each text; gives those that end."""
         count = min(self.ahead, max(row.left for row, _ in self.rows))
-        windows = [Window(row.slot, 1, row.ids[-1:]) for row, _ in self.rows]
+        newest = {row.slot: row.ids[-1] for row, _ in self.rows}
         starts = [0] * self.passes.slots
         for row, _ in self.rows:
             starts[row.slot] = len(row.ids) - 1
-        straight = self.passes.straight(windows, starts, self._wanted())
+        straight = self.passes.straight(newest, starts, self._wanted())
         found = straight.find(count)[:, :, straight.rows].tolist()
         for _, confidences in found:
             if not math.isfinite(sum(confidences)):

@@ -189,33 +189,18 @@ class Chains:
             padding = [0] * (length - number)
             table.append([link.slot, link.first, number, link.limit, *link.ids, *padding])
         self.table[: len(slots), : 4 + length].copy_(told(table), non_blocking=True)
-        reach = max(row[1] for row in table) + length if self.graphs is None else end
-        return slots, self._chain(slots, length, count, reach, measure, samples)
-
-    @torch.inference_mode()
-    def again(self, slots: list[int], longest: int, count: int, measure: str, samples: int) -> Any:
-        """What the device says, as for `draft`, for the windows of `next_table`, in texts of up to
-        `longest` tokens."""
-        length = self._length(count)
-        reach = longest + max(length, count)
-        return self._chain(slots, length, count, reach, measure, samples)
-
-    def _chain(
-        self, slots: list[int], length: int, count: int, reach: int, measure: str, samples: int
-    ) -> Any:
-        """`_forward` for the windows that the table has, as a graph where there are graphs."""
-        reach = reach if self.graphs is None else self.sizes.reach(reach)
+        reach = max(row[1] for row in table) + length if sizes is None else sizes.reach(end)
         key = len(slots), length, count, reach, self.sizes.in_order(slots), measure, samples
-        return self._forward(*key) if self.graphs is None else self._run(key)
+        return slots, self.forward(*key) if self.graphs is None else self._run(key)
 
     @property
     def window(self) -> int:
         """Tokens of the windows of `next_table`."""
         return self._length(1)
 
-    def next_table(self, rows: int) -> Tensor:
-        """Where the windows of the next chains of so many rows may be told, as in `Tables`."""
-        return self.tables(rows, self.window).table
+    def next_table(self) -> Tensor:
+        """Where the windows of the next chains may be told, as in `Tables`, one for each slot."""
+        return self.tables(len(self.table), self.window).table
 
     def to_warm(
         self, most: int, measures: Sequence[str], samples: Sequence[int], alone: bool
@@ -247,18 +232,14 @@ class Chains:
     def _run(self, key: tuple[Any, ...]) -> Any:
         assert self.graphs is not None
         tune = key[:2] == (1, 1)  # as for passes
-        return self.graphs.run(("chain", *key), lambda: self._forward(*key), tune=tune)
+        return self.graphs.run(("chain", *key), lambda: self.forward(*key), tune=tune)
 
-    def _forward(
-        self,
-        rows: int,
-        length: int,
-        count: int,
-        reach: int,
-        in_order: bool,
-        measure: str,
+    def forward(
+        self, rows: int, length: int, count: int, reach: int, in_order: bool, measure: str,
         samples: int,
-    ) -> Tensor | None:
+    ) -> Any:  # fmt: skip
+        """Chains of the windows of so many tokens that the table has; gives what `draft` does of
+        them. reach, in_order, measure, samples: as of `Step`."""
         tables, alone = self.tables(rows, length), self.graphs is None and rows == 1 and in_order
         step = Step(reach, in_order, self.limit, measure if count else None, samples)
         first = step._replace(start=reach - length if alone else None)

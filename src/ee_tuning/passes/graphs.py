@@ -174,7 +174,8 @@ def _sizes(most: int, factor: int, least: int = 1) -> list[int]:
 
 
 class Graphs:
-    """Passes that have been compiled and, on CUDA, captured, by their arguments."""
+    """Passes, and what else is done between two looks of the host, that have been compiled and, on
+    CUDA, captured, by their arguments."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -195,17 +196,25 @@ class Graphs:
         return self._on_gpu and can_branch()
 
     def run(
-        self, key: Hashable, function: Callable[[], Any], tune: bool, beside: bool = False
-    ) -> Any:
-        """What `function` gives, which does the same each time for a key.
+        self, key: Hashable, function: Callable[[], Any], tune: bool = False, beside: bool = False,
+        moved: Sequence[Tensor] = (),
+    ) -> Any:  # fmt: skip
+        """What `function` gives, which does the same each time for a key, from where `moved` is.
 
         tune: take the time to look for the fastest kernels, which then add up in an order of their
         own for each key; else sums have one order for all keys. beside: others, that are not, may
-        run at the same time.
+        run at the same time. moved: what `function` goes on from, and moves on.
         """
         if key not in self._kept:
+            kept = [one.clone() for one in moved]
+
+            def begin() -> None:
+                for one, before in zip(moved, kept, strict=True):
+                    one.copy_(before)
+
             with _compiling(tune, self._on_gpu):
-                self._kept[key] = self._captured(function, beside)
+                self._kept[key] = self._captured(function, begin, beside)
+            begin()
         return self._kept[key]()
 
     def branched(
@@ -248,15 +257,18 @@ class Graphs:
         run()
         return run
 
-    def _captured(self, function: Callable[[], Any], beside: bool) -> Callable[[], Any]:
+    def _captured(
+        self, function: Callable[[], Any], begin: Callable[[], None], beside: bool
+    ) -> Callable[[], Any]:
         """`function` as a CUDA graph that gives the same tensors each time; as it is elsewhere.
 
-        It is run before: compiled code compiles then. Running a pass twice changes nothing.
+        It is run before: compiled code compiles then. Running it twice changes nothing that `begin`
+        does not take back.
         """
         if not self._on_gpu:
             function()
             return function
-        graph, found = self._graph(function, beside=beside)
+        graph, found = self._graph(function, begin, beside=beside)
 
         def replay() -> Any:
             graph.replay()
@@ -265,8 +277,8 @@ class Graphs:
         return replay
 
     def _graph(
-        self, function: Callable[[], Any], begin: Callable[[], Any] = lambda: None,
-        keep: bool = False, beside: bool = False,
+        self, function: Callable[[], Any], begin: Callable[[], Any], keep: bool = False,
+        beside: bool = False,
     ) -> tuple[torch.cuda.CUDAGraph, Any]:  # fmt: skip
         """The graph of a function, and what it gives. keep: the graph itself, not to be run."""
         pool = self._pool_beside if beside else self._pool

@@ -7,7 +7,7 @@ the *ring* before the next segment until that one computes it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from ee_tuning.passes.chains import Chains
 from ee_tuning.passes.draws import NOTHING, Draws
 from ee_tuning.passes.graphs import CHUNK, Graphs, Sizes, compiled
 from ee_tuning.passes.sources import Sources, side_by_side
-from ee_tuning.passes.straight import Straight
+from ee_tuning.passes.straight import Feed, Straight
 from ee_tuning.passes.wanted import (
     Predictions,
     Predictor,
@@ -75,7 +75,7 @@ class Passes:
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         self.slots, self.capacity, self.compile = slots, capacity, compile
         self.texts, self.most = LOOKUP in exit_layers, longest
-        self.invariant = Invariant(self.backbone, compile)
+        self.invariant, self.graphs = Invariant(self.backbone, compile), Graphs(self.device)
         kinds = DRAFT in exit_layers or [*exit_layers] == [LOOKUP], not self.invariant.missing
         self.sizes = Sizes(slots, capacity, longest, compile, *kinds)
         self.longest = longest = self.sizes.longest
@@ -102,7 +102,8 @@ class Passes:
         # These run in place of the exits, but on prompts.
         self._exits = {k: twin(one, kept.get(k), positions) for k, one in self.exits.items()}
         self.predict, self.group = compiled(predict, compile), sharing_group(model, self.device)
-        self.graphs = Graphs(self.device)
+        graphs = self.graphs if compile else None
+        self.feed = Feed(self.control, self.sizes, graphs, self.invariant)
         if compile:
             self._steps[0].look_up_positions(positions)
         for segment, cache in zip(self._steps, self.caches, strict=True) if compile else ():
@@ -231,23 +232,19 @@ class Passes:
 
     @torch.inference_mode()
     def straight(
-        self, windows: Sequence[Window], starts: Sequence[int], wanted: Wanted,
+        self, newest: Mapping[int, int], starts: Sequence[int], wanted: Wanted,
         before: Straight | None = None, known: Collection[int] = (),
     ) -> Straight:  # fmt: skip
         """What goes on with texts that go through the one segment there is.
 
-        windows: of one token each, by slot, of all texts in progress. starts: as for `window`.
-        before: what the device is at; of slots that are `known` it has the token.
+        newest: by slot, the last token of all texts in progress. starts: as for `window`. before:
+        what the device is at; of slots that are `known` it has the token.
         """
-        given = {window.slot: window for window in windows}
-        slots, (*_, in_order) = self._sized([*given], 1, starts)
-        if before is None:
-            self.tell(slots, starts, given, 1)
-        else:
-            before.hand_on(table_of(slots, starts, given, 1), known)
-        reach, sizes = max(starts[slot] for slot in slots), self.sizes if self.compile else None
-        kind = in_order, wanted
-        return Straight(self.run, self.control, reach, slots, [*given], kind, sizes)
+        slots, (*_, in_order) = self._sized([*newest], 1, starts)
+        where = {} if before is None else before.where
+        self.feed.tell(slots, starts, newest, {slot: where[slot] for slot in known})
+        reach = max(starts[slot] for slot in slots)
+        return Straight(self.feed, self.forward, reach, slots, [*newest], (in_order, wanted))
 
     def tell(
         self, slots: list[int], starts: Sequence[int], given: Mapping[int, Window], length: int
@@ -265,21 +262,23 @@ class Passes:
     def verify(
         self, slots: list[int], said: Tensor, starts: Sequence[int], measure: str, samples: int
     ) -> Any:
-        """`to_end` of what a chain left and says, (n, 1 + 2k); gives what `verified` does."""
+        """`to_end` of what a chain left and says, (n, 1 + 2k); gives what `verified` does. starts:
+        as for `window`."""
         said = said.clone()  # a captured pass may write over it
-        found = self.to_end(slots, said.shape[1] // 2, starts, measure, samples)
+        _, size = self._sized(slots, 1 + said.shape[1] // 2, starts)
+        found = self.to_end(0, size, Wanted("each", True, measure, samples), self.run)
         return verified(said, *found) if self.is_last else None
 
-    @torch.inference_mode()
     def to_end(
-        self, slots: list[int], count: int, starts: Sequence[int], measure: str, samples: int
-    ) -> Any:
-        """Run all segments on a token and drafts of each slot. starts: as for `window`."""
-        (_, size), last = self._sized(slots, 1 + count, starts), len(self.segments) - 1
-        for i in range(last + 1):
-            ends = i == last and self.is_last
-            wanted = Wanted("each", True, measure, samples) if ends else Wanted("nothing", False)
-            found = self.run((i, *size, wanted))
+        self, first: int, size: tuple[int, int, int, bool], wanted: Wanted,
+        run: Callable[[tuple[Any, ...]], Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """All segments from one on, on windows of a size, as `forward` takes it; gives what the
+        last one does. run: each of them; default: `forward`, where all are part of one graph."""
+        last, nothing = len(self.segments) - 1, Wanted("nothing", False)
+        for i in range(first, last + 1):
+            key = i, *size, wanted if i == last and self.is_last else nothing
+            found = self.forward(*key) if run is None else run(key)
         return found
 
     def run(self, key: tuple[Any, ...]) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from ee_tuning.passes.draws import NOTHING
 from ee_tuning.passes.passes import Passes
+from ee_tuning.passes.straight import PIECES
 from ee_tuning.passes.wanted import Wanted
 
 
@@ -39,6 +40,12 @@ def to_warm(
         wanted = Wanted(after, final, measure, kind if after != "nothing" else NOTHING)
         keys[i, rows, length, reach, passes.sizes.in_order(list(range(rows))), wanted] = None
     jobs: list[Callable[[], Any]] = [partial(passes.run, key) for key in keys]
+    straight = len(passes.segments) == 1 and passes.is_first and passes.is_last
+    if straight and passes.group is None:
+        # Elsewhere the host looks at each token, of one that is alone, too.
+        least, pieces = (2, PIECES) if passes.branch else (1, (1,))
+        fed = [key for key in keys if key[1] >= least and key[2] == 1 and key[-1].final]
+        jobs += passes.feed.to_warm(passes.forward, pieces, [key[1:2] + key[3:] for key in fed])
     if chains is not None:
         alone = not passes.branch or passes.group is not None
         jobs += chains.to_warm(passes.most - 1, measures, samples, alone)
