@@ -184,6 +184,28 @@ def test_rounds_take_no_less_than_they_took_the_device(monkeypatch):
     assert told == [(3, 8.0)] * 3
 
 
+def test_a_round_takes_until_its_tokens_are_handed_out(monkeypatch):
+    """What comes between two rounds is part of the second; not what prompts took, nor a pause."""
+    told = []
+    monkeypatch.setattr("ee_tuning.decode.sequences.Clock", Clock)  # not the one of tests
+    monkeypatch.setattr(Clock, "learn", lambda clock, drafts, seconds, *_: told.append(seconds))
+    monkeypatch.setattr("ee_tuning.decode.limits.plan", lambda *_: 3)
+    engine, now = engine_of(2, 3), [0.0]
+    monkeypatch.setattr("ee_tuning.decode.sequences.time.perf_counter", lambda: now[0])
+    for _ in range(2):
+        for seed in range(2):
+            policy = Speculative(DEPTH, max_pending=3, bar=0.0)
+            engine.submit(Request(prompt(7, seed), policy, 20))
+        now[0] += 50
+        while engine.busy:
+            engine.step()
+            now[0] += 5
+        rounds = len(told)
+        assert told == [0.0, *[5.0] * (rounds - 1)]
+        assert rounds > 2
+        told.clear()
+
+
 def test_the_device_finds_the_next_windows():
     """Of the drafts that the end agrees with and its own token; idle slots, and texts that would be
     longer than they may, stay where they are."""

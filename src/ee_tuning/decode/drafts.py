@@ -84,7 +84,7 @@ class FirstTokens:
     def __init__(self, sequences: Sequences, rows: Sequence[Row], lane: Lane | None) -> None:
         """lane: in which the device reads them now, beside what follows; if there is none, or
         logits choose a token, it does so when they are `settled`."""
-        self.rows, self._reads = rows, sequences.read(rows)
+        self.rows, self._reads, self._sequences = rows, sequences.read(rows), sequences
         self._lane = lane if all(row.request.chooser.in_passes for row in rows) else None
         if self._lane is not None:
             with self._lane.work():
@@ -100,6 +100,8 @@ class FirstTokens:
         settled: list[Settled] = []
         if self._lane is not None:
             self._lane.wait()
+        else:  # others have waited for it
+            self._sequences.pause()
         for reads in self._reads:
             found = [(row, read.found) for row, read in reads if read.found is not None]
             asked = [Asked(row.request.chooser, row.ids, [said]) for row, said in found]
@@ -179,6 +181,7 @@ def next_round(
     """
     beginning = [row for row in rows if row.begins and row.policy.verifies]
     if not beginning:
+        sequences.pause()
         if (go_on := _at_full_depth(rows, several, ahead, behind)) is not None:
             return go_on(TOKENS)[0]
         if several is not None and several.serves(rows):

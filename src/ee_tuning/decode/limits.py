@@ -25,7 +25,7 @@ def limit(sequences: Sequences, rows: Sequence[Row], may: bool = True) -> Clock 
     clock = sequences.clock(len(rows), max(pace.cost for pace in paces))
     number = plan(paces, rooms, clock) if may else 0
     for row, _ in free:
-        row.limit = row.within(number)
+        row.limit = row.within(number) if number else 0  # of many texts most only rest
     return clock
 
 

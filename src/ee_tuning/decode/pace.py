@@ -16,6 +16,7 @@ from statistics import median
 # Of texts side by side: how often what a round may lose counts of what one of them is ahead, and
 # which part of `Pace.BOUND` where it is late.
 SHARED, BOUNDED = 2.0, 2 / 3
+MANY = 4  # a part of them is the number of rounds in which none is asked again, once all rest
 
 
 class Clock:
@@ -130,7 +131,7 @@ class Pace:
     HOPE, FIRST = 0.8, 4.0  # the chance of a first draft, as if it was that of so many tried
     LATER = 2.0  # the same at a later place, of whose chance the place before it gives an idea
     STAKE, SHARE, BOUND = 1.8, 0.01, 0.024  # see `margin`
-    RESTS = 3  # rounds in which it rests without being asked, beside others, once it does
+    RESTS = 3  # rounds in which it rests without being asked, beside others, once it does, at least
 
     def __init__(self, longest: int, cost: float, stops: bool = True) -> None:
         """longest: drafts at most. cost: of a draft, as a share of a pass at full depth. stops: a
@@ -138,7 +139,7 @@ class Pace:
         self.longest, self.cost, self.stops = longest, cost, stops
         self.hope = self.HOPE
         self.asked = 0  # drafts that the last round had to make, one in vain included
-        self.rests = 0  # of `RESTS`, those to come
+        self.rests = 0  # of these, those to come
         self._ahead, self._tokens, self._rested = 0.0, 0, 0
         self._unpaid: list[int] = []
         self._tried, self._kept, self._asked = ([0.0] * longest for _ in range(3))
@@ -247,7 +248,8 @@ def plan(paces: Sequence[Pace], rooms: Sequence[int], clock: Clock) -> int:
                 found, most = number, rate
     clock.promise(most)
     for pace in paces if not (found or alone) else ():
-        pace.rests = pace.RESTS
+        # Asking takes as long as there are many.
+        pace.rests = pace.RESTS and max(pace.RESTS, len(paces) // MANY)
     return found
 
 

@@ -180,6 +180,7 @@ class Sequences:
         self.stops = [segment.stop for segment in passes.segments]
         self.rows: list[Row | None] = [None] * passes.slots
         self._clocks: dict[tuple[int, float], Clock] = {}
+        self._over: float | None = None  # when the last round was, unless there was a pause
 
     @property
     def live(self) -> list[Row]:
@@ -214,10 +215,17 @@ class Sequences:
         if row.request.error is not None:
             self.passes.forget(row.slot)
         self.rows[row.slot] = None
+        if not self.live:
+            self.pause()
 
     def clear(self) -> None:
         """Give up every row."""
         self.rows = [None] * len(self.rows)
+        self.pause()
+
+    def pause(self) -> None:
+        """What comes between the last round and the next one is part of neither."""
+        self._over = None
 
     def read(
         self, rows: Sequence[Row], hidden: Tensor | None = None
@@ -312,14 +320,19 @@ class Sequences:
         return self._clocks[key]
 
     def stopwatch(self) -> Stopwatch:
-        """What tells the seconds since now; None, if something was met for the first time, and
-        compiled, meanwhile."""
+        """What tells the seconds that a round has taken that begins now; None, if something was met
+        for the first time, and compiled, meanwhile.
+
+        That what the round before it gave was handed out is part of it: where the host limits, that
+        counts as much.
+        """
         graphs = self.passes.graphs
-        captured, start = len(graphs), time.perf_counter()
+        captured, start = len(graphs), self._over or time.perf_counter()
+        self._over = None
 
         def seconds() -> float | None:
-            took = time.perf_counter() - start
-            return took if len(graphs) == captured else None
+            self._over = time.perf_counter()
+            return self._over - start if len(graphs) == captured else None
 
         return seconds
 
