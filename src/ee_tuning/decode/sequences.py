@@ -180,7 +180,8 @@ class Sequences:
         self.stops = [segment.stop for segment in passes.segments]
         self.rows: list[Row | None] = [None] * passes.slots
         self._clocks: dict[tuple[int, float], Clock] = {}
-        self._over: float | None = None  # when the last round was, unless there was a pause
+        # When the last round was over, and how much was captured by then, unless there was a pause.
+        self._over: tuple[float, int] | None = None
 
     @property
     def live(self) -> list[Row]:
@@ -323,16 +324,16 @@ class Sequences:
         """What tells the seconds that a round has taken that begins now; None, if something was met
         for the first time, and compiled, meanwhile.
 
-        That what the round before it gave was handed out is part of it: where the host limits, that
-        counts as much.
+        To hand out what the round before it gave is part of it: where the host limits, that counts
+        as much.
         """
         graphs = self.passes.graphs
-        captured, start = len(graphs), self._over or time.perf_counter()
+        start, captured = self._over or (time.perf_counter(), len(graphs))
         self._over = None
 
         def seconds() -> float | None:
-            self._over = time.perf_counter()
-            return self._over - start if len(graphs) == captured else None
+            self._over = time.perf_counter(), len(graphs)
+            return self._over[0] - start if len(graphs) == captured else None
 
         return seconds
 
