@@ -106,7 +106,7 @@ def test_a_long_text_is_not_copied_for_each_of_its_tokens(tokenizer, monkeypatch
             max_new_tokens=number, eos_token_id=None, **stops,
         )  # fmt: skip
     short, long = (row.ids.copied for row in rows)
-    assert long < 2.2 * short
+    assert long <= 2.2 * short  # at full depth nothing is
 
 
 def test_end_token_and_stop_strings_end_generation(base, tokenizer):
