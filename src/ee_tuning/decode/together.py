@@ -149,7 +149,7 @@ class Together:
         """The next one of `slots`, whose windows are told."""
         sequences, sizes, compile = self._sequences, self._passes.sizes, self._passes.compile
         measure, drawn = rows[0].policy.measure, sequences.drawn(rows)
-        reach = max(starts[slot] for slot in slots) + max(self._chains.window, number)
+        reach = max(starts[slot] for slot in slots) + self._chains.window
         size = len(slots), sizes.reach(reach) if compile else reach, sizes.in_order(slots)
         key = *size, number, measure, drawn, sequences.samples(rows)
         self._run(("together", *key), self._forward)
