@@ -31,7 +31,7 @@ from ee_tuning.decode.ahead import Ahead, _decide, cuts_beside
 from ee_tuning.decode.alone import TOKENS
 from ee_tuning.decode.pace import Pace
 from ee_tuning.decode.sequences import Row
-from ee_tuning.decode.straight import Several
+from ee_tuning.decode.straight import Look, Several, Timing
 from ee_tuning.exit_config import DRAFT, LOOKUP
 from ee_tuning.passes import branches
 from ee_tuning.passes.graphs import Beside
@@ -669,6 +669,36 @@ def test_the_next_tokens_of_several_are_begun_before_these_are_read(monkeypatch)
     assert began[0] is not None
     assert began.count(None) == 1  # of the two that are there when the first one has ended
     assert [*found.values()] == alone
+
+
+@pytest.mark.parametrize(("token", "one_by_one"), [(1.9, False), (2.1, True)])
+def test_tokens_that_take_the_device_long_are_looked_at_one_by_one(token, one_by_one, monkeypatch):
+    """From a look behind another on, since then it is known; the texts stay what they are."""
+    begun, begin, learn = [], Look.begun, Timing.learn
+    model = early_exit()
+    alone = by_text(engine_of(model, [], False), at_full_depth(3))
+
+    def count(look):
+        begun.append(look.number)
+        return begin(look)
+
+    monkeypatch.setattr(Look, "begun", count)
+    monkeypatch.setattr(Timing, "learn", lambda timing, *_: learn(timing, 1.0, token))
+    assert by_text(engine_of(model, [], True, slots=3), at_full_depth(3)) == alone
+    assert begun[:2] == [TOKENS // 2] * 2
+    assert begun.count(1) > 30 if one_by_one else begun.count(1) <= 3  # of what texts have left
+    assert {*begun} == {TOKENS // 2, 1}
+
+
+def test_a_look_or_two_of_a_host_that_was_late_change_nothing():
+    timing = Timing()
+    for host in (0.001, 5.0, 0.001, 5.0, 0.001):
+        timing.learn(host, 0.01)
+    assert timing.number(TOKENS, True) == 1
+    assert timing.number(TOKENS, False) == TOKENS  # the device is asked for them at once
+    for _ in range(5):
+        timing.learn(0.009, 0.01)
+    assert timing.number(TOKENS, True) == TOKENS // 2
 
 
 @pytest.mark.parametrize("inside", [False, True])

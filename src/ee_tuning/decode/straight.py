@@ -7,8 +7,11 @@ knows, and of others that have come.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -50,6 +53,30 @@ class Look(NamedTuple):
         return [[[of[i] for i in rows] for of in one] for one in said[: self.number]], seconds
 
 
+class Timing:
+    """How long the host took lately from one reading of a look to the next, and the device for a
+    token of the last one, in seconds."""
+
+    LATELY = 8  # readings that count
+    LONG = 2.0  # tokens that take so many times what the host takes are looked at one by one
+
+    def __init__(self) -> None:
+        self._host: deque[float] = deque(maxlen=self.LATELY)
+        self._token = 0.0
+
+    def learn(self, host: float, token: float) -> None:
+        """Take in a reading behind another."""
+        self._host.append(host)
+        self._token = token
+
+    def number(self, count: int, behind: bool) -> int:
+        """Tokens of the next look, as of `at_once`: as few as let the device not wait for the host,
+        so that whoever has come, or leaves, waits for as few."""
+        if behind and self._host and self._token > self.LONG * median(self._host):
+            return 1
+        return at_once(count, behind)
+
+
 class Several:
     """Rows of an engine of one segment, of which none has drafts."""
 
@@ -57,6 +84,7 @@ class Several:
         assert len(sequences.stops) == 1
         self._sequences = sequences
         self._look: Look | None = None  # that was begun before the one in front of it was over
+        self.timing, self._read = Timing(), 0.0  # when the last one was read
 
     def serves(self, rows: Sequence[Row]) -> bool:
         """Whether these rows go token by token, and passes choose."""
@@ -80,14 +108,19 @@ class Several:
         `underway`: as of as many rounds without drafts, in one look, with little to do for each.
         Also gives the seconds that they took the device.
 
-        behind: half as many, and as many more are begun before the host looks at these.
+        behind: as many as `Timing` says, and as many more are begun before the host looks at these.
 
         Rows that have come while the device is at others are among those of the next look.
         """
-        number, live = at_once(count, behind), {*rows}
-        look = self._look if self._look and self.underway(rows) else self._begin(rows, number)
+        number, live = self.timing.number(count, behind), {*rows}
+        underway = self._look if self.underway(rows) else None
+        look = underway or self._begin(rows, number)
         self._look = self._follow(look, rows, number) if behind else None
+        host = time.perf_counter() - self._read
         found, seconds = look.read()
+        self._read = time.perf_counter()
+        if underway is not None:
+            self.timing.learn(host, seconds / look.number)
         settled: list[Settled] = []
         for place, row in enumerate(look.rows):
             if row not in live:
