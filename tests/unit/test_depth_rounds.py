@@ -360,8 +360,11 @@ def test_several_exits_and_texts_beside_one_are_left_to_the_host():
 
 def test_what_is_warm_is_all_that_texts_ask_for():
     engine = engine_of(half_right(), [2, 3], True)
-    jobs = engine.ahead.rounds.to_warm(["probability"], [(0, 0)], layers=True)
-    assert len(jobs) > len(engine.ahead.rounds.to_warm(["probability"], [(0, 0)], layers=False))
+    jobs, few = (
+        engine.ahead.rounds.to_warm(["probability"], [(0, 0)], layers, texts=False)
+        for layers in (True, False)
+    )
+    assert len(jobs) > len(few)
     for job in jobs:
         with torch.inference_mode():
             job()

@@ -232,7 +232,12 @@ def test_a_text_rests_where_drafts_do_not_pay(exit, monkeypatch):
 def test_what_is_warm_is_all_that_texts_ask_for(always):
     for model, exit in ((good_exit("llama"), False), (drafting(), True)):
         engine = engine_of(model, True, exit)
-        for job in engine.ahead.rounds.to_warm(["probability"], [(0, 0)], False):
+        few, jobs = (
+            engine.ahead.rounds.to_warm(["probability"], [(0, 0)], False, texts)
+            for texts in (False, True)
+        )
+        assert len(jobs) > len(few)  # no more than a server without --lookup is asked for
+        for job in jobs:
             with torch.inference_mode():
                 job()
         warm = len(engine.passes.graphs)

@@ -317,18 +317,18 @@ class Ahead:
         self._decide(self._state, found[1][:, 0, 0], step)
 
     def to_warm(
-        self, limit: int, measures: Sequence[str], samples: Sequence[int], drafts: bool
+        self, limit: int, measures: Sequence[str], samples: Sequence[int], drafts: bool, texts: bool
     ) -> list[Callable[[], Any]]:
         """What captures all that texts of mode ``threshold`` with all exits, and of ``full``, ask
         for; see `ee_tuning.passes.warm`. limit: tokens that may be pending. drafts: whether texts
-        draft with exits at layers, too."""
+        draft with exits at layers, too. texts: whether by what they have themselves."""
         leaves = sorted({False, bool(self.passes.exits)})
         ends = self.passes.sizes.ends(limit + 1)
         every = product(samples, measures, leaves, ends)
         jobs: list[Callable[[], Any]] = [partial(self._warm, limit, *one) for one in every]
         if self.rounds is not None:
             kinds = [(min(kind, ALL), kind) for kind in samples]
-            jobs += self.rounds.to_warm(measures, kinds, drafts)
+            jobs += self.rounds.to_warm(measures, kinds, drafts, texts)
         return jobs
 
     def _warm(self, limit: int, samples: int, measure: str, leave: bool, end: int) -> None:

@@ -145,7 +145,7 @@ class Engine:
         assert not self.busy
         jobs = to_warm(self._own, measures, samples, texts)
         if self.ahead is not None:
-            jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples, drafts)
+            jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples, drafts, texts)
         if self.together is not None:
             jobs += self.together.to_warm(measures, samples)
         for number, job in enumerate(jobs, 1):

@@ -279,13 +279,13 @@ class Rounds:
         return self.passes.texts and key.layer <= DRAFT
 
     def to_warm(
-        self, measures: Sequence[str], samples: Sequence[tuple[int, int]], layers: bool
+        self, measures: Sequence[str], samples: Sequence[tuple[int, int]], layers: bool, texts: bool
     ) -> list[Callable[[], Any]]:
         """What captures all that texts ask for; see `Ahead.to_warm`. layers: whether exits at
-        layers draft."""
+        layers draft. texts: whether texts themselves do, where they may."""
         ends = self.passes.sizes.ends(self.passes.most)
         drafters = [layer for layer in self._drafters if layers or layer == DRAFT]
-        exits = [*drafters, *[LOOKUP] * self.passes.texts]
+        exits = [*drafters, *[LOOKUP] * (self.passes.texts and texts)]
         keys: dict[Key, None] = {}
         for layer, (drawn, own), measure, end in product(exits, samples, measures, ends):
             kinds = _samples(layer, drawn, own)

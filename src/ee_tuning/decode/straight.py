@@ -65,7 +65,7 @@ class Timing:
         self._token = 0.0
 
     def learn(self, host: float, token: float) -> None:
-        """Take in a reading behind another."""
+        """Take in a reading behind another, before which the next look was begun."""
         self._host.append(host)
         self._token = token
 
@@ -119,7 +119,7 @@ class Several:
         host = time.perf_counter() - self._read
         found, seconds = look.read()
         self._read = time.perf_counter()
-        if underway is not None:
+        if underway is not None and self._look is not None:
             self.timing.learn(host, seconds / look.number)
         settled: list[Settled] = []
         for place, row in enumerate(look.rows):

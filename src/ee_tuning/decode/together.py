@@ -166,9 +166,9 @@ class Together:
     ) -> None:  # fmt: skip
         """Chains, what the end says to them, and the windows of the next ones."""
         passes, chains = self._passes, self._chains
-        said = chains.forward(rows, chains.window, number, reach, in_order, measure, drawn)
-        length = 1 + said.shape[1] // 2
-        length = passes.sizes.length(length) if passes.compile else length
+        windows = rows, chains.window, number, reach, in_order
+        said = chains.forward(*windows, measure, drawn, self._most)
+        length = passes.sizes.length(1 + number, rows) if passes.compile else 1 + number
         wanted = Wanted("each", True, measure, samples)
         _, answers = passes.to_end(0, (rows, length, reach, in_order), wanted)
         self._follow(self._said, self._table[:rows], said, answers, self._longest)
@@ -233,16 +233,14 @@ def _hand_on(table: Tensor, given: Tensor, longest: Tensor) -> None:
 def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longest: Tensor) -> None:
     """Say what there was in a round of n rows, and make the windows of the next one.
 
-    said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2m), m ≤ k, how many
-    drafts there are, these, and confidences. answers: (2, n, U), of which the first m + 1 are what
-    the end says. longest: (slots,), of texts.
+    said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2k), how many drafts
+    there are, these, and confidences. answers: (2, n, U), what the end says to each of them, or to
+    as many as there may be, and to what follows. longest: (slots,), of texts.
     """
-    number, count, most = len(chained), chained.shape[1] // 2, said.shape[1] // 4
-    made, drafts, sures = chained.split([1, count, count], 1)
-    ends, confidences = answers[:, :, : count + 1]
-    told = zip((drafts, sures, ends, confidences), (most, most, most + 1, most + 1), strict=True)
-    padded = [torch.nn.functional.pad(one, (0, size - one.shape[1])) for one, size in told]
-    said[:number] = torch.cat([made, *padded], 1)
+    most = said.shape[1] // 4
+    made, drafts, _ = chained.split([1, most, most], 1)
+    ends, confidences = torch.nn.functional.pad(answers, (0, most + 1 - answers.shape[2]))
+    said[: len(chained)] = torch.cat([chained, ends, confidences], 1)
     new = settled(table, made[:, 0].long(), drafts.long(), ends.long())
     left = (longest[table[:, 0]] - new[:, 1] - new[:, 2])[:, None]
     new[:, 3:4] = torch.minimum(new[:, 3:4], (left - 1).clamp(min=0))

@@ -124,6 +124,7 @@ class Chains:
         self.table = torch.zeros((slots, 4 + sizes.longest), dtype=torch.int64, device=device)
         # How many drafts come before one, for the device.
         self.numbers = torch.arange(sizes.longest + 1, device=device)
+        self._nothing = torch.zeros((slots, sizes.longest), device=device)
         self._group = group_of(exit)
         self._first = compiled(first_draft, graphs is not None)
         self._later = compiled(later_draft, graphs is not None)
@@ -236,10 +237,11 @@ class Chains:
 
     def forward(
         self, rows: int, length: int, count: int, reach: int, in_order: bool, measure: str,
-        samples: int,
+        samples: int, room: int = 0,
     ) -> Any:  # fmt: skip
         """Chains of the windows of so many tokens that the table has; gives what `draft` does of
-        them. reach, in_order, measure, samples: as of `Step`."""
+        them. reach, in_order, measure, samples: as of `Step`. room: for how many drafts that is, if
+        for more than there are."""
         tables, alone = self.tables(rows, length), self.graphs is None and rows == 1 and in_order
         step = Step(reach, in_order, self.limit, measure if count else None, samples)
         first = step._replace(start=reach - length if alone else None)
@@ -262,7 +264,8 @@ class Chains:
             sures.append(found[1])
         tokens, sure = torch.stack(drafts, 1), torch.stack(sures, 1)
         numbers = self.tell(tables, self.control, tokens, sure)
-        return torch.cat([numbers[:, None].float(), tokens.float(), sure], dim=1)
+        rest = self._nothing[:rows, len(drafts) : max(len(drafts), room)]
+        return torch.cat([numbers[:, None].float(), tokens.float(), rest, sure, rest], dim=1)
 
     def _agreed(self, found: Found) -> Found:
         """With --tp, the first process's drafts on all, and how sure: see `Passes`."""

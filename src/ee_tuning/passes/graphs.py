@@ -53,9 +53,10 @@ class Sizes:
         `Invariant`, whose attention does not read what lies behind a text's end."""
         self._compile, self.apart = compile, far and compile and slots > 1
         # Of one text a few tokens more cost nothing; of several, half as many cost less.
-        half = {-(-longest // 2)} if slots > 1 else set()
+        half = {-(-longest // 2)} - {1, longest} if drafts and slots > 1 else set()
         self.windows = sorted({1, longest} | half) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
+        self._alone = [length for length in self._lengths if length not in half]  # of one text
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
         self.places = -(-(capacity + self.longest) // ALIGNED) * ALIGNED
@@ -88,7 +89,7 @@ class Sizes:
     ) -> tuple[list[int], tuple[int, int, int, bool]]:
         """The slots of a pass on windows of so many tokens, the last of which begins at `first`;
         and its rows, length, reach, and whether slots are looked at where they are."""
-        length = self.length(length)
+        length = self.length(length, len(slots))
         slots = self.filled(slots, length)
         return slots, (len(slots), length, self.reach(first + length), self.in_order(slots))
 
@@ -113,9 +114,9 @@ class Sizes:
         """Numbers of rows that there are of windows of a length."""
         return self._readers if self.of_prompts(length) else self._rows
 
-    def length(self, number: int) -> int:
-        """Tokens of a window for so many."""
-        return _next(number, self._lengths)
+    def length(self, number: int, texts: int = 1) -> int:
+        """Tokens of windows for so many, in a pass of so many texts."""
+        return _next(number, self._lengths if texts > 1 else self._alone)
 
     def reach(self, number: int) -> int:
         """Places that are looked at for so many."""
@@ -157,7 +158,8 @@ class Sizes:
             asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
             for reach, (length, after) in product(self._reaches, sorted(asked)):
                 for rows in self._of(length):
-                    yield i, rows, length, reach, after, final and after != "nothing"
+                    if rows > 1 or length in self._alone:
+                        yield i, rows, length, reach, after, final and after != "nothing"
 
 
 def _next(number: int, sizes: Sequence[int]) -> int:
