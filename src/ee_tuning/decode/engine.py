@@ -13,7 +13,7 @@ draft      a token that left, if the end is still to verify it
 settled    what nothing takes back any more
 pace       how many drafts a round has
 round      from one settling of tokens to the next
-look       several rounds at full depth of which the host hears at a time
+look       rounds at full depth of which the host hears at a time
 lane       where prompts are read while other passes run
 =========  ===========================================================================
 

@@ -53,7 +53,7 @@ class Sizes:
         `Invariant`, whose attention does not read what lies behind a text's end."""
         self._compile, self.apart = compile, far and compile and slots > 1
         # Of one text a few tokens more cost nothing; of several, half as many cost less.
-        half = {-(-longest // 2)} - {1, longest} if drafts and slots > 1 else set()
+        half = {-(-longest // 2)} - {1, longest, CHUNK} if drafts and slots > 1 else set()
         self.windows = sorted({1, longest} | half) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
         self._alone = [length for length in self._lengths if length not in half]  # of one text
