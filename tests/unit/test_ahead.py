@@ -685,20 +685,50 @@ def test_tokens_that_take_the_device_long_are_looked_at_one_by_one(token, one_by
     monkeypatch.setattr(Look, "begun", count)
     monkeypatch.setattr(Timing, "learn", lambda timing, *_: learn(timing, 1.0, token))
     assert by_text(engine_of(model, [], True, slots=3), at_full_depth(3)) == alone
-    assert begun[:2] == [TOKENS // 2] * 2
+    assert begun[:3] == [TOKENS // 2] * 3
     assert begun.count(1) > 30 if one_by_one else begun.count(1) <= 3  # of what texts have left
     assert {*begun} == {TOKENS // 2, 1}
 
 
-def test_a_look_or_two_of_a_host_that_was_late_change_nothing():
+def test_what_the_host_takes_is_from_one_reading_to_the_next(monkeypatch):
+    """The look that is begun in between is part of it, to wait for the device is not."""
+    now, learned, begin, ask = [0.0], [], Look.begun, Look.read
+
+    def count(look):
+        now[0] += 10
+        return begin(look)
+
+    def read(look):
+        now[0] += 1000
+        return ask(look)[0], 4.0 * look.number
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("ee_tuning.decode.straight.time", clock)
+    monkeypatch.setattr(Look, "begun", count)
+    monkeypatch.setattr(Look, "read", read)
+    monkeypatch.setattr(Timing, "learn", lambda _, *given: learned.append(given))
+    engine = engine_of(early_exit(), [], True, slots=3)
+    for request in at_full_depth(3):
+        engine.submit(request)
+    while engine.busy:
+        engine.step()
+        now[0] += 1
+    assert {*learned} == {(11.0, 4.0)}
+    assert len(learned) > 10
+
+
+def test_a_look_or_two_that_took_long_change_nothing():
     timing = Timing()
-    for host in (0.001, 5.0, 0.001, 5.0, 0.001):
-        timing.learn(host, 0.01)
+    for late in (0.0, 5.0, 0.0, 5.0, 0.0):
+        timing.learn(0.001 + late, 0.01)
     assert timing.number(TOKENS, True) == 1
     assert timing.number(TOKENS, False) == TOKENS  # the device is asked for them at once
-    for _ in range(5):
-        timing.learn(0.009, 0.01)
+    for late in [0.0, 5.0, 0.0, 0.0] * 10:
+        timing.learn(0.009, 0.01 + late)
     assert timing.number(TOKENS, True) == TOKENS // 2
+    for _ in range(Timing.LATELY):
+        timing.learn(0.001, 0.01)
+    assert timing.number(TOKENS, True) == 1
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -243,6 +243,20 @@ def test_half_of_the_drafts_of_several_texts_are_verified_for_less():
     assert {*product([1, 2], [1, 4, 7])} - passes == {(1, 4)}
 
 
+@pytest.mark.parametrize("longest", [1, 2, 7, 64, 127, 128])
+def test_what_drafts_ask_for_is_compiled(longest):
+    """Also where half of them are as many as a chunk of a prompt has tokens."""
+    sizes = Sizes(17, 512, longest, compile=True, drafts=True, far=True)
+    passes = {
+        (rows, length)
+        for _, rows, length, _, after, _ in sizes.every(1, True, True, drafts=True)
+        if after == "each" or length == 1
+    }
+    every = product((1, 2, 17), range(1, longest + 1))
+    asked = {sizes.sized([*range(texts)], tokens, 0)[1][:2] for texts, tokens in every}
+    assert asked == passes
+
+
 def test_sizes_of_layers_that_look_far_are_few():
     """Where products take 16 rows at a time, and attention skips what lies behind a text."""
     sizes = Sizes(64, 4096, 9, compile=True, drafts=True, far=True)

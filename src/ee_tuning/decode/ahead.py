@@ -238,7 +238,7 @@ class Ahead:
         # Where no token leaves, every segment has one at a time to compute.
         length = limit + 1 if any(asks) else 1
         if passes.compile:
-            length = passes.sizes.length(length)
+            length = passes.sizes.length(length, 1)
         reach = self._reach(end, length)
         in_order = in_order and passes.compile  # else its first position is looked at on the host
         how = policy.measure, policy.final, samples

@@ -294,8 +294,8 @@ def _rest(
     timed: Stopwatch,
     first: bool = False,
 ) -> list[Settled]:
-    """Some tokens at full depth, of rows of which drafts do not pay: always as many, since what
-    they take, at least on the device, is what rounds with drafts are held against.
+    """Some tokens at full depth, of rows of which drafts do not pay: what each takes, at least on
+    the device, is what rounds with drafts are held against.
 
     clocks: of rounds that have none now, if they are counted. go_on: see `_at_full_depth`. timed:
     of this round. first: the device waits for the host before it, and would not before the next

@@ -233,7 +233,7 @@ class Rounds:
     def _sizes(self, slot: int, end: int) -> tuple[int, int, bool]:
         """As of `Key`, of a text in a slot."""
         passes, sizes = self.passes, self.passes.sizes
-        length = sizes.length(passes.most) if passes.compile else passes.most
+        length = sizes.length(passes.most, 1) if passes.compile else passes.most
         # Not compiled, the first position would be looked at on the host.
         return length, sizes.reach(end + length), passes.compile and passes.sizes.in_order([slot])
 

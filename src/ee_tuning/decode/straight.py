@@ -1,4 +1,4 @@
-"""Rows that go straight through the one segment there is: several tokens between two looks.
+"""Rows that go straight through the one segment there is: some tokens between two looks.
 
 The device feeds each text with what it has found. So that it does not wait while the host hands
 tokens out, it may be at the next ones meanwhile: of those rows that go on then, as far as the host
@@ -55,24 +55,23 @@ class Look(NamedTuple):
 
 class Timing:
     """How long the host took lately from one reading of a look to the next, and the device for a
-    token of the last one, in seconds."""
+    token, in seconds."""
 
     LATELY = 8  # readings that count
     LONG = 2.0  # tokens that take so many times what the host takes are looked at one by one
 
     def __init__(self) -> None:
-        self._host: deque[float] = deque(maxlen=self.LATELY)
-        self._token = 0.0
+        self._hosts, self._tokens = (deque[float](maxlen=self.LATELY) for _ in range(2))
 
     def learn(self, host: float, token: float) -> None:
         """Take in a reading behind another, before which the next look was begun."""
-        self._host.append(host)
-        self._token = token
+        self._hosts.append(host)
+        self._tokens.append(token)
 
     def number(self, count: int, behind: bool) -> int:
         """Tokens of the next look, as of `at_once`: as few as let the device not wait for the host,
         so that whoever has come, or leaves, waits for as few."""
-        if behind and self._host and self._token > self.LONG * median(self._host):
+        if behind and self._hosts and median(self._tokens) > self.LONG * median(self._hosts):
             return 1
         return at_once(count, behind)
 
@@ -84,7 +83,8 @@ class Several:
         assert len(sequences.stops) == 1
         self._sequences = sequences
         self._look: Look | None = None  # that was begun before the one in front of it was over
-        self.timing, self._read = Timing(), 0.0  # when the last one was read
+        self._timing = Timing()
+        self._read_at = 0.0  # the last one
 
     def serves(self, rows: Sequence[Row]) -> bool:
         """Whether these rows go token by token, and passes choose."""
@@ -112,15 +112,15 @@ class Several:
 
         Rows that have come while the device is at others are among those of the next look.
         """
-        number, live = self.timing.number(count, behind), {*rows}
-        underway = self._look if self.underway(rows) else None
-        look = underway or self._begin(rows, number)
+        number, live = self._timing.number(count, behind), {*rows}
+        begun = self._look if self.underway(rows) else None
+        look = begun or self._begin(rows, number)
         self._look = self._follow(look, rows, number) if behind else None
-        host = time.perf_counter() - self._read
+        host = time.perf_counter() - self._read_at
         found, seconds = look.read()
-        self._read = time.perf_counter()
-        if underway is not None and self._look is not None:
-            self.timing.learn(host, seconds / look.number)
+        self._read_at = time.perf_counter()
+        if begun is not None and self._look is not None:
+            self._timing.learn(host, seconds / look.number)
         settled: list[Settled] = []
         for place, row in enumerate(look.rows):
             if row not in live:

@@ -166,8 +166,8 @@ class Together:
     ) -> None:  # fmt: skip
         """Chains, what the end says to them, and the windows of the next ones."""
         passes, chains = self._passes, self._chains
-        windows = rows, chains.window, number, reach, in_order
-        said = chains.forward(*windows, measure, drawn, self._most)
+        size = rows, chains.window, number, reach, in_order
+        said = chains.forward(*size, measure, drawn, self._most)
         length = passes.sizes.length(1 + number, rows) if passes.compile else 1 + number
         wanted = Wanted("each", True, measure, samples)
         _, answers = passes.to_end(0, (rows, length, reach, in_order), wanted)
@@ -234,8 +234,8 @@ def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longe
     """Say what there was in a round of n rows, and make the windows of the next one.
 
     said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2k), how many drafts
-    there are, these, and confidences. answers: (2, n, U), what the end says to each of them, or to
-    as many as there may be, and to what follows. longest: (slots,), of texts.
+    there are, these, and confidences. answers: (2, n, U), what the end says to each draft of the
+    round, and to what follows, and more or less of padding. longest: (slots,), of texts.
     """
     most = said.shape[1] // 4
     made, drafts, _ = chained.split([1, most, most], 1)

@@ -240,8 +240,8 @@ class Chains:
         samples: int, room: int = 0,
     ) -> Any:  # fmt: skip
         """Chains of the windows of so many tokens that the table has; gives what `draft` does of
-        them. reach, in_order, measure, samples: as of `Step`. room: for how many drafts that is, if
-        for more than there are."""
+        them. reach, in_order, measure, samples: as of `Step`. room: drafts for which there are
+        columns in that, if more."""
         tables, alone = self.tables(rows, length), self.graphs is None and rows == 1 and in_order
         step = Step(reach, in_order, self.limit, measure if count else None, samples)
         first = step._replace(start=reach - length if alone else None)

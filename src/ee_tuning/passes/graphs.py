@@ -53,10 +53,10 @@ class Sizes:
         `Invariant`, whose attention does not read what lies behind a text's end."""
         self._compile, self.apart = compile, far and compile and slots > 1
         # Of one text a few tokens more cost nothing; of several, half as many cost less.
-        half = {-(-longest // 2)} - {1, longest, CHUNK} if drafts and slots > 1 else set()
+        half = {-(-longest // 2)} if drafts and slots > 1 else set()
         self.windows = sorted({1, longest} | half) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
-        self._alone = [length for length in self._lengths if length not in half]  # of one text
+        self._alone = sorted({*self.windows} - half | {1, longest, CHUNK})  # of one text
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
         self.places = -(-(capacity + self.longest) // ALIGNED) * ALIGNED
@@ -114,7 +114,7 @@ class Sizes:
         """Numbers of rows that there are of windows of a length."""
         return self._readers if self.of_prompts(length) else self._rows
 
-    def length(self, number: int, texts: int = 1) -> int:
+    def length(self, number: int, texts: int) -> int:
         """Tokens of windows for so many, in a pass of so many texts."""
         return _next(number, self._lengths if texts > 1 else self._alone)
 
@@ -123,8 +123,8 @@ class Sizes:
         return _next(number, self._reaches)
 
     def ends(self, length: int) -> list[int]:
-        """Of texts that windows of so many tokens may follow, the longest of each reach."""
-        return [reach - self.length(length) for reach in self._reaches]
+        """Of one text that windows of so many tokens may follow, the longest of each reach."""
+        return [reach - self.length(length, 1) for reach in self._reaches]
 
     def chains(self, length: int) -> Iterator[tuple[int, int]]:
         """Every window of a draft exit of so many tokens: rows, reach."""
