@@ -243,9 +243,9 @@ def test_half_of_the_drafts_of_several_texts_are_verified_for_less():
     assert {*product([1, 2], [1, 4, 7])} - passes == {(1, 4)}
 
 
-@pytest.mark.parametrize("longest", [1, 2, 7, 64, 127, 128])
+@pytest.mark.parametrize("longest", [1, 2, 7, 64, 65, 100, 127, 128, 130])
 def test_what_drafts_ask_for_is_compiled(longest):
-    """Also where half of them are as many as a chunk of a prompt has tokens."""
+    """Also where they, or half of them, are as many as a chunk of a prompt has tokens, or more."""
     sizes = Sizes(17, 512, longest, compile=True, drafts=True, far=True)
     passes = {
         (rows, length)

@@ -54,9 +54,10 @@ class Sizes:
         self._compile, self.apart = compile, far and compile and slots > 1
         # Of one text a few tokens more cost nothing; of several, half as many cost less.
         half = {-(-longest // 2)} if drafts and slots > 1 else set()
-        self.windows = sorted({1, longest} | half) if drafts else _sizes(longest, LENGTH_FACTOR)
+        needed = {1, min(CHUNK, longest), longest}
+        self.windows = sorted(needed | half) if drafts else _sizes(longest, LENGTH_FACTOR)
         self._lengths = sorted({*self.windows, CHUNK})
-        self._alone = sorted({*self.windows} - half | {1, longest, CHUNK})  # of one text
+        self._alone = sorted({*self._lengths} - half | needed)  # of one text
         self.longest = self._lengths[-1] if compile else longest
         # Windows may be padded beyond the last token.
         self.places = -(-(capacity + self.longest) // ALIGNED) * ALIGNED
