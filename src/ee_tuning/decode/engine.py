@@ -143,6 +143,7 @@ class Engine:
         whether exits at layers draft.
         """
         assert not self.busy
+        texts = texts and self._own.texts
         jobs = to_warm(self._own, measures, samples, texts)
         if self.ahead is not None:
             jobs += self.ahead.to_warm(self.sequences.max_pending, measures, samples, drafts, texts)

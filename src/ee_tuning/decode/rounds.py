@@ -282,10 +282,10 @@ class Rounds:
         self, measures: Sequence[str], samples: Sequence[tuple[int, int]], layers: bool, texts: bool
     ) -> list[Callable[[], Any]]:
         """What captures all that texts ask for; see `Ahead.to_warm`. layers: whether exits at
-        layers draft. texts: whether texts themselves do, where they may."""
+        layers draft. texts: whether texts themselves do."""
         ends = self.passes.sizes.ends(self.passes.most)
         drafters = [layer for layer in self._drafters if layers or layer == DRAFT]
-        exits = [*drafters, *[LOOKUP] * (self.passes.texts and texts)]
+        exits = [*drafters, *[LOOKUP] * texts]
         keys: dict[Key, None] = {}
         for layer, (drawn, own), measure, end in product(exits, samples, measures, ends):
             kinds = _samples(layer, drawn, own)

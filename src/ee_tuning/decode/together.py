@@ -235,7 +235,7 @@ def _follow(said: Tensor, table: Tensor, chained: Tensor, answers: Tensor, longe
 
     said: (slots, 3 + 4k). table: (n, 4 + T), of `Chains`. chained: (n, 1 + 2k), how many drafts
     there are, these, and confidences. answers: (2, n, U), what the end says to each draft of the
-    round, and to what follows, and more or less of padding. longest: (slots,), of texts.
+    round and to what follows, as long as their windows. longest: (slots,), of texts.
     """
     most = said.shape[1] // 4
     made, drafts, _ = chained.split([1, most, most], 1)

@@ -113,7 +113,9 @@ class Sizes:
 
     def _of(self, length: int) -> list[int]:
         """Numbers of rows that there are of windows of a length."""
-        return self._readers if self.of_prompts(length) else self._rows
+        if self.of_prompts(length):
+            return self._readers
+        return self._rows if length in self._alone else self._rows[1:]
 
     def length(self, number: int, texts: int) -> int:
         """Tokens of windows for so many, in a pass of so many texts."""
@@ -159,8 +161,7 @@ class Sizes:
             asked |= {(CHUNK, "last"), (CHUNK, "nothing")}
             for reach, (length, after) in product(self._reaches, sorted(asked)):
                 for rows in self._of(length):
-                    if rows > 1 or length in self._alone:
-                        yield i, rows, length, reach, after, final and after != "nothing"
+                    yield i, rows, length, reach, after, final and after != "nothing"
 
 
 def _next(number: int, sizes: Sequence[int]) -> int:

@@ -22,14 +22,14 @@ def to_warm(
     """What compiles and captures all that decoding asks of passes; to be run at once, in inference
     mode, without a sequence in progress.
 
-    samples: kinds, see `ee_tuning.passes.draws`. texts: whether texts draft, where they may.
+    samples: kinds, see `ee_tuning.passes.draws`. texts: whether texts draft.
     """
     if not passes.compile:
         return []
     for control in (passes.control, passes.prompts_control):
         control.zero_()
         control[:, 0] = torch.arange(len(control), device=passes.device)
-    chains, texts = passes.chains, passes.texts and texts
+    chains = passes.chains
     drafts = passes.sources is not None  # this stage's or another's
     size = len(passes.segments), passes.is_first, passes.is_last, drafts, texts
     keys: dict[tuple[Any, ...], None] = {}
