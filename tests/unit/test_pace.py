@@ -203,3 +203,21 @@ def test_a_draft_takes_time_whatever_a_few_rounds_took():
         clock.learn(4, 3.0)
     took = [clock.rounds(drafts) for drafts in range(1, 7)]
     assert took == sorted({*took})
+
+
+@pytest.mark.parametrize(("drafts", "rounds"), [(6, Clock.STALE), (0, Clock.STALE / Clock.RESTS)])
+def test_what_a_slow_time_says_of_a_pass_is_not_believed_for_ever(drafts, rounds):
+    """Rounds of up to three drafts were slow while there were some; others were chosen since."""
+    clock = Clock(COST, most=[3, 6])
+    for _ in range(Clock.LATELY):
+        clock.learn(0, 1.0)
+        clock.learn(3, 1.9)
+    for _ in range(int(rounds) - Clock.LATELY):
+        clock.learn(drafts, 1.6 if drafts else 1.0)
+    assert clock.rounds(3) == pytest.approx(1.9)
+    for _ in range(2 * Clock.LATELY):
+        clock.learn(drafts, 1.6 if drafts else 1.0)
+    assert clock.rounds(3) < 1.4
+    clock.learn(3, 1.3)
+    clock.learn(3, 1.3)
+    assert clock.rounds(3) == pytest.approx(1.3)

@@ -31,7 +31,10 @@ class Clock:
     FIRM = 4.0  # what the slope that is assumed weighs, in squared drafts
     SLOW = 2.0  # a round counts as no longer than so often what was expected
     AFRESH = 4  # rounds from one look at all of these to the next
-    FORGETS = 64  # after so many rounds without drafts one that had some is forgotten
+    # One is forgotten after so many rounds with drafts, since it may have been a slow time: what
+    # then nothing is known of is tried again. To leave rounds without takes more, so these count
+    # less.
+    STALE, RESTS = 192.0, 1 / 8
 
     def __init__(self, cost: float, timed: bool = True, most: Sequence[int] = ()) -> None:
         """cost: of a draft, as a share of a round without any, before much was seen. timed: False,
@@ -40,10 +43,12 @@ class Clock:
         self.cost, self.timed, self._most = cost, timed, [*most[:-1]]
         self._plain: deque[float] = deque(maxlen=self.LATELY)
         sizes = range(len(self._most) + 1)
-        self._drafted: list[deque[tuple[float, float]]] = [deque(maxlen=self.LATELY) for _ in sizes]
+        # When, by the rounds before; how many drafts; and seconds.
+        self._drafted = [deque[tuple[float, float, float]](maxlen=self.LATELY) for _ in sizes]
+        self._now = 0.0
         self._usual = 0.0  # z
         self._bases, self._slope = [1.0 for _ in sizes], cost
-        self._looks = self._known = self._resting = self._drafting = 0
+        self._looks = self._known = self._drafting = 0
         self._until, self._together = self.RARELY, 1
 
     def learn(self, drafts: float, seconds: float, rounds: int = 1) -> None:
@@ -54,15 +59,16 @@ class Clock:
         if self._usual:
             seconds = min(seconds, self.SLOW * self.rounds(drafts) * self._usual)
         if drafts:
-            self._drafted[self._size(drafts)].append((drafts, seconds))
-            self._resting, self._drafting = 0, self._drafting + 1
+            self._drafted[self._size(drafts)].append((self._now, drafts, seconds))
+            self._drafting += 1
         else:
             self._plain.append(seconds)
             self._together = rounds
-            self._resting, self._drafting = self._resting + 1, 0
-            for seen in self._drafted if self._resting % self.FORGETS == 0 else ():
-                if seen:
-                    seen.popleft()
+            self._drafting = 0
+        self._now += 1 if drafts else rounds * self.RESTS
+        for seen in self._drafted:
+            while seen and seen[0][0] <= self._now - self.STALE:
+                seen.popleft()
         self._known += 1
         # At first after each round: what a look at all of them takes is not for nothing.
         often = self._known < self.LATELY or not self._usual
@@ -108,7 +114,7 @@ class Clock:
 
     def _fit(self) -> None:
         """Find V / z of each size, and d / z; what is assumed counts as a round, too."""
-        every = [[(k, seconds / self._usual) for k, seconds in some] for some in self._drafted]
+        every = [[(k, took / self._usual) for _, k, took in some] for some in self._drafted]
         square, product = self.FIRM, self.FIRM * self.cost
         for seen in filter(None, every):
             x, y = (sum(values) / len(seen) for values in zip(*seen, strict=True))
