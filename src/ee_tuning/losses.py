@@ -275,7 +275,7 @@ def confidence(logits: Tensor, measure: str = "probability") -> Tensor:
         return 1 - entropy / logits.isfinite().sum(-1).clamp(min=2).log()
     pieces = _pieces(logits)
     if pieces is None:
-        return torch.exp(logits.amax(-1) - logits.logsumexp(-1))
+        return logits.softmax(-1).amax(-1)
     # Of tokens none of which can follow, the largest logit is minus infinity.
     most = pieces.amax(-1)
     sums = torch.exp(pieces - _finite(most)[..., None]).sum(-1)
