@@ -125,6 +125,7 @@ def as_a_process(*flags: Any, key: str = "") -> Iterator[Running]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert process.stdout is not None

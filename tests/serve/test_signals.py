@@ -56,12 +56,13 @@ def listens(address):
 
 
 @pytest.mark.slow
-def test_after_sigterm_what_is_in_progress_ends_and_nothing_new_begins(demo):
+@pytest.mark.parametrize("tell", [os.kill, os.killpg])  # its processes share a group
+def test_after_sigterm_what_is_in_progress_ends_and_nothing_new_begins(demo, tell):
     with as_a_process("--exits", demo / "exits", "--grace", 60) as running:
         texts, address = [], urlsplit(running.url)
         thread = streaming(running, texts, "def f(x):")
         assert running.process is not None
-        running.process.send_signal(signal.SIGTERM)
+        tell(running.process.pid, signal.SIGTERM)
         deadline = time.monotonic() + PATIENCE
         while listens(address):
             assert time.monotonic() < deadline

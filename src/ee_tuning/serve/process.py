@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +29,8 @@ def in_a_process(config: ServeConfig, ready: Callable[[], None]) -> Iterator[Con
     own, other = context.Pipe()
     level = logging.root.manager.disable
     process = context.Process(target=_main, args=(config, other, ready, level), name="engine")
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()  # which lets signals through when it has started
     try:
         with _held(signal.SIGINT, signal.SIGTERM):  # this process says when it is over
             process.start()
