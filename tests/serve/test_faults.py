@@ -17,7 +17,7 @@ from helpers.families import tiny
 from helpers.memory import kept_each_time
 from helpers.serving import in_a_thread
 
-from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
 from ee_tuning.passes.draws import ALL, NOTHING, TOP_P
 from ee_tuning.serve.choices import Choice
 
@@ -144,6 +144,41 @@ def test_a_full_queue_says_when_to_come_back(long_server):
         assert long_server.ask("/health") == {"status": "ready"}
     wait_for(lambda: not worker.running)
     assert long_server.complete(**SHORT)["usage"]["completion_tokens"] == 3
+
+
+def test_slots_that_are_free_come_before_the_queue(long_server):
+    bodies = [SHORT | {"prompt": [7, i]} for i in range(4)]  # two run, two wait
+    for _ in range(5):
+        together = threading.Barrier(len(bodies))
+
+        def ask(body, together=together):
+            together.wait()
+            return long_server.complete(**body)["usage"]["completion_tokens"]
+
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            assert [*pool.map(ask, bodies)] == [3] * 4
+        wait_for(lambda: not long_server.served.worker.running)
+
+
+def test_a_request_that_the_engine_refuses_fails_alone(long_server):
+    engine, worker = long_server.core.engine, long_server.served.worker
+    submit = engine.submit
+
+    def refuses(request):
+        if len(request.ids) == 3:
+            raise UserError("it does not fit")
+        submit(request)
+
+    engine.submit = refuses
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(long_server.complete, **SHORT | {"max_tokens": 400})
+        wait_for(lambda: worker.running)
+        for _ in range(4):
+            status, error, _ = status_of(long_server, **SHORT | {"prompt": [5, 6, 7]})
+            assert (status, error["message"]) == (400, "it does not fit")
+        assert other.result(PATIENCE)["usage"]["completion_tokens"] == 400
+    assert long_server.ask("/health") == {"status": "ready"}
+    assert worker.running + worker.waiting == 0
 
 
 def test_what_does_not_fit_is_refused_before_it_waits(long_server):

@@ -71,17 +71,17 @@ def test_the_dashboard_asks_for_metrics_that_there_are(tiny_server, drafting):
     assert json.loads(text)["panels"]
 
 
-@pytest.fixture(scope="module")
-def calibrated(tiny_exits, tmp_path_factory):
-    """The tiny exits with a certificate that nobody has earned."""
+@pytest.fixture(scope="module", params=[8])
+def calibrated(tiny_exits, tmp_path_factory, request):
+    """The tiny exits with a certificate that nobody has earned, for so many pending tokens."""
     folder = tmp_path_factory.mktemp("calibrated") / "exits"
     model = EarlyExitModel.from_pretrained(tiny_exits)
     model.save_pretrained(folder)
     certificate = Certificate(
         thresholds={1: 1.0, 2: 0.001, 3: 1.0}, risk="next-token", epsilon=0.1, delta=0.1, n=10,
         p=0.01, test="betting", tested=0.0, report={}, dtype="float32", measure="probability",
-        exits={k: exit_hash(model.exit(k)) for k in (1, 2, 3)}, max_pending=8, max_new_tokens=20,
-        backbone=backbone_hashes(model.backbone), data="",
+        exits={k: exit_hash(model.exit(k)) for k in (1, 2, 3)}, max_pending=request.param,
+        max_new_tokens=20, backbone=backbone_hashes(model.backbone), data="",
     )  # fmt: skip
     (folder / "calibration.json").write_text(json.dumps(certificate.to_json()))
     return str(folder)
@@ -106,6 +106,20 @@ def test_calibrated_thresholds_are_audited(calibrated):
         # Nor is it of what has no threshold.
         fixed = running.complete(**body, temperature=0, mode="fixed", exit_layers=[2])
         assert {*fixed["choices"][0]["ee"]["exit_layers"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "settings"), [(4, {"max_pending": 4}), (12, {})], indirect=["calibrated"]
+)
+def test_calibrated_texts_have_the_pending_tokens_of_their_calibration(calibrated, settings):
+    body = {"prompt": [5, 6], "max_tokens": 8, "ignore_eos": True, "temperature": 0}
+    with in_a_thread(exits=calibrated, **settings) as running:
+        assert running.complete(**body, threshold="calibrated")["usage"]["completion_tokens"] == 8
+        assert running.complete(**body)["usage"]["completion_tokens"] == 8
+    with in_a_thread(exits=calibrated, **settings, threshold="calibrated") as running:
+        for temperature in (0, 1):  # sampled ones go to full depth
+            found = running.complete(**body | {"temperature": temperature})
+            assert found["usage"]["completion_tokens"] == 8
 
 
 def test_exits_that_were_not_calibrated_have_no_such_threshold(tiny_server):

@@ -235,6 +235,32 @@ def test_texts_beside_each_other_take_no_more_passes_than_at_full_depth(layers, 
     assert counts[0] < min(1.1 * DEPTH, counts[1] * 0.95)
 
 
+@pytest.mark.parametrize("kind", [Full, Speculative])
+def test_who_leaves_early_keeps_nobody_waiting(kind):
+    """Texts at full depth, and such as draft nothing beside it, go on as if they were alone."""
+    exits, new, rows, counts = {1: 0.0, 2: 0.0}, 20, 8, []
+    policy = kind(DEPTH) if kind is Full else kind(DEPTH, exits, max_pending=8)
+    for beside in ([], [Threshold(DEPTH, exits, max_pending=8)]):
+        engine = Engine(early_exit(), [1, 2], slots=rows + 1, capacity=400, max_pending=8)
+        requests = [Request(prompt(5, i), policy, 5 + new) for i in range(rows)]
+        others = [Request(prompt(5, 9), one, 390) for one in beside]
+        advance, passes = engine.sequences.advance, []
+
+        def counted(door, standing, advance=advance, passes=passes):
+            passes.append(door)
+            return advance(door, standing)
+
+        engine.sequences.advance = counted
+        if kind is Speculative:  # also where it is alone
+            engine._pace = lambda _: None
+        for one in (*requests, *others):
+            engine.submit(one)
+        while not all(one.finished for one in requests):
+            engine.step()
+        counts.append(len(passes))
+    assert counts[1] < 1.5 * counts[0]
+
+
 @dataclass
 class Patient(Threshold):
     """Leaves where an exit says what the one before it said: it remembers, for each sequence."""

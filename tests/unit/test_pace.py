@@ -221,3 +221,18 @@ def test_what_a_slow_time_says_of_a_pass_is_not_believed_for_ever(drafts, rounds
     clock.learn(3, 1.3)
     clock.learn(3, 1.3)
     assert clock.rounds(3) == pytest.approx(1.3)
+
+
+def test_a_look_that_is_not_counted_is_not_waited_for():
+    """As of texts beside which others draft in another way."""
+    clock = Clock(COST)
+    for _ in range(Clock.LEAST):
+        clock.learn(0, 1.0)
+    looks = []
+    for _ in range(400):
+        looks.append(clock.looks())
+        if not looks[-1]:
+            clock.learn(2, 1.3)
+    assert 0 < sum(looks) < 60
+    clock.learn(0, 1.0)  # it was
+    assert not clock.looks()

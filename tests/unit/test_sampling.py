@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.families import tiny
 from helpers.models import DEPTH, drafting, early_exit, good_exit
 from helpers.prompts import prompt
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ee_tuning import EarlyExitModel, ExitConfig
 from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold
 
 
@@ -128,3 +130,56 @@ def test_sampled_texts_are_those_of_full_depth_whatever_drafts(exits, sampling, 
     assert len({tuple(text) for text in full.sequences.tolist()}) == 24
     kept = (out.exit_layers < DEPTH).double().mean()
     assert 0.05 < kept < 0.75
+
+
+class Grammar(LogitsProcessor):
+    """Knows nothing of texts with tokens that it bans."""
+
+    def __init__(self, banned):
+        self.banned = banned
+
+    def __call__(self, input_ids, scores):
+        if {*input_ids[0, 6:].tolist()} & self.banned:
+            raise ValueError("there is no such text")
+        return scores.index_fill(1, torch.tensor([*self.banned]), -torch.inf)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_processor_says_behind_a_draft_that_is_not_kept_is_not_asked(seed, monkeypatch):
+    monkeypatch.setattr(Speculative, "steady", True)
+    banned = {
+        *torch.randperm(93, generator=torch.Generator().manual_seed(seed))[:20].add(3).tolist()
+    }
+    found = []
+    for policy in (Full(DEPTH), Speculative(DEPTH, {}, max_pending=4, bar=0.0)):
+        engine = Engine(drafting(), [0], slots=2, capacity=60, max_pending=8, drafts=True)
+        request = Request(
+            prompt(6, seed), policy, 26, Chooser(LogitsProcessorList([Grammar(banned)]))
+        )
+        found.append([token.id for _, token in engine.stream([request])])
+    assert found[0] == found[1]
+
+
+def test_an_exit_without_a_token_to_choose_drafts_none(monkeypatch):
+    """Of a reduced vocabulary, all of which a processor excludes; full depth has others."""
+    monkeypatch.setattr(Speculative, "steady", True)
+    model = early_exit_of_few(range(48))
+
+    def only(input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_copy_(
+            1, torch.arange(60, 64), scores[:, 60:64]
+        )
+
+    found = []
+    for policy in (Full(DEPTH), Speculative(DEPTH, {2: 0.0}, max_pending=4)):
+        engine = Engine(model, [2], slots=2, capacity=60, max_pending=8, drafts=True)
+        request = Request(prompt(5), policy, 17, Chooser(LogitsProcessorList([only])))
+        found.append([token.id for _, token in engine.stream([request])])
+    assert found[0] == found[1]
+    assert len(found[0]) == 12
+
+
+def early_exit_of_few(tokens):
+    model = EarlyExitModel.from_base(tiny("llama"), ExitConfig("2", arch="norm")).eval()
+    model.reduce_vocabulary(torch.tensor([*tokens]))
+    return model

@@ -4,10 +4,13 @@ import math
 import socket
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers.commands import fails
+from helpers.models import DEPTH, long_model
+from helpers.prompts import prompt
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -15,14 +18,14 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ee_tuning.commands.serve import _is_loopback, _listening
-from ee_tuning.decode import Request, Token
+from ee_tuning.decode import Engine, Full, Request, Token
 from ee_tuning.decode.settings import Speculative, Threshold
 from ee_tuning.decode.text import TextStream
 from ee_tuning.errors import UserError
 from ee_tuning.serve.choices import Choice, Stops, joined
 from ee_tuning.serve.config import ServeConfig, check_settings
 from ee_tuning.serve.core import Core
-from ee_tuning.serve.messages import Heard
+from ee_tuning.serve.messages import Answer, Begun, Call, Heard, Text
 from ee_tuning.serve.pieces import Pieces
 from ee_tuning.serve.processors import Bias, NotYet, Penalties, Seen
 
@@ -220,6 +223,61 @@ def test_of_two_servers_that_start_at_once_one_has_the_port():
 )
 def test_what_others_reach_is_known(host, local):
     assert _is_loopback(host) is local
+
+
+def test_one_call_is_answered_between_two_steps():
+    core, said = Core(None, None, None, None), []
+    core._say = said.append
+    for number in range(3):
+        core._take(Call(number, lambda model, x: 2 * x, (number,)))
+    core._answer()
+    assert said == [Answer(0, 0)]
+    core._answer()
+    assert said[1:] == [Answer(1, 2)]
+
+
+class SlowLane:
+    """Where a prompt is read for as many steps as `left` says."""
+
+    left = 0
+
+    @contextmanager
+    def work(self):
+        self.left = 30
+        yield
+
+    @property
+    def over(self):
+        self.left -= 1
+        return self.left < 0
+
+    def wait(self):
+        pass
+
+
+def test_texts_begin_when_there_is_a_slot_for_each():
+    """Not whenever the engine is stepped while it reads the prompt of one."""
+    engine, begun = Engine(long_model(), [1, 2, 3], slots=4, capacity=250), []
+    engine._lane = SlowLane()
+    core = Core(engine, long_model(), None, lambda: None)
+    core._say = lambda one: begun.extend(one.numbers) if isinstance(one, Begun) else None
+
+    def give(number):
+        text = Text(Request(prompt(5, number), Full(DEPTH), 200))
+        text.number = number
+        core._take(text)
+
+    give(0)
+    while not core._live or engine._reading:
+        core._step()
+    give(1)
+    core._step()
+    for number in range(2, 20):
+        give(number)
+    for _ in range(9):
+        core._step()
+    assert engine._reading is not None
+    assert begun == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("texts", "pause"), [(0, 0.005), (1, 0.005), (4, 0.01), (64, 0.04)])

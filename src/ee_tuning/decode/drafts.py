@@ -46,6 +46,8 @@ def draft_round(sequences: Sequences, rows: Sequence[Row]) -> list[Settled]:
             ]
             asked = [Asked(row.request.chooser, row.ids, [found]) for row, found in leaving]
             for (row, found), choice in zip(leaving, choose(asked), strict=True):
+                if choice.error is not None and row.policy.verifies:
+                    continue  # no draft: the end says what follows
                 token = Token(choice.token, layer, found.confidence)
                 row.leave(token)
                 if choice.error is not None or not row.policy.verifies:

@@ -127,6 +127,11 @@ class Engine:
         """Whether there is something to do: a sequence in a slot, or one that waits for it."""
         return bool(self._waiting or self.sequences.live)
 
+    @property
+    def requests(self) -> list[Request]:
+        """What was submitted and has not ended: in slots, then what waits for them."""
+        return [*(row.request for row in self.sequences.live), *self._waiting]
+
     @torch.inference_mode()
     def warm_up(
         self,

@@ -64,7 +64,7 @@ class Clock:
         else:
             self._plain.append(seconds)
             self._together = rounds
-            self._drafting = 0
+            self._looks = self._drafting = 0
         self._now += 1 if drafts else rounds * self.RESTS
         for seen in self._drafted:
             while seen and seen[0][0] <= self._now - self.STALE:
@@ -78,13 +78,16 @@ class Clock:
 
     def looks(self) -> bool:
         """Whether the next round is to be one without drafts, to see what that takes."""
-        # Not for ever: rounds that compile, or with other rows in them, are not timed.
-        if not self.timed:
+        due = self._drafting >= self._until
+        if not self.timed or (len(self._plain) >= self.LEAST and not due):
             return False
-        if len(self._plain) < self.LEAST and self._looks < 2 * self.LEAST:
+        # Not for ever: rounds that compile, or with other rows in them, are not timed.
+        if self._looks < 2 * self.LEAST:
             self._looks += 1
             return True
-        return self._drafting >= self._until
+        if due:  # later again
+            self._looks, self._drafting = 0, -self.LATELY
+        return False
 
     def promise(self, rate: float) -> None:
         """Take in what drafts promise, in tokens for each that there would be without any.

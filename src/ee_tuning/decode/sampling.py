@@ -132,24 +132,26 @@ def _process(pairs: Sequence[Pair]) -> None:
     """Fill in the choices of texts with processors that passes do not know."""
     flat = [(one, choice, place) for one, choice in pairs for place in range(len(one.said))]
     scores = _logits([one.said[place] for one, _, place in flat])
-    for row, (one, choice, place) in enumerate(flat):
+    errors = dict[int, Exception]()  # by row: behind a draft that is not kept there is none
+    for row, (one, _, place) in enumerate(flat):
         text = one.ids[: len(one.ids) - len(one.drafts) + place]
         try:
             ids = torch.tensor([text], device=scores.device)
             scores[row] = one.chooser.processors(ids, scores[row][None])[0]
         except Exception as error:
-            choice.error = error
+            errors[row] = error
     best = _with_noise(flat, scores).max(-1)
     table = torch.stack([best.indices.float(), best.values.float()]).tolist()  # exact up to 2²⁴
     start = 0
     for one, choice in pairs:
         own = zip(*(row[start : start + len(one.said)] for row in table), strict=True)
-        start += len(one.said)
         for choice.kept, (token, value) in enumerate(own):
+            choice.error = errors.get(start + choice.kept)
             _fill(choice, token, value)
             last = choice.kept == len(one.drafts)
             if choice.error is not None or last or choice.token != one.drafts[choice.kept].id:
                 break
+        start += len(one.said)
 
 
 def _logits(found: Sequence[Prediction]) -> Tensor:

@@ -288,11 +288,11 @@ class Sequences:
         Where no row is alone, a pass takes about as long for few as for many: as long as reading
         the weights of its layers. So it is the door behind which most tokens a layer are to be had,
         if all that stand there or deeper go on to the end: neither is the last one waited for that
-        still leaves, nor does anyone go deep while most leave. Of a round of drafts it is the
+        still leaves, nor does anyone go deep while most leave. Where all verify it is the
         shallowest: who begins together verifies together.
         """
         doors = sorted({row.door for row in rows})
-        if any(row.policy.verifies for row in rows):
+        if all(row.policy.verifies for row in rows):
             return doors[0]
 
         def tokens_a_layer(door: int) -> float:

@@ -155,8 +155,8 @@ class Core:
             return not self._stopping
 
     def _answer(self) -> None:
-        """Call the functions that were asked for."""
-        while self._calls:
+        """Call the function that was asked for first."""
+        if self._calls:  # others wait for a step
             number, function, arguments = self._calls.popleft()
             try:
                 found = function(self._model, *arguments)
@@ -244,21 +244,28 @@ class Core:
         Where prompts are read one after another, whose was read hears of it before the next one is.
         """
         passes, tokens = self.engine.passes, 0
-        live = sum(not row.request.cancelled for row in self.engine.sequences.live)
+        live = sum(not request.cancelled for request in self.engine.requests)
         if live and self._read >= PROMPTS:
             return 0
         together = passes.compile or passes.beside
         free = passes.slots - live if together else min(1, passes.slots - live)
-        begun = list[int]()
+        begun, refused = list[int](), list[Failed]()
         with self._changed:
             while self._waiting and free and self._read + tokens < PROMPTS:
                 text = self._waiting.popleft()
-                self.engine.submit(text.request)
-                self._live[text.request] = text
                 begun.append(text.number)
+                try:
+                    self.engine.submit(text.request)
+                except UserError as error:
+                    self._texts.pop(text.number, None)
+                    refused.append(Failed(text.number, self._explained(error)))
+                    continue
+                self._live[text.request] = text
                 free, tokens = free - 1, tokens + len(text.request.ids)
         if begun:
             self._say(Begun(begun, time.perf_counter()))
+        for one in refused:
+            self._say(one)
         return self._read + tokens if tokens else 0
 
     def _failed(self, error: Exception) -> None:
@@ -298,7 +305,7 @@ def run(
             [LOOKUP, *exit_layers],  # any request may ask for it
             slots=config.slots,
             capacity=capacity,
-            max_pending=config.max_pending,
+            max_pending=most_pending(config, model),
             compile=config.compiled(),
         ) as engine:
             assert isinstance(engine, Engine)
@@ -328,6 +335,12 @@ def load_model(
         none = ExitConfig("1/1", "embedding", head="shared")
         model = load(New(config.model, none, trust), share, Network)
     return model.eval(), tokenizer_of(model, config.exits, trust), layers
+
+
+def most_pending(config: ServeConfig, model: Network) -> int:
+    """Of any request: calibrated thresholds have their own."""
+    found = model.calibration
+    return max(config.max_pending, found.max_pending if found is not None else 0)
 
 
 def room(capacity: int, model: Network) -> int:

@@ -307,7 +307,7 @@ class Reader:
                 "neither penalties nor a bias",
                 "threshold",
             )
-        return Full(self.depth)
+        return Full(self.depth, measure=policy.measure, max_pending=policy.max_pending)
 
     def _processors(
         self,

@@ -170,7 +170,8 @@ class Worker:
         if self.state not in ALIVE:
             raise Refused(f"the engine is {self.state}", status=503)
         jobs = {id(job) for job, _ in self._waiting.values() if not job.begun}
-        if len(jobs) + self._calls >= self.max_queue:
+        free = max(0, self._slots - len(self._live))
+        if len(jobs) + self._calls >= self.max_queue + free:
             raise Refused(
                 f"{self.max_queue} requests are waiting: try again later",
                 status=429,
