@@ -335,7 +335,9 @@ class ExportConfig(Settings):
 
     exits: str = option("", "folder or hub id of the exits", path=True)
     model: str = option("", "backbone; default: the one named in exit_config.json", path=True)
-    layer: int | str = option(0, "the exit to save as a checkpoint of the backbone's own class")
+    layer: int | str | None = option(
+        None, "the exit to save as a checkpoint of the backbone's own class"
+    )
     eagle3: Eagle3Form = option("", "save the draft exit as these readers of EAGLE-3 want it")
     merge: bool = option(False, "save backbone and exits together instead")
     out: str = option("", "folder for the checkpoint", path=True)

@@ -144,7 +144,7 @@ class Network(nn.Module):
         output_exit_logits: bool = False,
         output_logits: bool = False,
     ) -> EarlyExitOutput:
-        """Losses and logits of every exit, with gradients for the exits alone.
+        """Losses and logits of exits, with gradients for these; full depth's if none are wanted.
 
         input_ids, labels, position_ids: (B, T) int64; labels as in transformers: the same
         tokens, shifted inside, −100 where there is no loss. There is none either where the label is
@@ -160,7 +160,7 @@ class Network(nn.Module):
                 exit_logits[layer] = logits
             if labels is not None:
                 losses[layer] = cross_entropy(logits, labels).mean()
-        if output_logits:
+        if output_logits or (labels is None and not output_exit_logits):
             with torch.no_grad():
                 final = self.backbone.final_logits(descent.ahead(self.backbone.num_layers))
         return EarlyExitOutput(

@@ -118,7 +118,7 @@ def test_generate_uses_it(saved, folder, capsys):
     given = capsys.readouterr()
     assert own.out.splitlines()[:2] == given.out.splitlines()[:2]
     assert own.err == ""
-    with pytest.warns(Notice, match="does not hold: it is of max_pending 8, now 2"):
+    with pytest.warns(Notice, match=r"of max_pending 8, now 2 \(leave max_pending out, or"):
         main([*command, "--calibrated", "--max-pending", "2"])
     assert "layer  4 (100%)" in capsys.readouterr().out
     line = fails(capsys, *command, "--calibrated", "--threshold", "0.5")

@@ -90,8 +90,10 @@ def test_a_finished_run_goes_on_for_more_steps(base, data, tmp_path, capsys):
     assert "9 steps in place of 6: from step 7 on the learning rate is that of a run of 9" in said
     assert_same_weights(tmp_path / "exits", tmp_path / "long")
     assert [r["step"] for r in records(tmp_path / "exits") if "loss" in r] == list(range(1, 10))
-    main(["tune", "--out", str(tmp_path / "exits"), "--resume"])  # with 9, which it has kept
+    kept = (tmp_path / "exits/run.yaml").read_text()
+    main(["tune", "--out", str(tmp_path / "exits"), "--resume", "--lr", "0.1"])  # 9, as it has kept
     assert_same_weights(tmp_path / "exits", tmp_path / "long")
+    assert (tmp_path / "exits/run.yaml").read_text() == kept  # no step is of another rate
 
 
 def test_a_low_learning_rate_alone(base, data, tmp_path):

@@ -13,12 +13,13 @@ from helpers.writing import ENDS, save_writer, settings
 
 from ee_tuning.cli import main
 from ee_tuning.data.sources import parse_source
-from ee_tuning.errors import Interrupted, UserError
+from ee_tuning.errors import Interrupted, Notice, UserError
 from ee_tuning.regenerate.config import RegenerateConfig
 from ee_tuning.regenerate.prompts import in_turns, prompts
 from ee_tuning.regenerate.run import Display, regenerate
 from ee_tuning.regenerate.template import ends_by_mark, read_template
 
+pytestmark = pytest.mark.filterwarnings("ignore:ignored. max_question_tokens")  # of `settings`
 CHATTY = make_tokenizer(PLAIN_TEMPLATE)
 MARKED = (
     "{% for m in messages %}{{ '[I] ' + m.content + ' [/I]' if m.role == 'user' "
@@ -315,6 +316,12 @@ def test_the_command_says_what_it_wrote(chatty, tmp_path, capsys):
     assert "writing 500 tokens of chats, 100% from nothing; 6 at a time" in said.err
     fails_with = fails(capsys, "regenerate", "--model", chatty, "--out", out, *flags)
     assert "go on with --resume, or replace it with --overwrite" in fails_with
+
+
+def test_settings_that_nothing_asks_for_are_named(plain, tmp_path):
+    given = {"text_field": "foo", "prompt_tokens": 5, "max_question_tokens": 3}
+    with pytest.warns(Notice, match="ignored: text_field .*prompt_tokens .*max_question_tokens "):
+        write(plain, tmp_path / "own.jsonl", **given)
 
 
 @pytest.mark.parametrize(

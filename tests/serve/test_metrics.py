@@ -125,3 +125,8 @@ def test_calibrated_texts_have_the_pending_tokens_of_their_calibration(calibrate
 def test_exits_that_were_not_calibrated_have_no_such_threshold(tiny_server):
     with pytest.raises(OSError, match="400"):
         tiny_server.complete(prompt=[5], threshold="calibrated", temperature=0)
+
+
+def test_a_threshold_that_was_given_is_told_as_a_number(tiny_exits):
+    with in_a_thread(exits=tiny_exits, threshold="0.4") as running:
+        assert running.ask("/v1/models")["data"][0]["threshold"] == 0.4

@@ -220,6 +220,18 @@ def test_a_device_that_is_none_is_refused(tmp_path):
     assert cpu.device.type == "cpu"
 
 
+def test_if_nothing_is_asked_for_there_are_logits_of_full_depth():
+    model, ids = exits(), torch.tensor([[5, 9, 11]])
+    with torch.no_grad():
+        expected = model.model(ids).logits
+    assert torch.equal(model(ids).logits, expected)
+    assert model(ids, output_exit_logits=True).logits is None
+    with_labels = model(ids, labels=ids)
+    assert with_labels.logits is None
+    assert with_labels.loss is not None
+    assert torch.equal(model(ids, labels=ids, output_logits=True).logits, expected)
+
+
 def test_labels_of_something_else_are_refused():
     with pytest.raises(UserError, match=r"shape \(1, 3\) are not of input_ids of shape \(1, 4\)"):
         exits()(torch.ones(1, 4, dtype=torch.int64), labels=torch.ones(1, 3, dtype=torch.int64))

@@ -197,7 +197,7 @@ def test_calibrated_is_the_certificates_thresholds_and_settings(calibrated, thre
         (
             {"dtype": "bfloat16"},
             {},
-            "is of bfloat16, and the model is in float32: load it in bfloat16",
+            "is of bfloat16, and the model is in float32 \\(load it in bfloat16",
         ),
         ({"exits": {2: "other", 3: "other"}}, {}, "exit at layer 2 is another one"),
         ({"backbone": {"head": "other"}}, {}, "the embedding of the backbone is another one"),

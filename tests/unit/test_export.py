@@ -13,12 +13,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.adapter import read_calibration
+from ee_tuning.certificate import Certificate
 from ee_tuning.cli import main
 from ee_tuning.errors import UserError
 from ee_tuning.export import exit_checkpoint
+from ee_tuning.files import write_json
 
 TOKENIZER = Path(__file__).parents[2] / "demo" / "model"
 IDS = torch.tensor([[5, 9, 11, 3, 40, 7]])
+CERTIFICATE = Certificate(
+    thresholds={2: 0.5}, risk="next-token", epsilon=0.1, delta=0.1, n=10, p=0.01, test="betting",
+    tested=0.0, report={}, dtype="float32", measure="probability", exits={2: "a"}, max_pending=8,
+    max_new_tokens=20, backbone={"layer 1": "b"}, data="",
+)  # fmt: skip
 
 
 def with_exits(family, arch, head="own"):
@@ -104,7 +112,9 @@ def test_a_merged_folder_needs_nothing_else(saved, capsys):
     stored = load_file(saved / "exits/exits.safetensors")
     stored = {name: value.double() for name, value in stored.items()}
     save_file(stored, saved / "exits/exits.safetensors")
+    write_json(saved / "exits/calibration.json", CERTIFICATE.to_json())
     export(saved, "--merge")
+    assert read_calibration(saved / "out") == CERTIFICATE
     kept = load_file(saved / "out/exits.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in stored.items())  # every digit
     assert "The backbone is in here, too" in (saved / "out/README.md").read_text()
@@ -134,6 +144,7 @@ def test_a_merged_folder_needs_nothing_else(saved, capsys):
             ["--layer", "draft"],
             "layer is 'draft': a draft exit sits at no layer; one of arch eagle3",
         ),
+        (["--layer", "0"], "layer is 0: a draft exit sits at no layer"),
         (["--layer", "1"], "embedding exit"),
         (["--layer", "2", "--out", "BASE"], "is what is being exported"),
     ],

@@ -11,6 +11,8 @@ from ee_tuning.plan.check import check
 
 REFUSED = [
     ({"exits": "old", "layers": "", "init": "copy"}, ["init is copy", "for new exits", "--exits"]),
+    ({"exits": "old", "layers": "", "arch": "norm"}, ["arch is norm", "for new exits", "--exits"]),
+    ({"exits": "old", "layers": "", "head": "own"}, ["head is own", "for new exits", "--exits"]),
     ({"shard": True}, ["--shard", "--dp 1", "no other rank"]),
     ({"shard_backbone": True}, ["--shard-backbone", "--dp 1", "no other rank"]),
     (

@@ -270,7 +270,7 @@ def test_it_says_whether_anything_pays():
     (_, tune, decode, _) = advice(SuggestConfig(model="m"), Suggestion([draft], 9.0, {}, 1.0))
     assert "--model m --arch draft --exit-vocab 3072 --head shared" in tune
     assert "--mode speculative --threshold 0.1 --max-pending 6" in decode
-    assert "no exit will pay here: the best promises 0.93×" in said(0.93)
+    assert "no exit will pay here: the best that was timed promises 0.93×" in said(0.93)
     assert "--layers 8 --arch layer" not in said(0.93)
     text = said(1.4, (1.6, 0.8, 0.97))
     assert "1.40× full depth's speed (140 tokens/s)" in text

@@ -24,7 +24,7 @@ def export(config: ExportConfig) -> None:
             be a checkpoint of its own, or a folder that is taken.
     """
     layer = _number(config.layer)
-    if bool(layer) + bool(config.eagle3) + config.merge != 1:
+    if (layer is not None) + bool(config.eagle3) + config.merge != 1:
         raise UserError(
             "give one of --layer, for an exit as a checkpoint of its own, --eagle3, for a draft "
             "exit in EAGLE-3's layout, and --merge, for backbone and exits in one folder"
@@ -56,14 +56,14 @@ def export(config: ExportConfig) -> None:
     print(f"{what} saved in {config.out}")
 
 
-def _number(layer: int | str) -> int:
-    """The layer that was given as one.
+def _number(layer: int | str | None) -> int | None:
+    """The layer that was given as one, if any was.
 
     Raises:
-        UserError: it is no number.
+        UserError: it is no number, or a draft exit's.
     """
-    if isinstance(layer, int):
-        return layer
-    if layer == exit_name(DRAFT):
+    if layer in (DRAFT, exit_name(DRAFT)):
         raise UserError(f"layer is {layer!r}: {DRAFT_EXIT}")
+    if layer is None or isinstance(layer, int):
+        return layer
     raise UserError(f"layer is {layer!r}: give the number of one exit's layer, as inspect lists it")

@@ -77,7 +77,7 @@ def holds_for(model: Network, scores: bool, new_tokens: int) -> bool:
 def warn_void(reason: str) -> None:
     """Say that the calibration does not hold."""
     warnings.warn(
-        f"the calibration does not hold: {reason}; tokens go to full depth, calibrate again",
+        f"the calibration does not hold: {reason}; tokens go to full depth",
         Notice,
         stacklevel=3,
     )
@@ -105,12 +105,13 @@ def _changed(model: Network, leaving: Leaving, found: Certificate) -> str:
     for name in ("measure", "max_pending"):
         given, then = getattr(leaving, name), getattr(found, name)
         if given not in (then, getattr(Leaving, name)):
-            return f"it is of {name} {then}, now {given}"
+            return f"it is of {name} {then}, now {given} (leave {name} out, or calibrate again)"
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != found.dtype:
-        return f"it is of {found.dtype}, and the model is in {dtype}: load it in {found.dtype}"
+        advice = f"(load it in {found.dtype}, or calibrate again)"
+        return f"it is of {found.dtype}, and the model is in {dtype} {advice}"
     others = changed_exits(model, found)
     read, now = model.exits_read, backbone_hashes(model.backbone)
     there = None if read is None else (read.backbone, read.backbone)
     others += changed(PART, now, found.backbone, there)
-    return f"the {others[0]} is another one now" if others else ""
+    return f"the {others[0]} is another one now (calibrate again)" if others else ""

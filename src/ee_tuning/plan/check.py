@@ -135,8 +135,10 @@ def check_settings(config: TuneConfig) -> None:
             f"min_lr is {config.min_lr}: the learning rate falls to it from lr, so it must be "
             f"within [0, {config.lr}]"
         )
-    if config.exits and config.init != "auto":
-        raise UserError(f"init is {config.init}: it is for new exits, not for those in --exits")
+    for key in changed(config, ("init", "arch", "head")) if config.exits else ():
+        raise UserError(
+            f"{key} is {getattr(config, key)}: it is for new exits, not for those in --exits"
+        )
     check_parallel(config)
     if config.global_batch_size < config.dp:
         raise UserError(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +24,7 @@ from ee_tuning.decode.engine import Engine
 from ee_tuning.decode.engines import engines_of
 from ee_tuning.decode.load import load_part
 from ee_tuning.devices import free_memory, pick_device, pick_dtype
-from ee_tuning.errors import Interrupted, UserError, all_checked
+from ee_tuning.errors import Interrupted, Notice, UserError, all_checked
 from ee_tuning.exit_config import ExitConfig
 from ee_tuning.grouped import use_grouped
 from ee_tuning.loading import load_tokenizer
@@ -35,6 +36,7 @@ from ee_tuning.regenerate.file import OutFile, State, Totals
 from ee_tuning.regenerate.prompts import Prompt, prompts, shares_of
 from ee_tuning.regenerate.template import read_template
 from ee_tuning.regenerate.writer import Writer, Written, ends_of, key_of
+from ee_tuning.settings import changed
 from ee_tuning.share import New, Share
 
 ADVICE = {  # by what texts are left out for
@@ -142,6 +144,8 @@ class _Run:
             )
         self.model, self.tokenizer = load_backbone(config, device, mesh)
         self.chats = mesh.on_all(lambda: writes_chats(config, self.tokenizer, alone))
+        if (unused := ignored(config, self.chats and bool(alone))) and mesh.is_main:
+            warnings.warn(unused, Notice, stacklevel=2)
         self.capacity = capacity_of(config, self.model)
         settings = self._settings(device)
         slots = config.slots
@@ -310,6 +314,20 @@ def writes_chats(
     if config.system and not chats:
         raise UserError("system is for chats, and texts are written: leave --system out")
     return chats
+
+
+def ignored(config: RegenerateConfig, questions: bool) -> str:
+    """What to say of settings that are not as by default, and that nothing asks for, if any.
+
+    questions: whether the model writes some.
+    """
+    of_data = () if config.data else ("text_field", "prompt_tokens", "skip_bad_records")
+    of_questions = () if questions else ("max_question_tokens",)
+    given = [
+        *(f"{key} is for documents in --data" for key in changed(config, of_data)),
+        *(f"{key} is for questions, and none is written" for key in changed(config, of_questions)),
+    ]
+    return f"ignored: {'; '.join(given)}" if given else ""
 
 
 def capacity_of(config: RegenerateConfig, model: Network) -> int:

@@ -10,9 +10,11 @@ from multiprocessing.connection import Connection
 from transformers import PreTrainedTokenizerBase
 
 from ee_tuning.calibrate.audit import Audit
+from ee_tuning.certificate import CALIBRATED
 from ee_tuning.data.chats import with_template
 from ee_tuning.decode.settings import make_policy
 from ee_tuning.errors import SecurityNotice, UserError
+from ee_tuning.exit_config import parse_threshold
 from ee_tuning.loading import load_tokenizer
 from ee_tuning.serve.app import Served
 from ee_tuning.serve.config import ServeConfig
@@ -48,7 +50,10 @@ def load_served(
     worker = Worker(
         connection, config.slots, config.max_queue, config.deadline, metrics, log, audit, ready
     )
-    leaving = config.leaving(threshold=config.threshold, lookup=config.lookup)
+    threshold = config.threshold
+    if isinstance(threshold, str) and threshold != CALIBRATED:
+        threshold = parse_threshold(threshold)
+    leaving = config.leaving(threshold=threshold, lookup=config.lookup)
     make = partial(worker.ask, make_policy)
     reader = Reader(facts, make, tokenizer, leaving, config.mode)
     reader.check_defaults()

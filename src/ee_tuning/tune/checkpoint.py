@@ -129,9 +129,8 @@ def _check_contents(path: Path, before: Contents, now: Contents) -> None:
         for name, value in hashes.items():
             if now[kind].get(name, value) != value:
                 raise UserError(
-                    f"cannot resume {path}: {kind} {name} is not what it was when the run began, "
-                    "though the settings are the same; give what it was, or start anew with "
-                    "--overwrite"
+                    f"cannot resume {path}: {kind} {name} is not what it was when the run began; "
+                    "give what it was, or start anew with --overwrite"
                 )
 
 

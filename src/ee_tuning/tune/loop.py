@@ -337,7 +337,8 @@ class Run:
     def _begin(self, first: int) -> None:
         """Everything is there and was checked: the run's files begin, or go on at step `first`."""
         self.out.begin()
-        write_text(self.out.path / "run.yaml", describe_run(self.config))
+        if first < self.config.steps:  # else no step is of these settings
+            write_text(self.out.path / "run.yaml", describe_run(self.config))
         self.log = MetricsLog(self.out, self.config.log_to, first)
 
     def _save(self, step: int, log: MetricsLog | NoLog) -> None:
