@@ -94,6 +94,7 @@ def save(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     state: dict[str, Tensor] | None = None,
+    calibration: Certificate | None = None,
 ) -> None:
     """Write ``exits.safetensors``, ``exit_config.json`` and a model card, unless somebody has
     edited one; and what calibration found of these exits.
@@ -101,7 +102,7 @@ def save(
     All are written before the first one takes the place of what may be there already.
 
     dtype: what to store the weights in; default: as they are. state: in place of
-    `Network.exit_state`, where other processes hold some of the exits.
+    `Network.exit_state`, where other processes hold some of the exits; calibration: of these.
 
     Raises:
         UserError: they do, and there is no `state`.
@@ -120,7 +121,7 @@ def save(
         save_file(tensors, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         config = saved_config(network)
         write_json(staging / CONFIG_NAME, config)
-        found = network.calibration if state is None else None  # of a run it is not known
+        found = network.calibration if state is None else calibration
         if found is not None and not changed_exits(network, found):
             write_json(staging / CALIBRATION_NAME, found.to_json())
         if not is_edited(folder / "README.md"):

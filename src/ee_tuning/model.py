@@ -150,17 +150,17 @@ class Network(nn.Module):
         tokens, shifted inside, −100 where there is no loss. There is none either where the label is
         not in a reduced vocabulary of the exits.
         """
-        losses, exit_logits = dict[int, Tensor](), dict[int, Tensor]()
-        final = None
+        losses, exit_logits, final = dict[int, Tensor](), dict[int, Tensor](), None
         labels = None if labels is None else self.known_labels(labels)
         descent = self.chain.descend(input_ids, position_ids)
-        for layer in self.exit_layers:
+        wanted = output_exit_logits or labels is not None
+        for layer in self.exit_layers if wanted else ():
             logits = self.exit(layer)(descent.to(layer))
             if output_exit_logits:
                 exit_logits[layer] = logits
             if labels is not None:
                 losses[layer] = cross_entropy(logits, labels).mean()
-        if output_logits or (labels is None and not output_exit_logits):
+        if output_logits or not wanted:
             with torch.no_grad():
                 final = self.backbone.final_logits(descent.ahead(self.backbone.num_layers))
         return EarlyExitOutput(

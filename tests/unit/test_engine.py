@@ -16,7 +16,16 @@ from helpers.models import DEPTH, drafting, early_exit
 from helpers.prompts import prompt
 
 from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold, engines_of
+from ee_tuning.decode import (
+    Chooser,
+    Engine,
+    Fixed,
+    Full,
+    Request,
+    Speculative,
+    Threshold,
+    engines_of,
+)
 from ee_tuning.parallel.mesh import Mesh
 
 
@@ -236,11 +245,13 @@ def test_texts_beside_each_other_take_no_more_passes_than_at_full_depth(layers, 
 
 
 @pytest.mark.parametrize("kind", [Full, Speculative])
-def test_who_leaves_early_keeps_nobody_waiting(kind):
+@pytest.mark.parametrize("early", [Threshold, Fixed])
+def test_who_leaves_early_keeps_nobody_waiting(kind, early):
     """Texts at full depth, and such as draft nothing beside it, go on as if they were alone."""
     exits, new, rows, counts = {1: 0.0, 2: 0.0}, 20, 8, []
     policy = kind(DEPTH) if kind is Full else kind(DEPTH, exits, max_pending=8)
-    for beside in ([], [Threshold(DEPTH, exits, max_pending=8)]):
+    own = Fixed(1) if early is Fixed else Threshold(DEPTH, exits, max_pending=8)
+    for beside in ([], [own]):
         engine = Engine(early_exit(), [1, 2], slots=rows + 1, capacity=400, max_pending=8)
         requests = [Request(prompt(5, i), policy, 5 + new) for i in range(rows)]
         others = [Request(prompt(5, 9), one, 390) for one in beside]

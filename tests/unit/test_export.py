@@ -19,14 +19,10 @@ from ee_tuning.cli import main
 from ee_tuning.errors import UserError
 from ee_tuning.export import exit_checkpoint
 from ee_tuning.files import write_json
+from ee_tuning.fingerprint import backbone_hashes, exit_hash
 
 TOKENIZER = Path(__file__).parents[2] / "demo" / "model"
 IDS = torch.tensor([[5, 9, 11, 3, 40, 7]])
-CERTIFICATE = Certificate(
-    thresholds={2: 0.5}, risk="next-token", epsilon=0.1, delta=0.1, n=10, p=0.01, test="betting",
-    tested=0.0, report={}, dtype="float32", measure="probability", exits={2: "a"}, max_pending=8,
-    max_new_tokens=20, backbone={"layer 1": "b"}, data="",
-)  # fmt: skip
 
 
 def with_exits(family, arch, head="own"):
@@ -112,9 +108,16 @@ def test_a_merged_folder_needs_nothing_else(saved, capsys):
     stored = load_file(saved / "exits/exits.safetensors")
     stored = {name: value.double() for name, value in stored.items()}
     save_file(stored, saved / "exits/exits.safetensors")
-    write_json(saved / "exits/calibration.json", CERTIFICATE.to_json())
+    model = EarlyExitModel.from_pretrained(str(saved / "exits"))
+    certificate = Certificate(
+        thresholds=dict.fromkeys(model.exit_layers, 0.5), risk="next-token", epsilon=0.1, delta=0.1,
+        n=10, p=0.01, test="betting", tested=0.0, report={}, dtype="float32",
+        measure="probability", exits={k: exit_hash(model.exit(k)) for k in model.exit_layers},
+        max_pending=8, max_new_tokens=20, backbone=backbone_hashes(model.backbone), data="",
+    )  # fmt: skip
+    write_json(saved / "exits/calibration.json", certificate.to_json())
     export(saved, "--merge")
-    assert read_calibration(saved / "out") == CERTIFICATE
+    assert read_calibration(saved / "out") == certificate
     kept = load_file(saved / "out/exits.safetensors")
     assert all(torch.equal(value, kept[name]) for name, value in stored.items())  # every digit
     assert "The backbone is in here, too" in (saved / "out/README.md").read_text()
@@ -128,6 +131,7 @@ def test_a_merged_folder_needs_nothing_else(saved, capsys):
     logits = EarlyExitModel.from_pretrained(str(moved))(IDS, output_exit_logits=True).exit_logits
     assert all(torch.equal(logits[k], v) for k, v in expected.exit_logits.items())
     main(["generate", "--exits", str(moved), "--prompt", "a", "--max-new-tokens", "2"])
+    main(["generate", "--exits", str(moved), "--prompt", "a", "--calibrated"])  # without a warning
     main(["inspect", str(moved)])
     assert "for the backbone beside them (" in capsys.readouterr().out
 

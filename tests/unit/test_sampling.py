@@ -1,5 +1,8 @@
 """Samples of many rows are drawn together, and each row's are what they are alone."""
 
+import math
+from typing import NamedTuple
+
 import pytest
 import torch
 from helpers.families import tiny
@@ -14,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning import EarlyExitModel, ExitConfig
-from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold
+from ee_tuning import EarlyExitModel, ExitConfig, UserError
+from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold, Token
 
 
 def warpers(temperature=0.8, top_k=20):
@@ -132,6 +135,11 @@ def test_sampled_texts_are_those_of_full_depth_whatever_drafts(exits, sampling, 
     assert 0.05 < kept < 0.75
 
 
+class Said(NamedTuple):
+    token: int
+    confidence: float
+
+
 class Grammar(LogitsProcessor):
     """Knows nothing of texts with tokens that it bans."""
 
@@ -158,6 +166,38 @@ def test_what_a_processor_says_behind_a_draft_that_is_not_kept_is_not_asked(seed
         )
         found.append([token.id for _, token in engine.stream([request])])
     assert found[0] == found[1]
+
+
+def test_what_a_processor_says_behind_the_end_of_a_text_is_not_met(monkeypatch):
+    """Where that was drafted, and kept; of each token of a text as the one that ends it."""
+    monkeypatch.setattr(Speculative, "steady", True)
+    ids = prompt(6, 2)
+
+    def text(policy, ends, processors=()):
+        engine = Engine(drafting(), [0], slots=2, capacity=60, max_pending=8, drafts=True)
+        chooser = Chooser(LogitsProcessorList(processors))
+        request = Request(ids, policy, 40, chooser, lambda ids, length: ids[length - 1] in ends)
+        return [token.id for _, token in engine.stream([request])]
+
+    drafts, found = Speculative(DEPTH, {}, max_pending=4, bar=0.0), []
+    for end in dict.fromkeys(text(Full(DEPTH), ())):
+
+        def over(input_ids, scores, end=end):
+            if end in input_ids[0, 6:]:
+                raise ValueError("it is over")
+            return scores
+
+        found.append([text(policy, [end], [over]) for policy in (Full(DEPTH), drafts)])
+    assert len(found) > 9
+    assert all(full == drafted for full, drafted in found)
+
+
+def test_where_nothing_speaks_for_a_token_what_was_kept_before_it_is_settled():
+    said = [Said(5, 0.9), Said(6, 0.8), Said(7, math.nan)]
+    drafts = [Token(5, 0, 0.9), Token(6, 0, 0.8)]
+    assert Chooser().verify([], said, drafts) == (1, 6)
+    with pytest.raises(UserError, match="there is no token to choose"):
+        Chooser().verify([], said[2:], [])
 
 
 def test_an_exit_without_a_token_to_choose_drafts_none(monkeypatch):

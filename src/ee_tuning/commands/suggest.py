@@ -46,7 +46,7 @@ def suggest(config: SuggestConfig) -> None:
 def table(found: Suggestion) -> Table:
     """The exits whose rounds were timed, and the others below them."""
     shown = Table(
-        title="exits, as probes tuned for a minute promise",
+        title="exits, as probes tuned for a short time promise",
         caption=f"full depth: {found.full:.0f} tokens/s; ~: counted by weights, not timed; "
         "drafting: with the threshold and drafts at most; leaving: mode threshold, with the "
         "threshold and the tokens that stay the backbone's own",

@@ -31,9 +31,9 @@ class Clock:
     FIRM = 4.0  # what the slope that is assumed weighs, in squared drafts
     SLOW = 2.0  # a round counts as no longer than so often what was expected
     AFRESH = 4  # rounds from one look at all of these to the next
-    # One is forgotten after so many rounds with drafts, since it may have been a slow time: what
-    # then nothing is known of is tried again. To leave rounds without takes more, so these count
-    # less.
+    # A round with drafts is forgotten after so many of these, since it may have been a slow time:
+    # what then nothing is known of is tried again. To leave rounds without takes more, so these
+    # count less.
     STALE, RESTS = 192.0, 1 / 8
 
     def __init__(self, cost: float, timed: bool = True, most: Sequence[int] = ()) -> None:

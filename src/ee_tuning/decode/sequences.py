@@ -287,17 +287,20 @@ class Sequences:
 
         Where no row is alone, a pass takes about as long for few as for many: as long as reading
         the weights of its layers. So it is the door behind which most tokens a layer are to be had,
-        if all that stand there or deeper go on to the end: neither is the last one waited for that
-        still leaves, nor does anyone go deep while most leave. Where all verify it is the
-        shallowest: who begins together verifies together.
+        if all that stand there or deeper go on to the end, but for texts that end before it:
+        neither is the last one waited for that still leaves, nor does anyone go deep while most
+        leave. Where all verify it is the shallowest: who begins together verifies together.
         """
         doors = sorted({row.door for row in rows})
         if all(row.policy.verifies for row in rows):
             return doors[0]
 
+        deepest = max(row.through for row in rows)
+        deep = [row for row in rows if row.through == deepest]
+
         def tokens_a_layer(door: int) -> float:
             layers = self.stops[-1] - (self.stops[door - 1] if door else 0)
-            return sum(row.door >= door for row in rows) / layers
+            return sum(row.door >= door for row in deep) / layers
 
         return max(doors, key=tokens_a_layer)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 
-from ee_tuning.adapter import CONFIG_NAME, HERE, model_card, save, save_calibration
+from ee_tuning.adapter import CONFIG_NAME, HERE, model_card, save
 from ee_tuning.backbone import slice_config
 from ee_tuning.errors import UserError
 from ee_tuning.exit_config import DRAFT
@@ -138,9 +138,7 @@ def save_merged(
     with staged(folder) as staging:
         model.backbone.model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        save(model, staging, state=exits)
-        if model.calibration is not None:
-            save_calibration(model, staging, model.calibration)
+        save(model, staging, state=exits, calibration=model.calibration)
         saved = read_json(staging / CONFIG_NAME) | {"base_model": HERE, "base_model_path": None}
         write_json(staging / CONFIG_NAME, saved)
         write_text(staging / "README.md", model_card(saved, here=True))

@@ -174,7 +174,8 @@ class Core:
 
             def told(done: int, of: int) -> None:
                 nonlocal last
-                self._answer()
+                while self._calls:  # no step waits for them
+                    self._answer()
                 now = time.perf_counter()
                 if now - last >= TELL:
                     left = round((now - start) / done * (of - done))
@@ -249,23 +250,23 @@ class Core:
             return 0
         together = passes.compile or passes.beside
         free = passes.slots - live if together else min(1, passes.slots - live)
-        begun, refused = list[int](), list[Failed]()
+        begun, refused = list[int](), list[tuple[int, Exception]]()
         with self._changed:
             while self._waiting and free and self._read + tokens < PROMPTS:
                 text = self._waiting.popleft()
                 begun.append(text.number)
                 try:
                     self.engine.submit(text.request)
-                except UserError as error:
+                except Exception as error:
                     self._texts.pop(text.number, None)
-                    refused.append(Failed(text.number, self._explained(error)))
+                    refused.append((text.number, error))
                     continue
                 self._live[text.request] = text
                 free, tokens = free - 1, tokens + len(text.request.ids)
         if begun:
             self._say(Begun(begun, time.perf_counter()))
-        for one in refused:
-            self._say(one)
+        for number, reason in refused:
+            self._say(Failed(number, self._explained(reason)))
         return self._read + tokens if tokens else 0
 
     def _failed(self, error: Exception) -> None:

@@ -29,9 +29,9 @@ def in_a_process(config: ServeConfig, ready: Callable[[], None]) -> Iterator[Con
     own, other = context.Pipe()
     level = logging.root.manager.disable
     process = context.Process(target=_main, args=(config, other, ready, level), name="engine")
-    if sys.platform != "win32":
-        resource_tracker.ensure_running()  # which lets signals through when it has started
     try:
+        if sys.platform != "win32":
+            resource_tracker.ensure_running()  # which lets signals through when it has started
         with _held(signal.SIGINT, signal.SIGTERM):  # this process says when it is over
             process.start()
         other.close()

@@ -171,7 +171,7 @@ class Worker:
             raise Refused(f"the engine is {self.state}", status=503)
         jobs = {id(job) for job, _ in self._waiting.values() if not job.begun}
         free = max(0, self._slots - len(self._live))
-        if len(jobs) + self._calls >= self.max_queue + free:
+        if max(0, len(jobs) - free) + self._calls >= self.max_queue:
             raise Refused(
                 f"{self.max_queue} requests are waiting: try again later",
                 status=429,
