@@ -245,13 +245,11 @@ def test_texts_beside_each_other_take_no_more_passes_than_at_full_depth(layers, 
 
 
 @pytest.mark.parametrize("kind", [Full, Speculative])
-@pytest.mark.parametrize("early", [Threshold, Fixed])
-def test_who_leaves_early_keeps_nobody_waiting(kind, early):
+def test_who_leaves_early_keeps_nobody_waiting(kind):
     """Texts at full depth, and such as draft nothing beside it, go on as if they were alone."""
     exits, new, rows, counts = {1: 0.0, 2: 0.0}, 20, 8, []
     policy = kind(DEPTH) if kind is Full else kind(DEPTH, exits, max_pending=8)
-    own = Fixed(1) if early is Fixed else Threshold(DEPTH, exits, max_pending=8)
-    for beside in ([], [own]):
+    for beside in ([], [Threshold(DEPTH, exits, max_pending=8)]):
         engine = Engine(early_exit(), [1, 2], slots=rows + 1, capacity=400, max_pending=8)
         requests = [Request(prompt(5, i), policy, 5 + new) for i in range(rows)]
         others = [Request(prompt(5, 9), one, 390) for one in beside]
@@ -270,6 +268,20 @@ def test_who_leaves_early_keeps_nobody_waiting(kind, early):
             engine.step()
         counts.append(len(passes))
     assert counts[1] < 1.5 * counts[0]
+
+
+@pytest.mark.parametrize(
+    "policy", [Full(DEPTH), Fixed(2), Threshold(DEPTH, {1: 0.0}), Speculative(DEPTH, {1: 0.0})]
+)
+def test_a_text_that_ends_at_an_exit_starves_nobody(policy):
+    engine = Engine(early_exit(), [1, 2], slots=2, capacity=64, max_pending=8)
+    requests = [Request(prompt(5, i), one, 45) for i, one in enumerate([Fixed(1), policy])]
+    for request in requests:
+        engine.submit(request)
+    events = []
+    while not any(request.finished for request in requests):
+        events += engine.step()
+    assert min(len(tokens_of(events, request)) for request in requests) > 20
 
 
 @dataclass
