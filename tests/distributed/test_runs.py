@@ -122,7 +122,7 @@ def going_on(runs, backbones):
     runs.add("a", 1, steps=4, resume=True)
     runs.add("damaged", 2, dp=1, tp=1, pp=2, steps=4, resume=True)
     for name in ("whole", "vocabulary"):
-        tuned_on = {"exits": str(runs.root / name), "layers": "", "arch": "mlp", "head": "own"}
+        tuned_on = {"exits": str(runs.root / name), "layers": "", "arch": "mlp", "head": "auto"}
         runs.add(f"{name}-on", 2, tp=2, **tuned_on)
         runs.add(f"{name}-on-one", **tuned_on)
     runs.start()

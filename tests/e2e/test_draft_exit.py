@@ -141,7 +141,7 @@ def test_it_serves_speculative_decoding_alone(tuned, tmp_path, capsys):
     line = fails(capsys, *given, "--mode", "threshold", "--exit-layers", "0")
     assert "exit layer 0 is the draft exit, at which no token leaves" in line
     line = fails(capsys, "export", "--exits", tuned, "--layer", "0", "--out", tmp_path / "out")
-    assert "give one of --layer" in line
+    assert "layer is 0: a draft exit sits at no layer" in line
     main([*map(str, given), "--mode", "full"])
 
 

@@ -77,7 +77,7 @@ def advice(config: SuggestConfig, found: Suggestion) -> list[str]:
     if best is None:
         top = max((one.speedup for one in found.candidates if one.measured), default=1.0)
         lines.append(
-            f"Without changing the text, no exit will pay here: the best that was timed promises "
+            "Without changing the text, no exit will pay here: the best that was timed promises "
             f"{top:.2f}× full depth's speed, decoded one text at a time."
         )
     else:
