@@ -1,8 +1,5 @@
 """Samples of many rows are drawn together, and each row's are what they are alone."""
 
-import math
-from typing import NamedTuple
-
 import pytest
 import torch
 from helpers.families import tiny
@@ -17,8 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ee_tuning import EarlyExitModel, ExitConfig, UserError
-from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold, Token
+from ee_tuning import EarlyExitModel, ExitConfig
+from ee_tuning.decode import Chooser, Engine, Full, Request, Speculative, Threshold
 
 
 def warpers(temperature=0.8, top_k=20):
@@ -135,11 +132,6 @@ def test_sampled_texts_are_those_of_full_depth_whatever_drafts(exits, sampling, 
     assert 0.05 < kept < 0.75
 
 
-class Said(NamedTuple):
-    token: int
-    confidence: float
-
-
 class Grammar(LogitsProcessor):
     """Knows nothing of texts with tokens that it bans."""
 
@@ -190,14 +182,6 @@ def test_what_a_processor_says_behind_the_end_of_a_text_is_not_met(monkeypatch):
         found.append([text(policy, [end], [over]) for policy in (Full(DEPTH), drafts)])
     assert len(found) > 9
     assert all(full == drafted for full, drafted in found)
-
-
-def test_where_nothing_speaks_for_a_token_what_was_kept_before_it_is_settled():
-    said = [Said(5, 0.9), Said(6, 0.8), Said(7, math.nan)]
-    drafts = [Token(5, 0, 0.9), Token(6, 0, 0.8)]
-    assert Chooser().verify([], said, drafts) == (1, 6)
-    with pytest.raises(UserError, match="there is no token to choose"):
-        Chooser().verify([], said[2:], [])
 
 
 def test_an_exit_without_a_token_to_choose_drafts_none(monkeypatch):

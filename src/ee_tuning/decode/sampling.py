@@ -77,19 +77,13 @@ class Chooser:
     ) -> tuple[int, int]:
         """How many of the drafts that `ids` end with are kept, and the token that follows these.
 
-        said: the final exit's prediction of each draft, and of what follows the last one. What is
-        wrong behind a draft that is kept the next round meets, if the text has not ended with it.
+        said: the final exit's prediction of each draft, and of what follows the last one.
         """
-        for kept, found in enumerate(said):
-            try:
-                token = self.choose(found)
-            except Exception:
-                if not kept:
-                    raise
-                return kept - 1, drafts[kept - 1].id
-            if kept == len(drafts) or token != drafts[kept].id:
-                break
-        return kept, token
+        for kept, draft in enumerate(drafts):
+            token = self.choose(said[kept])
+            if token != draft.id:
+                return kept, token
+        return len(drafts), self.choose(said[-1])
 
 
 @dataclass
@@ -157,7 +151,8 @@ def _process(pairs: Sequence[Pair]) -> None:
             last = choice.kept == len(one.drafts)
             if choice.error is not None or last or choice.token != one.drafts[choice.kept].id:
                 break
-        if choice.error is not None and choice.kept:  # as `Chooser.verify`
+        if choice.error is not None and choice.kept:
+            # The next round meets it, if the text has not ended with the draft before.
             choice.kept -= 1
             choice.token, choice.error = one.drafts[choice.kept].id, None
         start += len(one.said)
